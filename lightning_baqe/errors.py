@@ -1,0 +1,33 @@
+"""The errors that users meet. Each message says what was given, what is wanted and what to do."""
+
+
+class BaqeError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(BaqeError, ValueError):
+    """A bit-config, option or argument that cannot be right."""
+
+
+class DataError(BaqeError):
+    """A data set that cannot be used as it lies on disk."""
+
+
+class UnsupportedModelError(BaqeError):
+    """A module, operator or pattern that cannot be traced, quantized or lowered."""
+
+
+class CalibrationError(BaqeError):
+    """Quantizers that were used before their scales were initialised, or data that cannot initialise them."""
+
+
+class BuildError(BaqeError):
+    """An integer graph that cannot be compiled for the target."""
+
+
+class MeasurementError(BaqeError):
+    """A measurement that crashed, timed out or gave no figure."""
+
+
+class InfeasibleError(BaqeError):
+    """Limits that no point meets."""
