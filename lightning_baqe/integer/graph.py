@@ -1,0 +1,141 @@
+"""The integer graph: what `lower` returns, `build` compiles, and the reference that compiled code must equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.integer.nodes import Conv, FloatConv, FloatLinear, Input, Linear, Node
+
+MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES = 4, 1, 4
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerGraph:
+    """Operators in topological order.
+
+    Args:
+        nodes: the operators; the first is the only :class:`~lightning_baqe.integer.nodes.Input`, the last the output.
+        bits: ``{layer: (weight bits, activation bits)}`` in network order, 32 = float.
+
+    Raises:
+        ConfigError: names are not unique, or a node reads what is computed later or nowhere.
+    """
+
+    nodes: tuple[Node, ...]
+    bits: Mapping[str, tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for node in self.nodes:
+            if node.name in seen:
+                raise ConfigError(f"two nodes are named {node.name!r}")
+            missing = [name for name in node.inputs if name not in seen]
+            if missing:
+                raise ConfigError(f"node {node.name!r} reads {missing}, which no earlier node computes")
+            seen.add(node.name)
+        if not self.nodes or not isinstance(self.nodes[0], Input) or any(isinstance(n, Input) for n in self.nodes[1:]):
+            raise ConfigError("a graph begins with its one Input")
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __getitem__(self, name: str) -> Node:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.nodes[0].type.shape
+
+    @property
+    def output(self) -> Node:
+        return self.nodes[-1]
+
+    @torch.no_grad()
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch.
+
+        Args:
+            x: float, shape ``(n, *input_shape)``.
+
+        Returns:
+            float32, shape ``(n, *output.type.shape)``.
+
+        Raises:
+            ConfigError: the shape does not fit.
+        """
+        return self.run_all(x, keep=False)[self.output.name]
+
+    @torch.no_grad()
+    def run_all(self, x: torch.Tensor, keep: bool = True) -> dict[str, torch.Tensor]:
+        """Every node's value by name: integers as int64, floats as float32.
+
+        Args:
+            x: float, shape ``(n, *input_shape)``.
+            keep: False frees values that no later node reads.
+        """
+        if tuple(x.shape[1:]) != self.input_shape:
+            raise ConfigError(
+                f"input has shape {tuple(x.shape)}, the graph wants (n, {', '.join(map(str, self.input_shape))})"
+            )
+        values: dict[str, torch.Tensor] = {}
+        last_use = {name: node.name for node in self.nodes for name in node.inputs}
+        for node in self.nodes:
+            values[node.name] = node.run(*(values[name] for name in node.inputs)) if node.inputs else node.run(x)
+            if not keep:
+                for name in set(node.inputs):
+                    if last_use[name] == node.name:
+                        del values[name]
+        return values
+
+    @property
+    def is_integer_only(self) -> bool:
+        """Whether no float arithmetic happens between the input's quantize and the output's dequantize."""
+        return not any(node.is_float for node in self.nodes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Packed weights, int32 biases and requantization numbers (float layers: float32 weights and biases), bytes."""
+        total = 0
+        for node in self.nodes:
+            if isinstance(node, FloatConv | FloatLinear):
+                total += 4 * (node.weight.numel() + node.bias.numel())
+            elif isinstance(node, Conv | Linear):
+                total += math.ceil(node.weight.numel() * node.weight_bits / 8) + BIAS_BYTES * node.bias.numel()
+                if node.requant is not None:
+                    total += MULTIPLIER_BYTES * node.requant.multiplier.numel() + SHIFT_BYTES
+            elif hasattr(node, "requant"):
+                total += MULTIPLIER_BYTES + SHIFT_BYTES
+            elif node.kind == "add":
+                total += 2 * MULTIPLIER_BYTES + SHIFT_BYTES
+        return total
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all convs and linears, per image."""
+        return sum(node_macs(node) for node in self.nodes)
+
+    @property
+    def bops(self) -> int:
+        """Bit operations per image: weight bits x activation bits x MACs (HAWQ-V3 section III-E), float = 32 x 32."""
+        return sum(
+            node_macs(node) * (node.weight_bits * node.activation_bits if isinstance(node, Conv | Linear) else 1024)
+            for node in self.nodes
+        )
+
+
+def node_macs(node: Node) -> int:
+    """Multiply-accumulates of one node per image; 0 for all but convs and linears."""
+    weight: Any = getattr(node, "weight", None)
+    if weight is None:
+        return 0
+    pixels = math.prod(node.type.shape[1:])
+    return int(weight.numel()) * pixels

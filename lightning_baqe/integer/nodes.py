@@ -1,0 +1,371 @@
+"""The operators of the integer graph, each with its bit-exact meaning in plain torch.
+
+A node is a frozen record: its name, the names of its inputs, the type of its output and its constants. ``run`` computes
+the output from the inputs; values carry a leading batch dimension, types do not. Integer values travel as int64 tensors
+here: a target decides on storage types. The real value behind an integer ``q`` is ``scale * (q - zero_point)``.
+
+Integer convolutions are computed in float64, where sums of products below 2^53 are exact: the worst case of every layer
+is checked to fit 32 bits on construction, so no rounding can occur.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+from lightning_baqe.errors import UnsupportedModelError
+from lightning_baqe.integer.dyadic import Dyadic, rounding_shift
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """The type of one value, without the batch dimension.
+
+    Args:
+        shape: ``(channels, height, width)`` or ``(features,)``.
+        low, high: inclusive integer range; both None for a float32 value.
+        scale, zero_point: the real value is ``scale * (q - zero_point)``; scale 0 where it differs by channel.
+    """
+
+    shape: tuple[int, ...]
+    low: int | None = None
+    high: int | None = None
+    scale: float = 1.0
+    zero_point: int = 0
+
+    @property
+    def is_integer(self) -> bool:
+        return self.low is not None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Node:
+    """Base of all operators.
+
+    Args:
+        name: unique in its graph.
+        inputs: names of the nodes whose outputs it reads.
+        type: the type of its output.
+    """
+
+    kind: ClassVar[str]
+    is_float: ClassVar[bool] = False  # does float arithmetic on values inside the network
+    name: str
+    inputs: tuple[str, ...]
+    type: TensorType
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        """Compute the output, shape ``(n, *type.shape)``."""
+        raise NotImplementedError
+
+
+def _clip(values: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    assert kind.low is not None and kind.high is not None
+    return values.clamp(kind.low, kind.high)
+
+
+def _per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values if values.ndim == 0 else values.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Input(Node):
+    """The network's float32 input."""
+
+    kind = "input"
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return values[0].to(torch.float32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Quantize(Node):
+    """Float to integer: ``clip(round_half_even(x * inverse_scale) + zero_point)``, one float32 multiplication."""
+
+    kind = "quantize"
+    inverse_scale: float
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        factor = torch.tensor(self.inverse_scale, dtype=torch.float32)
+        scaled = torch.round(values[0].to(torch.float32) * factor)
+        # Clamp before the cast: what lies outside int64 has no defined conversion.
+        assert self.type.low is not None and self.type.high is not None
+        zero_point = self.type.zero_point
+        return scaled.clamp(self.type.low - zero_point, self.type.high - zero_point).to(torch.int64) + zero_point
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dequantize(Node):
+    """Integer to float32: ``float32(q - zero_point) * scale``, scale float32 of shape ``()`` or ``(channels,)``."""
+
+    kind = "dequantize"
+    scale: torch.Tensor
+    zero_point: int
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        shifted = (values[0] - self.zero_point).to(torch.float32)
+        return shifted * _per_channel(self.scale.to(torch.float32), shifted)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Node):
+    """Integer 2-d convolution: ``acc = sum(weight * q) + bias`` in int32, padded with ``pad_value``.
+
+    With ``requant`` the output is ``clip(requant(acc) + zero_point)``, without it the accumulators themselves. The
+    input's zero point is folded into the bias: ``bias - zero_point * sum(weight)``.
+
+    Args:
+        weight: int64, shape ``(out, in / groups, kernel_h, kernel_w)``, within ``weight_bits`` signed bits.
+        bias: int64 within 32 bits, shape ``(out,)``.
+        stride, dilation: ``(height, width)``.
+        padding: ``(top, bottom, left, right)``.
+        layer: path of the module in the network that it was made of.
+    """
+
+    kind = "conv"
+    layer: str
+    weight: torch.Tensor
+    weight_bits: int
+    activation_bits: int
+    bias: torch.Tensor
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    pad_value: int
+    input_range: tuple[int, int]
+    requant: Dyadic | None
+
+    def __post_init__(self) -> None:
+        check_accumulator(self.layer, self.weight, self.bias, self.input_range)
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        top, bottom, left, right = self.padding
+        padded = functional.pad(values[0].to(torch.float64), (left, right, top, bottom), value=float(self.pad_value))
+        weight = self.weight.to(torch.float64)
+        acc = functional.conv2d(padded, weight, None, self.stride, 0, self.dilation, self.groups)
+        acc = acc.to(torch.int64) + _per_channel(self.bias, acc)
+        if self.requant is None:
+            return acc
+        return _clip(self.requant.apply(acc, 1) + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(Node):
+    """Integer matrix product of ``(n, in)`` values, as :class:`Conv`; weight ``(out, in)``."""
+
+    kind = "linear"
+    layer: str
+    weight: torch.Tensor
+    weight_bits: int
+    activation_bits: int
+    bias: torch.Tensor
+    input_range: tuple[int, int]
+    requant: Dyadic | None
+
+    def __post_init__(self) -> None:
+        check_accumulator(self.layer, self.weight, self.bias, self.input_range)
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        acc = (values[0].to(torch.float64) @ self.weight.to(torch.float64).T).to(torch.int64) + self.bias
+        if self.requant is None:
+            return acc
+        return _clip(self.requant.apply(acc, 1) + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Add(Node):
+    """Residual sum (HAWQ-V3 eq. 9): ``clip(((a * m_a + b * m_b + offset + half) >> shift) + zero_point)``.
+
+    ``offset`` is ``-(m_a * zero_point_a + m_b * zero_point_b)``. ReLU is the lower end of the output's range.
+    """
+
+    kind = "add"
+    multipliers: tuple[int, int]
+    shift: int
+    offset: int
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        total = values[0] * self.multipliers[0] + values[1] * self.multipliers[1] + self.offset
+        return _clip(rounding_shift(total, self.shift) + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Requantize(Node):
+    """Onto another grid: ``clip(requant(q - input_zero_point) + zero_point)``; ``requant`` is one factor."""
+
+    kind = "requantize"
+    requant: Dyadic
+    input_zero_point: int
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return _clip(self.requant.apply(values[0] - self.input_zero_point) + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Clip(Node):
+    """Clip to the output's range; a ReLU has the zero point as its lower end."""
+
+    kind = "clip"
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return _clip(values[0], self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaxPool(Node):
+    """Max pooling of integers or floats; padding never wins. Args as torch: ``(height, width)`` pairs."""
+
+    kind = "max_pool"
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        value = values[0].to(torch.float64) if self.type.is_integer else values[0]
+        out = functional.max_pool2d(value, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return out.to(values[0].dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AvgPool(Node):
+    """Integer average pooling without padding: ``clip(requant(sum(q - input_zero_point)) + zero_point)``.
+
+    The sum is exact in int32; the window's size is part of the dyadic factor.
+    """
+
+    kind = "avg_pool"
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    requant: Dyadic
+    input_zero_point: int
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        shifted = (values[0] - self.input_zero_point).to(torch.float64)
+        total = functional.avg_pool2d(shifted, self.kernel, self.stride, divisor_override=1)
+        # divisor_override=1 sums integers below 2^53 in float64: exact.
+        return _clip(self.requant.apply(total.to(torch.int64)) + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Flatten(Node):
+    """``(c, h, w)`` to ``(c * h * w,)``, channels outermost as in torch."""
+
+    kind = "flatten"
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return values[0].flatten(1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatConv(Node):
+    """Float32 convolution with bias and, if ``relu``, a ReLU; fields as :class:`Conv`."""
+
+    kind = "float_conv"
+    is_float = True
+    layer: str
+    weight: torch.Tensor
+    bias: torch.Tensor
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    relu: bool
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        top, bottom, left, right = self.padding
+        padded = functional.pad(values[0], (left, right, top, bottom))
+        out = functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return out.relu() if self.relu else out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatLinear(Node):
+    """Float32 matrix product; weight ``(out, in)``."""
+
+    kind = "float_linear"
+    is_float = True
+    layer: str
+    weight: torch.Tensor
+    bias: torch.Tensor
+    relu: bool
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        out = functional.linear(values[0], self.weight, self.bias)
+        return out.relu() if self.relu else out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatAdd(Node):
+    """Float32 sum of two values and, if ``relu``, a ReLU."""
+
+    kind = "float_add"
+    is_float = True
+    relu: bool
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        out = values[0] + values[1]
+        return out.relu() if self.relu else out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatRelu(Node):
+    """Float32 ReLU."""
+
+    kind = "float_relu"
+    is_float = True
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return values[0].relu()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatAvgPool(Node):
+    """Float32 average pooling without padding."""
+
+    kind = "float_avg_pool"
+    is_float = True
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(values[0], self.kernel, self.stride)
+
+
+NODE_TYPES: dict[str, type[Node]] = {
+    cls.kind: cls
+    for cls in (
+        Input, Quantize, Dequantize, Conv, Linear, Add, Requantize, Clip, MaxPool, AvgPool, Flatten,
+        FloatConv, FloatLinear, FloatAdd, FloatRelu, FloatAvgPool,
+    )
+}  # fmt: skip
+
+
+def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, input_range: tuple[int, int]) -> None:
+    """Refuse a layer whose worst-case accumulator leaves 32 bits.
+
+    Raises:
+        UnsupportedModelError: names the layer and its worst case.
+    """
+    low, high = input_range
+    flat = weight.reshape(weight.shape[0], -1)
+    positive, negative = flat.clamp(min=0).sum(1), flat.clamp(max=0).sum(1)
+    largest = (positive * high + negative * low + bias).max()
+    smallest = (positive * low + negative * high + bias).min()
+    # Partial sums pass through the extremes without bias, too.
+    worst = max(
+        int(largest), -int(smallest), int((positive * high - negative * low).max()), int(bias.abs().max())
+    )
+    if worst > INT32_MAX:
+        raise UnsupportedModelError(
+            f"layer {layer!r}: an accumulator can reach {worst} (2^{math.log2(worst):.1f}), more than the 32 bits of an "
+            "int32; give it fewer bits or keep it float (32)"
+        )
