@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import string
-import tempfile
+import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -224,7 +224,7 @@ def _compose(masks: Tensor, generator: torch.Generator) -> Tensor:
 def _read(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
     """What ``_write`` left at ``path``; None where nothing, or nothing usable, lies there."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -234,15 +234,14 @@ def _read(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
 
 def _write(path: Path, images: Tensor, labels: Tensor) -> None:
     """Write under another name first, so that no reader meets half a file; a folder that refuses costs a warning."""
+    draft = path.with_name(f"{uuid.uuid4().hex}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(suffix=".npz", dir=path.parent)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, images=images.numpy(), labels=labels.numpy())
+            np.savez(draft, images=images.numpy(), labels=labels.numpy())
             os.replace(draft, path)
         finally:
-            Path(draft).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(
             f"Could not keep the drawn glyphs at {path} ({error}); they will be drawn again next time. "
