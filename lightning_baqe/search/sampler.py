@@ -1,0 +1,310 @@
+"""The sampler that runs BAQE's exploration (Algorithm 2) inside any Optuna study.
+
+| symbol | meaning                                              | shape  |
+| ------ | ---------------------------------------------------- | ------ |
+| pool   | fixed candidates that stand for the space (V)        | n x d  |
+| rows   | points as internal values of the search space        | n x d  |
+| Y      | observed values, minimised and standardised          | n x m  |
+| C      | observed constraints, scaled, feasible at most 0     | n x c  |
+| F      | front of the feasible observations                   | f x m  |
+| r      | reference point, in the same units as Y              | m      |
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.search_space import intersection_search_space
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial
+
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement
+from lightning_baqe.search.history import PHASE_KEY, POINT_KEY, History, signs
+from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
+from lightning_baqe.search.pool import breed, spanning_rows, unseen
+from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.surrogate import (
+    ArdGP,
+    ArdOptions,
+    DeepKernelGP,
+    DeepKernelOptions,
+    Surrogate,
+    standardise,
+)
+from lightning_baqe.search.ted import ted
+
+Mode = Literal["paper", "beyond"]
+Phase = Literal["random", "ted", "bo", "given"]
+Candidates = Sequence[Mapping[str, Any]] | Callable[[int, np.random.Generator], list[dict[str, Any]]]
+
+_REFILLS = 10
+# Trials of one process propose one after the other, so that each sees the proposals of all others.
+_PROPOSING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What is rarely changed.
+
+    Attributes:
+        deep_kernel: surrogate of mode "paper".
+        ard: surrogate of mode "beyond".
+        n_samples: posterior samples for the expected improvement, best a power of two.
+        share_concentration: Dirichlet alpha of the generic pool.
+        children: candidates bred in each round of mode "beyond".
+        rounds: first from the front, then from the best candidates of the rounds before.
+        elite: how many best candidates are parents of the next round.
+    """
+
+    deep_kernel: DeepKernelOptions = field(default_factory=DeepKernelOptions)
+    ard: ArdOptions = field(default_factory=ArdOptions)
+    n_samples: int = 128
+    share_concentration: float = 0.5
+    children: int = 500
+    rounds: int = 3
+    elite: int = 20
+
+    def __post_init__(self) -> None:
+        if min(self.n_samples, self.children, self.rounds, self.elite) < 1 or not self.share_concentration > 0:
+            raise ConfigError(
+                f"n_samples={self.n_samples}, children={self.children}, rounds={self.rounds}, elite={self.elite}, "
+                f"share_concentration={self.share_concentration}; wanted all positive"
+            )
+
+
+class BaqeSampler(BaseSampler):
+    """TED initial design, then Bayesian optimisation of the hypervolume over a pool. BAQE III-C to III-E.
+
+    Phases of a trial, stored in its system attribute `"baqe:phase"` and read by `phase`:
+    "random" while the search space is unknown (and for a space whose points were all tried); "ted" until each of the
+    first `n_initial` TED picks is in the study, and until two trials are complete; "bo" after that.
+
+    The study is the only memory: all randomness comes from (seed, trial number), so the same study gives the same
+    proposal, in this process or in the next. Points of trials in any state, failed and running ones too, are not
+    proposed again. Workers in several processes may still propose one point at the same moment.
+
+    Objectives follow the study's directions. Constraints are those of `trial.set_constraint`: infeasible trials train
+    the surrogate and are kept off the front. A complete trial with an infinite value is left out of the surrogate.
+
+    Args:
+        seed: of everything, at least 0.
+        mode: "paper": pool of fixed candidates, deep-kernel multi-task GP. "beyond": new candidates are bred from the
+            front for each trial, one ARD GP per objective.
+        search_space: name -> distribution. Without it the first trial is random, and from then on the parameters that
+            all complete trials share are searched; others (conditional ones) are drawn at random.
+        candidates: the pool: parameter dicts, or a function (n, generator) -> dicts that must be deterministic;
+            instead of the generic pool. They must hold every searched parameter. Once all were tried, a list is
+            followed by generic candidates, a function is called again.
+        n_initial: TED picks; fewer where the pool is smaller.
+        pool_size: size of the pool, where it is not a list.
+        mu: regularisation of TED.
+        reference_point: in the study's units, orientation and order; None derives one from the front at each trial
+            (`default_reference_point`).
+        options: the rest.
+
+    Raises:
+        ConfigError: an argument is out of range; on a proposal, candidates or the reference point do not fit the study.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        mode: Mode = "paper",
+        search_space: Mapping[str, BaseDistribution] | None = None,
+        candidates: Candidates | None = None,
+        n_initial: int = 10,
+        pool_size: int = 500,
+        mu: float = 0.1,
+        reference_point: Sequence[float] | None = None,
+        options: SamplerOptions | None = None,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode={mode!r}; wanted one of {get_args(Mode)}")
+        if not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"seed={seed!r}; wanted a whole number of at least 0")
+        if n_initial < 1 or pool_size < n_initial or not mu > 0:
+            raise ConfigError(
+                f"n_initial={n_initial}, pool_size={pool_size}, mu={mu}; wanted 1 <= n_initial <= pool_size and mu > 0"
+            )
+        if candidates is not None and not callable(candidates) and not candidates:
+            raise ConfigError("candidates is an empty list; wanted parameter dicts, or None for the generic pool")
+        self.seed = seed
+        self.mode: Mode = mode
+        self.search_space = None if search_space is None else dict(search_space)
+        self.candidates = candidates
+        self.n_initial = n_initial
+        self.pool_size = pool_size
+        self.mu = mu
+        self.reference_point = None if reference_point is None else tuple(float(v) for v in reference_point)
+        self.options = options or SamplerOptions()
+        # A function of the arguments alone, kept to save time: space -> generation -> rows.
+        self._pools: dict[tuple[tuple[str, str], ...], dict[int, Rows]] = {}
+
+    def phase(self, study: Study, trial: FrozenTrial | Trial) -> Phase:
+        """Which phase proposed a trial; "given" where it was enqueued, added by hand or proposed by another sampler."""
+        attributes = study._storage.get_trial_system_attrs(trial._trial_id)
+        return cast("Phase", attributes.get(PHASE_KEY, "given"))
+
+    def reseed_rng(self) -> None:
+        """Nothing to do: trials of parallel workers differ by their numbers, and the sampler holds no generator."""
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The given space, or the parameters that all complete trials share; without those of a single value."""
+        space = self.search_space
+        if space is None:
+            space = intersection_search_space(study.get_trials(deepcopy=False))
+        return {name: space[name] for name in sorted(space) if not space[name].single()}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Draw one parameter at random, from (seed, trial number, name)."""
+        name = zlib.crc32(param_name.encode())
+        seed = int(np.random.SeedSequence([self.seed, 1, trial.number, name]).generate_state(1)[0])
+        return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Propose a point: see the class."""
+        if not search_space:
+            self._record(study, trial, PHASE_KEY, "random")
+            return {}
+        space = SearchSpace(search_space)
+        with _PROPOSING:
+            row, phase = self._propose(study, trial.number, space)
+            self._record(study, trial, PHASE_KEY, phase)
+            self._record(study, trial, POINT_KEY, dict(zip(space.names, row, strict=True)))
+        return space.external(row)
+
+    @staticmethod
+    def _record(study: Study, trial: FrozenTrial, key: str, value: Any) -> None:
+        # Optuna has no public setter for samplers; its own samplers do the same.
+        study._storage.set_trial_system_attr(trial._trial_id, key, value)
+
+    def _rng(self, *path: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *path])
+
+    def _propose(self, study: Study, number: int, space: SearchSpace) -> tuple[Key, Phase]:
+        history = History.read(study, space, exclude=number)
+        first_pool = self._pool(space, 0)
+        pick = self._ted_pick(space, first_pool, history, self.n_initial)
+        if pick is not None:
+            return pick, "ted"
+        if len(history.rows) < 2:
+            # Too little to fit: many trials failed, or all are still running. Follow TED's order further.
+            pick = self._ted_pick(space, first_pool, history, self.n_initial + len(history.seen) + 1)
+            if pick is not None:
+                return pick, "ted"
+        free = self._free_candidates(space, history)
+        if not len(free):
+            warnings.warn(
+                f"all {len(history.seen)} points that the search could draw were tried; trial {number} repeats one "
+                "at random. Stop the study earlier or widen its search space.",
+                UserWarning,
+                stacklevel=2,
+            )
+            return cast("Key", tuple(space.from_unit(self._rng(2, number).random((1, len(space.names))))[0])), "random"
+        if len(history.rows) < 2:
+            return cast("Key", tuple(free[0].tolist())), "ted"
+        return self._maximise_improvement(study, number, space, history, free), "bo"
+
+    def _pool(self, space: SearchSpace, generation: int) -> Rows:
+        """Candidates of a generation; 0 is the fixed pool, later ones refill it once all were tried."""
+        pools = self._pools.setdefault(space.signature, {})
+        if generation not in pools:
+            rng = self._rng(0, generation)
+            if self.candidates is None or (generation and not callable(self.candidates)):
+                alpha = self.options.share_concentration
+                pools[generation] = spanning_rows(space, self.pool_size, rng, alpha=alpha)
+            else:
+                given = self.candidates(self.pool_size, rng) if callable(self.candidates) else self.candidates
+                pools[generation] = unseen(self._checked(given, space), set())
+        return pools[generation]
+
+    def _checked(self, given: Sequence[Mapping[str, Any]], space: SearchSpace) -> Rows:
+        if not given:
+            raise ConfigError(f"candidates(n={self.pool_size}, generator) gave none; wanted parameter dicts")
+        if self.search_space is not None:
+            unknown = sorted({name for point in given for name in point} - set(self.search_space))
+            if unknown:
+                raise ConfigError(f"candidates name {unknown[:5]}, which search_space does not; wanted the same names")
+        return np.array([space.internal(point) for point in given], dtype=np.float64)
+
+    def _ted_pick(self, space: SearchSpace, pool: Rows, history: History, m: int) -> Key | None:
+        """The first of the m TED picks that no trial holds."""
+        for index in ted(space.encode(pool), min(m, len(pool)), self.mu).tolist():
+            key = tuple(pool[index].tolist())
+            if key not in history.seen:
+                return key
+        return None
+
+    def _free_candidates(self, space: SearchSpace, history: History) -> Rows:
+        for generation in range(_REFILLS):
+            free = unseen(self._pool(space, generation), history.seen)
+            if len(free):
+                return free
+        return np.empty((0, len(space.names)))
+
+    def _reference(self, study: Study) -> torch.Tensor | None:
+        """The given reference point, minimised."""
+        if self.reference_point is None:
+            return None
+        return as_reference_point(self.reference_point, len(study.directions)) * signs(study)
+
+    def _maximise_improvement(self, study: Study, number: int, space: SearchSpace, history: History, free: Rows) -> Key:
+        """Algorithm 2, lines 12 and 13."""
+        seed = int(np.random.SeedSequence([self.seed, 3, number]).generate_state(1)[0])
+        values, mean, scale = standardise(history.values)
+        feasible = history.feasible
+        # Constraints are scaled and not shifted: zero stays the border.
+        constraints = history.constraints / standardise(history.constraints)[2]
+        given = self._reference(study)
+        reference = default_reference_point(values) if given is None else (given - mean) / scale
+        front = values[feasible][pareto_mask(values[feasible])]
+        x, y = space.encode(history.rows), torch.cat([values, constraints], dim=1)
+        model: Surrogate = (
+            DeepKernelGP(x, y, self.options.deep_kernel, seed)
+            if self.mode == "paper"
+            else ArdGP(x, y, self.options.ard, seed)
+        )
+
+        def score(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+            posterior = model.posterior(space.encode(rows))
+            improvement = expected_hypervolume_improvement(
+                posterior.mean,
+                posterior.covariance,
+                front,
+                reference,
+                n_constraints=constraints.shape[1],
+                n_samples=self.options.n_samples,
+                seed=seed,
+            )
+            return improvement, posterior.covariance
+
+        improvement, covariance = score(free)
+        if self.mode == "beyond":
+            rng = self._rng(4, number)
+            shown = history.values[feasible] if bool(feasible.any()) else history.values
+            parents = history.rows[feasible.numpy()] if bool(feasible.any()) else history.rows
+            parents = parents[pareto_mask(shown).numpy()]
+            for _ in range(self.options.rounds):
+                known = history.seen | set(map(tuple, free.tolist()))
+                children = unseen(breed(space, parents, self.options.children, rng), known)
+                if len(children):
+                    more = score(children)
+                    free = np.concatenate([free, children])
+                    improvement, covariance = torch.cat([improvement, more[0]]), torch.cat([covariance, more[1]])
+                elite = improvement.argsort(descending=True, stable=True)[: self.options.elite]
+                parents = free[elite.numpy()]
+        return cast("Key", tuple(free[best_candidate(improvement, covariance)].tolist()))
