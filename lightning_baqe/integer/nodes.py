@@ -361,9 +361,7 @@ def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, inpu
     largest = (positive * high + negative * low + bias).max()
     smallest = (positive * low + negative * high + bias).min()
     # Partial sums pass through the extremes without bias, too.
-    worst = max(
-        int(largest), -int(smallest), int((positive * high - negative * low).max()), int(bias.abs().max())
-    )
+    worst = max(int(largest), -int(smallest), int((positive * high - negative * low).max()), int(bias.abs().max()))
     if worst > INT32_MAX:
         raise UnsupportedModelError(
             f"layer {layer!r}: an accumulator can reach {worst} (2^{math.log2(worst):.1f}), more than the 32 bits of an "

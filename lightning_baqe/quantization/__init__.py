@@ -1,0 +1,1 @@
+"""Float model to fake-quantized model with learnable scales: bit-configs, quantizers, conversion, calibration."""

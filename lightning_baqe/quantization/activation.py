@@ -1,0 +1,158 @@
+"""Activation quantizers: one learnable scale for a tensor, a zero point that stands for 0 exactly."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from lightning_baqe.errors import CalibrationError
+from lightning_baqe.quantization.functional import MIN_SCALE, quantize_activation, scale_gradient
+from lightning_baqe.quantization.observer import RangeObserver
+
+
+class ActivationQuantizer(nn.Module, ABC):
+    """Base: ``s * (clamp(round(x / s) + z, 0, Q) - z)`` with ``Q = 2^bits - 1`` and an integer ``z`` within 0..Q.
+
+    The scale is the parameter ``scale``, shape ``()``; its gradient is multiplied by ``1 / sqrt(N * Q)``, N the number
+    of elements per sample (LSQ, section 2.2). The buffer ``initialized`` tells whether data have set the scale. Until
+    then the first batch in training mode sets it, as LSQ does; evaluation mode refuses. While ``observer`` is set,
+    values pass through unchanged and are observed instead.
+
+    Args:
+        bits: 2 to 8.
+        name: for error messages.
+    """
+
+    initialized: torch.Tensor
+
+    def __init__(self, bits: int, name: str = "", device: torch.device | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.qmax = 2**bits - 1
+        self.name = name
+        self.observer: RangeObserver | None = None
+        self.scale = nn.Parameter(torch.ones((), device=device))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
+
+    @abstractmethod
+    def zero_point(self) -> int:
+        """The integer that stands for 0, within 0..Q."""
+
+    @abstractmethod
+    def _offset(self) -> torch.Tensor:
+        """The tensor that receives the offset's gradient, shape ``()``."""
+
+    @abstractmethod
+    def _set_range(self, low: float, high: float) -> None:
+        """Set scale and zero point from a clipping range with ``low <= 0 <= high``, ``low < high``."""
+
+    @abstractmethod
+    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
+        """The clipping range for the observed values."""
+
+    @torch.no_grad()
+    def initialize(self, observer: RangeObserver) -> None:
+        """Set scale and zero point from what was observed.
+
+        Raises:
+            CalibrationError: nothing was observed, or values that are not finite.
+        """
+        observer.check(self.name)
+        self._set_range(*self._choose_range(observer))
+        self.initialized.fill_(True)
+
+    def step(self) -> float:
+        """The scale as it acts."""
+        return float(self.scale.detach().clamp_min(MIN_SCALE))
+
+    def require_initialized(self) -> None:
+        """Raises CalibrationError unless data have set the scale."""
+        if not bool(self.initialized):
+            raise CalibrationError(
+                f"quantizer {self.name!r} has no scale yet: call lightning_baqe.calibrate(model, batches) first, "
+                "load a state_dict of a calibrated model, or train"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.observer is not None:
+            self.observer.update(x.detach())
+            return x
+        if not bool(self.initialized):
+            if not self.training:
+                self.require_initialized()
+            first = RangeObserver()
+            first.update(x.detach())
+            self.initialize(first)
+        factor = 1.0 / math.sqrt(max(x[0].numel(), 1) * self.qmax)
+        scale, offset = scale_gradient(self.scale, factor), scale_gradient(self._offset(), factor)
+        return quantize_activation(x, scale, offset, self.zero_point(), self.qmax)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, name={self.name!r}"
+
+
+class LSQPlusActivation(ActivationQuantizer):
+    """LSQ+ (Bhalgat et al., 2020): the offset is learned, too; ``z = clamp(round(-offset / scale), 0, Q)``.
+
+    Args:
+        range_method: initial clipping range, ``"mse"`` or ``"minmax"``; see :class:`RangeObserver`.
+    """
+
+    def __init__(
+        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
+    ) -> None:
+        super().__init__(bits, name, device)
+        self.range_method = range_method
+        self.offset = nn.Parameter(torch.zeros((), device=device))
+
+    def zero_point(self) -> int:
+        return min(max(round(-float(self.offset.detach()) / self.step()), 0), self.qmax)
+
+    def _offset(self) -> torch.Tensor:
+        return self.offset
+
+    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
+        return observer.range(self.qmax, self.range_method)
+
+    def _set_range(self, low: float, high: float) -> None:
+        step = max((high - low) / self.qmax, MIN_SCALE)
+        self.scale.fill_(step)
+        self.offset.fill_(low)
+
+
+class LSQActivation(ActivationQuantizer):
+    """LSQ (Esser et al., 2020): only the scale is learned; unsigned for inputs that are never negative, else signed.
+
+    Signed means the fixed zero point ``2^(bits - 1)``.
+    """
+
+    fixed_zero_point: torch.Tensor
+
+    def __init__(
+        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
+    ) -> None:
+        super().__init__(bits, name, device)
+        self.range_method = range_method
+        self.register_buffer("fixed_zero_point", torch.zeros((), dtype=torch.int64, device=device))
+
+    def zero_point(self) -> int:
+        return int(self.fixed_zero_point)
+
+    def _offset(self) -> torch.Tensor:
+        return self.scale.detach()
+
+    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
+        return observer.range(self.qmax, self.range_method, symmetric=True)
+
+    def _set_range(self, low: float, high: float) -> None:
+        self.fixed_zero_point.fill_(0 if low >= 0 else 2 ** (self.bits - 1))
+        self.scale.fill_(max((high - low) / self.qmax, MIN_SCALE))
+
+
+ACTIVATION_QUANTIZERS: dict[str, type[LSQActivation] | type[LSQPlusActivation]] = {
+    "lsq": LSQActivation,
+    "lsq+": LSQPlusActivation,
+}
