@@ -1,0 +1,428 @@
+"""The schedule template of dense convolutions and matrix products, integer and float.
+
+The kernel holds a tile of ``oct`` register-wide blocks of output channels x ``oht`` x ``owt`` pixels in registers and
+walks the window: rows of the kernel outside, runs of ``kernel_w * channels`` contiguous input values inside. A tile that
+would pass the edge is shifted back over its neighbour, so any size works without a branch.
+
+Knobs (in BAQE's terms, section III-B):
+
+| knob | values | meaning |
+| --- | --- | --- |
+| tile | ``"oct x oht x owt"`` | tile sizes over output channels (in register widths), height and width |
+| order | ``channels``, ``pixels`` | which of the outer loops is outermost: a block's weights stay in cache, or a tile's inputs |
+| unroll | 1, 2, 4 | steps of the reduction in one loop body |
+| weights | ``bytes``, ``packed`` | 4-bit weights widened to bytes on load of the artifact, or expanded in registers |
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tvm.script import tirx as T
+
+from lightning_baqe.deploy.dot import quad_of, step
+from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.errors import ConfigError
+
+Knobs = Mapping[str, Any]
+PARAMS = ("shift", "zero_point", "low", "high", "m_conv", "m_residual", "add_shift", "add_offset", "add_zero_point",
+          "add_low", "add_high", "pad")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Everything that a kernel's code depends on, knobs apart. Numbers such as scales are data, not code.
+
+    Args:
+        dot, chain: see :mod:`lightning_baqe.deploy.dot`.
+        lanes, registers: of the target.
+        source, result: layouts of input and output; the output's channels are stored.
+        kernel, stride, dilation: ``(height, width)``.
+        top, left: padding before the first row and column.
+        epilogue: ``acc`` (int32 accumulators), ``requant``, ``requant_add``, ``float``, ``float_relu``.
+        narrow: the requantized value fits 32 bits before it is clipped.
+        residual: layout of the other operand of a fused residual sum.
+        narrow_add: the residual sum fits 32 bits.
+        weight_bits: of the weights, 32 = float.
+        threads: of the outermost loop.
+    """
+
+    dot: str
+    chain: int
+    lanes: int
+    registers: int
+    source: Layout
+    result: Layout
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    top: int
+    left: int
+    epilogue: str
+    narrow: bool = True
+    residual: Layout | None = None
+    narrow_add: bool = True
+    weight_bits: int = 8
+    threads: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Register-wide blocks of output channels."""
+        return self.result.stored // self.lanes
+
+    @property
+    def segments(self) -> int:
+        """Contiguous runs of input values under the window."""
+        return self.kernel[0] if self.dilation[1] == 1 else self.kernel[0] * self.kernel[1]
+
+    @property
+    def run(self) -> int:
+        """Values in one run."""
+        return self.source.stored * (self.kernel[1] if self.dilation[1] == 1 else 1)
+
+    def steps(self, packed: bool) -> int:
+        """Quads of one run, rounded up to whole groups."""
+        quads = -(-self.run // quad_of(self.dot))
+        return -(-quads // self.group(packed)) * self.group(packed)
+
+    def group(self, packed: bool) -> int:
+        """Quads that one step of the inner loop takes."""
+        return max(self.chain, 2 if packed else 1)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the logical convolution."""
+        out = self.result
+        return out.channels * out.height * out.width * self.source.channels * self.kernel[0] * self.kernel[1]
+
+
+def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
+    """Every tile that fits the registers: accumulators, one weight vector a channel block, one input word."""
+    found = []
+    for oct_ in (1, 2, 3, 4, 6, 8):
+        for oht in (1, 2, 4):
+            for owt in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14):
+                if oct_ > spec.blocks or oht > spec.result.height or owt > spec.result.width:
+                    continue
+                if oct_ * oht * owt + oct_ + 1 <= spec.registers:
+                    found.append((oct_, oht, owt))
+    return found
+
+
+def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
+    """The values of each knob, best guess first.
+
+    Args:
+        spec: the kernel.
+        limit: how many tiles to offer, by estimated cost.
+    """
+    ranked = sorted(tiles(spec), key=lambda tile: (tile_cost(spec, tile), tile))
+    groups = spec.steps(False) // spec.group(False)
+    space: dict[str, list[Any]] = {
+        "tile": ["x".join(map(str, tile)) for tile in ranked[:limit]],
+        "order": ["channels", "pixels"],
+        "unroll": [u for u in (1, 2, 4) if groups % u == 0],
+        "weights": ["bytes"],
+    }
+    if spec.weight_bits <= 4 and spec.dot in ("vnni", "maddubs"):
+        space["weights"].append("packed")
+    return space
+
+
+def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
+    """Estimated cycles of one pass over the output: multiply steps against loads, recomputed edges counted."""
+    oct_, oht, owt = tile
+    pixels = oht * owt
+    passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
+    multiplies = {"maddubs": 1.0 + 2.0 / spec.chain, "madd16": 4.0, "portable": 2.0}.get(spec.dot, 1.0) * oct_ * pixels
+    # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
+    return passes * (max(multiplies, 8.0) + 0.1 * (oct_ + pixels))
+
+
+def default_knobs(spec: ConvSpec) -> dict[str, Any]:
+    """Good knobs without tuning."""
+    space = knob_space(spec, limit=1)
+    unroll = 2 if 2 in space["unroll"] else 1
+    return {"tile": space["tile"][0], "order": "channels", "unroll": unroll, "weights": "bytes"}
+
+
+def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
+    """Knobs with the default for each one missing; ``unroll`` and ``weights`` fall to the next value that this kernel
+    has, because the same knobs serve a layer at every bit-width.
+
+    Raises:
+        ConfigError: an unknown knob, or a tile that does not fit.
+    """
+    full = default_knobs(spec)
+    unknown = set(knobs) - set(full)
+    if unknown:
+        raise ConfigError(f"unknown knob {sorted(unknown)}; a convolution has {sorted(full)}")
+    full.update(knobs)
+    allowed = {"x".join(map(str, tile)) for tile in tiles(spec)}
+    if full["tile"] not in allowed:
+        raise ConfigError(
+            f"tile {full['tile']!r} does not fit {spec.blocks} blocks of {spec.lanes} channels, "
+            f"{spec.result.height}x{spec.result.width} pixels and {spec.registers} registers; choose one of "
+            f"{sorted(allowed)}"
+        )
+    if full["order"] not in ("channels", "pixels") or full["weights"] not in ("bytes", "packed"):
+        raise ConfigError(f"order is channels or pixels and weights is bytes or packed, got {full}")
+    if full["weights"] == "packed" and (spec.weight_bits > 4 or spec.dot not in ("vnni", "maddubs")):
+        full["weights"] = "bytes"
+    groups = spec.steps(full["weights"] == "packed") // spec.group(full["weights"] == "packed")
+    if full["unroll"] not in (1, 2, 4):
+        raise ConfigError(f"unroll is 1, 2 or 4, got {full['unroll']!r}")
+    while groups % full["unroll"]:
+        full["unroll"] //= 2
+    return full
+
+
+def weight_quads(spec: ConvSpec, weight: np.ndarray) -> np.ndarray:
+    """Weights ``(out, in, kh, kw)`` by output channel, run and quad: ``(stored out, segments, quads, quad)``."""
+    quad = quad_of(spec.dot)
+    out, _, kh, kw = weight.shape
+    full = np.zeros((spec.result.stored, kh, kw, spec.source.stored), dtype=weight.dtype)
+    full[:out, :, :, : weight.shape[1]] = weight.transpose(0, 2, 3, 1)
+    runs = full.reshape(spec.result.stored, spec.segments, spec.run)
+    quads = -(-spec.run // quad)
+    padded = np.zeros((spec.result.stored, spec.segments, quads * quad), dtype=weight.dtype)
+    padded[:, :, : spec.run] = runs
+    return padded.reshape(spec.result.stored, spec.segments, quads, quad)
+
+
+def pack_weights(spec: ConvSpec, knobs: Knobs, weight: np.ndarray) -> np.ndarray:
+    """Weights in the order in which the kernel reads them, flat."""
+    packed = knobs["weights"] == "packed"
+    quads = weight_quads(spec, weight)
+    steps = spec.steps(packed)
+    full = np.zeros((*quads.shape[:2], steps, quads.shape[3]), dtype=weight.dtype)
+    full[:, :, : quads.shape[2]] = quads
+    blocks = full.reshape(spec.blocks, spec.lanes, spec.segments, steps, -1).transpose(0, 2, 3, 1, 4)
+    if spec.dot == "fma":
+        return np.ascontiguousarray(blocks, dtype=np.float32).ravel()
+    if spec.dot == "madd16":  # (lanes, 4) -> even pair of every lane, then odd pair
+        return np.ascontiguousarray(np.stack([blocks[..., 0::2], blocks[..., 1::2]], axis=3), dtype=np.int16).ravel()
+    if packed:  # the nibbles of one byte belong to two consecutive quads, offset by 8
+        shifted = np.ascontiguousarray(blocks).reshape(spec.blocks, spec.segments, steps // 2, 2, spec.lanes * 4) + 8
+        return np.ascontiguousarray(shifted[..., 0, :] | (shifted[..., 1, :] << 4)).astype(np.uint8).ravel()
+    return np.ascontiguousarray(blocks, dtype=np.int8).ravel()
+
+
+def weight_dtype(spec: ConvSpec, knobs: Knobs) -> str:
+    """Storage type of the packed weights."""
+    if knobs["weights"] == "packed":
+        return "uint8"
+    return {"fma": "float32", "madd16": "int16"}.get(spec.dot, "int8")
+
+
+def _load_words(spec: ConvSpec, source: Any, offset: Any) -> Any:
+    if spec.dot == "fma":
+        return source[offset]
+    if spec.dot == "portable":
+        return T.Cast("int32", source[offset])
+    return T.reinterpret(source[T.ramp(offset, 1, 4)], dtype="int32")
+
+
+def _load_weights(spec: ConvSpec, packed: bool, weights: Any, quad: Any, index: int) -> list[Any]:
+    """The weight vectors of quad ``quad + index``, where ``quad`` begins a group."""
+    lanes = spec.lanes
+    if packed:
+        byte = weights[T.ramp((quad + index - index % 2) * (lanes * 2), 1, lanes * 4)]
+        if index % 2:
+            nibble = T.shift_right(byte, T.broadcast(T.uint8(4), lanes * 4))
+        else:
+            nibble = T.bitwise_and(byte, T.broadcast(T.uint8(15), lanes * 4))
+        return [T.reinterpret(nibble, dtype=f"int8x{lanes * 4}") - T.broadcast(T.int8(8), lanes * 4)]
+    if spec.dot == "madd16":
+        base = (quad + index) * (lanes * 4)
+        return [weights[T.ramp(base, 1, lanes * 2)], weights[T.ramp(base + lanes * 2, 1, lanes * 2)]]
+    width = lanes * quad_of(spec.dot)
+    return [weights[T.ramp((quad + index) * width, 1, width)]]
+
+
+def _reduce(spec: ConvSpec, packed: bool, acc: Any, source: Any, weights: Any, offset: Any, quad: Any) -> Any:
+    """The accumulators after one group of quads, as one expression."""
+    for first in range(0, spec.group(packed), spec.chain):
+        indices = range(first, first + spec.chain)
+        words = [_load_words(spec, source, offset + index * quad_of(spec.dot)) for index in indices]
+        vectors = [w for index in indices for w in _load_weights(spec, packed, weights, quad, index)]
+        acc = step(spec.dot, spec.lanes, acc, words, vectors)
+    return acc
+
+
+def _param(params: Any, name: str, dtype: str, lanes: int) -> Any:
+    return T.broadcast(T.Cast(dtype, params[PARAMS.index(name)]), lanes)
+
+
+def _rounded(value: Any, params: Any, shift: str, dtype: str, lanes: int) -> Any:
+    """Rounding right shift by a parameter."""
+    amount = T.Cast(dtype, params[PARAMS.index(shift)])
+    one = T.int64(1) if dtype == "int64" else T.int32(1)
+    return T.shift_right(value + T.broadcast(T.shift_left(one, amount - one), lanes), T.broadcast(amount, lanes))
+
+
+def _epilogue(spec: ConvSpec, acc: Any, multipliers: Any, channel: Any, residual: Any, params: Any) -> Any:
+    """What is stored for one vector of accumulators."""
+    lanes = spec.lanes
+    if spec.epilogue in ("acc", "float"):
+        return acc
+    if spec.epilogue == "float_relu":
+        return T.max(acc, T.broadcast(T.float32(0), lanes))
+    m = T.Cast(f"int64x{lanes}", multipliers[T.ramp(channel, 1, lanes)])
+    value = _rounded(T.Cast(f"int64x{lanes}", acc) * m, params, "shift", "int64", lanes)
+    width = "int32" if spec.narrow else "int64"
+    value = T.Cast(f"{width}x{lanes}", value) + _param(params, "zero_point", width, lanes)
+    value = T.min(T.max(value, _param(params, "low", width, lanes)), _param(params, "high", width, lanes))
+    if spec.epilogue == "requant":
+        return T.Cast(f"{spec.result.dtype}x{lanes}", value)
+    width = "int32" if spec.narrow_add else "int64"
+    total = (
+        T.Cast(f"{width}x{lanes}", value) * _param(params, "m_conv", width, lanes)
+        + T.Cast(f"{width}x{lanes}", residual) * _param(params, "m_residual", width, lanes)
+        + _param(params, "add_offset", width, lanes)
+    )
+    total = _rounded(total, params, "add_shift", width, lanes) + _param(params, "add_zero_point", width, lanes)
+    total = T.min(T.max(total, _param(params, "add_low", width, lanes)), _param(params, "add_high", width, lanes))
+    return T.Cast(f"{spec.result.dtype}x{lanes}", total)
+
+
+def fill_regions(layout: Layout) -> list[tuple[int, int, int]]:
+    """The halo as ``(start, length, repeats)``; repeats are ``layout.row`` apart."""
+    if layout.halo == 0:
+        return [(0, 0, 0), (0, 0, 0)]
+    edge = layout.halo * layout.row + layout.halo * layout.stored
+    between = 2 * layout.halo * layout.stored
+    # Top rows with the first left edge; then right edge plus next left edge, row by row; the bottom closes the last.
+    return [(0, edge, 1), (edge + layout.width * layout.stored, between, layout.height - 1)]
+
+
+@functools.lru_cache(maxsize=4096)
+def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
+    """The kernel as a TIR function of (source, weights, bias, multipliers, params, residual, result)."""
+    knobs = check_knobs(spec, dict(knobs_items))
+    oct_, oht, owt = map(int, knobs["tile"].split("x"))
+    packed, unroll = knobs["weights"] == "packed", knobs["unroll"]
+    lanes, pixels, tile = spec.lanes, oht * owt, oct_ * oht * owt
+    source, result = spec.source, spec.result
+    residual = spec.residual or source
+    has_residual = spec.residual is not None
+    is_float = spec.dot == "fma"
+    kind = "float32" if is_float else "int32"
+    quad, group, steps = quad_of(spec.dot), spec.group(packed), spec.steps(packed)
+    outer = steps // (group * unroll)
+    segments, row_segments = spec.segments, spec.dilation[1] == 1
+    kw = spec.kernel[1]
+    sh, sw = spec.stride
+    start = source.origin(spec.top, spec.left)
+    channel_tiles, row_tiles, column_tiles = -(-spec.blocks // oct_), -(-result.height // oht), -(-result.width // owt)
+    by_channel = knobs["order"] == "channels"
+    first_extent = channel_tiles if by_channel else row_tiles
+    second_extent = row_tiles if by_channel else channel_tiles
+    weights_length = spec.blocks * segments * steps * (lanes * (quad if not packed else 2))
+    weights_dtype = weight_dtype(spec, knobs)
+    row_dilation, column_dilation = spec.dilation
+    out_first = result.origin()
+    residual_first = residual.origin()
+    threads = spec.threads
+    (head, head_length, _), (side, side_length, side_repeats) = fill_regions(result)
+    tail = (result.height + result.halo) * result.row - result.halo * result.stored if result.halo else 0
+    tail_length = head_length
+    params_length = len(PARAMS)
+    result_dtype = result.dtype
+
+    def clamp_tile(index: Any, extent: int, size: int) -> Any:
+        return T.min(index * size, T.int32(extent - size)) if extent % size else index * size
+
+    def segment_offset(segment: Any) -> Any:
+        if row_segments:
+            return segment * (row_dilation * source.row)
+        return T.floordiv(segment, kw) * (row_dilation * source.row) + T.floormod(segment, kw) * (
+            column_dilation * source.stored
+        )
+
+    def outer_loop(extent: int) -> Any:
+        return T.parallel(extent) if threads > 1 else T.serial(extent)
+
+    def reduce_group(acc: Any, values: Any, weights: Any, offset: Any, at: Any) -> Any:
+        return _reduce(spec, packed, acc, values, weights, offset, at)
+
+    def finish(acc: Any, multipliers: Any, channel: Any, other: Any, at: Any, params: Any) -> Any:
+        extra = other[T.ramp(at, 1, lanes)] if has_residual else None
+        return _epilogue(spec, acc, multipliers, channel, extra, params)
+
+    @T.prim_func(s_tir=True)
+    def conv(
+        X: T.Buffer((source.length,), source.dtype),
+        W: T.Buffer((weights_length,), weights_dtype),
+        B: T.Buffer((result.stored,), kind),
+        M: T.Buffer((result.stored,), "int32"),
+        P: T.Buffer((params_length,), "int64"),
+        R: T.Buffer((residual.length,), residual.dtype),
+        Y: T.Buffer((result.length,), result_dtype),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        if result.halo > 0:
+            for i in T.serial(head_length):
+                Y[head + i] = T.Cast(result_dtype, P[11])
+            for y in T.serial(side_repeats):
+                for i in T.serial(side_length):
+                    Y[side + y * result.row + i] = T.Cast(result_dtype, P[11])
+            for i in T.serial(tail_length):
+                Y[tail + i] = T.Cast(result_dtype, P[11])
+        for first in outer_loop(first_extent):
+            for second in T.serial(second_extent):
+                for tw in T.serial(column_tiles):
+                    acc = T.alloc_buffer((tile, lanes), kind, scope="local")
+                    block: T.let[T.int32] = clamp_tile(first if by_channel else second, spec.blocks, oct_)
+                    oy: T.let[T.int32] = clamp_tile(second if by_channel else first, result.height, oht)
+                    ox: T.let[T.int32] = clamp_tile(tw, result.width, owt)
+                    for c in T.unroll(oct_):
+                        for p in T.unroll(pixels):
+                            acc[c * pixels + p, T.ramp(0, 1, lanes)] = B[T.ramp((block + c) * lanes, 1, lanes)]
+                    for s in T.serial(segments):
+                        for r in T.serial(outer):
+                            for u in T.unroll(unroll):
+                                for h in T.unroll(oht):
+                                    for w in T.unroll(owt):
+                                        for c in T.unroll(oct_):
+                                            acc[c * pixels + h * owt + w, T.ramp(0, 1, lanes)] = reduce_group(
+                                                acc[c * pixels + h * owt + w, T.ramp(0, 1, lanes)],
+                                                X,
+                                                W,
+                                                start
+                                                + (oy + h) * (sh * source.row)
+                                                + (ox + w) * (sw * source.stored)
+                                                + segment_offset(s)
+                                                + (r * unroll + u) * (group * quad),
+                                                ((block + c) * segments + s) * steps + (r * unroll + u) * group,
+                                            )
+                    for c in T.unroll(oct_):
+                        for h in T.unroll(oht):
+                            for w in T.unroll(owt):
+                                Y[
+                                    T.ramp(
+                                        out_first
+                                        + (oy + h) * result.row
+                                        + (ox + w) * result.stored
+                                        + (block + c) * lanes,
+                                        1,
+                                        lanes,
+                                    )
+                                ] = finish(
+                                    acc[c * pixels + h * owt + w, T.ramp(0, 1, lanes)],
+                                    M,
+                                    (block + c) * lanes,
+                                    R,
+                                    residual_first
+                                    + (oy + h) * residual.row
+                                    + (ox + w) * residual.stored
+                                    + (block + c) * lanes,
+                                    P,
+                                )
+
+    return conv

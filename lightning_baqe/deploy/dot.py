@@ -1,0 +1,110 @@
+"""Dot products that are exact in the instructions at hand.
+
+A convolution's inner step multiplies groups of four neighbouring input values (a *quad*: four unsigned bytes read as one
+32-bit word and broadcast to all lanes) with the weights of as many output channels as a register has 32-bit lanes.
+
+| dot | step | exact because |
+| --- | --- | --- |
+| vnni | ``vpdpbusd``: u8 x s8, four products into int32 | it does not saturate |
+| maddubs | ``chain`` times ``vpmaddubsw`` added in int16, then ``vpmaddwd`` by ones | the weights at hand prove that no int16 sum overflows |
+| madd16 | even and odd bytes widened to int16, two ``vpmaddwd`` | 255 * 128 * 2 fits int32 |
+| portable | one value at a time, widened to int32 | plain arithmetic |
+| fma | one value at a time, float32 | (float) |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tvm.script import tirx as T
+
+from lightning_baqe.deploy.target import CpuTarget
+
+_VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
+_PMADDUBSW = "llvm.x86.avx2.pmadd.ub.sw"
+_PMADDWD = "llvm.x86.avx2.pmadd.wd"
+INT16_MAX = 2**15 - 1
+CHAINS = (32, 16, 8, 4, 2, 1)
+
+
+def _intrinsic(name: str, *args: Any, dtype: str) -> Any:
+    return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *args, dtype=dtype)
+
+
+def step(dot: str, lanes: int, acc: Any, activations: list[Any], weights: list[Any]) -> Any:
+    """The accumulators after one step.
+
+    Args:
+        dot: a name of the table above.
+        lanes: 32-bit lanes of a register.
+        acc: ``int32 x lanes`` (``float32 x lanes`` for fma).
+        activations: one word per quad of the chain: int32 (four bytes), or one float32 / int32 value.
+        weights: as many vectors; for madd16 pairs of int16 vectors, even bytes first.
+    """
+    if dot == "vnni":
+        a = T.reinterpret(T.broadcast(activations[0], lanes), dtype=f"int8x{4 * lanes}")
+        return _intrinsic(_VPDPBUSD, acc, a, weights[0], dtype=f"int32x{lanes}")
+    if dot == "maddubs":
+        total: Any = None
+        for a, w in zip(activations, weights, strict=True):
+            words = T.reinterpret(T.broadcast(a, lanes), dtype=f"uint8x{4 * lanes}")
+            products = _intrinsic(_PMADDUBSW, words, w, dtype=f"int16x{2 * lanes}")
+            total = products if total is None else total + products
+        ones = T.broadcast(T.int16(1), 2 * lanes)
+        return acc + _intrinsic(_PMADDWD, total, ones, dtype=f"int32x{lanes}")
+    if dot == "madd16":
+        even_weights, odd_weights = weights
+        word = T.broadcast(activations[0], lanes)
+        even = T.reinterpret(T.bitwise_and(word, T.broadcast(T.int32(0x00FF00FF), lanes)), dtype=f"int16x{2 * lanes}")
+        unsigned = T.reinterpret(word, dtype=f"uint16x{2 * lanes}")
+        odd = T.reinterpret(T.shift_right(unsigned, T.broadcast(T.uint16(8), 2 * lanes)), dtype=f"int16x{2 * lanes}")
+        acc = acc + _intrinsic(_PMADDWD, even, even_weights, dtype=f"int32x{lanes}")
+        return acc + _intrinsic(_PMADDWD, odd, odd_weights, dtype=f"int32x{lanes}")
+    if dot == "portable":
+        return acc + T.broadcast(activations[0], lanes) * T.Cast(f"int32x{lanes}", weights[0])
+    if dot == "fma":
+        return _intrinsic("llvm.fma", T.broadcast(activations[0], lanes), weights[0], acc, dtype=f"float32x{lanes}")
+    raise AssertionError(dot)
+
+
+def quad_of(dot: str) -> int:
+    """Input values per weight group."""
+    return 1 if dot in ("portable", "fma") else 4
+
+
+def choose_dot(target: CpuTarget, quads: np.ndarray, activation_max: int) -> tuple[str, int]:
+    """The fastest dot that is exact for these weights, and its chain length.
+
+    Args:
+        target: the CPU.
+        quads: int weights by output channel and quad, shape ``(out, segments, quads, 4)``.
+        activation_max: largest input value.
+
+    Returns:
+        ``(dot, chain)``. A chain of k is used where for every output channel, every two-byte lane and every k
+        consecutive quads, ``activation_max`` times the sum of the positive (and of the negative) weights fits int16.
+    """
+    if target.path == "vnni512":
+        return "vnni", 1
+    if target.path != "avx2":
+        return "portable", 1
+    out, segments, length, _ = quads.shape
+    pairs = quads.reshape(out, segments, length, 2, 2)
+    positive = np.maximum(pairs, 0).sum(-1) * activation_max
+    negative = -np.minimum(pairs, 0).sum(-1) * activation_max
+    for chain in CHAINS:
+        if chain > length:
+            continue
+        if _chain_fits(positive, chain, INT16_MAX) and _chain_fits(negative, chain, INT16_MAX + 1):
+            return "maddubs", chain
+    return "madd16", 1
+
+
+def _chain_fits(lane_sums: np.ndarray, chain: int, limit: int) -> bool:
+    out, segments, length, lanes = lane_sums.shape
+    padded = -(-length // chain) * chain
+    full = np.zeros((out, segments, padded, lanes), dtype=np.int64)
+    full[:, :, :length] = lane_sums
+    return bool(full.reshape(out, segments, padded // chain, chain, lanes).sum(3).max() <= limit)

@@ -1,0 +1,100 @@
+"""Targets: which instructions kernels may use. Chosen by the CPU's flags, never assumed."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_baqe.errors import BuildError
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """A CPU as code generation sees it.
+
+    Args:
+        name: ``native``, or the name of the path.
+        path: which exact integer arithmetic is used: ``vnni512``, ``avx2`` or ``portable``.
+        mcpu: LLVM's name of the CPU.
+        lanes: 32-bit lanes of one vector register.
+        registers: vector registers.
+    """
+
+    name: str
+    path: str
+    mcpu: str
+    lanes: int
+    registers: int
+
+    @property
+    def tvm(self) -> dict[str, str]:
+        """The target as ``tvm.target.Target`` takes it."""
+        return {"kind": "llvm", "mcpu": self.mcpu}
+
+
+_PATHS = {
+    "vnni512": CpuTarget("vnni512", "vnni512", "cascadelake", 16, 32),
+    "avx2": CpuTarget("avx2", "avx2", "haswell", 8, 16),
+    "portable": CpuTarget("portable", "portable", "x86-64", 4, 16),
+}
+_NEEDED_FLAGS = {
+    "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx2": {"avx2", "fma"},
+    "portable": set[str](),
+}
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction-set flags of this CPU, in the kernel's spelling; empty where the kernel tells none."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return frozenset()
+    for line in info.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Model name of this CPU with family and model, since several generations share one name."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in info.read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family')}, model {fields.get('model')})"
+
+
+def can_run(path: str) -> bool:
+    """Whether this CPU executes the code of a path."""
+    return cpu_flags() >= _NEEDED_FLAGS[path] and (path == "portable" or platform.machine() == "x86_64")
+
+
+@functools.cache
+def get_target(name: str = "native") -> CpuTarget:
+    """Look a target up.
+
+    Args:
+        name: ``native`` (the best path that this CPU runs, tuned for it), ``vnni512``, ``avx2`` or ``portable``.
+
+    Raises:
+        BuildError: no such target.
+    """
+    if name in _PATHS:
+        return _PATHS[name]
+    if name != "native":
+        raise BuildError(f"unknown target {name!r}; choose one of native, {', '.join(_PATHS)}")
+    best = next(path for path in _PATHS if can_run(path))
+    from tvm.target import Target
+
+    base = _PATHS[best]
+    if best == "portable":
+        return CpuTarget("native", "portable", base.mcpu, base.lanes, base.registers)
+    mcpu = str(Target.from_device("cpu").attrs["mcpu"])
+    return CpuTarget("native", base.path, mcpu, base.lanes, base.registers)
