@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,6 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.space import Key, Rows, SearchSpace
 
 POINT_KEY = "baqe:point"  # system attribute: the proposal, for trials that have not suggested it yet
@@ -73,8 +73,8 @@ class History:
             space: trials without a point of this space are left aside.
             exclude: number of the trial that asks.
 
-        Raises:
-            ConfigError: complete trials have different constraints.
+        Warns:
+            UserWarning: some complete trials lack constraints that others have; their values are left out.
         """
         complete: list[tuple[Key, list[float], dict[str, float]]] = []
         seen: set[Key] = set()
@@ -87,11 +87,15 @@ class History:
             if trial.state == TrialState.COMPLETE and np.isfinite(trial.values).all() and space.holds(trial.params):
                 complete.append((key, trial.values, trial.constraints))
         names = sorted({name for _, _, constraints in complete for name in constraints})
-        if any(set(constraints) != set(names) for _, _, constraints in complete):
-            raise ConfigError(
-                f"some complete trials lack a value for the constraints {names}; call "
-                "trial.set_constraint(name, value) for each of them in every trial that returns values"
+        lacking = [entry for entry in complete if set(entry[2]) != set(names)]
+        if lacking:
+            warnings.warn(
+                f"{len(lacking)} complete trials lack a value for some of the constraints {names}; they are left out. "
+                "Call trial.set_constraint(name, value) for each constraint in every trial that returns values.",
+                UserWarning,
+                stacklevel=2,
             )
+            complete = [entry for entry in complete if set(entry[2]) == set(names)]
         n, m = len(complete), len(study.directions)
         return cls(
             rows=np.array([key for key, _, _ in complete], dtype=np.float64).reshape(n, len(space.names)),
