@@ -1,0 +1,197 @@
+"""An artifact: a folder with the compiled module, the integer graph with packed weights, and a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from tvm import relax
+
+from lightning_baqe.deploy.compiler import ALL, MAIN, constants
+from lightning_baqe.deploy.device import device_info, versions
+from lightning_baqe.deploy.plan import Plan, make_plan
+from lightning_baqe.deploy.target import CpuTarget, can_run
+from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
+
+FORMAT = 1
+MANIFEST, MODULE, GRAPH, TENSORS, BITS = "manifest.json", "module.so", "graph.json", "tensors.npz", "bits.json"
+
+
+class Artifact:
+    """A compiled network for batch 1.
+
+    Made by :func:`lightning_baqe.build` or :meth:`load`.
+
+    Args:
+        graph: the integer graph that it computes.
+        plan: its kernels.
+        executable: the Relax VM module.
+    """
+
+    def __init__(self, graph: IntegerGraph, plan: Plan, executable: Any) -> None:
+        self.graph, self.plan, self._executable = graph, plan, executable
+        self._vm: Any = None
+        self._constants: list[Any] = []
+
+    @property
+    def target(self) -> CpuTarget:
+        return self.plan.target
+
+    @property
+    def threads(self) -> int:
+        return self.plan.threads
+
+    @property
+    def schedules(self) -> dict[str, dict[str, Any]]:
+        """The knobs of every tunable layer."""
+        return self.plan.schedules
+
+    @property
+    def bits(self) -> Mapping[str, tuple[int, int]]:
+        """``{layer: (weight bits, activation bits)}``."""
+        return self.graph.bits
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the graph: packed weights, biases, requantization numbers."""
+        return self.graph.size_bytes
+
+    @property
+    def vm(self) -> Any:
+        """The virtual machine, its constants already set."""
+        if self._vm is None:
+            if not can_run(self.target.path):
+                raise BuildError(
+                    f"this artifact uses {self.target.path} instructions ({self.target.mcpu}), which this CPU does not have; "
+                    "build its graph again here: baqe.build(artifact.graph)"
+                )
+            self._vm = relax.VirtualMachine(self._executable, tvm.cpu())
+            self._constants = [tvm.runtime.tensor(array) for array in constants(self.plan)]
+            self._image = tvm.runtime.empty((1, *self.graph.input_shape), "float32")
+            self._vm.set_input(MAIN, self._image, *self._constants)
+        return self._vm
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch, one image after the other.
+
+        Args:
+            x: float, shape ``(n, *graph.input_shape)``.
+
+        Returns:
+            float32, shape ``(n, *graph.output.type.shape)``; equal to ``graph.run(x)`` on every element for networks
+            without float layers.
+
+        Raises:
+            ConfigError: the shape does not fit.
+            BuildError: this CPU lacks the artifact's instructions.
+        """
+        images = self._images(x)
+        shape = (len(images), *self.graph.output.type.shape)
+        vm = self.vm
+        out = np.empty((len(images), int(np.prod(shape[1:]))), np.float32)
+        for index, image in enumerate(images):
+            self._image.copyfrom(image[None])
+            vm.invoke_stateful(MAIN)
+            out[index] = vm.get_outputs(MAIN).numpy()[0]
+        return torch.from_numpy(out).reshape(shape)
+
+    def run_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every value that the compiled module holds, by node: integers as int64, floats as float32, ``(n, *shape)``.
+
+        A residual sum that is computed inside a convolution's kernel stands for both.
+        """
+        images = self._images(x)
+        vm = self.vm
+        found: dict[str, list[np.ndarray]] = {}
+        for image in images:
+            results = vm[ALL](tvm.runtime.tensor(image[None]), *self._constants)
+            for call, value in zip(self.plan.calls, results, strict=True):
+                layout = self.plan.layouts.get(call.result)
+                array = value.numpy() if layout is None else layout.unpack(value.numpy())
+                found.setdefault(call.result, []).append(array[0] if layout is None else array)
+        values: dict[str, torch.Tensor] = {}
+        shapes = {node.name: node.type.shape for node in self.graph}
+        for name, arrays in found.items():
+            stacked = torch.from_numpy(np.stack(arrays))
+            stacked = stacked if stacked.dtype == torch.float32 else stacked.to(torch.int64)
+            values[name] = stacked.reshape(len(images), *shapes[name]) if name in shapes else stacked
+        return values
+
+    def _images(self, x: torch.Tensor) -> np.ndarray:
+        if tuple(x.shape[1:]) != tuple(self.graph.input_shape):
+            raise ConfigError(
+                f"input has shape {tuple(x.shape)}, the artifact wants (n, {', '.join(map(str, self.graph.input_shape))})"
+            )
+        return np.ascontiguousarray(x.detach().to(torch.float32).cpu().numpy())
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the artifact's folder, in one move: an interrupted save leaves nothing half-written.
+
+        Raises:
+            BuildError: no C++ compiler links the module.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            try:
+                self._executable.export_library(str(staging / MODULE))
+            except RuntimeError as error:
+                raise BuildError(f"the module cannot be linked; is a C++ compiler (g++ or clang) installed? {error}") from error
+            description, tensors = graph_to_parts(self.graph)
+            (staging / GRAPH).write_text(json.dumps(description))
+            np.savez(staging / TENSORS, **tensors)  # type: ignore[arg-type]
+            (staging / BITS).write_text(json.dumps({k: list(v) for k, v in self.bits.items()}, indent=1))
+            manifest = {
+                "format": FORMAT,
+                "target": vars(self.target),
+                "threads": self.threads,
+                "schedules": self.schedules,
+                "plan": self.plan.digest,
+                "device": device_info(self.threads),
+                "versions": versions(),
+                "size_bytes": self.size_bytes,
+            }
+            (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(staging, folder)
+            folder.chmod(0o755)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Artifact:
+        """Read an artifact's folder. Nothing in it is unpickled, but its module is native code: load what you trust.
+
+        Raises:
+            BuildError: a file is missing, or another version wrote it.
+        """
+        folder = Path(folder)
+        missing = [name for name in (MANIFEST, MODULE, GRAPH, TENSORS) if not (folder / name).exists()]
+        if missing:
+            raise BuildError(f"{folder} is no artifact: it lacks {', '.join(missing)}; give a folder that Artifact.save wrote")
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
+            raise BuildError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again")
+        with np.load(folder / TENSORS, allow_pickle=False) as tensors:
+            graph = graph_from_parts(json.loads((folder / GRAPH).read_text()), dict(tensors))
+        plan = make_plan(graph, CpuTarget(**manifest["target"]), manifest["schedules"], manifest["threads"])
+        if plan.digest != manifest["plan"]:
+            raise BuildError(
+                f"{folder} was built by other templates (versions {manifest['versions']}); build its graph again: "
+                "baqe.build(lightning_baqe.integer.serialize graph) or rerun its recipe"
+            )
+        executable = tvm.runtime.load_module(str((folder / MODULE).resolve()))
+        return cls(graph, plan, executable)

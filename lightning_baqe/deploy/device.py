@@ -1,0 +1,42 @@
+"""What a device is, as data: measured figures are only comparable where these agree."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from lightning_baqe.deploy.target import cpu_flags, cpu_name
+
+_FLAGS_THAT_MATTER = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "lightning-baqe")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what generates and runs the code."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def device_info(threads: int = 1) -> dict[str, Any]:
+    """This machine's CPU: model, the instruction sets that matter, usable cores, threads of a measurement."""
+    return {
+        "cpu": cpu_name(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "flags": [flag for flag in _FLAGS_THAT_MATTER if flag in cpu_flags()],
+        "flags_digest": hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:16],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+    }
+
+
+def fingerprint(threads: int = 1) -> str:
+    """Digest of the device and of the versions that generate its code."""
+    info = {key: value for key, value in device_info(threads).items() if key != "cores"}
+    code = {name: versions()[name] for name in ("apache-tvm", "apache-tvm-ffi", "lightning-baqe")}
+    return hashlib.sha256(json.dumps([info, code], sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,179 @@
+"""Measure latency on a device, in a process of its own: pinned, warmed up, with a timeout, many samples."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.deploy.device import device_info
+from lightning_baqe.deploy.records import Records
+from lightning_baqe.errors import ConfigError, MeasurementError
+
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Latency of one inference of one image.
+
+    Args:
+        latency_us: median of the samples, microseconds.
+        samples_us: every sample in order.
+        device: the fingerprint: CPU, flags, cores, threads.
+        cached: whether it came from the records.
+    """
+
+    latency_us: float
+    samples_us: tuple[float, ...]
+    device: dict[str, Any]
+    cached: bool = False
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over median; above 0.1 the machine was noisy."""
+        if len(self.samples_us) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples_us, n=4)
+        return (high - low) / self.latency_us
+
+
+class Worker:
+    """A measuring process that is kept between measurements and replaced when it hangs or dies.
+
+    Args:
+        threads: cores that it is pinned to, the last ones that this process may use.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[str] = queue.Queue()
+        self._errors = tempfile.TemporaryFile(mode="w+")
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Send one request, wait for its answer.
+
+        Raises:
+            MeasurementError: the worker died, gave an error, or took longer than ``timeout_s``.
+        """
+        process = self._running()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            answer = self._answer(timeout_s)
+        except BrokenPipeError as error:
+            raise self._died("died") from error
+        if "error" in answer:
+            raise MeasurementError(f"measuring failed: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        if self.threads > len(usable):
+            raise ConfigError(f"{self.threads} threads are asked for, but this process may use {len(usable)} cores")
+        cores = ",".join(str(core) for core in usable[-self.threads :])
+        command = [sys.executable, "-m", "lightning_baqe.deploy.worker", cores]
+        self._errors.seek(0)
+        self._errors.truncate()
+        self._answers = queue.Queue()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        threading.Thread(target=_read_lines, args=(self._process, self._answers), daemon=True).start()
+        atexit.register(self.close)
+        self._answer(START_TIMEOUT_S)
+        return self._process
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        try:
+            line = self._answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise self._died(f"gave no answer within {timeout_s:g} s") from None
+        if not line:
+            raise self._died("died")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _died(self, what: str) -> MeasurementError:
+        code = self._process.poll() if self._process is not None else None
+        self.close()
+        self._errors.seek(0)
+        tail = self._errors.read()[-2000:].strip()
+        return MeasurementError(f"the measuring process {what} (exit code {code}); its last words: {tail or 'none'}")
+
+
+def _read_lines(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        answers.put(line)
+    answers.put("")
+
+
+_workers: dict[int, Worker] = {}
+
+
+def worker(threads: int = 1) -> Worker:
+    """The measuring process for so many threads."""
+    return _workers.setdefault(threads, Worker(threads))
+
+
+def measure(
+    artifact: Artifact | Path | str,
+    device: str = "local",
+    repeats: int = 50,
+    warmup: int = 10,
+    timeout_s: float = 60.0,
+    records: Records | None = None,
+) -> Measurement:
+    """Latency of an artifact, batch 1.
+
+    Args:
+        artifact: an artifact, or its folder.
+        device: ``local``.
+        repeats: samples.
+        warmup: runs before the first sample.
+        timeout_s: for the whole measurement.
+        records: if given, code that was measured before is not measured again, and new figures are kept.
+
+    Raises:
+        ConfigError: an unknown device, or too many threads.
+        MeasurementError: it crashed or took too long.
+    """
+    if device != "local":
+        raise ConfigError(f"unknown device {device!r}; this version measures on 'local'")
+    if repeats < 1 or warmup < 0:
+        raise ConfigError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
+    loaded = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
+    info = device_info(loaded.threads)
+    known = records.model(loaded.plan.digest, loaded.threads) if records is not None else None
+    if known is not None:
+        return Measurement(known[0], tuple(known[1]), info, cached=True)
+    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
+        path = loaded.save(Path(folder) / "artifact") if isinstance(artifact, Artifact) else Path(artifact).resolve()
+        request = {"artifact": str(path), "repeats": repeats, "warmup": warmup}
+        samples = worker(loaded.threads).ask(request, timeout_s)["samples_us"]
+    latency_us = statistics.median(samples)
+    if records is not None:
+        records.add_model(loaded.plan.digest, loaded.threads, samples, latency_us, info)
+    return Measurement(latency_us, tuple(samples), info)
