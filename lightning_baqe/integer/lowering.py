@@ -39,7 +39,7 @@ from lightning_baqe.integer.nodes import (
     Requantize,
     TensorType,
 )
-from lightning_baqe.integer.shapes import GraphValues, pair, padding_of, pool_window
+from lightning_baqe.integer.shapes import GraphValues, padding_of, pair, pool_window
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
@@ -140,7 +140,7 @@ class _Lowering:
 
     def _target(self, node: fx.Node) -> _Target | None:
         """The grid that the output of a producer ends in, None if it ends in the network's output."""
-        clips = []
+        clips: list[str] = []
         while True:
             consumers = self.reader.consumers[node]
             if len(consumers) != 1:
@@ -199,7 +199,7 @@ class _Lowering:
             return self._layer(node, op)
         if op.kind == "add":
             return self._add(node, op)
-        if not op.inputs or op.kind == "other":
+        if not op.inputs or op.kind in ("other", "item"):
             raise self._refuse(
                 node, "this operator has no integer meaning here; keep it out of the network or replace it (convs, "
                 "linears, batch norm after them, ReLU, ReLU6, max and average pooling, additions and flattening lower)"
@@ -289,6 +289,10 @@ class _Lowering:
             (height - kernel[0]) // stride[0] + 1,
             (width - kernel[1]) // stride[1] + 1,
         )
+        if op.kind != "mean" and shape != self._shape(node):
+            raise self._refuse(
+                node, "average pooling whose ceil_mode adds partial windows does not lower; set it False"
+            )
         inputs, name = (value.name,), self._name(label)
         if value.type.is_integer:
             target = self._target(node)

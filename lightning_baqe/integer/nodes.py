@@ -66,7 +66,8 @@ class Node:
 
 
 def _clip(values: torch.Tensor, kind: TensorType) -> torch.Tensor:
-    assert kind.low is not None and kind.high is not None
+    assert kind.low is not None
+    assert kind.high is not None
     return values.clamp(kind.low, kind.high)
 
 
@@ -95,7 +96,8 @@ class Quantize(Node):
         factor = torch.tensor(self.inverse_scale, dtype=torch.float32)
         scaled = torch.round(values[0].to(torch.float32) * factor)
         # Clamp before the cast: what lies outside int64 has no defined conversion.
-        assert self.type.low is not None and self.type.high is not None
+        assert self.type.low is not None
+        assert self.type.high is not None
         zero_point = self.type.zero_point
         return scaled.clamp(self.type.low - zero_point, self.type.high - zero_point).to(torch.int64) + zero_point
 
@@ -364,6 +366,6 @@ def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, inpu
     worst = max(int(largest), -int(smallest), int((positive * high - negative * low).max()), int(bias.abs().max()))
     if worst > INT32_MAX:
         raise UnsupportedModelError(
-            f"layer {layer!r}: an accumulator can reach {worst} (2^{math.log2(worst):.1f}), more than the 32 bits of an "
-            "int32; give it fewer bits or keep it float (32)"
+            f"layer {layer!r}: an accumulator can reach {worst} (2^{math.log2(worst):.1f}), more than the 32 bits of "
+            "an int32; give it fewer bits or keep it float (32)"
         )

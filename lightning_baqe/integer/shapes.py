@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +98,7 @@ def pool_window(
         shape: of the input, ``(channels, height, width)``.
 
     Raises:
-        UnsupportedModelError: padding, ceil_mode, a divisor, or an adaptive pooling with uneven windows.
+        UnsupportedModelError: padding, a divisor, or an adaptive pooling with uneven windows.
     """
     if len(shape) != 3:
         raise UnsupportedModelError(f"{label!r}: average pooling wants (channels, height, width), got {shape}")
@@ -121,9 +120,8 @@ def pool_window(
         return kernel, kernel
     kernel = pair(options["kernel_size"])
     stride = options.get("stride")
-    if any(pair(options.get("padding", 0))) or options.get("ceil_mode", False) or options.get("divisor_override"):
+    if any(pair(options.get("padding", 0))) or options.get("divisor_override"):
         raise UnsupportedModelError(
-            f"{label!r}: average pooling with padding, ceil_mode or divisor_override does not lower; pad before a "
-            f"convolution instead, or use windows that fit (kernel area {math.prod(kernel)})"
+            f"{label!r}: average pooling with padding or divisor_override does not lower; pool without padding"
         )
     return kernel, kernel if stride is None or stride == [] else pair(stride)

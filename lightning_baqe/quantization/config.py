@@ -22,9 +22,9 @@ FORMAT_VERSION = 1
 
 def _check_bits(what: str, bits: object, allow_float: bool = False) -> None:
     # bool is an int; True is no bit-width.
-    if isinstance(bits, int) and not isinstance(bits, bool):
-        if MIN_BITS <= bits <= MAX_BITS or (allow_float and bits == FLOAT_BITS):
-            return
+    is_number = isinstance(bits, int) and not isinstance(bits, bool)
+    if is_number and (bits in range(MIN_BITS, MAX_BITS + 1) or (allow_float and bits == FLOAT_BITS)):
+        return
     wanted = f"an integer within {MIN_BITS}..{MAX_BITS}" + (f" or {FLOAT_BITS} (float)" if allow_float else "")
     raise ConfigError(f"{what} must be {wanted}, got {bits!r}")
 
@@ -75,7 +75,7 @@ def architecture_signature(model: nn.Module) -> str:
     """SHA-256 (hexadecimal) over the names and weight shapes of all layers."""
     digest = hashlib.sha256()
     for name in layers(model):
-        shape = tuple(model.get_submodule(name).weight.shape)  # type: ignore[union-attr,arg-type]
+        shape = tuple(model.get_submodule(name).weight.shape)  # type: ignore[arg-type]
         digest.update(f"{name}:{shape};".encode())
     return digest.hexdigest()
 
@@ -193,8 +193,8 @@ class BitConfig(Mapping[str, LayerBits]):
             )
         if self.signature is not None and self.signature != architecture_signature(model):
             raise ConfigError(
-                f"the bit-config was made for another architecture: weight shapes of this {type(model).__name__} differ "
-                "(stale signature); make a new one with BitConfig.uniform(model)"
+                f"the bit-config was made for another architecture: weight shapes of this {type(model).__name__} "
+                "differ (stale signature); make a new one with BitConfig.uniform(model)"
             )
 
     def to_json(self) -> str:

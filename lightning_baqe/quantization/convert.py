@@ -180,7 +180,7 @@ def plan(reader: OpReader, bits: BitConfig) -> dict[tuple[fx.Node, fx.Node], int
                 width = bits[str(node.target)].activation
                 if width == FLOAT_BITS:
                     width = FLOAT_BITS if source in in_float else bits.other
-            elif reader.is_attached(node) or node in in_float:
+            elif reader.is_attached(node) or node in in_float or reader.is_collection(source):
                 width = FLOAT_BITS
             elif op.kind in TRANSPARENT:
                 width = FLOAT_BITS if len(reader.consumers[source]) == 1 else bits.other
@@ -221,7 +221,8 @@ def _insert_quantizers(
         by_tensor.setdefault(source, {})[consumer] = width
     for source in list(graph.nodes):
         consumers = by_tensor.get(source, {})
-        last, made = source, {}
+        last = source
+        made: dict[int, fx.Node] = {}
         for width in sorted(set(consumers.values()), reverse=True):
             name = source.name if not made else f"{source.name}_{width}bit"
             container.add_module(name, make(name, width))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 MIN_SCALE = 1e-8
+_BLOCK_ELEMENTS = 2**18
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -39,9 +40,15 @@ def scale_gradient(value: torch.Tensor, factor: float) -> torch.Tensor:
     return scaled
 
 
-def _hardtanh_backward(grad: torch.Tensor, value: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """``grad`` where ``low < value < high``, else 0, in one pass."""
-    return torch.ops.aten.hardtanh_backward(grad, value, low, high)
+def _blocks(rows: int, row_length: int, device: torch.device) -> list[slice]:
+    """Row ranges of about 1 MiB on a CPU, so that successive passes over a block stay in its cache; else one range."""
+    size = max(1, _BLOCK_ELEMENTS // max(row_length, 1)) if device.type == "cpu" else max(rows, 1)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _mask(grad: torch.Tensor, value: torch.Tensor, low: float, high: float, out: torch.Tensor) -> None:
+    """Write ``grad`` where ``low < value < high``, else 0, in one pass."""
+    torch.ops.aten.hardtanh_backward.grad_input(grad, value, low, high, grad_input=out)
 
 
 class _WeightQuantization(torch.autograd.Function):
@@ -49,25 +56,32 @@ class _WeightQuantization(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int) -> torch.Tensor:
-        step = scale.detach().clamp_min(MIN_SCALE).to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-        ratio = weight * step.reciprocal()
-        out = torch.round(ratio).clamp_(-qn, qp).mul_(step)
-        ctx.save_for_backward(weight, step, ratio, out)
+        rows = weight.flatten(1)
+        step = scale.detach().clamp_min(MIN_SCALE).to(weight.dtype)[:, None]
+        inverse = step.reciprocal()
+        out = torch.empty_like(rows)
+        for block in _blocks(rows.shape[0], rows.shape[1], rows.device):
+            part = torch.mul(rows[block], inverse[block], out=out[block])
+            part.round_().clamp_(-qn, qp).mul_(step[block])
+        ctx.save_for_backward(weight, step, out)
         ctx.qn, ctx.qp, ctx.scale_dtype = qn, qp, scale.dtype
-        return out
+        return out.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
-        weight, step, ratio, out = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        inside = _hardtanh_backward(grad, ratio, -ctx.qn, ctx.qp)
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            # sum of grad * q everywhere, less grad * w/s inside the range: both are row-wise dot products.
-            total = torch.linalg.vecdot(grad.flatten(1), out.flatten(1))
-            total -= torch.linalg.vecdot(inside.flatten(1), weight.flatten(1))
-            grad_scale = (total / step.flatten()).to(ctx.scale_dtype)
-        return inside, grad_scale, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        weight, step, out = ctx.saved_tensors
+        rows, grad = weight.flatten(1), grads[0].flatten(1)
+        inverse = step.reciprocal()
+        inside = torch.empty_like(rows)
+        grad_scale = torch.empty_like(step)
+        for block in _blocks(rows.shape[0], rows.shape[1], rows.device):
+            ratio = rows[block] * inverse[block]
+            _mask(grad[block], ratio, -ctx.qn, ctx.qp, out=inside[block])
+            # grad * q everywhere, less grad * w/s inside the range; q = out / s.
+            total = (grad[block] * out[block]).addcmul_(inside[block], rows[block], value=-1)
+            torch.sum(total, 1, keepdim=True, out=grad_scale[block])
+        grad_scale = (grad_scale * inverse).flatten().to(ctx.scale_dtype)
+        return inside.view_as(weight), grad_scale, None, None
 
 
 def quantize_weight(weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int) -> torch.Tensor:
@@ -97,30 +111,38 @@ class _ActivationQuantization(torch.autograd.Function):
         step = float(scale.detach().clamp_min(MIN_SCALE))
         # The reciprocal in single precision: an integer graph multiplies the network's input by this very number.
         inverse = float(torch.tensor(step, dtype=torch.float32).reciprocal())
-        ratio = x * inverse
         low, high = -zero_point, qmax - zero_point
-        out = torch.round(ratio).clamp_(low, high).mul_(step)
-        ctx.save_for_backward(x, ratio, out)
-        ctx.step, ctx.low, ctx.high = step, low, high
+        flat, out = x.flatten(), torch.empty_like(x)
+        flat_out = out.view(-1)
+        for block in _blocks(x.numel(), 1, x.device):
+            part = torch.mul(flat[block], inverse, out=flat_out[block])
+            part.round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, out)
+        ctx.step, ctx.inverse, ctx.low, ctx.high = step, inverse, low, high
         ctx.dtypes = scale.dtype, offset.dtype
         return out
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None, None]:
-        x, ratio, out = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        inside = _hardtanh_backward(grad, ratio, ctx.low, ctx.high)
-        grad_scale = grad_offset = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            # d/d beta is 1 outside the range. d/ds is round(x/s) - x/s inside, 0 below and Q = high - low above:
-            # sum(grad * out) / s counts low below and high above; both are too small by -low = z.
-            outside = grad.sum() - inside.sum()
-            total = torch.dot(grad.flatten(), out.flatten()) - torch.dot(inside.flatten(), x.flatten())
-            grad_scale = (total / ctx.step - ctx.low * outside).to(ctx.dtypes[0])
-            grad_offset = outside.to(ctx.dtypes[1])
-        return inside, grad_scale, grad_offset, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        x, out = (tensor.view(-1) for tensor in ctx.saved_tensors)
+        grad = grads[0].contiguous().view(-1)
+        inside = torch.empty_like(grad)
+        outside, total = grad.new_zeros(()), grad.new_zeros(())
+        for block in _blocks(x.numel(), 1, x.device):
+            g, v, i = grad[block], x[block], inside[block]
+            _mask(g, v * ctx.inverse, ctx.low, ctx.high, out=i)
+            outside += g.sum() - i.sum()
+            total += torch.dot(g, out[block]) - torch.dot(i, v)
+        # d/d beta is 1 outside the range. d/ds is round(x/s) - x/s inside, 0 below and Q = high - low above; grad * out
+        # over s counts low below and high above: both are too small by -low = z.
+        grad_scale = total / ctx.step - ctx.low * outside
+        return (
+            inside.view_as(ctx.saved_tensors[0]),
+            grad_scale.to(ctx.dtypes[0]),
+            outside.to(ctx.dtypes[1]),
+            None,
+            None,
+        )
 
 
 def quantize_activation(

@@ -2,7 +2,8 @@
 
 Kinds: ``input``, ``layer`` (conv, linear), ``batch_norm``, ``add``, ``avg_pool``, ``adaptive_avg_pool``, ``mean``,
 ``quantizer``, ``output``, the transparent ``relu``, ``relu6``, ``max_pool``, ``reshape``, ``dropout``, ``identity``
-(they commute with quantization: they only select, clip or rearrange elements), ``value`` (Python numbers such as
+and ``item`` (they
+commute with quantization: they only select, clip or rearrange elements), ``value`` (Python numbers such as
 ``x.size(0)``) and ``other``.
 """
 
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from lightning_baqe.quantization.activation import ActivationQuantizer
 
-TRANSPARENT = frozenset({"relu", "relu6", "max_pool", "reshape", "dropout", "identity"})
+TRANSPARENT = frozenset({"relu", "relu6", "max_pool", "reshape", "dropout", "identity", "item"})
 
 _MAX_POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _AVG_POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -40,6 +41,7 @@ _FUNCTIONS: dict[Any, str] = {
     functional.dropout: "dropout",
     operator.add: "add",
     torch.add: "add",
+    operator.getitem: "item",
 }
 _METHODS = {
     "relu": "relu",
@@ -70,6 +72,7 @@ _MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Identity, "identity"),
 )
 _SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel"})
+_COLLECTIONS = frozenset({"chunk", "split", "tensor_split", "unbind"})
 _NAMES = {
     "max_pool": _MAX_POOL,
     "avg_pool": _AVG_POOL,
@@ -157,6 +160,11 @@ class OpReader:
         if node.op == "call_function" and node.target is getattr:
             return node.args[1] in ("shape", "ndim", "device", "dtype")
         return node.op == "call_function" and not tensors and bool(node.all_input_nodes)
+
+    def is_collection(self, node: fx.Node) -> bool:
+        """Whether a node's output is several tensors, to be taken out by ``item``."""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return self[node].kind == "other" and name in _COLLECTIONS
 
     def is_attached(self, node: fx.Node) -> bool:
         """Whether a batch norm belongs to the layer right before it: that layer's output goes nowhere else."""

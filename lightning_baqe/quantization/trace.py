@@ -89,10 +89,10 @@ def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
             module = model.get_submodule(str(node.target))
             in_place = bool(getattr(module, "inplace", False))
         if in_place and isinstance(node.args[0], fx.Node):
-            source, position = node.args[0], order[node]
-            source.replace_all_uses_with(
-                node, delete_user_cb=lambda user, position=position: order[user] > position, propagate_meta=False
-            )
+            source = node.args[0]
+            for user in list(source.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(source, node)
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
