@@ -1,0 +1,205 @@
+"""The classifier as a LightningModule, float or quantized, whose checkpoints restore either structure."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.quantization.activation import ACTIVATION_QUANTIZERS
+from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.quantization.convert import QuantizedModel, quantize
+from lightning_baqe.tasks.optimizers import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
+
+CHECKPOINT_KEY = "lightning_baqe"
+Stage = Literal["train", "val", "test"]
+
+
+class ImageClassifier(pl.LightningModule):
+    """Cross entropy and top-1 accuracy of a network; batches are ``(x, y)``, ``(n, 3, h, w)`` and int64 ``(n,)``.
+
+    A checkpoint of it knows whether the network was quantized, and how: the structure is restored before the weights,
+    whatever the structure of the module that loads it. So all of these continue exactly where the checkpoint was
+    written, with ``net`` the float network each time::
+
+        ImageClassifier.load_from_checkpoint(path, net=net)
+        trainer.fit(ImageClassifier(net, 10), datamodule, ckpt_path=path)      # also validate, test, predict
+
+    It logs ``{train,val,test}/{loss,acc}``, each with ``log_prefix`` before it.
+
+    Attributes:
+        net: the network as it is trained: what was given, or its fake-quantized copy.
+
+    Args:
+        net: logits ``(n, num_classes)`` of ``x``. Kept out of the hyperparameters.
+        num_classes: outputs of ``net``.
+        learning_rate: the largest, if there is a scheduler.
+        weight_decay: of weights, not of biases, batch norms and quantizers.
+        optimizer: ``"adamw"`` or ``"sgd"``; see :func:`lightning_baqe.tasks.optimizers.make_optimizer`.
+        scheduler: ``"none"``, ``"cosine"`` or ``"onecycle"``; the latter two need a Trainer with an end.
+        label_smoothing: 0 to below 1.
+        log_prefix: ``"float/"`` logs ``float/train/loss``.
+
+    Raises:
+        ConfigError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 1e-2,
+        optimizer: str = "adamw",
+        scheduler: str = "none",
+        label_smoothing: float = 0.0,
+        log_prefix: str = "",
+    ) -> None:
+        super().__init__()
+        _check(num_classes, learning_rate, weight_decay, optimizer, scheduler, label_smoothing)
+        self.save_hyperparameters(ignore=["net"])
+        self.net = net
+        # In a tuple, so that it is no submodule: the float network that every quantized structure is made from.
+        self._float = (net,)
+        metrics = {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
+        self.accuracy = nn.ModuleDict({f"{stage}_accuracy": metric for stage, metric in metrics.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(n, num_classes)`` of ``(n, 3, h, w)``."""
+        logits: Tensor = self.net(x)
+        return logits
+
+    def quantize(self, bits: BitConfig, example_input: Tensor, **options: str) -> QuantizedModel:
+        """Replace ``net`` by its fake-quantized copy, which then needs ``baqe.calibrate`` before training.
+
+        Args:
+            bits: for each layer of ``net``.
+            example_input: a batch of any size, ``(n, 3, h, w)``.
+            options: of :func:`lightning_baqe.quantize`.
+
+        Returns:
+            the new ``net``.
+
+        Raises:
+            ConfigError: ``net`` is quantized already, or bits or options that do not fit.
+            UnsupportedModelError: ``net`` cannot be traced.
+        """
+        quantized = quantize(self.net, bits, example_input=example_input, **options)
+        self._float = (self.net,)
+        self.net = quantized
+        return quantized
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """What a checkpoint says about ``net``, of plain values: ``bits`` (JSON; None: float), ``example_shape``
+        (one image's; None: unknown) and ``options`` of ``quantize``."""
+        if not isinstance(self.net, QuantizedModel):
+            return {"bits": None, "example_shape": None, "options": {}}
+        record = self.net.record
+        options = {}
+        for name, kind in ACTIVATION_QUANTIZERS.items():
+            for quantizer in self.net.quantizers().values():
+                if isinstance(quantizer, kind):
+                    options = {"activation_quantizer": name, "activation_range": quantizer.range_method}
+        shape = None if record.input_shape is None else list(record.input_shape)
+        return {"bits": record.bits.to_json(), "example_shape": shape, "options": options}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the structure."""
+        checkpoint[CHECKPOINT_KEY] = self.structure
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give ``net`` the checkpoint's structure; Lightning calls this before it loads the weights.
+
+        Raises:
+            ConfigError: ``net`` has another structure and cannot be rebuilt: it was quantized when it was given, or
+                the Trainer's strategy makes the optimizer before it reads checkpoints.
+        """
+        wanted = checkpoint.get(CHECKPOINT_KEY)
+        if wanted is None or wanted == self.structure:
+            return
+        (float_net,) = self._float
+        if isinstance(float_net, QuantizedModel):
+            raise ConfigError(
+                "the checkpoint has another structure than net, and net was quantized when it was given: give the "
+                "float network, ImageClassifier(net=float_network, ...); the checkpoint quantizes it."
+            )
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if strategy is not None and strategy.restore_checkpoint_after_setup:
+            raise ConfigError(
+                f"{type(strategy).__name__} makes the optimizer before it reads the checkpoint, and the checkpoint has "
+                "another structure than net: use ImageClassifier.load_from_checkpoint(path, net=net) first."
+            )
+        device, self.net = self.device, float_net
+        if wanted["bits"] is not None:
+            shape = wanted["example_shape"]
+            example = None if shape is None else torch.zeros(1, *shape)
+            bits = BitConfig.from_json(wanted["bits"])
+            self.net = quantize(float_net, bits, example_input=example, **wanted["options"])
+        self.net.to(device).train(self.training)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch, scalar."""
+        return self._step("train", batch)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch, scalar."""
+        return self._step("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch, scalar."""
+        return self._step("test", batch)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Logits ``(n, num_classes)``."""
+        logits: Tensor = self(batch[0])
+        return logits
+
+    def _step(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        smoothing = self.hparams["label_smoothing"] if stage == "train" else 0.0
+        loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
+        metric = cast(MulticlassAccuracy, self.accuracy[f"{stage}_accuracy"])
+        metric(logits, y)
+        prefix, show = f"{self.hparams['log_prefix']}{stage}", stage != "test"
+        self.log(f"{prefix}/loss", loss, batch_size=len(y), prog_bar=show, on_step=stage == "train", on_epoch=True)
+        self.log(f"{prefix}/acc", metric, batch_size=len(y), prog_bar=show, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the scheduler, if there is one, stepped after each batch.
+
+        Raises:
+            CalibrationError: AdamW, and a quantizer has no scale yet.
+            ConfigError: a scheduler, and a Trainer without an end.
+        """
+        options = self.hparams
+        optimizer = make_optimizer(options["optimizer"], self.net, options["learning_rate"], options["weight_decay"])
+        if options["scheduler"] == "none":
+            return optimizer
+        scheduler = make_scheduler(options["scheduler"], optimizer, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _check(
+    num_classes: int, learning_rate: float, weight_decay: float, optimizer: str, scheduler: str, label_smoothing: float
+) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise ConfigError(
+            f"num_classes={num_classes!r}, but a whole number of 2 or more is wanted: change num_classes."
+        )
+    for name, value, fits, wanted in (
+        ("learning_rate", learning_rate, learning_rate > 0, "a number above 0"),
+        ("weight_decay", weight_decay, weight_decay >= 0, "a number of 0 or more"),
+        ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "a number of 0 to below 1"),
+        ("optimizer", optimizer, optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+        ("scheduler", scheduler, scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
+    ):
+        if not fits:
+            raise ConfigError(f"{name}={value!r}, but {wanted} is wanted: change {name}.")

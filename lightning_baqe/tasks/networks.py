@@ -1,0 +1,65 @@
+"""Networks by name, from torchvision or timm."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import cast
+
+import timm
+import torchvision
+from torch import nn
+
+from lightning_baqe.errors import ConfigError
+
+LIBRARIES = ("torchvision", "timm")
+
+
+def network(name: str, num_classes: int, library: str = "torchvision", zero_init_residual: bool = False) -> nn.Module:
+    """A classifier with random weights, from torch's global generator.
+
+    Args:
+        name: as the library knows it, ``"resnet18"``.
+        num_classes: outputs.
+        library: ``"torchvision"`` or ``"timm"``.
+        zero_init_residual: start the last batch norm of each residual block at gain 0, so that the blocks start as
+            identities (torchvision's ResNets alone; timm has its own default).
+
+    Returns:
+        a module of ``(n, 3, h, w)`` float32 to logits ``(n, num_classes)``.
+
+    Raises:
+        ConfigError: an unknown library or name, or an option that this network has not.
+    """
+    if library not in LIBRARIES:
+        raise ConfigError(f"library={library!r}, but {' or '.join(LIBRARIES)} is wanted: change library.")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ConfigError(
+            f"num_classes={num_classes!r}, but a whole number of 1 or more is wanted: change num_classes."
+        )
+    known = timm.list_models() if library == "timm" else torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it lists {len(known)} others."
+        other = "timm" if library == "torchvision" else "torchvision"
+        raise ConfigError(f"name={name!r} is no classifier of {library}; {hint} library={other!r} has more.")
+    if library == "timm":
+        if zero_init_residual:
+            raise ConfigError(
+                "zero_init_residual is torchvision's; timm's networks have their own default: leave it out."
+            )
+        net: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        return net
+    options = {"zero_init_residual": True} if zero_init_residual else {}
+    builder = torchvision.models.get_model_builder(name)
+    if options and "resnet" not in builder.__name__ and "resnext" not in builder.__name__:
+        raise ConfigError(f"{name} has no residual blocks with zero_init_residual: leave zero_init_residual out.")
+    if "init_weights" in inspect.signature(_class_of(name)).parameters:
+        options["init_weights"] = True  # otherwise a warning that the default will change
+    return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options))
+
+
+def _class_of(name: str) -> type:
+    """The class that torchvision's builder returns."""
+    returned = inspect.signature(torchvision.models.get_model_builder(name)).return_annotation
+    return returned if isinstance(returned, type) else nn.Module

@@ -1,0 +1,136 @@
+"""Training to a cached checkpoint: whoever is killed half-way goes on, and whoever is done does not train again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.tasks.classifier import ImageClassifier
+
+TrainerFactory = Callable[..., pl.Trainer]
+
+
+def pretrain(
+    task: ImageClassifier,
+    datamodule: pl.LightningDataModule,
+    checkpoint: Path | str,
+    epochs: int = 8,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.05,
+    optimizer: str = "adamw",
+    scheduler: str = "onecycle",
+    label_smoothing: float = 0.0,
+    trainer: TrainerFactory = pl.Trainer,
+) -> ImageClassifier:
+    """Train ``task.net`` in float, with settings of its own: those of ``task`` are for fine-tuning.
+
+    The defaults take a ResNet-18 from random weights to about 98 % on the digits, in 300 steps of 32 images.
+
+    Args:
+        task: its network, a float one, gets the weights.
+        datamodule: with train and validation batches.
+        checkpoint: read if it exists, else written. ``ImageClassifier.load_from_checkpoint`` reads it, too.
+        epochs: of training.
+        learning_rate, weight_decay, optimizer, scheduler, label_smoothing: as for :class:`ImageClassifier`.
+        trainer: called with ``max_epochs``, ``callbacks`` and the like; returns the Trainer.
+
+    Returns:
+        ``task``.
+
+    Raises:
+        ConfigError: an argument out of range.
+        DataError: the checkpoint cannot be read, or is another network's.
+    """
+    float_task = ImageClassifier(
+        task.net,
+        task.hparams["num_classes"],
+        learning_rate,
+        weight_decay,
+        optimizer,
+        scheduler,
+        label_smoothing,
+        log_prefix="float/",
+    )
+    fit_to_checkpoint(float_task, datamodule, checkpoint, epochs, trainer)
+    return task
+
+
+def fit_to_checkpoint(
+    task: ImageClassifier,
+    datamodule: pl.LightningDataModule,
+    checkpoint: Path | str,
+    epochs: int,
+    trainer: TrainerFactory = pl.Trainer,
+) -> None:
+    """Fit ``task`` and leave it with the weights of the epoch of best validation accuracy, of equals the last epoch.
+
+    The weights end in ``checkpoint``, which appears in one step when training is done. Until then the folder
+    ``<checkpoint's name>-training`` beside it holds ``last.ckpt``, from which a killed training goes on.
+
+    Args:
+        task: float or quantized; its structure is the checkpoint's.
+        datamodule: with train and validation batches.
+        checkpoint: if it exists, its weights are loaded and nothing is trained.
+        epochs: of training; 1 or more.
+        trainer: called with ``max_epochs`` and ``callbacks``; returns the Trainer.
+
+    Raises:
+        ConfigError: ``epochs`` out of range.
+        DataError: the checkpoint cannot be read, or is another network's.
+    """
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ConfigError(f"epochs={epochs!r}, but a whole number of 1 or more is wanted: change epochs.")
+    checkpoint = Path(checkpoint)
+    if not checkpoint.exists():
+        _fit(task, datamodule, checkpoint, epochs, trainer)
+    _load(task, checkpoint)
+
+
+def _fit(
+    task: ImageClassifier,
+    datamodule: pl.LightningDataModule,
+    checkpoint: Path,
+    epochs: int,
+    make_trainer: TrainerFactory,
+) -> None:
+    scratch = checkpoint.with_name(f"{checkpoint.stem}-training")
+    metric = f"{task.hparams['log_prefix']}val/acc"
+    best = ModelCheckpoint(
+        scratch, "best", monitor=metric, mode="max", save_weights_only=True, enable_version_counter=False
+    )
+    last = ModelCheckpoint(scratch, "last", enable_version_counter=False)
+    trainer = make_trainer(max_epochs=epochs, callbacks=[best, last], num_sanity_val_steps=0)
+    resume = scratch / "last.ckpt"
+    with warnings.catch_warnings():
+        # To find it not empty is what resuming is about.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        trainer.fit(task, datamodule, ckpt_path=str(resume) if resume.exists() else None)
+    if best.best_model_score is None:
+        raise DataError(f"training ended without {metric}: the data module needs validation batches.")
+    done = Path(best.best_model_path)
+    if bool(trainer.callback_metrics[metric] >= best.best_model_score):
+        done = scratch / "done.ckpt"
+        trainer.save_checkpoint(done, weights_only=True)
+    os.replace(done, checkpoint)
+    shutil.rmtree(scratch)
+
+
+def _load(task: ImageClassifier, path: Path) -> None:
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=task.device, weights_only=True)
+        task.on_load_checkpoint(content)
+        task.load_state_dict(content["state_dict"])
+    except (RuntimeError, KeyError, EOFError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read into {type(task.net).__name__} ({error}): it is broken, or another network's; "
+            "remove it to train again, or give another run_dir."
+        ) from error

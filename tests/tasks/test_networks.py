@@ -1,0 +1,39 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.tasks import network
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("resnet18", "torchvision"), ("mobilenet_v2", "torchvision"), ("resnet10t", "timm")]
+)
+def test_number_of_classes(name: str, library: str) -> None:
+    net = network(name, 7, library).eval()
+    with torch.no_grad():
+        assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_zero_init_residual() -> None:
+    assert not network("resnet18", 2, zero_init_residual=True).layer1[0].bn2.weight.any()  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet19", 10), "did you mean 'resnet1"),
+        (("resnet1", 10, "timm"), "did you mean"),
+        (("resnet18", 10, "keras"), "torchvision or timm"),
+        (("resnet18", 0), "num_classes"),
+        (("resnet10t", 10, "timm", True), "zero_init_residual"),
+        (("vgg11", 10, "torchvision", True), "zero_init_residual"),
+        (("fasterrcnn_resnet50_fpn", 10), "no classifier"),
+    ],
+)
+def test_errors(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        network(*arguments)  # type: ignore[arg-type]

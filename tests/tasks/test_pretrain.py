@@ -1,0 +1,118 @@
+"""Training to a checkpoint: once, resumable, and the best epoch's weights."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from tiny import TinyData, tiny_net
+
+from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.tasks import ImageClassifier, pretrain
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Interrupt(pl.Callback):
+    """Raises after so many epochs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == self.epochs:
+            raise RuntimeError("killed")
+
+
+class Count(pl.Callback):
+    """Counts training batches."""
+
+    batches = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.batches += 1
+
+
+def make_trainer(extra: pl.Callback, **options: Any) -> pl.Trainer:
+    return pl.Trainer(**QUIET, **(options | {"callbacks": [*options["callbacks"], extra]}))
+
+
+def weights(task: ImageClassifier) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in task.net.state_dict().items()}
+
+
+def test_trains_once(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "float.ckpt"
+    task, count = ImageClassifier(tiny_net(), 4), Count()
+    assert pretrain(task, TinyData(), checkpoint, epochs=2, trainer=partial(make_trainer, count)) is task
+    assert count.batches == 8
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["float.ckpt"]
+
+    again = ImageClassifier(tiny_net(seed=1), 4)
+    pretrain(again, TinyData(), checkpoint, epochs=2, trainer=partial(make_trainer, count))
+    assert count.batches == 8
+    loaded = ImageClassifier.load_from_checkpoint(checkpoint, net=tiny_net(seed=2))
+    for name, value in weights(task).items():
+        assert torch.equal(value, weights(again)[name])
+        assert torch.equal(value, weights(loaded)[name])
+
+
+def test_resumes_after_a_kill(tmp_path: Path) -> None:
+    whole = ImageClassifier(tiny_net(), 4)
+    pretrain(whole, TinyData(), tmp_path / "whole.ckpt", epochs=3, trainer=partial(pl.Trainer, **QUIET))
+
+    checkpoint = tmp_path / "float.ckpt"
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain(
+            ImageClassifier(tiny_net(), 4),
+            TinyData(),
+            checkpoint,
+            epochs=3,
+            trainer=partial(make_trainer, Interrupt(2)),
+        )
+    assert not checkpoint.exists()
+    task, count = ImageClassifier(tiny_net(seed=7), 4), Count()
+    pretrain(task, TinyData(), checkpoint, epochs=3, trainer=partial(make_trainer, count))
+    assert count.batches == 4
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(task)[name])
+
+
+@pytest.mark.parametrize(("accuracies", "epoch"), [([0.5, 0.9, 0.7], 1), ([0.5, 0.9, 0.9], 2), ([0.9, 0.9, 0.8], 0)])
+def test_keeps_the_best_epoch_and_of_equals_the_last(tmp_path: Path, accuracies: list[float], epoch: int) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Spy(pl.Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.callback_metrics["float/val/acc"].fill_(accuracies[len(seen)])
+            seen.append(weights(pl_module))  # type: ignore[arg-type]
+
+    task = ImageClassifier(tiny_net(), 4)
+    pretrain(task, TinyData(), tmp_path / "float.ckpt", epochs=3, trainer=partial(make_trainer, Spy()))
+    assert all(torch.equal(value, seen[epoch][name]) for name, value in weights(task).items())
+
+
+def test_broken_and_foreign_checkpoints(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(DataError, match="broken"):
+        pretrain(ImageClassifier(tiny_net(), 4), TinyData(), broken)
+    foreign = tmp_path / "foreign.ckpt"
+    pretrain(ImageClassifier(tiny_net(), 4), TinyData(), foreign, epochs=1, trainer=partial(pl.Trainer, **QUIET))
+    with pytest.raises(DataError, match="another network"):
+        pretrain(ImageClassifier(tiny_net(channels=4), 4), TinyData(), foreign)
+
+
+@pytest.mark.parametrize("epochs", [0, True, 1.5])
+def test_epochs_are_checked(tmp_path: Path, epochs: Any) -> None:
+    with pytest.raises(ConfigError, match="epochs"):
+        pretrain(ImageClassifier(tiny_net(), 4), TinyData(), tmp_path / "float.ckpt", epochs=epochs)
