@@ -1,8 +1,9 @@
 """The process that measures: reads one request a line on standard input, answers with one line.
 
-Requests: ``{"artifact": folder, "repeats": n, "warmup": n}`` (whole model) or ``{"kernel": file, ...}`` (one kernel, see
-:mod:`lightning_baqe.deploy.tuner`). Answers: ``{"samples_us": [...]}`` or ``{"error": text}``. Pinned to its cores before TVM
-starts its threads; anything that native code prints goes to standard error.
+Requests: ``{"artifact": folder, "repeats": n, "warmup": n}`` (whole model) or ``{"kernel": library, "arguments": npz,
+"repeats": n, "min_repeat_ms": n}`` (one kernel, see :mod:`lightning_baqe.deploy.tuner`; the answer says whether its
+result is ``exact``: equal, or close for floats). Answers: ``{"samples_us": [...]}`` or ``{"error": text}``. Pinned to
+its cores before TVM starts its threads; anything that native code prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import sys
 import traceback
 from typing import Any
+
+from lightning_baqe.deploy.layout import SLACK
 
 
 def _model(request: dict[str, Any]) -> dict[str, Any]:
@@ -35,14 +38,13 @@ def _kernel(request: dict[str, Any]) -> dict[str, Any]:
     with np.load(request["arguments"], allow_pickle=False) as arrays:
         arguments = [tvm.runtime.tensor(arrays[f"a{i}"]) for i in range(len(arrays.files) - 1)]
         want = arrays["result"]
-    result = tvm.runtime.empty(want.shape, str(want.dtype))
+    result = tvm.runtime.empty((len(want) + SLACK,), str(want.dtype))
     module["main"](*arguments, result)
-    got = result.numpy()
-    checked = request["checked"]  # [start, stop, step] ranges would miss halos: the whole image is compared
+    got = result.numpy()[: len(want)]
     if want.dtype == np.float32:
-        exact = bool(np.allclose(got[:checked], want[:checked], rtol=1e-4, atol=1e-4))
+        exact = bool(np.allclose(got, want, rtol=1e-4, atol=1e-3))
     else:
-        exact = bool((got[:checked] == want[:checked]).all())
+        exact = bool((got == want).all())
     timer = module.time_evaluator(
         "main", tvm.cpu(), number=1, repeat=request["repeats"], min_repeat_ms=request["min_repeat_ms"]
     )
