@@ -128,6 +128,10 @@ def quantize(
         if op.kind == "layer" and not bits[str(node.target)].is_float:
             _swap(root, str(node.target), bits[str(node.target)], weight_init)
     quantized = QuantizedModel(root, graph, class_name=f"Quantized{type(model).__name__}")
+    traced = set(root.modules())
+    for module in quantized.modules():
+        if module not in traced:  # containers that the graph module made; the others keep their modes
+            module.training = model.training
     shape = None if example_input is None else tuple(example_input.shape[1:])
     quantized.meta[_META] = QuantizationRecord(bits, shape, labels)
     return quantized
