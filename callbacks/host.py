@@ -1,0 +1,186 @@
+"""The Trainer and the LightningModule that a search lives in: somebody else's, changed as little as possible."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+
+from lightning_baqe.errors import ConfigError
+
+
+class Host:
+    """Access to the module's classifier, its loaders, and the optimisers that belong to its parameters.
+
+    Args:
+        trainer: running.
+        module: its LightningModule.
+        network: attribute that holds the float classifier; dots reach deeper.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, network: str) -> None:
+        self.trainer, self.module, self.network = trainer, module, network
+
+    def check(self) -> None:
+        """Refuse what cannot work before any time is spent.
+
+        Raises:
+            ConfigError: no such attribute, or the trainer stops after a fixed number of epochs or steps.
+        """
+        if not isinstance(self.float_network, nn.Module):
+            raise ConfigError(
+                f"{type(self.module).__name__}.{self.network} is a {type(self.float_network).__name__}; network= must "
+                "name the attribute that holds the float classifier (an nn.Module)"
+            )
+
+    @property
+    def float_network(self) -> Any:
+        """What the attribute holds now."""
+        found: Any = self.module
+        for part in self.network.split("."):
+            if not hasattr(found, part):
+                children = [name for name, _ in self.module.named_children()]
+                raise ConfigError(
+                    f"{type(self.module).__name__} has no {self.network!r}; network= must name the attribute that holds "
+                    f"the float classifier; it has {children}"
+                )
+            found = getattr(found, part)
+        return found
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank proposes, evaluates and measures."""
+        return bool(self.trainer.is_global_zero)
+
+    @property
+    def dataset_name(self) -> str:
+        """Of the datamodule, or of the training set's class."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            return str(getattr(datamodule, "name", type(datamodule).__name__))
+        return type(getattr(self.trainer.train_dataloader, "dataset", self.trainer.train_dataloader)).__name__
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return self.trainer.strategy.broadcast(value)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.trainer.strategy.barrier()
+
+    def restore_float(self, path: Path) -> None:
+        """Keep the float weights of a run, or take those that it began with: all its trials start from the same.
+
+        Raises:
+            ConfigError: the weights do not fit the network.
+        """
+        network = self.float_network
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                network.load_state_dict(state)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{path} holds the float weights of another network: {error}; use another run_dir, or the network "
+                    "that the run began with"
+                ) from error
+        elif self.is_leader:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(f".{os.getpid()}.tmp")
+            torch.save(network.state_dict(), scratch)
+            os.replace(scratch, path)
+
+    def install(self, model: nn.Module) -> None:
+        """Put a network in the classifier's place, with new optimisers and schedulers for its parameters."""
+        owner: Any = self.module
+        *parents, leaf = self.network.split(".")
+        for part in parents:
+            owner = getattr(owner, part)
+        model.to(self.module.device)
+        model.train()
+        setattr(owner, leaf, model)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and strategy.model is not None:
+            # The old wrapper holds the old parameters; wrapping again also sends rank 0's scales to all.
+            strategy.model = strategy._layer_sync.apply(self.module) if strategy._layer_sync else self.module
+            strategy.configure_ddp()
+        strategy.setup_optimizers(self.trainer)
+
+    def install_float(self, network: nn.Module) -> None:
+        """Put the float classifier back; training is over, so optimisers stay."""
+        owner: Any = self.module
+        *parents, leaf = self.network.split(".")
+        for part in parents:
+            owner = getattr(owner, part)
+        setattr(owner, leaf, network.to(self.module.device))
+
+    def training_images(self, batches: int) -> list[torch.Tensor]:
+        """Inputs of the first training batches, on the CPU."""
+        loader: Any = self.trainer.train_dataloader
+        return [_pair(batch, "training")[0].detach().cpu() for batch in islice(iter(loader), batches)]
+
+    def validation_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The validation split, on the CPU; the trainer's ``limit_val_batches`` holds.
+
+        Raises:
+            ConfigError: there is none, or several.
+        """
+        loader = self.trainer.val_dataloaders
+        if isinstance(loader, list | tuple) and len(loader) == 1:
+            loader = loader[0]
+        if loader is None or isinstance(loader, list | tuple | dict):
+            raise ConfigError(
+                f"the search ranks trials by accuracy on one validation loader, the trainer has {loader!r}; "
+                "give fit() a val_dataloader that yields (x, y)"
+            )
+        limits = self.trainer.num_val_batches
+        limit = limits[0] if isinstance(limits, list) and limits else None
+        stop = int(limit) if limit not in (None, float("inf")) else None
+        found = list(_cpu_pairs(islice(iter(loader), stop), "validation"))
+        if not found:
+            raise ConfigError(
+                "the validation loader gave no batch (limit_val_batches=0?); the search needs its accuracy"
+            )
+        return found
+
+    def test_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """The datamodule's test split, None where there is none."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None or type(datamodule).test_dataloader is pl.LightningDataModule.test_dataloader:
+            return None
+        datamodule.setup("test")
+        loader = datamodule.test_dataloader()
+        limit = self.trainer.limit_test_batches
+        return list(_cpu_pairs(islice(iter(loader), limit if isinstance(limit, int) else None), "test"))
+
+    def log(self, name: str, entry: dict[str, Any]) -> None:
+        """Send a trial's figures to the trainer's loggers."""
+        figures = {
+            f"search/{key}": float(entry[key])
+            for key in ("accuracy", "fake_quant_accuracy", "latency_us", "size_bytes")
+            if isinstance(entry.get(key), int | float)
+        }
+        for logger in self.trainer.loggers if figures else ():
+            logger.log_metrics(figures, step=self.trainer.global_step)
+
+
+def _pair(batch: Any, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(batch, list | tuple) or len(batch) < 2 or not all(isinstance(t, torch.Tensor) for t in batch[:2]):
+        raise ConfigError(
+            f"the {split} loader gives {type(batch).__name__}; the search wants batches (x, y) of tensors: images and "
+            "class indices"
+        )
+    return batch[0], batch[1]
+
+
+def _cpu_pairs(batches: Iterator[Any], split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for batch in batches:
+        x, y = _pair(batch, split)
+        yield x.detach().cpu(), y.detach().cpu()

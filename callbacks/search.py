@@ -1,0 +1,346 @@
+"""The outer loop of BAQE (Algorithm 2) as a Lightning callback: every epoch block of one ``Trainer.fit`` is a trial."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytorch_lightning as pl
+import torch
+
+from lightning_baqe.callbacks.host import Host
+from lightning_baqe.callbacks.progress import SearchProgress
+from lightning_baqe.callbacks.study import SearchStudy
+from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
+from lightning_baqe.deploy.records import Records
+from lightning_baqe.deploy.space import NetworkSpace
+from lightning_baqe.deploy.target import get_target
+from lightning_baqe.deploy.tuner import tune
+from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.integer.lowering import lower
+from lightning_baqe.quantization.calibration import calibrate
+from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.quantization.convert import QuantizedModel, quantize
+from lightning_baqe.search.sampler import BaqeSampler, Mode
+
+
+@dataclass
+class _Running:
+    """What is being tuned: a trial, or a baseline (``trial`` is None)."""
+
+    name: str
+    bits: BitConfig
+    schedules: dict[str, dict[str, Any]] | str
+    model: QuantizedModel
+    trial: optuna.Trial | None
+    phase: str
+    propose_s: float
+    started: float
+    epochs: int = 0
+    failure: str | None = None
+
+
+class BayesianSearch(pl.Callback):
+    """Search bit-widths and schedules inside anybody's Trainer, with anybody's LightningModule and data.
+
+    The module's float classifier is replaced, trial after trial, by a fake-quantized copy that starts from the float
+    weights; their training step tunes it for ``epochs_per_trial`` epochs; the compiled network is then evaluated on
+    their validation loader and measured on the device. The first blocks are the baselines (uniform bits, default
+    schedules). Training ends after the last trial, with the float network back in its place.
+
+    Everything is in the run folder: the study, ``summary.json`` and ``pareto.csv`` after every trial, artifacts of the
+    Pareto set, ``report.html`` at the end. The same call with the same ``run_dir`` goes on where it was interrupted.
+
+    Args:
+        network: attribute of the LightningModule that holds the float classifier; dots reach deeper.
+        trials: complete trials to reach; failed ones are tried beyond them.
+        epochs_per_trial: training epochs of each trial.
+        steps_per_trial: training steps of each epoch; None leaves the trainer's ``limit_train_batches``.
+        example_input: a batch ``(n, channels, height, width)``; None takes one from the training loader.
+        run_dir: the run folder; None: ``outputs/bayesian_search`` in the trainer's default root.
+        bit_choices: of every layer but the first and the last, which stay at 8.
+        baselines: uniform bit-widths evaluated first, outside the trials.
+        schedules: whether kernel knobs are searched, too.
+        mode: of :class:`~lightning_baqe.search.BaqeSampler`; ``n_initial``, ``pool_size``, ``seed`` likewise.
+        sampler: any Optuna sampler instead.
+        storage: an Optuna storage URL; None: SQLite in the run folder.
+        max_failures: give up after so many failed trials.
+        target, threads: what is compiled for.
+        measurement: how latency is measured.
+        calibration_batches: training batches that initialise the quantizers of each trial.
+        tune_float_s: seconds for tuning the float model's kernels, so that it is no straw man.
+        recipe: a name for the summary.
+        model_name: likewise; None: the network's class.
+        records: path of the records database; None: the user's.
+        progress: show a progress bar where Lightning shows none.
+
+    Raises:
+        ConfigError: on setup, an argument that cannot be right for this module or trainer.
+    """
+
+    def __init__(
+        self,
+        network: str = "net",
+        trials: int = 40,
+        epochs_per_trial: int = 1,
+        steps_per_trial: int | None = None,
+        example_input: torch.Tensor | None = None,
+        run_dir: str | Path | None = None,
+        bit_choices: Sequence[int] = (4, 8, 32),
+        baselines: Sequence[int] = (8, 4),
+        schedules: bool = True,
+        mode: Mode = "paper",
+        n_initial: int = 10,
+        pool_size: int = 500,
+        seed: int = 0,
+        sampler: optuna.samplers.BaseSampler | None = None,
+        storage: str | None = None,
+        max_failures: int = 20,
+        target: str = "native",
+        threads: int = 1,
+        measurement: MeasureOptions | None = None,
+        calibration_batches: int = 8,
+        tune_float_s: float = 30.0,
+        recipe: str = "bayesian_search",
+        model_name: str | None = None,
+        records: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("trials", trials, 1), ("epochs_per_trial", epochs_per_trial, 1), ("max_failures", max_failures, 1),
+            ("calibration_batches", calibration_batches, 1), ("steps_per_trial", steps_per_trial or 1, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        self.network, self.trials, self.epochs_per_trial = network, trials, epochs_per_trial
+        self.steps_per_trial, self.example_input = steps_per_trial, example_input
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.bit_choices, self.baselines, self.search_schedules = tuple(bit_choices), tuple(baselines), schedules
+        self.mode, self.n_initial, self.pool_size, self.seed = mode, n_initial, pool_size, seed
+        self.sampler, self.storage, self.max_failures = sampler, storage, max_failures
+        self.target, self.threads = get_target(target), threads
+        self.measurement = measurement or MeasureOptions()
+        self.calibration_batches, self.tune_float_s = calibration_batches, tune_float_s
+        self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
+        self._records_path = records
+        self._running: _Running | None = None
+        self._closed = False
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.run_dir is None:
+            self.run_dir = Path(trainer.default_root_dir) / "outputs" / "bayesian_search"
+        if self.steps_per_trial is not None:
+            trainer.limit_train_batches = self.steps_per_trial
+        if getattr(trainer, "fast_dev_run", False):  # one epoch: one trial, nothing else
+            self.trials, self.baselines, self.tune_float_s = 1, (), 0.0
+        Host(trainer, pl_module, self.network).check()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.run_dir is not None
+        self.host = Host(trainer, pl_module, self.network)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.host.restore_float(self.run_dir / "checkpoints" / "float.pt")
+        self._float = copy.deepcopy(self.host.float_network).cpu()
+        self._calibration = self.host.training_images(self.calibration_batches)
+        example = self.example_input if self.example_input is not None else self._calibration[0][:1]
+        self._example = example.detach().cpu()
+        if not self.host.is_leader:
+            self._follow_or_stop()
+            return
+        self.records = Records(self._records_path)
+        self._validation = self.host.validation_batches()
+        about = {"recipe": self.recipe, "model": self.model_name or type(self._float).__name__,
+                 "dataset": self.host.dataset_name}  # fmt: skip
+        self.space = self._make_space()
+        sampler = self.sampler or BaqeSampler(
+            seed=self.seed,
+            mode=self.mode,
+            search_space=self.space.distributions,
+            candidates=self.space.candidates,
+            n_initial=self.n_initial,
+            pool_size=max(self.pool_size, self.n_initial),
+            reference_point=SearchStudy.reference_point,
+        )
+        self.study = SearchStudy(self.run_dir, sampler, self.storage, about, self.threads)
+        self.study.open(self.space, self.n_initial)
+        if self.study.float_result is None:
+            self._evaluate_float()
+        self.study.write()
+        bar = self.show_progress and trainer.progress_bar_callback is None
+        self.progress = SearchProgress(self.trials + len(self.baselines), enabled=bar)
+        self.progress.update(self.study, "resumed" if self.study.done_count else "started")
+        self._follow_or_stop()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._running is None and not trainer.should_stop:
+            self._begin()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self._running is None or self._running.failure is not None or not isinstance(loss, torch.Tensor):
+            return
+        if not bool(torch.isfinite(loss).all()):
+            self._running.failure = f"the loss became {float(loss.mean())} at step {batch_idx} of the tuning"
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._running is None:
+            return
+        self._running.epochs += 1
+        if self._running.epochs >= self.epochs_per_trial or self._running.failure is not None:
+            self._end(self._running)
+            self._running = None
+            self._follow_or_stop()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "host"):
+            self._close(trainer, test=False)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _make_space(self) -> NetworkSpace:
+        """The space, from the network's kernels at 8 bits."""
+        base = BitConfig.uniform(self._float, 8, 8)
+        model = calibrate(quantize(self._float, base, self._example), self._calibration[:1])
+        return NetworkSpace.of(
+            lower(model), base, self.bit_choices, self.target, self.threads, self.search_schedules, self.records
+        )
+
+    def _evaluate_float(self) -> None:
+        """The float model, compiled with the best schedules that a short tuning finds."""
+        assert self.run_dir is not None
+        bits = BitConfig.uniform(self._float, 32, 32)
+        model = quantize(self._float, bits, self._example).eval()
+        if self.tune_float_s > 0:
+            tune(
+                lower(model), self.target, self.threads, candidates=4, budget_s=self.tune_float_s, records=self.records
+            )
+        folder = self.run_dir / "artifacts" / "float"
+        found = evaluate(
+            model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement
+        )
+        self.study.set_float(
+            {"accuracy": found.accuracy, "latency_us": found.latency_us, "size_bytes": found.size_bytes,
+             "spread": found.spread, "schedules": found.schedules, "seconds": found.seconds}
+        )  # fmt: skip
+
+    def _begin(self) -> None:
+        """Install the next network: baselines first, then what the sampler proposes."""
+        plan: tuple[str, BitConfig, Any, optuna.Trial | None, str, float] | None = None
+        if self.host.is_leader:
+            plan = self._propose()
+        shared = self.host.broadcast(None if plan is None else (plan[1].to_json(), plan[0]))
+        assert shared is not None
+        bits = plan[1] if plan is not None else BitConfig.from_json(shared[0])
+        started = time.perf_counter()
+        model = quantize(self._float, bits, self._example)
+        calibrate(model, self._calibration)
+        self.host.install(model)
+        name, _, schedules, trial, phase, propose_s = plan or (shared[1], bits, "default", None, "", 0.0)
+        self._running = _Running(name, bits, schedules, model, trial, phase, propose_s, started)
+
+    def _propose(self) -> tuple[str, BitConfig, Any, optuna.Trial | None, str, float]:
+        done = self.study.baseline_names
+        for bits in self.baselines:
+            name = f"w{bits}a{bits}"
+            if name not in done:
+                self.progress.update(self.study, f"baseline {name}")
+                return name, BitConfig.uniform(self._float, bits, bits), "default", None, "baseline", 0.0
+        start = time.perf_counter()
+        trial, phase = self.study.ask(self.space)
+        config, schedules = self.space.point(trial.params)
+        self.progress.update(self.study, f"trial {trial.number}", phase)
+        return f"trial_{trial.number}", config, schedules, trial, phase, time.perf_counter() - start
+
+    def _end(self, running: _Running) -> None:
+        """Evaluate on the device, tell the study, write the summary."""
+        if self.host.is_leader:
+            self._evaluate(running)
+            self.study.write()
+            self.progress.update(self.study, "evaluated", advance=running.failure is None)
+        self.host.barrier()
+
+    def _evaluate(self, running: _Running) -> None:
+        assert self.run_dir is not None
+        seconds = {"train": time.perf_counter() - running.started, "propose": running.propose_s}
+        entry: dict[str, Any] = {
+            "phase": running.phase,
+            "bits": {name: [layer.weight, layer.activation] for name, layer in running.bits.items()},
+            "schedules": running.schedules if isinstance(running.schedules, dict) else {},
+            "seconds": seconds,
+        }
+        folder = self.run_dir / "artifacts" / (f"baseline_{running.name}" if running.trial is None else running.name)
+        if running.failure is None:
+            try:
+                found = self._figures(running, folder)
+                entry.update(found)
+                seconds.update(found["seconds"])
+                entry["seconds"] = seconds
+            except BaqeError as error:
+                running.failure = f"{type(error).__name__}: {error}"
+        entry["error"] = running.failure
+        if running.trial is None:
+            state = "failed" if running.failure is not None else "complete"
+            self.study.add_baseline({"name": running.name, **entry, "state": state})
+        else:
+            self.study.tell(running.trial, entry)
+        self.host.log(running.name, entry)
+
+    def _figures(self, running: _Running, folder: Path) -> dict[str, Any]:
+        device = next(running.model.parameters()).device
+        fake = module_accuracy(running.model, self._validation, device)
+        model = running.model if device.type == "cpu" else copy.deepcopy(running.model).cpu()
+        found: Evaluation = evaluate(
+            model,
+            self._validation,
+            folder,
+            self.target,
+            running.schedules,
+            self.threads,
+            self.records,
+            self.measurement,
+        )
+        return {"accuracy": found.accuracy, "fake_quant_accuracy": fake, "latency_us": found.latency_us,
+                "size_bytes": found.size_bytes, "spread": found.spread, "schedules": found.schedules,
+                "differing_elements": sum(found.wrong.values()), "seconds": found.seconds}  # fmt: skip
+
+    def _follow_or_stop(self) -> None:
+        """End training where the search is done; all ranks agree."""
+        done: str | None = None
+        if self.host.is_leader:
+            if self.study.complete_count >= self.trials and len(self.study.baseline_names) >= len(self.baselines):
+                done = "complete"
+            elif self.study.failed_count >= self.max_failures:
+                done = f"{self.study.failed_count} trials failed, the last with: {self.study.last_error}"
+        done = self.host.broadcast(done)
+        if done is not None:
+            self.host.trainer.should_stop = True
+            if done != "complete" and self.host.is_leader:
+                self.progress.warn(f"The search gave up: {done}")
+
+    def _close(self, trainer: pl.Trainer, test: bool = True) -> None:
+        """Put the float network back; write the final summary and the report. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.host.install_float(self._float)
+        if self.host.is_leader and hasattr(self, "study"):
+            if test:
+                self.study.test_front(self.host.test_batches())
+            self.study.write(report=True)
+            if hasattr(self, "progress"):
+                self.progress.close()

@@ -1,0 +1,144 @@
+"""Evaluate a quantized network on the device: lower, build, check, classify, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.measure import measure
+from lightning_baqe.deploy.plan import Schedules
+from lightning_baqe.deploy.records import Records
+from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.verify import verify
+from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
+from lightning_baqe.integer.lowering import lower
+from lightning_baqe.quantization.convert import QuantizedModel
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How latency is measured.
+
+    Args:
+        repeats, warmup, timeout_s: of :func:`lightning_baqe.measure`.
+        max_spread: above this interquartile range over median the machine was noisy and the figure is taken again.
+        attempts: how often at most; the quietest figure counts.
+    """
+
+    repeats: int = 50
+    warmup: int = 10
+    timeout_s: float = 60.0
+    max_spread: float = 0.05
+    attempts: int = 3
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network's figures on the device.
+
+    Args:
+        accuracy: top-1 of the compiled network, 0..1.
+        latency_us: median, microseconds.
+        size_bytes: of the integer graph.
+        spread: of the latency samples, interquartile range over median.
+        wrong: integer elements that differ from the interpreter on the checked images, by node; all 0.
+        schedules: the knobs that every layer got.
+        seconds: ``{"build", "evaluate", "measure"}``.
+    """
+
+    accuracy: float
+    latency_us: float
+    size_bytes: int
+    spread: float
+    wrong: dict[str, int]
+    schedules: dict[str, dict[str, Any]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def deployed_accuracy(artifact: Artifact, batches: Batches) -> float:
+    """Top-1 accuracy of a compiled network, 0..1.
+
+    Raises:
+        ConfigError: no images.
+    """
+    return _accuracy(artifact.run, batches)
+
+
+@torch.no_grad()
+def module_accuracy(module: torch.nn.Module, batches: Batches, device: torch.device) -> float:
+    """Top-1 accuracy of a module in eval mode, 0..1; its mode is restored."""
+    training = module.training
+    module.eval()
+    try:
+        return _accuracy(lambda x: module(x.to(device)).cpu(), batches)
+    finally:
+        module.train(training)
+
+
+def _accuracy(classify: Any, batches: Batches) -> float:
+    right = total = 0
+    for x, y in batches:
+        right += int((classify(x).argmax(1) == y.cpu()).sum())
+        total += len(y)
+    if not total:
+        raise ConfigError("accuracy needs at least one image; the loader gave none")
+    return right / total
+
+
+def evaluate(
+    model: QuantizedModel,
+    batches: Batches,
+    folder: Path,
+    target: CpuTarget | str = "native",
+    schedules: Schedules | str | None = None,
+    threads: int = 1,
+    records: Records | None = None,
+    options: MeasureOptions | None = None,
+) -> Evaluation:
+    """Compile a fake-quantized network and take its figures on the device.
+
+    Args:
+        model: calibrated and tuned.
+        batches: images and labels that accuracy is taken on.
+        folder: where the artifact is saved.
+        target, schedules, threads, records: of :func:`lightning_baqe.build`.
+        options: of the latency measurement.
+
+    Raises:
+        BuildError: it cannot be compiled, or an integer node of the artifact differs from the interpreter.
+        MeasurementError: no figure could be taken.
+    """
+    options = options or MeasureOptions()
+    batches = list(batches)
+    start = time.perf_counter()
+    graph = lower(model)
+    artifact = build(graph, target, schedules, threads, records)
+    artifact.save(folder)
+    built = time.perf_counter()
+    wrong = verify(artifact, batches[0][0][:1]) if batches else {}
+    if any(wrong.values()):
+        raise BuildError(
+            "the compiled network differs from its reference at "
+            f"{ {name: count for name, count in wrong.items() if count} }; please report it with the artifact {folder}"
+        )
+    accuracy = deployed_accuracy(artifact, batches)
+    checked = time.perf_counter()
+    best = measure(folder, "local", options.repeats, options.warmup, options.timeout_s, records)
+    for _ in range(options.attempts - 1):
+        if best.spread <= options.max_spread or best.cached:
+            break
+        again = measure(folder, "local", options.repeats, options.warmup, options.timeout_s, None)
+        best = min(best, again, key=lambda m: m.spread)
+    if not best.latency_us > 0:
+        raise MeasurementError(f"latency {best.latency_us} us is no figure; the clock of this machine is too coarse")
+    seconds = {"build": built - start, "evaluate": checked - built, "measure": time.perf_counter() - checked}
+    return Evaluation(accuracy, best.latency_us, graph.size_bytes, best.spread, wrong, artifact.schedules, seconds)

@@ -1,0 +1,95 @@
+"""The run folder: what a search writes down. The study is the truth; ``summary.json`` and the rest are made from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from lightning_baqe.deploy.front import pareto_entries, replace_file, write_pareto_csv
+from lightning_baqe.search.pareto import hypervolume, pareto_mask
+
+OBJECTIVES = ("error", "latency", "size")
+REFERENCE_POINT = (1.0, 1.5, 1.1)
+RESULT, FLOAT, BASELINES, TEST = "result", "float", "baselines", "test_accuracy"
+_STATES = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running", TrialState.FAIL: "failed"}
+_EMPTY: dict[str, Any] = {
+    "accuracy": None,
+    "fake_quant_accuracy": None,
+    "latency_us": None,
+    "size_bytes": None,
+    "seconds": {},
+    "error": None,
+}
+
+
+def objectives(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float, float]:
+    """``(1 - accuracy, latency / float's, size / float's)``, all minimised."""
+    return (
+        1.0 - entry["accuracy"],
+        entry["latency_us"] / reference["latency_us"],
+        entry["size_bytes"] / reference["size_bytes"],
+    )
+
+
+def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``summary.json``.
+
+    Args:
+        study: of the search; its user attributes hold the float model and the baselines.
+        about: recipe, model, dataset, device, versions.
+    """
+    attributes = study.user_attrs
+    reference = attributes[FLOAT]
+    tests: Mapping[str, float] = attributes.get(TEST, {})
+    baselines = [dict(entry) for entry in attributes.get(BASELINES, [])]
+    trials = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state not in _STATES:
+            continue
+        known = trial.user_attrs.get(RESULT, {})
+        entry = {"number": trial.number, "phase": "", "bits": {}, "schedules": {}, **_EMPTY, **known}
+        trials.append({**entry, "state": _STATES[trial.state], "pareto": False})
+    entries = baselines + trials
+    measured = [entry for entry in entries if entry["state"] == "complete"]
+    for entry in entries:
+        entry["pareto"] = False
+    level = found = 0.0
+    if measured:
+        points = torch.tensor([objectives(entry, reference) for entry in measured], dtype=torch.float64)
+        for entry, on_front in zip(measured, pareto_mask(points).tolist(), strict=True):
+            entry["pareto"] = on_front
+        found = hypervolume(points, REFERENCE_POINT)
+        plain = [objectives(entry, reference) for entry in baselines if entry["state"] == "complete"]
+        level = hypervolume(torch.tensor(plain, dtype=torch.float64), REFERENCE_POINT) if plain else 0.0
+    summary = {
+        **about,
+        "float": {"test_accuracy": tests.get("float"), **reference},
+        "baselines": baselines,
+        "objectives": list(OBJECTIVES),
+        "reference_point": list(REFERENCE_POINT),
+        "hypervolume": found,
+        "baselines_hypervolume": level,
+        "trials": trials,
+    }
+    for name, entry in pareto_entries(summary):
+        if isinstance(entry, dict) and name in tests:
+            entry["test_accuracy"] = tests[name]
+    return summary
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json`` and ``pareto.csv``, and delete artifacts that are no longer on the front."""
+    replace_file(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    write_pareto_csv(summary, run_dir / "pareto.csv")
+    keep = {name for name, _ in pareto_entries(summary)} | {"float"}
+    folder = run_dir / "artifacts"
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and path.name not in keep:
+            shutil.rmtree(path)
