@@ -97,13 +97,17 @@ class Artifact:
         """
         images = self._images(x)
         shape = (len(images), *self.graph.output.type.shape)
-        vm = self.vm
         out = np.empty((len(images), int(np.prod(shape[1:]))), np.float32)
-        for index, image in enumerate(images):
-            self._image.copyfrom(image[None])
-            vm.invoke_stateful(MAIN)
-            out[index] = vm.get_outputs(MAIN).numpy()[0]
+        for index in range(len(images)):
+            out[index] = self.run_array(images[index : index + 1])[0]
         return torch.from_numpy(out).reshape(shape)
+
+    def run_array(self, image: np.ndarray) -> np.ndarray:
+        """One image without torch: contiguous float32 ``(1, *input_shape)`` to float32 ``(1, outputs)``."""
+        vm = self.vm
+        self._image.copyfrom(image)
+        vm.invoke_stateful(MAIN)
+        return np.asarray(vm.get_outputs(MAIN).numpy())
 
     def run_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every value that the compiled module holds, by node: integers as int64, floats as float32, ``(n, *shape)``.

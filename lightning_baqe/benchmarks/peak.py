@@ -1,0 +1,85 @@
+"""What a CPU's arithmetic does at most: a dot product's multiply-accumulates with everything in registers and L1."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.script import tirx as T
+from tvm.target import Target
+
+from lightning_baqe.deploy.dot import quad_of, step
+from lightning_baqe.deploy.target import CpuTarget
+
+_STEPS, _PASSES = 32, 64
+_WEIGHTS = {"fma": "float32", "madd16": "int16"}
+
+
+def _peak_kernel(dot: str, chain: int, lanes: int, accumulators: int) -> Any:
+    quad = quad_of(dot)
+    width = lanes * quad // (2 if dot == "madd16" else 1)  # values of one weight vector
+    vectors = chain * (2 if dot == "madd16" else 1)  # weight vectors of one step
+    kind = "float32" if dot == "fma" else "int32"
+    weights_dtype, word = _WEIGHTS.get(dot, "int8"), "float32" if dot == "fma" else "int32"
+
+    def one(acc: Any, words: Any, weights: Any, index: int, at: Any) -> Any:
+        inputs = [words[(index + k) % accumulators] for k in range(chain)]
+        loaded = [weights[T.ramp((at * vectors + v) * width, 1, width)] for v in range(vectors)]
+        return step(dot, lanes, acc, inputs, loaded)
+
+    @T.prim_func(s_tir=True)
+    def peak(
+        X: T.Buffer((accumulators,), word),
+        W: T.Buffer((_STEPS * vectors * width,), weights_dtype),
+        Y: T.Buffer((accumulators * lanes,), kind),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        acc = T.alloc_buffer((accumulators, lanes), kind, scope="local")
+        for a in T.unroll(accumulators):
+            acc[a, T.ramp(0, 1, lanes)] = Y[T.ramp(a * lanes, 1, lanes)]
+        for _p in T.serial(_PASSES):
+            for s in T.serial(_STEPS):
+                for a in T.unroll(accumulators):
+                    acc[a, T.ramp(0, 1, lanes)] = one(acc[a, T.ramp(0, 1, lanes)], X, W, a, s)
+        for a in T.unroll(accumulators):
+            Y[T.ramp(a * lanes, 1, lanes)] = acc[a, T.ramp(0, 1, lanes)]
+
+    return peak.with_attr("global_symbol", "main")
+
+
+@functools.cache
+def _peak_library(target: CpuTarget, dot: str, chain: int, accumulators: int) -> tuple[Any, float]:
+    function = _peak_kernel(dot, chain, target.lanes, accumulators)
+    library = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
+    macs = float(_STEPS * _PASSES * accumulators * chain * target.lanes * quad_of(dot))
+    return library, macs
+
+
+def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1) -> float:
+    """Multiply-accumulates per second, in 1e9, that the arithmetic of a dot reaches on cached data.
+
+    The best of several numbers of accumulators, each the median of many runs.
+
+    Args:
+        target: which instructions.
+        dot, chain: see :mod:`lightning_baqe.deploy.dot`.
+        seconds: to spend.
+    """
+    best = 0.0
+    for accumulators in (4, 8, 12, 16) if target.registers == 32 else (4, 6, 8, 10):
+        library, macs = _peak_library(target, dot, chain, accumulators)
+        words = np.ones(accumulators, np.float32 if dot == "fma" else np.int32)
+        function = library.mod
+        weights = _ones(library, dot, chain, target)
+        out = np.zeros(accumulators * target.lanes, np.float32 if dot == "fma" else np.int32)
+        timer = function.time_evaluator("main", tvm.cpu(), number=1, repeat=5, min_repeat_ms=int(seconds * 50))
+        taken = timer(*(tvm.runtime.tensor(array) for array in (words, weights, out))).median
+        best = max(best, macs / taken / 1e9)
+    return best
+
+
+def _ones(library: Any, dot: str, chain: int, target: CpuTarget) -> np.ndarray:
+    count = _STEPS * chain * target.lanes * quad_of(dot)
+    return np.ones(count, _WEIGHTS.get(dot, "int8"))
