@@ -6,6 +6,7 @@ A recipe is a YAML file in ``recipes/recipe``; its ``flow`` names the function h
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import logging
 import re
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@functools.cache
 def recipe_groups() -> dict[str, dict[str, str]]:
     """``{group: {choice: what it is, the first comment of its file}}``, ``recipe`` first."""
     groups: dict[str, dict[str, str]] = {}
@@ -270,13 +272,15 @@ def make(node: DictConfig, **more: Any) -> Any:
     try:
         # Hydra would copy what is in ``more``; a partial takes it as it is.
         call: partial[Any] = partial(hydra.utils.instantiate(node, _partial_=True, _convert_="all"), **more)
-        inspect.signature(call.func).bind_partial(*call.args, **call.keywords)
+        inspect.signature(call)
+    except (InstantiationException, ValueError) as error:
+        reason = error.__cause__ or error
+        raise ConfigError(f"{target} cannot be called as the configuration says: {reason}") from error
+    try:
         return call if node.get("_partial_") else call()
     except ModuleNotFoundError as error:
         name = "'lightning-baqe[tensorboard]'" if target.endswith("TensorBoardLogger") else str(error.name)
         raise ConfigError(f"{target} needs a package that is not installed ({error}): pip install {name}") from error
-    except (InstantiationException, TypeError) as error:
-        raise ConfigError(f"{target} cannot be called with {dict(node)}: {error}") from error
 
 
 def _prepare(cfg: DictConfig, run_dir: Path) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
@@ -324,7 +328,12 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     datamodule, task, make_trainer = _prepare(cfg, run_dir)
     example, net = datamodule.example_input, task.net.cpu()
     if cfg.bits.file is not None:
-        bits = BitConfig.from_json(Path(cfg.bits.file))
+        try:
+            bits = BitConfig.from_json(Path(cfg.bits.file).expanduser())
+        except OSError as error:
+            raise ConfigError(
+                f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file."
+            ) from error
     else:
         bits = BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()

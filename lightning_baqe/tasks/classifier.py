@@ -168,7 +168,14 @@ class ImageClassifier(pl.LightningModule):
         metric = cast(MulticlassAccuracy, self.accuracy[f"{stage}_accuracy"])
         metric(logits, y)
         prefix, show = f"{self.hparams['log_prefix']}{stage}", stage != "test"
-        self.log(f"{prefix}/loss", loss, batch_size=len(y), prog_bar=show, on_step=stage == "train", on_epoch=True)
+        self.log(
+            f"{prefix}/loss",
+            loss,
+            batch_size=len(y),
+            prog_bar=show,
+            on_step=stage == "train",
+            on_epoch=stage != "train",
+        )
         self.log(f"{prefix}/acc", metric, batch_size=len(y), prog_bar=show, on_step=False, on_epoch=True)
         return loss
 

@@ -6,7 +6,6 @@ import difflib
 import inspect
 from typing import cast
 
-import timm
 import torchvision
 from torch import nn
 
@@ -37,19 +36,14 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
         raise ConfigError(
             f"num_classes={num_classes!r}, but a whole number of 1 or more is wanted: change num_classes."
         )
-    known = timm.list_models() if library == "timm" else torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it lists {len(known)} others."
-        other = "timm" if library == "torchvision" else "torchvision"
-        raise ConfigError(f"name={name!r} is no classifier of {library}; {hint} library={other!r} has more.")
     if library == "timm":
+        import timm  # slow to load, and few need it
+
+        _check_name(name, library, timm.list_models())
         if zero_init_residual:
-            raise ConfigError(
-                "zero_init_residual is torchvision's; timm's networks have their own default: leave it out."
-            )
-        net: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
-        return net
+            raise ConfigError("zero_init_residual is torchvision's; timm's networks have a default: leave it out.")
+        return cast(nn.Module, timm.create_model(name, pretrained=False, num_classes=num_classes))
+    _check_name(name, library, torchvision.models.list_models(module=torchvision.models))
     options = {"zero_init_residual": True} if zero_init_residual else {}
     builder = torchvision.models.get_model_builder(name)
     if options and "resnet" not in builder.__name__ and "resnext" not in builder.__name__:
@@ -57,6 +51,14 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
     if "init_weights" in inspect.signature(_class_of(name)).parameters:
         options["init_weights"] = True  # otherwise a warning that the default will change
     return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options))
+
+
+def _check_name(name: str, library: str, known: list[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(known)} others."
+        other = "timm" if library == "torchvision" else "torchvision"
+        raise ConfigError(f"name={name!r} is no classifier of {library}; {hint} library={other!r} has more.")
 
 
 def _class_of(name: str) -> type:

@@ -1,0 +1,28 @@
+"""A network for the smallest form of every recipe; recipes reach it as ``model._target_=smallest.network``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class SmallestNet(nn.Module):
+    """Three convolutions, one of them in a residual branch: ``(n, 3, h, w)`` to ``(n, num_classes)``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv1 = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv2 = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8))
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.relu(x + self.conv2(self.conv1(x)))
+        return self.fc(self.pool(x).flatten(1))
+
+
+def network(name: str, num_classes: int, library: str) -> SmallestNet:
+    """What `lightning_baqe.tasks.network` is called with."""
+    return SmallestNet(num_classes)

@@ -1,0 +1,303 @@
+"""The command line: help, errors that name what is near, run folders, and every recipe in its smallest form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from lightning_baqe import train
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.train import compose, main, open_run, recipe_groups, resume_command
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
+GROUPS = ("data", "deploy", "logger", "model", "recipe", "search", "task", "trainer")
+
+
+def test_help_lists_every_choice_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for group, choices in recipe_groups().items():
+        assert f"{group}:" in text
+        for choice, what in choices.items():
+            assert what, f"recipes/{group}/{choice}.yaml begins with no comment that says what it is"
+            assert f"  {choice}" in text
+            assert what in text
+    assert set(GROUPS) <= set(recipe_groups())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], ["recipe=<name>", "qat_search"]),
+        (["recipe=qat_serch"], ["'qat_serch'", "did you mean 'qat_search'", "qat, qat_search"]),
+        (["recipe=null"], ["There is no recipe"]),
+        (["recipe=qat", "data=digit"], ["There is no data 'digit'", "'digits'", "imagefolder"]),
+        (["recipe=qat", "model=resnet19"], ["There is no model", "'resnet18'"]),
+        (["recipe=qat", "pretrain.epoch=1"], ["There is no key 'pretrain.epoch'", "'pretrain.epochs'"]),
+        (["recipe=qat_search", "trials=3"], ["There is no key 'trials'", "'search.trials'"]),
+        (["recipe=qat", "search.trials=3"], ["There is no key 'search.trials'"]),
+        (["recipe"], ["recipe", "key=value"]),
+        (["recipe=qat", "seed=1,2"], ["several values"]),
+        (["recipe=qat", "~model.nonsense"], ["nonsense"]),
+    ],
+)
+def test_wrong_command_lines(arguments: list[str], wanted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for part in wanted:
+        assert part in error
+
+
+CHOICES = [f"{group}={choice}" for group, choices in recipe_groups().items() for choice in choices if group != "recipe"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[f"recipe={recipe}"] for recipe in RECIPES] + [["recipe=qat_search", choice] for choice in CHOICES],
+    ids=" ".join,
+)
+def test_everything_composes(arguments: list[str]) -> None:
+    cfg = compose([*arguments, "run_dir=somewhere"])
+    missing = OmegaConf.missing_keys(cfg)
+    assert missing <= {"data.root"}
+    cfg = compose([*arguments, "run_dir=somewhere", *(f"{key}=x" for key in missing)])
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def test_every_target_can_be_called() -> None:
+    from hydra.utils import get_method
+
+    for path in (ROOT / "recipes").rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            key, _, value = line.strip().partition(": ")
+            if key == "_target_":
+                assert callable(get_method(value)), path
+
+
+def test_comments_say_what_each_file_is() -> None:
+    for path in (ROOT / "recipes").rglob("*.yaml"):
+        assert path.read_text().startswith("# "), path
+
+
+def test_numbers_are_numbers() -> None:
+    cfg = compose(["recipe=qat", "task.learning_rate=1e-4"])
+    assert (cfg.task.learning_rate, cfg.pretrain.learning_rate) == (1e-4, 2e-3)
+
+
+def test_keys_can_be_added() -> None:
+    assert compose(["recipe=qat", "+trainer.gradient_clip_algorithm=norm"]).trainer.gradient_clip_algorithm == "norm"
+
+
+class TestRunFolder:
+    def test_default(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        run_dir = open_run(compose(["recipe=qat"]))
+        assert run_dir.parent == tmp_path / "outputs" / "qat"
+        assert yaml.safe_load((run_dir / "config.yaml").read_text())["run_dir"] == str(run_dir)
+
+    def test_same_arguments_resume(self, tmp_path: Path) -> None:
+        arguments = ["recipe=qat_search", f"run_dir={tmp_path}/run", "search.bit_choices=[2,4]"]
+        assert open_run(compose(arguments)) == open_run(compose(arguments)) == tmp_path / "run"
+
+    @pytest.mark.parametrize("change", ["search.trials=50", "trainer=auto", "logger=wandb", "search.max_failures=3"])
+    def test_what_may_change(self, change: str, tmp_path: Path) -> None:
+        open_run(compose(["recipe=qat_search", f"run_dir={tmp_path}"]))
+        open_run(compose(["recipe=qat_search", f"run_dir={tmp_path}", change]))
+
+    @pytest.mark.parametrize(
+        ("change", "wanted"),
+        [
+            ("model=resnet34", "model.name: 'resnet18' there, 'resnet34' here"),
+            ("data=glyphs", "data._target_"),
+            ("search.bit_choices=[2,8]", r"search.bit_choices: \[4, 8, 32\] there, \[2, 8\] here"),
+            ("seed=1", "seed: 0 there, 1 here"),
+            ("+model.zero_init_residual=true", "model.zero_init_residual: nothing there, True here"),
+        ],
+    )
+    def test_what_may_not(self, change: str, wanted: str, tmp_path: Path) -> None:
+        open_run(compose(["recipe=qat_search", f"run_dir={tmp_path}"]))
+        before = (tmp_path / "config.yaml").read_bytes()
+        with pytest.raises(ConfigError, match=wanted):
+            open_run(compose(["recipe=qat_search", f"run_dir={tmp_path}", change]))
+        assert (tmp_path / "config.yaml").read_bytes() == before
+
+    def test_another_recipe(self, tmp_path: Path) -> None:
+        open_run(compose(["recipe=qat_search", f"run_dir={tmp_path}"]))
+        with pytest.raises(ConfigError, match=r"flow\._target_"):
+            open_run(compose(["recipe=qat", f"run_dir={tmp_path}"]))
+
+    def test_a_file_in_its_place(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").touch()
+        assert main(["recipe=qat", f"run_dir={tmp_path}/file"]) == 1
+        assert "give another run_dir" in capsys.readouterr().err
+
+
+def test_errors_of_the_run_show_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=qat", "data=imagefolder", f"data.root={tmp_path}/none", f"run_dir={tmp_path}/run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("DataError: ")
+    assert "Traceback" not in error
+
+
+def test_unknown_arguments_of_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=qat", "+data.nonsense=1", f"run_dir={tmp_path}"]) == 1
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_missing_optional_dependency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr("pytorch_lightning.loggers.tensorboard._TENSORBOARD_AVAILABLE", False, raising=False)
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    cfg = compose(["recipe=qat", "logger=tensorboard", f"run_dir={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"pip install 'lightning-baqe\[tensorboard\]'"):
+        train.make(cfg.logger)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "lightning"])
+def test_interrupted(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr(train, "qat", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert main(["recipe=qat", "seed=3", f"run_dir={tmp_path}"]) == 130
+    assert f"python train.py recipe=qat seed=3 run_dir={tmp_path}" in capsys.readouterr().err
+
+
+def test_resume_command_survives_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lightning-baqe"])
+    run_dir = Path("/a folder/it's=1,2")
+    program, *arguments = shlex.split(resume_command(["recipe=qat", "run_dir=old", "logger=null"], run_dir))
+    assert program == "lightning-baqe"
+    cfg = compose(arguments)
+    assert cfg.run_dir == str(run_dir)
+    assert cfg.logger is None
+
+
+SMALLEST = [
+    "model._target_=smallest.network",
+    "pretrain.epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.enable_progress_bar=false",
+    "deploy.repeats=3",
+    "deploy.warmup=1",
+]
+SMALLEST_OF = {
+    "qat": ["qat.epochs=1", "qat.calibration_batches=1"],
+    "qat_search": [
+        *("search.steps_per_trial=2", "search.baselines=[8]", "search.calibration_batches=1"),
+        *("search.n_initial=2", "search.pool_size=8", "search.tune_float_s=0"),
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def test_every_recipe_has_a_smallest_form() -> None:
+    assert set(SMALLEST_OF) == set(RECIPES)
+
+
+def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], "bits.weight=4", f"run_dir={tmp_path}/run"]
+    assert main(arguments) == 0
+    assert "trial_0" in capfd.readouterr().out
+    run_dir = tmp_path / "run"
+    summary = summary_of(run_dir)
+    (trial,) = summary["trials"]
+    assert trial["bits"]["conv1.0"] == [4, 8]
+    assert trial["bits"]["fc"] == [8, 8]
+    assert summary["dataset"] == "digits"
+    assert 0 < summary["hypervolume"] < 1.65
+    assert {path.name for path in run_dir.iterdir()} >= {"config.yaml", "pareto.csv", "report.html", "artifacts"}
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["float.ckpt", "qat.ckpt"]
+
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()}
+    assert main(arguments) == 0  # nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()} == before
+    assert summary_of(run_dir)["trials"][0]["accuracy"] == trial["accuracy"]
+
+
+def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
+    import smallest
+
+    import lightning_baqe as baqe
+
+    bits = baqe.BitConfig.uniform(smallest.SmallestNet(10), 8, 8).replace({"conv2.0": baqe.LayerBits(3, 5)})
+    (tmp_path / "bits.json").write_text(bits.to_json())
+    run = [f"bits.file={tmp_path}/bits.json", f"run_dir={tmp_path}/run", "logger=null"]
+    assert main(["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *run]) == 0
+    assert summary_of(tmp_path / "run")["trials"][0]["bits"]["conv2.0"] == [3, 5]
+
+
+def test_a_missing_bit_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [f"bits.file={tmp_path}/none.json", f"run_dir={tmp_path}/run"]
+    assert main(["recipe=qat", *SMALLEST, *run]) == 1
+    assert "bits.file" in capsys.readouterr().err
+
+
+def test_qat_search_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["recipe=qat_search", *SMALLEST, *SMALLEST_OF["qat_search"], f"run_dir={tmp_path}/run"]
+    assert main([*arguments, "search.trials=2"]) == 0
+    assert "Report:" in capfd.readouterr().out
+    first = summary_of(tmp_path / "run")
+    assert [trial["state"] for trial in first["trials"]] == ["complete"] * 2
+    assert main([*arguments, "search.trials=3"]) == 0
+    second = summary_of(tmp_path / "run")
+    assert [trial["latency_us"] for trial in second["trials"][:2]] == [trial["latency_us"] for trial in first["trials"]]
+    assert len(second["trials"]) == 3
+    assert second["recipe"] == "qat_search"
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    run = ["logger=wandb", "logger.offline=true", f"run_dir={tmp_path}/run"]
+    assert main(["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *run]) == 0
+    import wandb
+
+    wandb.finish()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize("command", [[sys.executable, str(ROOT / "train.py")], ["lightning-baqe"]])
+def test_from_any_working_directory(command: list[str], tmp_path: Path) -> None:
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*command, "recipe=qat_serch"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": search},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "did you mean 'qat_search'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
