@@ -48,8 +48,8 @@ class Host:
             if not hasattr(found, part):
                 children = [name for name, _ in self.module.named_children()]
                 raise ConfigError(
-                    f"{type(self.module).__name__} has no {self.network!r}; network= must name the attribute that holds "
-                    f"the float classifier; it has {children}"
+                    f"{type(self.module).__name__} has no {self.network!r}; network= must name the attribute that "
+                    f"holds the float classifier; it has {children}"
                 )
             found = getattr(found, part)
         return found

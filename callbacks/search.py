@@ -207,8 +207,7 @@ class BayesianSearch(pl.Callback):
         self._close(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "host"):
-            self._close(trainer, test=False)
+        self._close(trainer, test=False)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -334,7 +333,7 @@ class BayesianSearch(pl.Callback):
 
     def _close(self, trainer: pl.Trainer, test: bool = True) -> None:
         """Put the float network back; write the final summary and the report. Safe to call twice."""
-        if self._closed:
+        if self._closed or not hasattr(self, "_float"):  # nothing was begun
             return
         self._closed = True
         self.host.install_float(self._float)

@@ -141,8 +141,10 @@ class SearchStudy:
         trial.set_user_attr(OWNER, str(self.run_dir))
         phase = trial.user_attrs.get(PHASE)  # of an interrupted trial that is tried again
         if phase is None:
-            found = isinstance(self._sampler, BaqeSampler)
-            phase = self._sampler.phase(self._study, trial) if found else type(self._sampler).__name__
+            if isinstance(self._sampler, BaqeSampler):
+                phase = self._sampler.phase(self._study, trial)
+            else:
+                phase = type(self._sampler).__name__
         trial.set_user_attr(RESULT, {"phase": phase})
         return trial, phase
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import queue
@@ -13,7 +14,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.device import device_info
@@ -59,7 +60,8 @@ class Worker:
         self.threads = threads
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
-        self._errors = tempfile.TemporaryFile(mode="w+")
+        self._reader: threading.Thread | None = None
+        self._errors: IO[str] | None = None
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send one request, wait for its answer.
@@ -84,24 +86,34 @@ class Worker:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # what it never read
+                self._process.stdin.close()
             self._process = None
+        if self._reader is not None:
+            self._reader.join()
+            self._reader = None
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
-        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        affinity = hasattr(os, "sched_getaffinity")
+        usable = sorted(os.sched_getaffinity(0)) if affinity else list(range(os.cpu_count() or 1))
         if self.threads > len(usable):
             raise ConfigError(f"{self.threads} threads are asked for, but this process may use {len(usable)} cores")
         cores = ",".join(str(core) for core in usable[-self.threads :])
         command = [sys.executable, "-m", "lightning_baqe.deploy.worker", cores]
-        self._errors.seek(0)
-        self._errors.truncate()
+        self.close()
+        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  lives as long as the process
         self._answers = queue.Queue()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
-        threading.Thread(target=_read_lines, args=(self._process, self._answers), daemon=True).start()
-        atexit.register(self.close)
+        self._reader = threading.Thread(target=_read_lines, args=(self._process, self._answers), daemon=True)
+        self._reader.start()
         self._answer(START_TIMEOUT_S)
         return self._process
 
@@ -117,16 +129,19 @@ class Worker:
 
     def _died(self, what: str) -> MeasurementError:
         code = self._process.poll() if self._process is not None else None
+        tail = ""
+        if self._errors is not None:
+            self._errors.seek(0)
+            tail = self._errors.read()[-2000:].strip()
         self.close()
-        self._errors.seek(0)
-        tail = self._errors.read()[-2000:].strip()
         return MeasurementError(f"the measuring process {what} (exit code {code}); its last words: {tail or 'none'}")
 
 
 def _read_lines(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        answers.put(line)
+    with process.stdout:
+        for line in process.stdout:
+            answers.put(line)
     answers.put("")
 
 
@@ -135,7 +150,10 @@ _workers: dict[int, Worker] = {}
 
 def worker(threads: int = 1) -> Worker:
     """The measuring process for so many threads."""
-    return _workers.setdefault(threads, Worker(threads))
+    if threads not in _workers:
+        _workers[threads] = Worker(threads)
+        atexit.register(_workers[threads].close)
+    return _workers[threads]
 
 
 def measure(

@@ -78,8 +78,9 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
         "baselines_hypervolume": level,
         "trials": trials,
     }
-    for name, entry in pareto_entries(summary):
-        if isinstance(entry, dict) and name in tests:
+    for entry in entries:
+        name = f"baseline_{entry['name']}" if "name" in entry else f"trial_{entry['number']}"
+        if entry["pareto"] and name in tests:
             entry["test_accuracy"] = tests[name]
     return summary
 

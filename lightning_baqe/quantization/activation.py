@@ -86,6 +86,8 @@ class ActivationQuantizer(nn.Module, ABC):
             first = RangeObserver()
             first.update(x.detach())
             self.initialize(first)
+        if not (math.isfinite(self.step()) and math.isfinite(float(self._offset().detach()))):
+            return x * math.nan  # training diverged: the loss must show it, whoever computes it
         factor = 1.0 / math.sqrt(max(x[0].numel(), 1) * self.qmax)
         scale, offset = scale_gradient(self.scale, factor), scale_gradient(self._offset(), factor)
         return quantize_activation(x, scale, offset, self.zero_point(), self.qmax)
