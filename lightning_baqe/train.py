@@ -181,8 +181,6 @@ def _check_choice(override: Override, groups: dict[str, dict[str, str]]) -> None
     if key not in groups or override.is_delete():
         return
     value = override.value()
-    if value is None and key != "recipe":
-        return
     if value not in groups[key]:
         raise UsageError(
             f"There is no {key} {str(value)!r}{_near(str(value), list(groups[key]))}. "
@@ -294,7 +292,7 @@ def _prepare(cfg: DictConfig, run_dir: Path) -> tuple[Any, ImageClassifier, Call
     datamodule = make(cfg.data)
     net = make(cfg.model, num_classes=datamodule.num_classes)
     task = make(cfg.task, net=net, num_classes=datamodule.num_classes)
-    trainer = make(cfg.trainer, logger=False if cfg.logger is None else make(cfg.logger))
+    trainer = make(cfg.trainer, logger=make(cfg.logger) if cfg.logger else False)
     make(cfg.pretrain)(task, datamodule, run_dir / "checkpoints" / "float.ckpt", trainer=trainer)
     return datamodule, task, trainer
 
@@ -305,8 +303,6 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
     Raises:
         BaqeError: whatever went wrong on purpose.
     """
-    if cfg.search is None:
-        raise ConfigError("recipe=qat_search needs a search, got search=null: leave it out, or give search=bayesian.")
     datamodule, task, make_trainer = _prepare(cfg, run_dir)
     search = make(cfg.search, run_dir=run_dir, example_input=datamodule.example_input)
     trainer = make_trainer(max_epochs=-1, callbacks=[search], enable_checkpointing=False, num_sanity_val_steps=0)

@@ -40,6 +40,8 @@ def test_help_lists_every_choice_with_a_line(capsys: pytest.CaptureFixture[str])
         ([], ["recipe=<name>", "qat_search"]),
         (["recipe=qat_serch"], ["'qat_serch'", "did you mean 'qat_search'", "qat, qat_search"]),
         (["recipe=null"], ["There is no recipe"]),
+        (["recipe=qat_search", "search=null"], ["There is no search", "bayesian"]),
+        (["recipe=qat", "logger=null"], ["There is no logger", "none"]),
         (["recipe=qat", "data=digit"], ["There is no data 'digit'", "'digits'", "imagefolder"]),
         (["recipe=qat", "model=resnet19"], ["There is no model", "'resnet18'"]),
         (["recipe=qat", "pretrain.epoch=1"], ["There is no key 'pretrain.epoch'", "'pretrain.epochs'"]),
@@ -187,11 +189,11 @@ def test_resume_command_survives_the_shell(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(sys, "argv", ["/usr/bin/lightning-baqe"])
     run_dir = Path("/a folder/it's=1,2")
-    program, *arguments = shlex.split(resume_command(["recipe=qat", "run_dir=old", "logger=null"], run_dir))
+    program, *arguments = shlex.split(resume_command(["recipe=qat", "run_dir=old", "logger=none"], run_dir))
     assert program == "lightning-baqe"
     cfg = compose(arguments)
     assert cfg.run_dir == str(run_dir)
-    assert cfg.logger is None
+    assert not cfg.logger
 
 
 SMALLEST = [
@@ -251,7 +253,7 @@ def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
 
     bits = baqe.BitConfig.uniform(smallest.SmallestNet(10), 8, 8).replace({"conv2.0": baqe.LayerBits(3, 5)})
     (tmp_path / "bits.json").write_text(bits.to_json())
-    run = [f"bits.file={tmp_path}/bits.json", f"run_dir={tmp_path}/run", "logger=null"]
+    run = [f"bits.file={tmp_path}/bits.json", f"run_dir={tmp_path}/run", "logger=none"]
     assert main(["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *run]) == 0
     assert summary_of(tmp_path / "run")["trials"][0]["bits"]["conv2.0"] == [3, 5]
 
