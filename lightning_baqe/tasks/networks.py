@@ -50,7 +50,7 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
         raise ConfigError(f"{name} has no residual blocks with zero_init_residual: leave zero_init_residual out.")
     if "init_weights" in inspect.signature(_class_of(name)).parameters:
         options["init_weights"] = True  # otherwise a warning that the default will change
-    return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options))
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def _check_name(name: str, library: str, known: list[str]) -> None:
