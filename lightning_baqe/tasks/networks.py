@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import cast
 
 import torchvision
 from torch import nn
@@ -42,7 +41,7 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
         _check_name(name, library, timm.list_models())
         if zero_init_residual:
             raise ConfigError("zero_init_residual is torchvision's; timm's networks have a default: leave it out.")
-        return cast(nn.Module, timm.create_model(name, pretrained=False, num_classes=num_classes))
+        return timm.create_model(name, pretrained=False, num_classes=num_classes)
     _check_name(name, library, torchvision.models.list_models(module=torchvision.models))
     options = {"zero_init_residual": True} if zero_init_residual else {}
     builder = torchvision.models.get_model_builder(name)
