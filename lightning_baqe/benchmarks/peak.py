@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
+from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.deploy.dot import quad_of, step
 from lightning_baqe.deploy.target import CpuTarget
@@ -24,29 +26,26 @@ def _peak_kernel(dot: str, chain: int, lanes: int, accumulators: int) -> Any:
     kind = "float32" if dot == "fma" else "int32"
     weights_dtype, word = _WEIGHTS.get(dot, "int8"), "float32" if dot == "fma" else "int32"
 
-    def one(acc: Any, words: Any, weights: Any, index: int, at: Any) -> Any:
+    def one(acc: Any, words: Any, weights: Any, index: Any, at: Any) -> Any:
         inputs = [words[(index + k) % accumulators] for k in range(chain)]
         loaded = [weights[T.ramp((at * vectors + v) * width, 1, width)] for v in range(vectors)]
         return step(dot, lanes, acc, inputs, loaded)
 
-    @T.prim_func(s_tir=True)
-    def peak(
-        X: T.Buffer((accumulators,), word),
-        W: T.Buffer((_STEPS * vectors * width,), weights_dtype),
-        Y: T.Buffer((accumulators * lanes,), kind),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        acc = T.alloc_buffer((accumulators, lanes), kind, scope="local")
-        for a in T.unroll(accumulators):
-            acc[a, T.ramp(0, 1, lanes)] = Y[T.ramp(a * lanes, 1, lanes)]
-        for _p in T.serial(_PASSES):
-            for s in T.serial(_STEPS):
-                for a in T.unroll(accumulators):
-                    acc[a, T.ramp(0, 1, lanes)] = one(acc[a, T.ramp(0, 1, lanes)], X, W, a, s)
-        for a in T.unroll(accumulators):
-            Y[T.ramp(a * lanes, 1, lanes)] = acc[a, T.ramp(0, 1, lanes)]
-
-    return peak.with_attr("global_symbol", "main")
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("main")
+        X = B.arg("X", B.buffer((accumulators,), word))
+        W = B.arg("W", B.buffer((_STEPS * vectors * width,), weights_dtype))
+        Y = B.arg("Y", B.buffer((accumulators * lanes,), kind))
+        B.func_attr({"tirx.noalias": True})
+        acc = B.alloc_buffer((accumulators, lanes), kind, scope="local")
+        vector = T.ramp(0, 1, lanes)
+        with B.unroll(accumulators) as a:
+            B.buffer_store(acc, Y[T.ramp(a * lanes, 1, lanes)], [a, vector])
+        with B.serial(_PASSES), B.serial(_STEPS) as s, B.unroll(accumulators) as a:
+            B.buffer_store(acc, one(acc[a, vector], X, W, a, s), [a, vector])
+        with B.unroll(accumulators) as a:
+            B.buffer_store(Y, acc[a, vector], [T.ramp(a * lanes, 1, lanes)])
+    return builder.get().with_attr("global_symbol", "main")
 
 
 @functools.cache

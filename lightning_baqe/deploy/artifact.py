@@ -72,8 +72,8 @@ class Artifact:
         if self._vm is None:
             if not can_run(self.target.path):
                 raise BuildError(
-                    f"this artifact uses {self.target.path} instructions ({self.target.mcpu}), which this CPU does not have; "
-                    "build its graph again here: baqe.build(artifact.graph)"
+                    f"this artifact uses {self.target.path} instructions ({self.target.mcpu}), which this CPU does not "
+                    "have; build its graph again here: baqe.build(artifact.graph)"
                 )
             self._vm = relax.VirtualMachine(self._executable, tvm.cpu())
             self._constants = [tvm.runtime.tensor(array) for array in constants(self.plan)]
@@ -134,7 +134,7 @@ class Artifact:
     def _images(self, x: torch.Tensor) -> np.ndarray:
         if tuple(x.shape[1:]) != tuple(self.graph.input_shape):
             raise ConfigError(
-                f"input has shape {tuple(x.shape)}, the artifact wants (n, {', '.join(map(str, self.graph.input_shape))})"
+                f"input has shape {tuple(x.shape)}, the artifact wants images of shape {tuple(self.graph.input_shape)}"
             )
         return np.ascontiguousarray(x.detach().to(torch.float32).cpu().numpy())
 
@@ -151,7 +151,9 @@ class Artifact:
             try:
                 self._executable.export_library(str(staging / MODULE))
             except RuntimeError as error:
-                raise BuildError(f"the module cannot be linked; is a C++ compiler (g++ or clang) installed? {error}") from error
+                raise BuildError(
+                    f"the module cannot be linked; is a C++ compiler (g++ or clang) installed? {error}"
+                ) from error
             description, tensors = graph_to_parts(self.graph)
             (staging / GRAPH).write_text(json.dumps(description))
             np.savez(staging / TENSORS, **tensors)  # type: ignore[arg-type]
@@ -185,10 +187,14 @@ class Artifact:
         folder = Path(folder)
         missing = [name for name in (MANIFEST, MODULE, GRAPH, TENSORS) if not (folder / name).exists()]
         if missing:
-            raise BuildError(f"{folder} is no artifact: it lacks {', '.join(missing)}; give a folder that Artifact.save wrote")
+            raise BuildError(
+                f"{folder} is no artifact: it lacks {', '.join(missing)}; give a folder that Artifact.save wrote"
+            )
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest.get("format") != FORMAT:
-            raise BuildError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again")
+            raise BuildError(
+                f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again"
+            )
         with np.load(folder / TENSORS, allow_pickle=False) as tensors:
             graph = graph_from_parts(json.loads((folder / GRAPH).read_text()), dict(tensors))
         plan = make_plan(graph, CpuTarget(**manifest["target"]), manifest["schedules"], manifest["threads"])

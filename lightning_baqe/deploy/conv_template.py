@@ -1,15 +1,17 @@
 """The schedule template of dense convolutions and matrix products, integer and float.
 
 The kernel holds a tile of ``oct`` register-wide blocks of output channels x ``oht`` x ``owt`` pixels in registers and
-walks the window: rows of the kernel outside, runs of ``kernel_w * channels`` contiguous input values inside. A tile that
-would pass the edge is shifted back over its neighbour, so any size works without a branch.
+walks the window: rows of the kernel outside, runs of ``kernel_w * channels`` contiguous input values inside. A tile
+that would pass the edge is shifted back over its neighbour, so any size works without a branch.
+
+Kernels are emitted with TVM's IR builder: TVMScript's parser would take 40 times as long, most of a build.
 
 Knobs (in BAQE's terms, section III-B):
 
 | knob | values | meaning |
 | --- | --- | --- |
 | tile | ``"oct x oht x owt"`` | tile sizes over output channels (in register widths), height and width |
-| order | ``channels``, ``pixels`` | which of the outer loops is outermost: a block's weights stay in cache, or a tile's inputs |
+| order | ``channels``, ``pixels`` | the outermost loop: a block's weights stay in cache, or a tile's inputs |
 | unroll | 1, 2, 4 | steps of the reduction in one loop body |
 | weights | ``bytes``, ``packed`` | 4-bit weights widened to bytes on load of the artifact, or expanded in registers |
 """
@@ -22,8 +24,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
 from lightning_baqe.deploy.dot import quad_of, step
 from lightning_baqe.deploy.layout import Layout
@@ -48,7 +51,7 @@ class ConvSpec:
         narrow: the requantized value fits 32 bits before it is clipped.
         residual: layout of the other operand of a fused residual sum.
         narrow_add: the residual sum fits 32 bits.
-        weight_bits: of the weights, 32 = float.
+        weight_bits: that storage needs, 4 or 8: the code for 3 bits is that for 4, and measured once. 32 = float.
         threads: of the outermost loop.
     """
 
@@ -266,15 +269,16 @@ def _rounded(value: Any, params: Any, shift: str, dtype: str, lanes: int) -> Any
     return T.shift_right(value + T.broadcast(T.shift_left(one, amount - one), lanes), T.broadcast(amount, lanes))
 
 
-def _epilogue(spec: ConvSpec, acc: Any, multipliers: Any, channel: Any, residual: Any, params: Any) -> Any:
+def _epilogue(spec: ConvSpec, acc: Any, numbers: Any, channel: Any, residual: Any, params: Any) -> Any:
     """What is stored for one vector of accumulators."""
     lanes = spec.lanes
     if spec.epilogue in ("acc", "float"):
         return acc
     if spec.epilogue == "float_relu":
         return T.max(acc, T.broadcast(T.float32(0), lanes))
-    m = T.Cast(f"int64x{lanes}", multipliers[T.ramp(channel, 1, lanes)])
-    value = _rounded(T.Cast(f"int64x{lanes}", acc) * m, params, "shift", "int64", lanes)
+    m = T.Cast(f"int64x{lanes}", numbers[T.ramp(channel, 1, lanes)])
+    fraction = T.Cast(f"int64x{lanes}", numbers[T.ramp(spec.result.stored + channel, 1, lanes)])
+    value = _rounded(T.Cast(f"int64x{lanes}", acc) * m + fraction, params, "shift", "int64", lanes)
     width = "int32" if spec.narrow else "int64"
     value = T.Cast(f"{width}x{lanes}", value) + _param(params, "zero_point", width, lanes)
     value = T.min(T.max(value, _param(params, "low", width, lanes)), _param(params, "high", width, lanes))
@@ -291,19 +295,27 @@ def _epilogue(spec: ConvSpec, acc: Any, multipliers: Any, channel: Any, residual
     return T.Cast(f"{spec.result.dtype}x{lanes}", total)
 
 
-def fill_regions(layout: Layout) -> list[tuple[int, int, int]]:
-    """The halo as ``(start, length, repeats)``; repeats are ``layout.row`` apart."""
+def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
+    """Emit the loops that fill a buffer's halo."""
     if layout.halo == 0:
-        return [(0, 0, 0), (0, 0, 0)]
+        return
+    pad = T.Cast(layout.dtype, value)
     edge = layout.halo * layout.row + layout.halo * layout.stored
-    between = 2 * layout.halo * layout.stored
-    # Top rows with the first left edge; then right edge plus next left edge, row by row; the bottom closes the last.
-    return [(0, edge, 1), (edge + layout.width * layout.stored, between, layout.height - 1)]
+    # Top rows with the first left edge; then right edge plus next left edge, row by row; the last right edge and below.
+    with B.serial(edge) as i:
+        B.buffer_store(buffer, pad, [i])
+    with B.serial(layout.height - 1) as y, B.serial(2 * layout.halo * layout.stored) as i:
+        B.buffer_store(buffer, pad, [edge + layout.width * layout.stored + y * layout.row + i])
+    with B.serial(edge) as i:
+        B.buffer_store(buffer, pad, [(layout.height + layout.halo) * layout.row - layout.halo * layout.stored + i])
 
 
 @functools.lru_cache(maxsize=4096)
 def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
-    """The kernel as a TIR function of (source, weights, bias, multipliers, params, residual, result)."""
+    """The kernel as a TIR function of (source, weights, bias, numbers, params, residual, result).
+
+    Numbers are the multipliers of all stored channels, then their fractions.
+    """
     knobs = check_knobs(spec, dict(knobs_items))
     oct_, oht, owt = map(int, knobs["tile"].split("x"))
     packed, unroll = knobs["weights"] == "packed", knobs["unroll"]
@@ -326,14 +338,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     weights_length = spec.blocks * segments * steps * (lanes * (quad if not packed else 2))
     weights_dtype = weight_dtype(spec, knobs)
     row_dilation, column_dilation = spec.dilation
-    out_first = result.origin()
-    residual_first = residual.origin()
     threads = spec.threads
-    (head, head_length, _), (side, side_length, side_repeats) = fill_regions(result)
-    tail = (result.height + result.halo) * result.row - result.halo * result.stored if result.halo else 0
-    tail_length = head_length
-    params_length = len(PARAMS)
-    result_dtype = result.dtype
 
     def clamp_tile(index: Any, extent: int, size: int) -> Any:
         return T.min(index * size, T.int32(extent - size)) if extent % size else index * size
@@ -346,83 +351,44 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
         )
 
     def outer_loop(extent: int) -> Any:
-        return T.parallel(extent) if threads > 1 else T.serial(extent)
+        return B.parallel(extent) if threads > 1 else B.serial(extent)
 
-    def reduce_group(acc: Any, values: Any, weights: Any, offset: Any, at: Any) -> Any:
-        return _reduce(spec, packed, acc, values, weights, offset, at)
-
-    def finish(acc: Any, multipliers: Any, channel: Any, other: Any, at: Any, params: Any) -> Any:
+    def finish(acc: Any, numbers: Any, channel: Any, other: Any, at: Any, params: Any) -> Any:
         extra = other[T.ramp(at, 1, lanes)] if has_residual else None
-        return _epilogue(spec, acc, multipliers, channel, extra, params)
+        return _epilogue(spec, acc, numbers, channel, extra, params)
 
-    @T.prim_func(s_tir=True)
-    def conv(
-        X: T.Buffer((source.length,), source.dtype),
-        W: T.Buffer((weights_length,), weights_dtype),
-        B: T.Buffer((result.stored,), kind),
-        M: T.Buffer((result.stored,), "int32"),
-        P: T.Buffer((params_length,), "int64"),
-        R: T.Buffer((residual.length,), residual.dtype),
-        Y: T.Buffer((result.length,), result_dtype),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        if result.halo > 0:
-            for i in T.serial(head_length):
-                Y[head + i] = T.Cast(result_dtype, P[11])
-            for y in T.serial(side_repeats):
-                for i in T.serial(side_length):
-                    Y[side + y * result.row + i] = T.Cast(result_dtype, P[11])
-            for i in T.serial(tail_length):
-                Y[tail + i] = T.Cast(result_dtype, P[11])
-        for first in outer_loop(first_extent):
-            for second in T.serial(second_extent):
-                for tw in T.serial(column_tiles):
-                    acc = T.alloc_buffer((tile, lanes), kind, scope="local")
-                    block: T.let[T.int32] = clamp_tile(first if by_channel else second, spec.blocks, oct_)
-                    oy: T.let[T.int32] = clamp_tile(second if by_channel else first, result.height, oht)
-                    ox: T.let[T.int32] = clamp_tile(tw, result.width, owt)
-                    for c in T.unroll(oct_):
-                        for p in T.unroll(pixels):
-                            acc[c * pixels + p, T.ramp(0, 1, lanes)] = B[T.ramp((block + c) * lanes, 1, lanes)]
-                    for s in T.serial(segments):
-                        for r in T.serial(outer):
-                            for u in T.unroll(unroll):
-                                for h in T.unroll(oht):
-                                    for w in T.unroll(owt):
-                                        for c in T.unroll(oct_):
-                                            acc[c * pixels + h * owt + w, T.ramp(0, 1, lanes)] = reduce_group(
-                                                acc[c * pixels + h * owt + w, T.ramp(0, 1, lanes)],
-                                                X,
-                                                W,
-                                                start
-                                                + (oy + h) * (sh * source.row)
-                                                + (ox + w) * (sw * source.stored)
-                                                + segment_offset(s)
-                                                + (r * unroll + u) * (group * quad),
-                                                ((block + c) * segments + s) * steps + (r * unroll + u) * group,
-                                            )
-                    for c in T.unroll(oct_):
-                        for h in T.unroll(oht):
-                            for w in T.unroll(owt):
-                                Y[
-                                    T.ramp(
-                                        out_first
-                                        + (oy + h) * result.row
-                                        + (ox + w) * result.stored
-                                        + (block + c) * lanes,
-                                        1,
-                                        lanes,
-                                    )
-                                ] = finish(
-                                    acc[c * pixels + h * owt + w, T.ramp(0, 1, lanes)],
-                                    M,
-                                    (block + c) * lanes,
-                                    R,
-                                    residual_first
-                                    + (oy + h) * residual.row
-                                    + (ox + w) * residual.stored
-                                    + (block + c) * lanes,
-                                    P,
-                                )
-
-    return conv
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("conv")
+        X = B.arg("X", B.buffer((source.length,), source.dtype))
+        W = B.arg("W", B.buffer((weights_length,), weights_dtype))
+        bias = B.arg("B", B.buffer((result.stored,), kind))
+        M = B.arg("M", B.buffer((2 * result.stored,), "int32"))
+        P = B.arg("P", B.buffer((len(PARAMS),), "int64"))
+        R = B.arg("R", B.buffer((residual.length,), residual.dtype))
+        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
+        B.func_attr({"tirx.noalias": True})
+        fill_halo(result, Y, P[PARAMS.index("pad")])
+        with outer_loop(first_extent) as first, B.serial(second_extent) as second, B.serial(column_tiles) as tw:
+            acc = B.alloc_buffer((tile, lanes), kind, scope="local")
+            vector = T.ramp(0, 1, lanes)
+            block = B.Bind(clamp_tile(first if by_channel else second, spec.blocks, oct_))
+            oy = B.Bind(clamp_tile(second if by_channel else first, result.height, oht))
+            ox = B.Bind(clamp_tile(tw, result.width, owt))
+            with B.unroll(oct_) as c, B.unroll(pixels) as p:
+                B.buffer_store(acc, bias[T.ramp((block + c) * lanes, 1, lanes)], [c * pixels + p, vector])
+            with (
+                B.serial(segments) as s, B.serial(outer) as r, B.unroll(unroll) as u,
+                B.unroll(oht) as h, B.unroll(owt) as w, B.unroll(oct_) as c,
+            ):  # fmt: skip
+                at = c * pixels + h * owt + w
+                offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored)
+                offset = offset + segment_offset(s) + (r * unroll + u) * (group * quad)
+                position = ((block + c) * segments + s) * steps + (r * unroll + u) * group
+                B.buffer_store(acc, _reduce(spec, packed, acc[at, vector], X, W, offset, position), [at, vector])
+            with B.unroll(oct_) as c, B.unroll(oht) as h, B.unroll(owt) as w:
+                channel = (block + c) * lanes
+                to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + channel
+                other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.stored + channel
+                value = finish(acc[c * pixels + h * owt + w, vector], M, channel, R, other, P)
+                B.buffer_store(Y, value, [T.ramp(to, 1, lanes)])
+    return builder.get()

@@ -1,12 +1,12 @@
 """Dot products that are exact in the instructions at hand.
 
-A convolution's inner step multiplies groups of four neighbouring input values (a *quad*: four unsigned bytes read as one
-32-bit word and broadcast to all lanes) with the weights of as many output channels as a register has 32-bit lanes.
+A convolution's inner step multiplies groups of four neighbouring input values (a *quad*: four unsigned bytes read as
+one 32-bit word and broadcast to all lanes) with the weights of as many output channels as a register has 32-bit lanes.
 
 | dot | step | exact because |
 | --- | --- | --- |
 | vnni | ``vpdpbusd``: u8 x s8, four products into int32 | it does not saturate |
-| maddubs | ``chain`` times ``vpmaddubsw`` added in int16, then ``vpmaddwd`` by ones | the weights at hand prove that no int16 sum overflows |
+| maddubs | ``chain`` ``vpmaddubsw`` added in int16, ``vpmaddwd`` by ones | the weights prove that no sum overflows |
 | madd16 | even and odd bytes widened to int16, two ``vpmaddwd`` | 255 * 128 * 2 fits int32 |
 | portable | one value at a time, widened to int32 | plain arithmetic |
 | fma | one value at a time, float32 | (float) |
@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from tvm.script import tirx as T
 
 from lightning_baqe.deploy.target import CpuTarget

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
-from lightning_baqe.deploy.conv_template import fill_regions
+from lightning_baqe.deploy.conv_template import fill_halo
 from lightning_baqe.deploy.layout import Layout
 
 PIXEL_PARAMS = 8  # int64: meaning by operator, the last is the halo's value
@@ -119,47 +121,33 @@ def _at(buffer: Any, index: Any, lanes: int) -> Any:
     return buffer[T.ramp(index, 1, lanes)] if lanes > 1 else buffer[index]
 
 
+def _number_arguments() -> tuple[Any, Any]:
+    """The arguments factors and params."""
+    return B.arg("F", B.buffer((1,), "float32")), B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
+
+
 @functools.lru_cache(maxsize=4096)
 def build_pointwise(spec: PixelSpec) -> Any:
     """A TIR function of (source, other, factors, params, result), one value at a time."""
     source, result, other = spec.source, spec.result, spec.other or spec.source
     lanes = 16 if result.stored % 16 == 0 else 1
     vectors = result.stored // lanes
-    (head, head_length, _), (side, side_length, side_repeats) = fill_regions(result)
-    tail = (result.height + result.halo) * result.row - result.halo * result.stored if result.halo else 0
-    result_dtype = result.dtype
     from_source, from_other, to_result = source.origin(), other.origin(), result.origin()
 
-    def compute(a: Any, b: Any, factors: Any, params: Any) -> Any:
-        return _pointwise(spec, a, b, factors, params, lanes)
-
-    @T.prim_func(s_tir=True)
-    def pointwise(
-        X: T.Buffer((source.length,), source.dtype),
-        Z: T.Buffer((other.length,), other.dtype),
-        F: T.Buffer((1,), "float32"),
-        P: T.Buffer((PIXEL_PARAMS,), "int64"),
-        Y: T.Buffer((result.length,), result_dtype),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        if result.halo > 0:
-            for i in T.serial(head_length):
-                Y[head + i] = T.Cast(result_dtype, P[PAD])
-            for y in T.serial(side_repeats):
-                for i in T.serial(side_length):
-                    Y[side + y * result.row + i] = T.Cast(result_dtype, P[PAD])
-            for i in T.serial(head_length):
-                Y[tail + i] = T.Cast(result_dtype, P[PAD])
-        for y in T.serial(result.height):
-            for i in T.serial(result.width * vectors):
-                Y[T.ramp(to_result + y * result.row + i * lanes, 1, lanes)] = compute(
-                    _at(X, from_source + y * source.row + i * lanes, lanes),
-                    _at(Z, from_other + y * other.row + i * lanes, lanes),
-                    F,
-                    P,
-                )
-
-    return pointwise
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("pointwise")
+        X = B.arg("X", B.buffer((source.length,), source.dtype))
+        Z = B.arg("Z", B.buffer((other.length,), other.dtype))
+        F, P = _number_arguments()
+        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
+        B.func_attr({"tirx.noalias": True})
+        fill_halo(result, Y, P[PAD])
+        with B.serial(result.height) as y, B.serial(result.width * vectors) as i:
+            a = _at(X, from_source + y * source.row + i * lanes, lanes)
+            b = _at(Z, from_other + y * other.row + i * lanes, lanes)
+            to = T.ramp(to_result + y * result.row + i * lanes, 1, lanes)
+            B.buffer_store(Y, _pointwise(spec, a, b, F, P, lanes), [to])
+    return builder.get()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -172,15 +160,13 @@ def build_pool(spec: PixelSpec) -> Any:
     source, result = spec.source, spec.result
     lanes = 16
     vectors = result.stored // lanes
-    (head, head_length, _), (side, side_length, side_repeats) = fill_regions(result)
-    tail = (result.height + result.halo) * result.row - result.halo * result.stored if result.halo else 0
-    result_dtype, source_dtype = result.dtype, source.dtype
+    result_dtype = result.dtype
     from_source, to_result = source.origin(), result.origin()
     kh, kw = spec.kernel
     sh, sw = spec.stride
     ph, pw = spec.padding
     is_max = spec.op == "max_pool"
-    kind = source_dtype if is_max else ("int32" if spec.op == "avg_pool" else "float32")
+    kind = source.dtype if is_max else ("int32" if spec.op == "avg_pool" else "float32")
 
     def clamp(index: Any, size: int, padded: int) -> Any:
         return T.max(T.min(index, T.int32(size - 1)), T.int32(0)) if padded else index
@@ -208,60 +194,29 @@ def build_pool(spec: PixelSpec) -> Any:
         out = _rounding_shift(scaled, params, 2, "int64", lanes) + _param(params, 3, "int64", lanes)
         return _cast(result_dtype, lanes, _clip_to(out, params, 4, "int64", lanes))
 
-    @T.prim_func(s_tir=True)
-    def pool(
-        X: T.Buffer((source.length,), source_dtype),
-        Z: T.Buffer((source.length,), source_dtype),
-        F: T.Buffer((1,), "float32"),
-        P: T.Buffer((PIXEL_PARAMS,), "int64"),
-        Y: T.Buffer((result.length,), result_dtype),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        acc = T.alloc_buffer((1, lanes), kind, scope="local")
-        if result.halo > 0:
-            for i in T.serial(head_length):
-                Y[head + i] = T.Cast(result_dtype, P[PAD])
-            for y in T.serial(side_repeats):
-                for i in T.serial(side_length):
-                    Y[side + y * result.row + i] = T.Cast(result_dtype, P[PAD])
-            for i in T.serial(head_length):
-                Y[tail + i] = T.Cast(result_dtype, P[PAD])
-        for y in T.serial(result.height):
-            for x in T.serial(result.width):
-                for v in T.serial(vectors):
-                    acc[0, T.ramp(0, 1, lanes)] = initial(
-                        X[
-                            T.ramp(
-                                from_source
-                                + clamp(y * sh - ph, source.height, rows_clamped) * source.row
-                                + clamp(x * sw - pw, source.width, columns_clamped) * source.stored
-                                + v * lanes,
-                                1,
-                                lanes,
-                            )
-                        ]
-                    )
-                    for i in T.serial(kh):
-                        for j in T.serial(kw):
-                            acc[0, T.ramp(0, 1, lanes)] = accumulate(
-                                acc[0, T.ramp(0, 1, lanes)],
-                                X[
-                                    T.ramp(
-                                        from_source
-                                        + clamp(y * sh - ph + i, source.height, rows_clamped) * source.row
-                                        + clamp(x * sw - pw + j, source.width, columns_clamped) * source.stored
-                                        + v * lanes,
-                                        1,
-                                        lanes,
-                                    )
-                                ],
-                                P,
-                            )
-                    Y[T.ramp(to_result + y * result.row + x * result.stored + v * lanes, 1, lanes)] = finish(
-                        acc[0, T.ramp(0, 1, lanes)], F, P
-                    )
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("pool")
+        X = B.arg("X", B.buffer((source.length,), source.dtype))
+        B.arg("Z", B.buffer((source.length,), source.dtype))
+        F, P = _number_arguments()
+        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
+        B.func_attr({"tirx.noalias": True})
+        acc = B.alloc_buffer((1, lanes), kind, scope="local")
+        at = [0, T.ramp(0, 1, lanes)]
+        fill_halo(result, Y, P[PAD])
+        with B.serial(result.height) as y, B.serial(result.width) as x, B.serial(vectors) as v:
 
-    return pool
+            def pixel(row: Any, column: Any) -> Any:
+                rows = clamp(row, source.height, rows_clamped) * source.row
+                columns = clamp(column, source.width, columns_clamped) * source.stored
+                return X[T.ramp(from_source + rows + columns + v * lanes, 1, lanes)]
+
+            B.buffer_store(acc, initial(pixel(y * sh - ph, x * sw - pw)), at)
+            with B.serial(kh) as i, B.serial(kw) as j:
+                B.buffer_store(acc, accumulate(acc[tuple(at)], pixel(y * sh - ph + i, x * sw - pw + j), P), at)
+            to = T.ramp(to_result + y * result.row + x * result.stored + v * lanes, 1, lanes)
+            B.buffer_store(Y, finish(acc[tuple(at)], F, P), [to])
+    return builder.get()
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,40 +230,33 @@ def build_pack(spec: PixelSpec) -> Any:
     channels, height, width = result.channels, result.height, result.width
     stored, halo = result.stored, result.halo
     is_float = result.dtype == "float32"
-    result_dtype = result.dtype
     to_result = result.origin()
     padded = -(-width // 16) * 16
     # Everything outside the image and every channel beyond the logical ones holds the pad value: one fill for all.
     fill_first = halo > 0 or stored > channels
 
-    def convert(value: Any, factors: Any, params: Any) -> Any:
-        return value if is_float else _quantized(spec, value, factors, params, 1)
-
-    @T.prim_func(s_tir=True)
-    def pack(
-        X: T.Buffer((1, channels, height, width), "float32"),
-        F: T.Buffer((1,), "float32"),
-        P: T.Buffer((PIXEL_PARAMS,), "int64"),
-        Y: T.Buffer((result.length,), result_dtype),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        line = T.alloc_buffer((padded,), result_dtype, scope="local")
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("pack")
+        X = B.arg("X", B.buffer((1, channels, height, width), "float32"))
+        F, P = _number_arguments()
+        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
+        B.func_attr({"tirx.noalias": True})
+        line = B.alloc_buffer((padded,), result.dtype, scope="local")
         if fill_first:
-            for i in T.serial(result.length):
-                Y[i] = T.Cast(result_dtype, P[PAD])
-        for y in T.serial(height):
-            for c in T.serial(channels):
-                for x in T.serial(width):
-                    line[x] = convert(X[0, c, y, x], F, P)
-                for x in T.serial(width):
-                    Y[to_result + y * result.row + x * stored + c] = line[x]
-
-    return pack
+            with B.serial(result.length) as i:
+                B.buffer_store(Y, T.Cast(result.dtype, P[PAD]), [i])
+        with B.serial(height) as y, B.serial(channels) as c:
+            with B.serial(width) as x:
+                value = X[0, c, y, x]
+                B.buffer_store(line, value if is_float else _quantized(spec, value, F, P, 1), [x])
+            with B.serial(width) as x:
+                B.buffer_store(Y, line[x], [to_result + y * result.row + x * stored + c])
+    return builder.get()
 
 
 @functools.lru_cache(maxsize=256)
 def build_unpack(spec: PixelSpec) -> Any:
-    """A network's output as float32 ``(1, channels[, height, width])``, a TIR function of (source, factors, params, result).
+    """A network's output as float32 ``(1, values)``, a TIR function of (source, factors, params, result).
 
     ``logits``: int32 (or narrower) values minus the zero point times one factor by channel; ``unpack``: floats as are.
     """
@@ -316,29 +264,23 @@ def build_unpack(spec: PixelSpec) -> Any:
     channels, height, width = source.channels, source.height, source.width
     from_source = source.origin()
     dequantize = spec.op == "logits"
-    source_dtype = source.dtype
 
     def convert(value: Any, factor: Any, params: Any) -> Any:
         if not dequantize:
             return value
         return T.Cast("float32", T.Cast("int32", value) - T.Cast("int32", params[0])) * factor
 
-    @T.prim_func(s_tir=True)
-    def unpack(
-        X: T.Buffer((source.length,), source_dtype),
-        F: T.Buffer((channels,), "float32"),
-        P: T.Buffer((PIXEL_PARAMS,), "int64"),
-        Y: T.Buffer((1, channels * height * width), "float32"),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        for c in T.serial(channels):
-            for y in T.serial(height):
-                for x in T.serial(width):
-                    Y[0, (c * height + y) * width + x] = convert(
-                        X[from_source + y * source.row + x * source.stored + c], F[c], P
-                    )
-
-    return unpack
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("unpack")
+        X = B.arg("X", B.buffer((source.length,), source.dtype))
+        F = B.arg("F", B.buffer((channels,), "float32"))
+        P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
+        Y = B.arg("Y", B.buffer((1, channels * height * width), "float32"))
+        B.func_attr({"tirx.noalias": True})
+        with B.serial(channels) as c, B.serial(height) as y, B.serial(width) as x:
+            value = X[from_source + y * source.row + x * source.stored + c]
+            B.buffer_store(Y, convert(value, F[c], P), [0, (c * height + y) * width + x])
+    return builder.get()
 
 
 @dataclass(frozen=True)
@@ -390,36 +332,24 @@ def build_grouped(spec: GroupedSpec) -> Any:
         value = _rounding_shift(T.Cast("int64", acc) * T.Cast("int64", multiplier), params, 0, "int64", 1)
         return T.Cast(result_dtype, _clip_to(value + params[1], params, 2, "int64", 1))
 
-    @T.prim_func(s_tir=True)
-    def grouped(
-        X: T.Buffer((source.length,), source.dtype),
-        W: T.Buffer((out_channels, inner, kh, kw), weights_dtype),
-        B: T.Buffer((result.stored,), kind),
-        M: T.Buffer((result.stored,), "int32"),
-        P: T.Buffer((PIXEL_PARAMS,), "int64"),
-        Y: T.Buffer((result.length,), result_dtype),
-    ):
-        T.func_attr({"tirx.noalias": True})
-        acc = T.alloc_buffer((1,), kind, scope="local")
-        for i in T.serial(result.length):
-            Y[i] = T.Cast(result_dtype, P[PAD])
-        for y in T.serial(result.height):
-            for x in T.serial(result.width):
-                for o in T.serial(out_channels):
-                    acc[0] = B[o]
-                    for i in T.serial(kh):
-                        for j in T.serial(kw):
-                            for c in T.serial(inner):
-                                acc[0] = acc[0] + T.Cast(kind, W[o, c, i, j]) * T.Cast(
-                                    kind,
-                                    X[
-                                        start
-                                        + (y * sh + i * dh) * source.row
-                                        + (x * sw + j * dw) * source.stored
-                                        + T.floordiv(o, outer) * inner
-                                        + c
-                                    ],
-                                )
-                    Y[to_result + y * result.row + x * result.stored + o] = finish(acc[0], M[o], P)
-
-    return grouped
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("grouped")
+        X = B.arg("X", B.buffer((source.length,), source.dtype))
+        W = B.arg("W", B.buffer((out_channels, inner, kh, kw), weights_dtype))
+        bias = B.arg("B", B.buffer((result.stored,), kind))
+        M = B.arg("M", B.buffer((result.stored,), "int32"))
+        P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
+        Y = B.arg("Y", B.buffer((result.length,), result_dtype))
+        B.func_attr({"tirx.noalias": True})
+        acc = B.alloc_buffer((1,), kind, scope="local")
+        with B.serial(result.length) as i:
+            B.buffer_store(Y, T.Cast(result_dtype, P[PAD]), [i])
+        with B.serial(result.height) as y, B.serial(result.width) as x, B.serial(out_channels) as o:
+            B.buffer_store(acc, bias[o], [0])
+            with B.serial(kh) as i, B.serial(kw) as j, B.serial(inner) as c:
+                row, column = (y * sh + i * dh) * source.row, (x * sw + j * dw) * source.stored
+                value = X[start + row + column + T.floordiv(o, outer) * inner + c]
+                B.buffer_store(acc, acc[0] + T.Cast(kind, W[o, c, i, j]) * T.Cast(kind, value), [0])
+            to = to_result + y * result.row + x * result.stored + o
+            B.buffer_store(Y, finish(acc[0], M[o], P), [to])
+    return builder.get()

@@ -1,7 +1,7 @@
 """From an integer graph to kernel calls: storage types, layouts, fusion, the arithmetic and the knobs of every kernel.
 
-A plan is a pure function of (graph, target, schedules, threads): an artifact stores those and makes its plan again when it
-is loaded, so that weights are kept once, packed to their bits.
+A plan is a pure function of (graph, target, schedules, threads): an artifact stores those and makes its plan again when
+it is loaded, so that weights are kept once, packed to their bits.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def make_plan(
     for name in schedules:
         if name not in layers:
             near = difflib.get_close_matches(name, layers, 3)
-            raise ConfigError(f"schedules name the layer {name!r}, which the graph does not have; near: {near or layers}")
+            raise ConfigError(
+                f"schedules name the layer {name!r}, which the graph does not have; near: {near or layers}"
+            )
     return _Planner(graph, target, schedules, threads, best, fuse).plan()
 
 
@@ -219,7 +221,7 @@ class _Planner:
             if isinstance(node, ir.Dequantize) and node is self.graph.output:
                 break
             self._layout(node)
-            if node.name in fused_into:
+            if isinstance(node, ir.Add) and node.name in fused_into:
                 self._conv(self.graph[fused_into[node.name]], node)
             else:
                 self._emit(node)
@@ -273,10 +275,13 @@ class _Planner:
 
     # -- kernels ------------------------------------------------------------------------------------------------------
 
-    def _add(self, nodes: tuple[str, ...], layer: str | None, spec: Spec, knobs: Mapping[str, Any], arguments: Any) -> None:
+    def _add(
+        self, nodes: tuple[str, ...], layer: str | None, spec: Spec, knobs: Mapping[str, Any], arguments: Any
+    ) -> None:
         self.calls.append(Call(nodes, layer, spec, knobs, tuple(arguments)))
 
     def _emit(self, node: ir.Node) -> None:
+        params: tuple[Any, ...]
         match node:
             case ir.Conv() | ir.Linear() | ir.FloatConv() | ir.FloatLinear():
                 if getattr(node, "groups", 1) > 1:
@@ -287,7 +292,8 @@ class _Planner:
                 layout = self.layouts[node.name]
                 params = (node.type.zero_point, node.type.low, node.type.high)
                 numbers = self._numbers(node, params, node.inverse_scale)
-                self._add((node.name,), None, PixelSpec("pack", layout, layout), {}, (self.graph.nodes[0].name, *numbers))
+                arguments = (self.graph.nodes[0].name, *numbers)
+                self._add((node.name,), None, PixelSpec("pack", layout, layout), {}, arguments)
             case ir.Quantize():
                 params = (node.type.zero_point, node.type.low, node.type.high)
                 self._pointwise("quantize", node, params, node.inverse_scale)
@@ -298,7 +304,8 @@ class _Planner:
             case ir.Requantize():
                 self._requantize(node)
             case ir.Add():
-                params = (*node.multipliers, node.offset, node.shift, node.type.zero_point, node.type.low, node.type.high)
+                kind = node.type
+                params = (*node.multipliers, node.offset, node.shift, kind.zero_point, kind.low, kind.high)
                 self._pointwise("add", node, params, narrow=_narrow_add(node, self.graph))
             case ir.Clip():
                 self._pointwise("clip", node, (node.type.low, node.type.high))
@@ -324,7 +331,13 @@ class _Planner:
         return _numbers(params, factor, self.pads[node.name])
 
     def _pointwise(
-        self, op: str, node: ir.Node, params: tuple[Any, ...], factor: float = 1.0, narrow: bool = True, relu: bool = False
+        self,
+        op: str,
+        node: ir.Node,
+        params: tuple[Any, ...],
+        factor: float = 1.0,
+        narrow: bool = True,
+        relu: bool = False,
     ) -> None:
         names = [self._value(name, node) for name in node.inputs]
         names = names if len(names) == 2 else names * 2
@@ -342,13 +355,20 @@ class _Planner:
         self._pointwise("requantize", node, params, narrow=narrow)
 
     def _pool(
-        self, op: str, node: ir.Node, kernel: Any, stride: Any, padding: Any, params: tuple[Any, ...], factor: float = 1.0
+        self,
+        op: str,
+        node: ir.Node,
+        kernel: Any,
+        stride: Any,
+        padding: Any,
+        params: tuple[Any, ...],
+        factor: float = 1.0,
     ) -> None:
         name = self._value(node.inputs[0], node)
         spec = PixelSpec(op, self.layouts[name], self.layouts[node.name], None, kernel, stride, padding)
         self._add((node.name,), None, spec, {}, (name, name, *self._numbers(node, params, factor)))
 
-    def _conv(self, node: Any, add: ir.Node | None) -> None:
+    def _conv(self, node: Any, add: ir.Add | None) -> None:
         result = (add or node).name
         name = self._value(node.inputs[0], node)
         source, layout = self.layouts[name], self.layouts[result]
@@ -366,12 +386,17 @@ class _Planner:
         }
         spec = ConvSpec(
             "fma" if is_float else "vnni", 1, self.target.lanes, self.target.registers, source, layout, **geometry,
-            epilogue="acc", weight_bits=32 if is_float else node.weight_bits, threads=self.threads,
+            epilogue="acc", weight_bits=32 if is_float else 4 if node.weight_bits <= 4 else 8, threads=self.threads,
         )  # fmt: skip
         residual = None
         if is_float:
             spec = dataclasses.replace(spec, epilogue="float_relu" if node.relu else "float")
         else:
+            if source.dtype != "uint8":
+                raise BuildError(
+                    f"layer {node.layer!r} reads {source.dtype} values ({name!r}, {node.input_range[0]}.."
+                    f"{node.input_range[1]}); its kernels want unsigned 8 bit: quantize its input to 0..255 or less"
+                )
             dot, chain = choose_dot(self.target, weight_quads(spec, weight), int(node.input_range[1]))
             spec = dataclasses.replace(spec, dot=dot, chain=chain)
             if node.requant is not None:
@@ -379,25 +404,26 @@ class _Planner:
             if add is not None:
                 other = node.name == add.inputs[0]
                 residual = self._value(add.inputs[int(other)], add)
-                spec = dataclasses.replace(
-                    spec, epilogue="requant_add", residual=self.layouts[residual], narrow_add=_narrow_add(add, self.graph)
-                )
+                other_layout, narrow = self.layouts[residual], _narrow_add(add, self.graph)
+                spec = dataclasses.replace(spec, epilogue="requant_add", residual=other_layout, narrow_add=narrow)
         knobs = self._knobs(node.layer, spec)
         bias = np.zeros(layout.stored, np.float32 if is_float else np.int32)
         bias[: layout.channels] = node.bias.numpy()
-        multipliers = np.zeros(layout.stored, np.int32)
+        numbers = np.zeros((2, layout.stored), np.int32)
         params = np.zeros(12, np.int64)
         params[11] = self.pads[result]
         if not is_float and node.requant is not None:
-            multipliers[: layout.channels] = node.requant.multiplier.numpy()
+            numbers[:, : layout.channels] = _requant_numbers(node)
             params[:4] = node.requant.shift, node.type.zero_point, node.type.low, node.type.high
         if add is not None:
             first = add.inputs[0] == node.name
             m = add.multipliers if first else add.multipliers[::-1]
+            assert add.type.low is not None
+            assert add.type.high is not None
             params[4:11] = *m, add.shift, add.offset, add.type.zero_point, add.type.low, add.type.high
         nodes = (node.name, add.name) if add is not None else (node.name,)
         packed = pack_weights(spec, knobs, weight)
-        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, multipliers, params, residual or name))
+        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers.ravel(), params, residual or name))
 
     def _knobs(self, layer: str, spec: ConvSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
@@ -420,15 +446,15 @@ class _Planner:
             self.layouts[name], layout, weight.shape[2:], node.stride, node.dilation, top, left, node.groups, epilogue
         )
         kind = np.float32 if is_float else np.int32
-        bias, multipliers = np.zeros(layout.stored, kind), np.zeros(layout.stored, np.int32)
+        bias, numbers = np.zeros(layout.stored, kind), np.zeros((2, layout.stored), np.int32)
         bias[: layout.channels] = node.bias.numpy()
         params = np.zeros(PIXEL_PARAMS, np.int64)
         params[PAD] = self.pads[node.name]
         if epilogue == "requant":
-            multipliers[: layout.channels] = node.requant.multiplier.numpy()
+            numbers[:, : layout.channels] = _requant_numbers(node)
             params[:4] = node.requant.shift, node.type.zero_point, node.type.low, node.type.high
         weight = weight.astype(np.float32 if is_float else np.int8)
-        self._add((node.name,), None, spec, {}, (name, weight, bias, multipliers, params))
+        self._add((node.name,), None, spec, {}, (name, weight, bias, numbers.ravel(), params))
 
     def _output(self) -> None:
         last = self.graph.output
@@ -439,7 +465,7 @@ class _Planner:
         if isinstance(last, ir.Dequantize):
             op = "logits"
             zero_point = last.zero_point
-            factors[:] = np.broadcast_to(last.scale.to(dtype=last.scale.dtype).numpy().astype(np.float32), layout.channels)
+            factors[:] = last.scale.numpy()
         elif layout.dtype != "float32":
             raise BuildError(f"the network ends in the integers of {last.name!r}; end it with a Dequantize")
         params = _numbers((zero_point,))[1]
@@ -453,6 +479,14 @@ def _numbers(params: tuple[Any, ...] = (), factor: float = 1.0, pad: int = 0) ->
     full[: len(params)] = params
     full[PAD] = pad
     return np.array([factor], np.float32), full
+
+
+def _requant_numbers(node: ir.Conv | ir.Linear) -> np.ndarray:
+    """Multipliers and fractions by channel, shape ``(2, channels)``."""
+    assert node.requant is not None
+    multipliers = node.requant.multiplier.expand(len(node.bias)).numpy()
+    fractions = np.zeros_like(multipliers) if node.fraction is None else node.fraction.numpy()
+    return np.stack([multipliers, fractions])
 
 
 def _narrow_requant(node: Any) -> bool:

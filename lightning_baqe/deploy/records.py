@@ -1,7 +1,8 @@
 """The records database: every kernel and model that was ever measured here, in SQLite, safe with several processes.
 
-A record's key holds all that can change its figure: the code (operator, shapes, types, epilogue, knobs, arithmetic, target
-CPU), the versions that generated it and the device's fingerprint. What is in the database is never measured again.
+A record's key holds all that can change its figure: the code (operator, shapes, types, epilogue, knobs, arithmetic,
+target CPU), the versions that generated it and the device's fingerprint. What is in the database is never measured
+again.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class Records:
         """A kernel's record, None if it was never measured."""
         query = "SELECT knobs, latency_us, samples_us, exact, error FROM kernels WHERE device=? AND mcpu=? AND kernel=?"
         with self._connection() as connection:
-            row = connection.execute(query, (fingerprint(spec.threads), target.mcpu, kernel_key(spec, knobs))).fetchone()
+            key = (fingerprint(spec.threads), target.mcpu, kernel_key(spec, knobs))
+            row = connection.execute(query, key).fetchone()
         return _record(row) if row else None
 
     def kernels(self, spec: ConvSpec, target: CpuTarget) -> list[KernelRecord]:
@@ -135,4 +137,5 @@ def _spec_key(spec: ConvSpec) -> str:
 
 def _record(row: tuple[Any, ...]) -> KernelRecord:
     knobs, latency_us, samples_us, exact, error = row
-    return KernelRecord(json.loads(knobs), latency_us, json.loads(samples_us), None if exact is None else bool(exact), error)
+    checked = None if exact is None else bool(exact)
+    return KernelRecord(json.loads(knobs), latency_us, json.loads(samples_us), checked, error)

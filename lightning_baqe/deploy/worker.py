@@ -68,7 +68,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             answer = _model(request) if "artifact" in request else _kernel(request)
-        except Exception as error:  # noqa: BLE001  reported to the asking process, which raises it
+        except Exception as error:  # reported to the asking process, which raises it
             answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
