@@ -308,9 +308,11 @@ class GroupedSpec:
 
 @functools.lru_cache(maxsize=256)
 def build_grouped(spec: GroupedSpec) -> Any:
-    """A TIR function of (source, weights, bias, multipliers, params, result); weights ``(out, in / groups, kh, kw)``.
+    """A TIR function of (source, weights, bias, numbers, params, result); weights ``(out, in / groups, kh, kw)``.
 
-    params: shift, zero point, low, high as in the convolution template, the halo's value last.
+    Numbers are the multipliers of all stored channels, then their fractions.
+
+    Params: shift, zero point, low, high as in the convolution template, the halo's value last.
     """
     source, result = spec.source, spec.result
     kh, kw = spec.kernel
@@ -324,12 +326,13 @@ def build_grouped(spec: GroupedSpec) -> Any:
     result_dtype = result.dtype
     out_channels = result.channels
 
-    def finish(acc: Any, multiplier: Any, params: Any) -> Any:
+    def finish(acc: Any, multiplier: Any, fraction: Any, params: Any) -> Any:
         if spec.epilogue in ("acc", "float"):
             return acc
         if spec.epilogue == "float_relu":
             return T.max(acc, T.float32(0))
-        value = _rounding_shift(T.Cast("int64", acc) * T.Cast("int64", multiplier), params, 0, "int64", 1)
+        product = T.Cast("int64", acc) * T.Cast("int64", multiplier) + T.Cast("int64", fraction)
+        value = _rounding_shift(product, params, 0, "int64", 1)
         return T.Cast(result_dtype, _clip_to(value + params[1], params, 2, "int64", 1))
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
@@ -337,7 +340,7 @@ def build_grouped(spec: GroupedSpec) -> Any:
         X = B.arg("X", B.buffer((source.length,), source.dtype))
         W = B.arg("W", B.buffer((out_channels, inner, kh, kw), weights_dtype))
         bias = B.arg("B", B.buffer((result.stored,), kind))
-        M = B.arg("M", B.buffer((result.stored,), "int32"))
+        M = B.arg("M", B.buffer((2 * result.stored,), "int32"))
         P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
         Y = B.arg("Y", B.buffer((result.length,), result_dtype))
         B.func_attr({"tirx.noalias": True})
@@ -351,5 +354,5 @@ def build_grouped(spec: GroupedSpec) -> Any:
                 value = X[start + row + column + T.floordiv(o, outer) * inner + c]
                 B.buffer_store(acc, acc[0] + T.Cast(kind, W[o, c, i, j]) * T.Cast(kind, value), [0])
             to = to_result + y * result.row + x * result.stored + o
-            B.buffer_store(Y, finish(acc[0], M[o], P), [to])
+            B.buffer_store(Y, finish(acc[0], M[o], M[result.stored + o], P), [to])
     return builder.get()

@@ -495,7 +495,7 @@ def _narrow_requant(node: Any) -> bool:
     flat = node.weight.reshape(node.weight.shape[0], -1)
     positive, negative = flat.clamp(min=0).sum(1), flat.clamp(max=0).sum(1)
     reach = (positive * high - negative * high + max(0, -low) * flat.abs().sum(1) + node.bias.abs()).double()
-    largest = float((reach * node.requant.real().abs()).max())
+    largest = float(((reach + 1) * node.requant.real().abs()).max())
     return largest + abs(node.type.zero_point) + 1 < INT32_MAX
 
 

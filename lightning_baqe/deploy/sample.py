@@ -22,7 +22,8 @@ class KernelSample:
         spec: of the kernel.
         source: the input's buffer, flat.
         weight: logical weights ``(out, in, kh, kw)``.
-        bias, multipliers: by stored channel.
+        bias: by stored channel.
+        numbers: multipliers of all stored channels, then their fractions.
         params: int64, by :data:`~lightning_baqe.deploy.conv_template.PARAMS`.
         residual: the other operand's buffer; the source where there is none.
         result: the buffer that the kernel must write, halo and spare channels included, without the slack at its end.
@@ -32,7 +33,7 @@ class KernelSample:
     source: np.ndarray
     weight: np.ndarray
     bias: np.ndarray
-    multipliers: np.ndarray
+    numbers: np.ndarray
     params: np.ndarray
     residual: np.ndarray
     result: np.ndarray
@@ -40,7 +41,7 @@ class KernelSample:
     def arguments(self, knobs: Knobs) -> list[np.ndarray]:
         """The kernel's arguments but the result, weights packed for these knobs."""
         packed = pack_weights(self.spec, knobs, self.weight)
-        return [self.source, packed, self.bias, self.multipliers, self.params, self.residual]
+        return [self.source, packed, self.bias, self.numbers, self.params, self.residual]
 
 
 def sample_kernel(spec: ConvSpec, seed: int = 0) -> KernelSample:
@@ -55,7 +56,7 @@ def sample_kernel(spec: ConvSpec, seed: int = 0) -> KernelSample:
     source = _buffer(spec.source, rng)
     residual = source if spec.residual is None else _buffer(spec.residual, rng)
     params = np.zeros(len(PARAMS), np.int64)
-    multipliers = np.zeros(spec.result.stored, np.int32)
+    numbers = np.zeros((2, spec.result.stored), np.int32)
     weight: np.ndarray
     bias: np.ndarray
     is_float = spec.dot == "fma"
@@ -75,13 +76,13 @@ def sample_kernel(spec: ConvSpec, seed: int = 0) -> KernelSample:
         shift = 24
         largest = (high - low) * 2.0**shift / max(1, int(np.abs(acc).max()))
         limit = max(2, min(int(largest), 2**30))
-        multipliers[:] = rng.integers(limit // 2, limit, spec.result.stored) * rng.choice([-1, 1], spec.result.stored)
+        numbers[0] = rng.integers(limit // 2, limit, spec.result.stored) * rng.choice([-1, 1], spec.result.stored)
+        numbers[1] = numbers[0] * rng.uniform(-0.5, 0.5, spec.result.stored)
         params[:4] = shift, rng.integers(0, 100), low, high
         m = rng.integers(1, 2**12, 2) if spec.residual is not None else (0, 0)
         params[4:11] = *m, 12, -int(rng.integers(0, 1000)), 3, low, high
-    return KernelSample(
-        spec, source, weight, bias, multipliers, params, residual, _finished(spec, acc, multipliers, params, residual)
-    )
+    result = _finished(spec, acc, numbers, params, residual)
+    return KernelSample(spec, source, weight, bias, numbers.ravel(), params, residual, result)
 
 
 def _buffer(layout: Layout, rng: np.random.Generator) -> np.ndarray:
@@ -111,7 +112,7 @@ def _accumulators(spec: ConvSpec, source: np.ndarray, weight: np.ndarray) -> np.
 
 
 def _finished(
-    spec: ConvSpec, acc: np.ndarray, multipliers: np.ndarray, params: np.ndarray, residual: np.ndarray
+    spec: ConvSpec, acc: np.ndarray, numbers: np.ndarray, params: np.ndarray, residual: np.ndarray
 ) -> np.ndarray:
     p = {name: int(value) for name, value in zip(PARAMS, params, strict=True)}
     result = spec.result
@@ -119,7 +120,8 @@ def _finished(
     if spec.epilogue == "float_relu":
         value = np.maximum(acc, 0)
     elif spec.epilogue.startswith("requant"):
-        scaled = acc * multipliers.astype(np.int64).reshape(-1, 1, 1)
+        multipliers, fractions = numbers.astype(np.int64).reshape(2, -1, 1, 1)
+        scaled = acc * multipliers + fractions
         value = np.clip(_rounded(scaled, p["shift"]) + p["zero_point"], p["low"], p["high"])
     if spec.residual is not None:
         inner, halo = _image(spec.residual, residual), spec.residual.halo

@@ -80,12 +80,15 @@ class Dyadic:
         """The factors as float64, same shape as ``multiplier``."""
         return self.multiplier.to(torch.float64) / 2.0**self.shift
 
-    def apply(self, values: torch.Tensor, channel_dim: int | None = None) -> torch.Tensor:
-        """``round_half_up(values * factor)`` in 64-bit integers.
+    def apply(
+        self, values: torch.Tensor, channel_dim: int | None = None, fraction: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``round_half_up(values * factor + fraction / 2^shift)`` in 64-bit integers.
 
         Args:
             values: integer tensor, below 2^31 in absolute value.
             channel_dim: the dimension of ``values`` that a vector of factors runs along.
+            fraction: int64, ``(channels,)``, below 2^31 in absolute value.
         """
         multiplier = self.multiplier
         if multiplier.ndim == 1:
@@ -94,7 +97,11 @@ class Dyadic:
             shape = [1] * values.ndim
             shape[channel_dim] = -1
             multiplier = multiplier.reshape(shape)
-        return rounding_shift(values.to(torch.int64) * multiplier, self.shift)
+        product = values.to(torch.int64) * multiplier
+        if fraction is not None:
+            assert channel_dim is not None
+            product = product + fraction.reshape([-1 if i == channel_dim else 1 for i in range(values.ndim)])
+        return rounding_shift(product, self.shift)
 
 
 def rounding_shift(values: torch.Tensor, shift: int) -> torch.Tensor:

@@ -60,12 +60,18 @@ class IntegerWeights:
     Args:
         weight: int64, the layer's shape.
         bias: int64, ``(channels,)``, the input's zero point folded in.
+        remainder: float64, ``(channels,)``, what rounding the bias left, within half an accumulator step.
         scale: float64 of the accumulators, ``(channels,)``, any sign: the real output is ``scale * acc``.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
+    remainder: torch.Tensor
     scale: torch.Tensor
+
+    def fraction(self, factors: Dyadic) -> torch.Tensor:
+        """The remainder in steps of ``2^-shift`` of the output, int64: below half of the multiplier."""
+        return torch.round(self.remainder * factors.multiplier.double()).to(torch.int64)
 
 
 def integer_weights(
@@ -92,8 +98,9 @@ def integer_weights(
     dead = scale == 0
     weight = torch.where(dead.reshape(-1, *[1] * (weight.ndim - 1)), 0, weight)
     scale = torch.where(dead, input_scale * step, scale)
-    bias = torch.round(affine.shift / scale).to(torch.int64)
-    return IntegerWeights(weight, bias - input_zero_point * weight.flatten(1).sum(1), scale)
+    exact = affine.shift / scale
+    bias = torch.round(exact).to(torch.int64)
+    return IntegerWeights(weight, bias - input_zero_point * weight.flatten(1).sum(1), exact - bias, scale)
 
 
 def requant(factors: torch.Tensor | float, name: str) -> Dyadic:

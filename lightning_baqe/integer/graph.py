@@ -112,6 +112,8 @@ class IntegerGraph:
                 total += math.ceil(node.weight.numel() * node.weight_bits / 8) + BIAS_BYTES * node.bias.numel()
                 if node.requant is not None:
                     total += MULTIPLIER_BYTES * node.requant.multiplier.numel() + SHIFT_BYTES
+                if node.fraction is not None:
+                    total += MULTIPLIER_BYTES * node.fraction.numel()
             elif hasattr(node, "requant"):
                 total += MULTIPLIER_BYTES + SHIFT_BYTES
             elif node.kind == "add":

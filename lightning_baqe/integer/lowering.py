@@ -372,6 +372,7 @@ class _Lowering:
         target = self._target(last)
         weight_bits = layer.weight_quantizer.bits
         self.bits[path] = (weight_bits, grid.bits)
+        factors = None if target is None else requant(numbers.scale / target.scale, path)
         common: dict[str, Any] = {
             "name": self._name(path),
             "inputs": (value.name,),
@@ -382,7 +383,8 @@ class _Lowering:
             "activation_bits": grid.bits,
             "bias": numbers.bias,
             "input_range": (value.type.low, value.type.high),
-            "requant": None if target is None else requant(numbers.scale / target.scale, path),
+            "requant": factors,
+            "fraction": None if factors is None else numbers.fraction(factors),
         }
         made = Conv(**common, **conv, pad_value=value.type.zero_point) if conv else Linear(**common)
         out = self._emit(made, None if target is None else target.grid)

@@ -128,6 +128,9 @@ class Conv(Node):
         stride, dilation: ``(height, width)``.
         padding: ``(top, bottom, left, right)``.
         layer: path of the module in the network that it was made of.
+        fraction: int64, ``(out,)``, what rounding took from the bias, in steps of ``2^-shift`` of the output's grid:
+            ``clip(((acc * m + fraction + half) >> shift) + zero_point)``. With few bits a step of the accumulator is
+            a large part of a step of the output, and a bias in whole accumulator steps would be a bias error.
     """
 
     kind = "conv"
@@ -143,6 +146,7 @@ class Conv(Node):
     pad_value: int
     input_range: tuple[int, int]
     requant: Dyadic | None
+    fraction: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         check_accumulator(self.layer, self.weight, self.bias, self.input_range)
@@ -155,7 +159,7 @@ class Conv(Node):
         acc = acc.to(torch.int64) + _per_channel(self.bias, acc)
         if self.requant is None:
             return acc
-        return _clip(self.requant.apply(acc, 1) + self.type.zero_point, self.type)
+        return _clip(self.requant.apply(acc, 1, self.fraction) + self.type.zero_point, self.type)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,6 +174,7 @@ class Linear(Node):
     bias: torch.Tensor
     input_range: tuple[int, int]
     requant: Dyadic | None
+    fraction: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         check_accumulator(self.layer, self.weight, self.bias, self.input_range)
@@ -178,7 +183,7 @@ class Linear(Node):
         acc = (values[0].to(torch.float64) @ self.weight.to(torch.float64).T).to(torch.int64) + self.bias
         if self.requant is None:
             return acc
-        return _clip(self.requant.apply(acc, 1) + self.type.zero_point, self.type)
+        return _clip(self.requant.apply(acc, 1, self.fraction) + self.type.zero_point, self.type)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
