@@ -305,7 +305,10 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
     """
     datamodule, task, make_trainer = _prepare(cfg, run_dir)
     search = make(cfg.search, run_dir=run_dir, example_input=datamodule.example_input)
-    trainer = make_trainer(max_epochs=-1, callbacks=[search], enable_checkpointing=False, num_sanity_val_steps=0)
+    # The search has a bar of its own, over trials.
+    trainer = make_trainer(
+        max_epochs=-1, callbacks=[search], enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
+    )
     trainer.fit(task, datamodule=datamodule)
     _close(run_dir)
 

@@ -219,7 +219,7 @@ def test_bits_in_a_few_letters() -> None:
 
 def test_csv_holds_the_pareto_points_and_their_ratios(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
     write_pareto_csv(sample_summary, tmp_path / "pareto.csv")
-    rows = list(csv.DictReader((tmp_path / "pareto.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "pareto.csv").read_text().splitlines()))
     entries = dict(pareto_entries(sample_summary))
     assert {row["name"] for row in rows} == set(entries)
     assert [float(row["latency_us"]) for row in rows] == sorted(float(row["latency_us"]) for row in rows)
@@ -234,7 +234,7 @@ def test_csv_holds_the_pareto_points_and_their_ratios(tmp_path: Path, sample_sum
 
 def test_csv_without_float_model_leaves_the_ratios_empty(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
     write_pareto_csv(sample_summary | {"float": None}, tmp_path / "pareto.csv")
-    assert {row["latency_ratio"] for row in csv.DictReader((tmp_path / "pareto.csv").open())} == {""}
+    assert {row["latency_ratio"] for row in csv.DictReader((tmp_path / "pareto.csv").read_text().splitlines())} == {""}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
