@@ -53,7 +53,7 @@ class ImageClassifier(pl.LightningModule):
         self,
         net: nn.Module,
         num_classes: int,
-        learning_rate: float = 5e-4,
+        learning_rate: float = 1e-4,
         weight_decay: float = 1e-2,
         optimizer: str = "adamw",
         scheduler: str = "none",
