@@ -136,7 +136,7 @@ def add_factors(
     """Multipliers with the most bits that keep every partial sum of the addition within 32 bits.
 
     The bound covers the products, their sum, the offset and the rounding half in any order, so that a kernel may use
-    int32 lanes throughout.
+    int32 lanes throughout. Operands of more than 16 bits (a residual stream in int32) get 62 bits instead.
 
     Args:
         ratios: scales of the operands over the output's.
@@ -145,11 +145,13 @@ def add_factors(
     Raises:
         UnsupportedModelError: no shift keeps it within 32 bits, or both operands would vanish.
     """
+    wide = max(abs(limit) for limits in ranges for limit in limits) >= 2**16
+    allowed = 2**62 if wide else INT32_MAX
     for shift in range(30, 0, -1):
         a, b = (round(ratio * 2.0**shift) for ratio in ratios)
         offset = -(a * zero_points[0] + b * zero_points[1])
         largest = sum(abs(m) * max(map(abs, limits)) for m, limits in zip((a, b), ranges, strict=True))
-        if largest + abs(offset) + 2 ** (shift - 1) <= INT32_MAX:
+        if largest + abs(offset) + 2 ** (shift - 1) <= allowed:
             return AddFactors((a, b), shift, offset)
     raise UnsupportedModelError(
         f"{name}: operands of scale {ratios[0]:.3g} and {ratios[1]:.3g} of the output's do not fit 32 bits; calibrate "

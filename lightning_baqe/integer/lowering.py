@@ -426,7 +426,7 @@ class _Lowering:
 def _clip_target(grid: ActivationQuantizer, clips: list[str]) -> _Target:
     """The quantizer's grid, its range cut by ReLUs."""
     scale, zero_point = grid.step(), grid.zero_point()
-    low, high = 0, grid.qmax
+    low, high = grid.low, grid.qmax
     if clips:
         low = zero_point
     if "relu6" in clips:

@@ -89,6 +89,8 @@ class BitConfig(Mapping[str, LayerBits]):
         ties: groups of layers that must have the same bits.
         other: bits of every tensor that is no layer's input (residual operands, pooling inputs), 2 to 8.
         signature: of the architecture (:func:`architecture_signature`), None if unknown. Ignored in comparisons.
+        residual: bits of the operands of residual sums: None as ``other``, 2 to 8, or 32 to keep them in int32
+            (HAWQ-V3, section III-C).
 
     Raises:
         ConfigError: a name, number or tie that cannot be right.
@@ -98,6 +100,7 @@ class BitConfig(Mapping[str, LayerBits]):
     ties: tuple[tuple[str, ...], ...] = ()
     other: int = 8
     signature: str | None = field(default=None, compare=False)
+    residual: int | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -106,6 +109,8 @@ class BitConfig(Mapping[str, LayerBits]):
             if not isinstance(name, str) or not isinstance(bits, LayerBits):
                 raise ConfigError(f"a bit-config maps layer names to LayerBits, got {name!r}: {bits!r}")
         _check_bits("other", self.other)
+        if self.residual is not None:
+            _check_bits("residual", self.residual, allow_float=True)
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "ties", tuple(tuple(group) for group in self.ties))
         for group in self.ties:
@@ -125,10 +130,10 @@ class BitConfig(Mapping[str, LayerBits]):
         return len(self.layers)
 
     def __hash__(self) -> int:
-        return hash((tuple(self.layers.items()), self.ties, self.other))
+        return hash((tuple(self.layers.items()), self.ties, self.other, self.residual))
 
     def __reduce__(self) -> tuple[type[BitConfig], tuple[Any, ...]]:
-        return BitConfig, (dict(self.layers), self.ties, self.other, self.signature)
+        return BitConfig, (dict(self.layers), self.ties, self.other, self.signature, self.residual)
 
     def _require(self, name: str, where: str) -> None:
         if name not in self.layers:
@@ -143,6 +148,7 @@ class BitConfig(Mapping[str, LayerBits]):
         first_last: int | None = 8,
         ties: tuple[tuple[str, ...], ...] = (),
         other: int = 8,
+        residual: int | None = None,
     ) -> BitConfig:
         """The same bits everywhere, but for the first and the last layer.
 
@@ -159,7 +165,7 @@ class BitConfig(Mapping[str, LayerBits]):
         bits = dict.fromkeys(names, LayerBits(weight, activation))
         if first_last is not None and weight != FLOAT_BITS:
             bits[names[0]] = bits[names[-1]] = LayerBits(first_last, first_last)
-        return cls(bits, ties, other, architecture_signature(model))
+        return cls(bits, ties, other, architecture_signature(model), residual)
 
     def replace(self, changes: Mapping[str, LayerBits] | None = None, /, **more: LayerBits) -> BitConfig:
         """A copy with other bits for some layers: ``bits.replace({"layer1.0.conv1": LayerBits(4, 4)}, conv1=...)``.
@@ -170,7 +176,7 @@ class BitConfig(Mapping[str, LayerBits]):
         wanted = {**(changes or {}), **more}
         for name in wanted:
             self._require(name, "replace")
-        return BitConfig({**self.layers, **wanted}, self.ties, self.other, self.signature)
+        return BitConfig({**self.layers, **wanted}, self.ties, self.other, self.signature, self.residual)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that this bit-config was not made for.
@@ -203,6 +209,7 @@ class BitConfig(Mapping[str, LayerBits]):
             "version": FORMAT_VERSION,
             "signature": self.signature,
             "other": self.other,
+            "residual": self.residual,
             "ties": [list(group) for group in self.ties],
             "layers": {name: [bits.weight, bits.activation] for name, bits in self.layers.items()},
         }
@@ -235,7 +242,7 @@ class BitConfig(Mapping[str, LayerBits]):
                 raise ConfigError(f"layer {name!r} must be [weight bits, activation bits], got {pair!r}")
             parsed[name] = LayerBits(pair[0], pair[1])
         ties = tuple(tuple(group) for group in content.get("ties", ()))
-        return cls(parsed, ties, content.get("other", 8), content.get("signature"))
+        return cls(parsed, ties, content.get("other", 8), content.get("signature"), content.get("residual"))
 
 
 def near(name: str, names: Mapping[str, Any] | tuple[str, ...]) -> str:

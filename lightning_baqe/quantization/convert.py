@@ -23,7 +23,12 @@ import torch
 from torch import fx, nn
 
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
-from lightning_baqe.quantization.activation import ACTIVATION_QUANTIZERS, ActivationQuantizer
+from lightning_baqe.quantization.activation import (
+    ACTIVATION_QUANTIZERS,
+    STREAM_BITS,
+    ActivationQuantizer,
+    ResidualStream,
+)
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
 from lightning_baqe.quantization.observer import RANGE_METHODS
@@ -117,7 +122,8 @@ def quantize(
     quantizer_type = ACTIVATION_QUANTIZERS[activation_quantizer]
 
     def make(name: str, width: int) -> ActivationQuantizer:
-        quantizer = quantizer_type(width, name, device, activation_range)
+        kind = ResidualStream if width == STREAM_BITS else quantizer_type
+        quantizer = kind(width, name, device, activation_range)
         quantizer.train(root.training)
         return quantizer
 
@@ -191,6 +197,8 @@ def plan(reader: OpReader, bits: BitConfig) -> dict[tuple[fx.Node, fx.Node], int
             elif op.kind == "output":
                 is_raw = source in in_float or _is_accumulator(reader, source)
                 width = FLOAT_BITS if is_raw else bits.other
+            elif op.kind == "add" and bits.residual is not None:
+                width = STREAM_BITS if bits.residual == FLOAT_BITS else bits.residual
             else:
                 width = bits.other
             if width != FLOAT_BITS:
