@@ -48,12 +48,12 @@ def test_the_stream_is_int32_and_layers_read_8_bits(images: torch.Tensor) -> Non
     assert graph.is_integer_only
 
 
-def test_it_is_closer_to_float_than_an_8_bit_stream(images: torch.Tensor) -> None:
+def test_it_is_closer_to_float_than_a_stream_of_few_bits(images: torch.Tensor) -> None:
     errors = {}
-    for residual in (None, 32):
+    for residual in (3, 32):
         _, graph, model = lowered(images, residual)
         errors[residual] = float((graph.run(images) - model(images).detach()).square().mean())
-    assert errors[32] < errors[None]
+    assert errors[32] < 0.5 * errors[3]
 
 
 def test_fake_quant_agrees_with_integers(images: torch.Tensor) -> None:
