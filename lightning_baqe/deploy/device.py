@@ -8,12 +8,27 @@ import json
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from lightning_baqe.deploy.target import cpu_flags, cpu_name
 
 _FLAGS_THAT_MATTER = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "lightning-baqe")
+
+
+_GENERATORS = ("conv_template", "pixel_templates", "dot", "layout", "plan", "compiler")
+
+
+@functools.cache
+def code_digest() -> str:
+    """Digest of the source of all that generates code and lays out its constants.
+
+    What was compiled or measured with other sources is neither loaded nor believed.
+    """
+    folder = Path(__file__).parent
+    sources = [(folder / f"{name}.py").read_bytes() for name in _GENERATORS]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 
 @functools.cache
@@ -36,7 +51,7 @@ def device_info(threads: int = 1) -> dict[str, Any]:
 
 
 def fingerprint(threads: int = 1) -> str:
-    """Digest of the device and of the versions that generate its code."""
+    """Digest of the device and of what generates its code: versions and templates."""
     info = {key: value for key, value in device_info(threads).items() if key != "cores"}
-    code = {name: versions()[name] for name in ("apache-tvm", "apache-tvm-ffi", "lightning-baqe")}
+    code = {name: versions()[name] for name in ("apache-tvm", "apache-tvm-ffi")} | {"templates": code_digest()}
     return hashlib.sha256(json.dumps([info, code], sort_keys=True).encode()).hexdigest()[:24]
