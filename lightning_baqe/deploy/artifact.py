@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ class Artifact:
     Args:
         graph: the integer graph that it computes.
         plan: its kernels.
-        executable: the Relax VM module.
+        executable: the Relax VM module, compiled but not yet linked; None with a library.
+        library: the linked module.
     """
 
-    def __init__(self, graph: IntegerGraph, plan: Plan, executable: Any) -> None:
+    def __init__(self, graph: IntegerGraph, plan: Plan, executable: Any, library: Path | None = None) -> None:
         self.graph, self.plan, self._executable = graph, plan, executable
+        self._module = None if library is None else tvm.runtime.load_module(str(library))
+        self._library = library
         self._vm: Any = None
         self._constants: list[Any] = []
 
@@ -75,11 +79,29 @@ class Artifact:
                     f"this artifact uses {self.target.path} instructions ({self.target.mcpu}), which this CPU does not "
                     "have; build its graph again here: baqe.build(artifact.graph)"
                 )
-            self._vm = relax.VirtualMachine(self._executable, tvm.cpu())
+            library = self._linked()
+            if self._module is None:
+                self._module = tvm.runtime.load_module(str(library))
+            self._vm = relax.VirtualMachine(self._module, tvm.cpu())
             self._constants = [tvm.runtime.tensor(array) for array in constants(self.plan)]
             self._image = tvm.runtime.empty((1, *self.graph.input_shape), "float32")
             self._vm.set_input(MAIN, self._image, *self._constants)
         return self._vm
+
+    def _linked(self) -> Path:
+        """The linked module. Machine code is made once, here: running, saving and measuring all use this file."""
+        if self._library is None:
+            folder = tempfile.mkdtemp(prefix="lightning_baqe-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            library = Path(folder) / MODULE
+            try:
+                self._executable.export_library(str(library))
+            except RuntimeError as error:
+                raise BuildError(
+                    f"the module cannot be linked; is a C++ compiler (g++ or clang) installed? {error}"
+                ) from error
+            self._library = library
+        return self._library
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of a batch, one image after the other.
@@ -148,12 +170,7 @@ class Artifact:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            try:
-                self._executable.export_library(str(staging / MODULE))
-            except RuntimeError as error:
-                raise BuildError(
-                    f"the module cannot be linked; is a C++ compiler (g++ or clang) installed? {error}"
-                ) from error
+            shutil.copyfile(self._linked(), staging / MODULE)
             description, tensors = graph_to_parts(self.graph)
             (staging / GRAPH).write_text(json.dumps(description))
             np.savez(staging / TENSORS, **tensors)  # type: ignore[arg-type]
@@ -203,5 +220,4 @@ class Artifact:
                 f"{folder} was built by other templates (versions {manifest['versions']}); build its graph again: "
                 "baqe.build(lightning_baqe.integer.serialize graph) or rerun its recipe"
             )
-        executable = tvm.runtime.load_module(str((folder / MODULE).resolve()))
-        return cls(graph, plan, executable)
+        return cls(graph, plan, None, (folder / MODULE).resolve())

@@ -24,6 +24,7 @@ from lightning_baqe.deploy.conv_template import (
     pack_weights,
     weight_quads,
 )
+from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.dot import choose_dot
 from lightning_baqe.deploy.layout import VECTOR, Layout, storage_dtype, stored_channels
 from lightning_baqe.deploy.pixel_templates import (
@@ -113,9 +114,9 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Identifies all code of the network: equal digests run equally fast, whatever the weights."""
+        """Identifies all code of the network and what generated it: equal digests run equally fast."""
         keys = [call.key for call in self.calls]
-        text = json.dumps([keys, dataclasses.asdict(self.target), self.threads])
+        text = json.dumps([keys, dataclasses.asdict(self.target), self.threads, code_digest()])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -377,6 +378,8 @@ class _Planner:
         if weight.ndim == 2:  # a matrix product is a convolution whose kernel covers the whole input
             shape = (weight.shape[0], source.channels, source.height, source.width)
             weight = weight.reshape(shape)
+        if not is_float:
+            weight = weight.astype(np.int8)
         geometry: dict[str, Any] = {
             "kernel": weight.shape[2:],
             "stride": getattr(node, "stride", (1, 1)),
@@ -493,10 +496,13 @@ def _narrow_requant(node: Any) -> bool:
     """Whether the requantized value fits 32 bits before it is clipped."""
     low, high = node.input_range
     flat = node.weight.reshape(node.weight.shape[0], -1)
+    factors, offset = node.requant.real().abs(), abs(node.type.zero_point) + 1
+    bound = flat.abs().sum(1) * max(abs(low), abs(high)) + node.bias.abs() + 1  # quick; usually enough
+    if float((bound.double() * factors).max()) + offset < INT32_MAX:
+        return True
     positive, negative = flat.clamp(min=0).sum(1), flat.clamp(max=0).sum(1)
     reach = (positive * high - negative * high + max(0, -low) * flat.abs().sum(1) + node.bias.abs()).double()
-    largest = float(((reach + 1) * node.requant.real().abs()).max())
-    return largest + abs(node.type.zero_point) + 1 < INT32_MAX
+    return float(((reach + 1) * factors).max()) + offset < INT32_MAX
 
 
 def _narrow_add(node: ir.Add, graph: IntegerGraph) -> bool:

@@ -61,6 +61,13 @@ class Maker:
         signs = self.integers(0, 1, len(flat)) * 2 - 1
         return Dyadic.from_real(signs * (limits[1] - limits[0]) / reach)
 
+    def _fraction(self, requant: Dyadic | None) -> torch.Tensor | None:
+        """What rounding took from a bias: up to half a step of the accumulator."""
+        if requant is None:
+            return None
+        part = torch.rand(requant.multiplier.shape, generator=self.rng, dtype=torch.float64) - 0.5
+        return (requant.multiplier * part).to(torch.int64)
+
     def conv(
         self,
         source: str = "x",
@@ -91,13 +98,14 @@ class Maker:
         kind = ir.TensorType((out, *sizes), *(limits or (-(2**31), 2**31 - 1)), 1.0, 0 if limits is None else 5)
         name = name or f"conv{len(self.nodes)}"
         self.bits[name] = (weight_bits, self.activation_bits)
+        requant = None if limits is None else self._requant(values.flatten(1), read, limits)
         return self._add(
             ir.Conv(
                 name=name, inputs=(source,), type=kind, layer=name, weight=values, weight_bits=weight_bits,
                 activation_bits=self.activation_bits, bias=self.integers(-999, 999, out), stride=stride,
                 padding=padding, dilation=dilation, groups=groups, pad_value=read.zero_point,
                 input_range=(read.low or 0, read.high or 0),
-                requant=None if limits is None else self._requant(values.flatten(1), read, limits),
+                requant=requant, fraction=self._fraction(requant),
             )
         )  # fmt: skip
 
@@ -108,11 +116,12 @@ class Maker:
         kind = ir.TensorType((out,), *(limits or (-(2**31), 2**31 - 1)), 1.0, 0)
         name = f"linear{len(self.nodes)}"
         self.bits[name] = (weight_bits, 8)
+        requant = None if limits is None else self._requant(values, read, limits)
         return self._add(
             ir.Linear(
                 name=name, inputs=(source,), type=kind, layer=name, weight=values, weight_bits=weight_bits,
                 activation_bits=8, bias=self.integers(-999, 999, out), input_range=(read.low or 0, read.high or 0),
-                requant=None if limits is None else self._requant(values, read, limits),
+                requant=requant, fraction=self._fraction(requant),
             )
         )  # fmt: skip
 

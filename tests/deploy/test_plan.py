@@ -1,0 +1,113 @@
+"""Planning: knobs by layer, digests, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_graphs import UINT8, Maker
+
+from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.deploy.target import CpuTarget, get_target
+from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.graph import IntegerGraph
+
+TARGET = get_target("vnni512")
+
+
+def small(seed: int = 0, weight_bits: int = 8) -> IntegerGraph:
+    maker = Maker(16, 8, seed=seed)
+    first = maker.conv(out=64, padding=1, name="first", weight_bits=weight_bits)
+    maker.conv(first, out=32, padding=1, name="second", weight_bits=weight_bits)
+    return maker.graph()
+
+
+def test_an_unknown_layer_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"frist.*first"):
+        make_plan(small(), TARGET, {"frist": {"unroll": 1}})
+
+
+@pytest.mark.parametrize("knobs", [{"speed": 3}, {"tile": "99x1x1"}, {"unroll": 5}, {"order": "random"}])
+def test_wrong_knobs_are_refused(knobs: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        make_plan(small(), TARGET, {"first": knobs})
+
+
+def test_given_knobs_win_over_known_ones_and_those_over_defaults() -> None:
+    plan = make_plan(small(), TARGET, {"first": {"tile": "1x1x2"}}, best=lambda spec: {"tile": "2x1x1"})
+    assert {layer: knobs["tile"] for layer, knobs in plan.schedules.items()} == {"first": "1x1x2", "second": "2x1x1"}
+    assert set(plan.schedules["first"]) == {"tile", "order", "unroll", "weights"}
+
+
+def test_the_digest_tells_code_not_weights() -> None:
+    digest = make_plan(small(0), TARGET).digest
+    assert make_plan(small(1), TARGET).digest == digest
+    assert make_plan(small(0), TARGET, {"first": {"order": "pixels"}}).digest != digest
+    assert make_plan(small(0), TARGET, threads=2).digest != digest
+    assert make_plan(small(0), get_target("avx2")).digest != digest
+
+
+def test_bits_that_need_no_other_code_share_it() -> None:
+    digests = {bits: make_plan(small(0, bits), TARGET).digest for bits in (2, 4, 5, 8)}
+    assert digests[2] == digests[4]
+    assert digests[5] == digests[8]
+
+
+def test_equal_layers_share_a_kernel() -> None:
+    maker = Maker(16, 8)
+    value = maker.conv(out=16, padding=1)
+    for _ in range(3):
+        value = maker.conv(value, out=16, padding=1)
+    maker.conv(value, out=16, padding=1, limits=None)
+    keys = [call.key for call in make_plan(maker.graph(), TARGET).calls if isinstance(call.spec, ConvSpec)]
+    assert len(keys) == 5
+    assert len(set(keys)) == 2
+
+
+def test_operators_without_a_kernel_are_named() -> None:
+    maker = Maker(16, 8)
+    pool = maker.max_pool(maker.conv(out=16, padding=1), 2, 1, 0)
+    graph = maker.graph()
+    dilated = dataclasses.replace(graph[pool], dilation=(2, 2), type=ir.TensorType((16, 6, 6), *UINT8))
+    nodes = tuple(dilated if node.name == pool else node for node in graph)
+    with pytest.raises(BuildError, match=f"{pool}.*dilation"):
+        make_plan(IntegerGraph(nodes, graph.bits), TARGET)
+    with pytest.raises(BuildError, match="Dequantize"):
+        make_plan(IntegerGraph(graph.nodes[:-1], graph.bits), TARGET)
+
+
+def test_readers_that_pad_differently_are_refused() -> None:
+    maker = Maker(16, 8)
+    first = maker.conv(padding=1)
+    maker.conv(padding=1)
+    graph = maker.graph()
+    nodes = tuple(dataclasses.replace(n, pad_value=9) if n.name == first else n for n in graph)
+    with pytest.raises(BuildError, match="pad"):
+        make_plan(IntegerGraph(nodes, graph.bits), TARGET)
+
+
+def test_targets() -> None:
+    assert get_target("avx2").path == "avx2"
+    assert isinstance(get_target(), CpuTarget)
+    with pytest.raises(BuildError, match="portable"):
+        get_target("gpu")
+
+
+def test_build_checks_its_arguments() -> None:
+    with pytest.raises(ConfigError, match="threads"):
+        build(small(), threads=0)
+    with pytest.raises(ConfigError, match="schedules"):
+        build(small(), schedules="fast")
+
+
+def test_build_runs() -> None:
+    graph = small()
+    x = torch.randn(2, 16, 8, 8)
+    artifact = build(graph)
+    assert torch.equal(artifact.run(x), graph.run(x))
+    with pytest.raises(ConfigError, match="shape"):
+        artifact.run(torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,162 @@
+"""Tuning: candidates are measured once, checked, and the winner is confirmed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_graphs import INT8, WIDE, Maker
+
+import lightning_baqe as baqe
+from lightning_baqe.deploy import tuner
+from lightning_baqe.deploy.conv_template import ConvSpec, default_knobs
+from lightning_baqe.deploy.plan import kernel_key, make_plan
+from lightning_baqe.deploy.records import Records
+from lightning_baqe.deploy.target import can_run, get_target
+from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
+from lightning_baqe.integer.graph import IntegerGraph
+
+
+@pytest.fixture(scope="module")
+def graph() -> IntegerGraph:
+    maker = Maker(16, 10)
+    a = maker.conv(out=32, padding=1, limits=INT8, weight_bits=3, name="a")
+    b = maker.conv(out=32, kernel=1, limits=WIDE, name="b")
+    maker.conv(maker.requantize(maker.add(a, b, WIDE), (0, 255)), out=10, kernel=10, limits=None, name="c")
+    return maker.graph()
+
+
+def test_tuning(graph: IntegerGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = Records(tmp_path / "records.db")
+    told: list[tuple[int, int, str]] = []
+    first = tuner.tune(graph, candidates=3, records=records, progress=lambda *told_: told.append(told_))
+    assert first.complete
+    assert sorted(layer for kernel in first.kernels for layer in kernel.layers) == ["a", "b", "c"]
+    assert [done for done, _, _ in told] == list(range(1, 10))
+    for kernel in first.kernels:
+        assert (kernel.measured, kernel.failed) == (3, 0)
+        assert kernel.default_us is not None
+        assert kernel.best_us is not None
+        assert 0 < kernel.best_us <= kernel.default_us
+        assert kernel.speedup >= 1
+        known = records.kernels(kernel.spec, get_target())
+        assert len(known) == 3
+        assert all(record.exact for record in known)
+        assert records.best_knobs(kernel.spec, get_target()) == kernel.knobs
+    assert baqe.build(graph, records=records).schedules["a"] == next(
+        kernel.knobs for kernel in first.kernels if kernel.layers == ("a",)
+    )
+
+    def refuse(threads: int) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(tuner, "worker", refuse)
+    second = tuner.tune(graph, candidates=3, records=records)
+    assert [kernel.measured for kernel in second.kernels] == [0, 0, 0]
+    assert second.best_us == pytest.approx(first.best_us)
+
+
+@pytest.mark.parametrize("path", ["avx2", "portable"])
+def test_kernels_of_other_paths_are_exact(graph: IntegerGraph, path: str, tmp_path: Path) -> None:
+    if not can_run(path):
+        pytest.skip(f"this CPU does not run {path} code")
+    result = tuner.tune(graph, target=path, candidates=2, records=Records(tmp_path / "records.db"))
+    assert all(kernel.failed == 0 and kernel.best_us for kernel in result.kernels)
+
+
+def test_float_kernels_are_compared_closely(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    network = nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(20 * 36, 5)).eval()
+    x = torch.randn(1, 3, 6, 6)
+    bits = baqe.BitConfig.uniform(network, weight=32, activation=32)
+    graph = baqe.lower(baqe.quantize(network, bits, example_input=x))
+    result = tuner.tune(graph, candidates=2, records=Records(tmp_path / "records.db"))
+    assert [kernel.failed for kernel in result.kernels] == [0, 0]
+
+
+def test_a_budget_ends_it(graph: IntegerGraph, tmp_path: Path) -> None:
+    result = tuner.tune(graph, candidates=3, budget_s=0.0, records=Records(tmp_path / "records.db"))
+    assert not result.complete
+    assert all(kernel.measured == 0 and kernel.best_us is None for kernel in result.kernels)
+    assert result.best_us == 0
+
+
+class _Fake:
+    """A measuring process with made-up figures: the first of a kernel is lucky, the next ones are true."""
+
+    def __init__(self, true_us: dict[str, float], lucky_us: dict[str, float]) -> None:
+        self.true_us, self.lucky_us = true_us, dict(lucky_us)
+        self.asked: list[str] = []
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        key = Path(request["kernel"]).stem
+        self.asked.append(key)
+        figure = self.lucky_us.pop(key, self.true_us[key])
+        if figure < 0:
+            raise MeasurementError("crashed")
+        return {"samples_us": [figure] * 3, "exact": figure != 13.0}
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> tuple[IntegerGraph, ConvSpec]:
+    maker = Maker(16, 12)
+    maker.conv(out=64, padding=1, limits=None)
+    graph = maker.graph()
+    spec = make_plan(graph, get_target()).calls[1].spec
+    assert isinstance(spec, ConvSpec)
+    monkeypatch.setattr(tuner, "compile_kernel", lambda spec, target, knobs, path: path.write_text(""))
+    return graph, spec
+
+
+def _fake(spec: ConvSpec, monkeypatch: pytest.MonkeyPatch, true: list[float], lucky: dict[int, float]) -> list[str]:
+    bench = tuner._Bench(spec, get_target(), Records("empty.db"), Path())
+    keys = [kernel_key(spec, knobs) for knobs in tuner._proposals(bench, len(true), 0)]
+    fake = _Fake(dict(zip(keys, true, strict=True)), {keys[i]: value for i, value in lucky.items()})
+    monkeypatch.setattr(tuner, "worker", lambda threads: fake)
+    return keys
+
+
+def test_a_lucky_figure_does_not_win(
+    one: tuple[IntegerGraph, ConvSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, spec = one
+    monkeypatch.chdir(tmp_path)
+    _fake(spec, monkeypatch, [10.0, 12.0, 11.0, 14.0], lucky={1: 5.0, 2: 6.0})
+    (kernel,) = tuner.tune(graph, candidates=4, records=Records(tmp_path / "records.db")).kernels
+    assert kernel.best_us == kernel.default_us == 10.0
+    assert kernel.knobs == default_knobs(spec)
+
+
+def test_a_true_winner_wins(
+    one: tuple[IntegerGraph, ConvSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, spec = one
+    monkeypatch.chdir(tmp_path)
+    keys = _fake(spec, monkeypatch, [10.0, 8.0, 9.0, 14.0], lucky={2: 1.0})
+    (kernel,) = tuner.tune(graph, candidates=4, records=Records(tmp_path / "records.db")).kernels
+    assert (kernel.default_us, kernel.best_us) == (10.0, 8.0)
+    assert kernel_key(spec, kernel.knobs or {}) == keys[1]
+
+
+def test_failures_are_kept_with_their_reason(
+    one: tuple[IntegerGraph, ConvSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, spec = one
+    monkeypatch.chdir(tmp_path)
+    records = Records(tmp_path / "records.db")
+    _fake(spec, monkeypatch, [10.0, -1.0, 13.0, 11.0], lucky={})
+    (kernel,) = tuner.tune(graph, candidates=4, records=records).kernels
+    assert (kernel.measured, kernel.failed, kernel.best_us) == (4, 2, 10.0)
+    reasons = {record.error for record in records.kernels(spec, get_target())}
+    assert reasons == {None, "crashed", "its result differs from the reference"}
+
+
+def test_wrong_arguments(graph: IntegerGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="candidates"):
+        tuner.tune(graph, candidates=0)
+    monkeypatch.setattr(tuner, "can_run", lambda path: False)
+    with pytest.raises(BuildError, match="does not run"):
+        tuner.tune(graph)
