@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_baqe.errors import ConfigError
 
@@ -142,6 +143,10 @@ class Host:
             )
         limits = self.trainer.num_val_batches
         limit = limits[0] if isinstance(limits, list) and limits else None
+        if self.trainer.world_size > 1 and isinstance(loader, DataLoader):
+            # Each rank's loader sees its share; the leader evaluates on all images.
+            limit = None if limit is None else limit * self.trainer.world_size
+            loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
         stop = int(limit) if limit not in (None, float("inf")) else None
         found = list(_cpu_pairs(islice(iter(loader), stop), "validation"))
         if not found:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import sys, torch, pytorch_lightning as pl
 from foreign_module import ForeignModule
@@ -24,9 +26,13 @@ search = BayesianSearch(
     run_dir=sys.argv[1],
     measurement=MeasureOptions(repeats=5, warmup=1), calibration_batches=1, tune_float_s=0.0, records=sys.argv[2],
     progress=False)
+options = {"devices": 2, "strategy": "ddp"} if "ddp" in sys.argv else {}
 trainer = pl.Trainer(max_epochs=-1, callbacks=[search], logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, num_sanity_val_steps=0, accelerator="cpu")
-trainer.fit(ForeignModule(), DigitsDataModule())
+    enable_progress_bar=False, num_sanity_val_steps=0, accelerator="cpu", **options)
+module = ForeignModule()
+trainer.fit(module, DigitsDataModule())
+total = sum(float(value.double().abs().sum()) for value in module.body.classifier.state_dict().values())
+print(f"rank {trainer.global_rank} holds {total!r}")
 """
 
 
@@ -68,3 +74,16 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     assert [entry["number"] for entry in trials if entry["state"] == "failed"] == [1]
     points = {json.dumps([entry["bits"], entry["schedules"]], sort_keys=True) for entry in complete}
     assert len(points) == 4
+
+
+@pytest.mark.slow
+def test_two_ranks_share_one_search(tmp_path: Path) -> None:
+    script = tmp_path / "search.py"  # a file, since Lightning starts it again for the second rank
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path / "run"), str(tmp_path / "records.db"), "ddp"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True, text=True)
+    held = {line.split(" holds ")[1] for line in done.stdout.splitlines() if " holds " in line}
+    assert len(held) == 1
+    trials = json.loads((tmp_path / "run" / "summary.json").read_text())["trials"]
+    assert [entry["state"] for entry in trials] == ["complete"] * 4
