@@ -18,7 +18,8 @@ from tvm import relax
 
 from lightning_baqe.deploy.compiler import ALL, MAIN, constants
 from lightning_baqe.deploy.device import device_info, versions
-from lightning_baqe.deploy.plan import Plan, make_plan
+from lightning_baqe.deploy.kernels import Plan
+from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph

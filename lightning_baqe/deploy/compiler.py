@@ -9,8 +9,8 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
+from lightning_baqe.deploy.kernels import Call, Plan
 from lightning_baqe.deploy.layout import Layout
-from lightning_baqe.deploy.plan import Call, Plan
 from lightning_baqe.errors import BuildError
 
 MAIN, ALL = "main", "main_all"

@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lightning_baqe.deploy.conv_template import (
     ConvSpec,
-    build_conv,
     check_knobs,
     default_knobs,
     pack_weights,
     weight_quads,
 )
-from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.dot import choose_dot
+from lightning_baqe.deploy.kernels import Call, Plan, Spec
 from lightning_baqe.deploy.layout import VECTOR, Layout, storage_dtype, stored_channels
-from lightning_baqe.deploy.pixel_templates import (
-    PAD,
-    PIXEL_PARAMS,
-    GroupedSpec,
-    PixelSpec,
-    build_grouped,
-    build_pack,
-    build_pointwise,
-    build_pool,
-    build_unpack,
-)
+from lightning_baqe.deploy.pixel_templates import PAD, PIXEL_PARAMS, GroupedSpec, PixelSpec
 from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer import nodes as ir
@@ -46,78 +32,6 @@ from lightning_baqe.integer.graph import IntegerGraph
 INT32_MAX = 2**31 - 1
 Schedules = Mapping[str, Mapping[str, Any]]
 BestKnobs = Callable[[ConvSpec], Mapping[str, Any] | None]
-Spec = ConvSpec | PixelSpec | GroupedSpec
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One kernel call.
-
-    Args:
-        nodes: the graph's nodes that it computes; the last one's value is its result.
-        layer: the layer whose knobs it takes, if any.
-        spec, knobs: what its code depends on.
-        sources: values it reads, in argument order.
-        arguments: its arguments but the result: names of values, or constants.
-    """
-
-    nodes: tuple[str, ...]
-    layer: str | None
-    spec: Spec
-    knobs: Mapping[str, Any]
-    arguments: tuple[str | np.ndarray, ...]
-
-    @property
-    def result(self) -> str:
-        return self.nodes[-1]
-
-    def function(self) -> Any:
-        """The kernel's TIR."""
-        if isinstance(self.spec, ConvSpec):
-            return build_conv(self.spec, tuple(sorted(self.knobs.items())))
-        if isinstance(self.spec, GroupedSpec):
-            return build_grouped(self.spec)
-        if self.spec.op == "pack":
-            return build_pack(self.spec)
-        if self.spec.op in ("logits", "unpack"):
-            return build_unpack(self.spec)
-        return build_pool(self.spec) if self.spec.op.endswith("pool") else build_pointwise(self.spec)
-
-    @property
-    def key(self) -> str:
-        """Identifies the kernel's code among kernels of one target."""
-        return kernel_key(self.spec, self.knobs)
-
-
-def kernel_key(spec: Spec, knobs: Mapping[str, Any]) -> str:
-    """A name for a kernel's code: its operator and a digest of all that the code depends on."""
-    text = json.dumps([type(spec).__name__, dataclasses.asdict(spec), dict(knobs)], sort_keys=True)
-    op = "conv" if isinstance(spec, ConvSpec) else "grouped" if isinstance(spec, GroupedSpec) else spec.op
-    return f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The kernel calls of one network, in order.
-
-    Args:
-        calls: the last one writes the float32 output, ``(1, features)``.
-        layouts: of every value but the network's input and output.
-        schedules: the knobs that every tunable layer got.
-    """
-
-    calls: tuple[Call, ...]
-    layouts: Mapping[str, Layout]
-    schedules: dict[str, dict[str, Any]]
-    target: CpuTarget
-    threads: int
-
-    @property
-    def digest(self) -> str:
-        """Identifies all code of the network and what generated it: equal digests run equally fast."""
-        keys = [call.key for call in self.calls]
-        text = json.dumps([keys, dataclasses.asdict(self.target), self.threads, code_digest()])
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_plan(
@@ -173,7 +87,6 @@ class _Planner:
             for name in node.inputs:
                 self.readers[name].append(node)
         self.fused = self._fused_adds() if fuse else {}
-        self.logits = self._logits_source()
         self.layouts: dict[str, Layout] = {}
         self.pads: dict[str, int] = {}
         self.calls: list[Call] = []
@@ -208,11 +121,6 @@ class _Planner:
             if candidates:
                 fused[max(candidates, key=order.__getitem__)] = node.name
         return fused
-
-    def _logits_source(self) -> str | None:
-        """The accumulators that the final dequantize reads: one kernel turns them into logits."""
-        last = self.graph.output
-        return self.root(last.inputs[0]) if isinstance(last, ir.Dequantize) else None
 
     def plan(self) -> Plan:
         fused_into = {add: conv for conv, add in self.fused.items()}

@@ -19,7 +19,7 @@ from typing import Any
 
 from lightning_baqe.deploy.conv_template import ConvSpec
 from lightning_baqe.deploy.device import fingerprint
-from lightning_baqe.deploy.plan import kernel_key
+from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.target import CpuTarget
 
 _SCHEMA = """

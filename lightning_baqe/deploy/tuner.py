@@ -23,8 +23,9 @@ import tvm
 from tvm.target import Target
 
 from lightning_baqe.deploy.conv_template import ConvSpec, build_conv, check_knobs, default_knobs, knob_space
+from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.measure import worker
-from lightning_baqe.deploy.plan import kernel_key, make_plan
+from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.sample import KernelSample, sample_kernel
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target

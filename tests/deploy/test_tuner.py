@@ -11,7 +11,8 @@ from small_graphs import INT8, WIDE, Maker
 import lightning_baqe as baqe
 from lightning_baqe.deploy import tuner
 from lightning_baqe.deploy.conv_template import ConvSpec, default_knobs
-from lightning_baqe.deploy.plan import kernel_key, make_plan
+from lightning_baqe.deploy.kernels import kernel_key
+from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError

@@ -1,0 +1,98 @@
+"""The kernel calls that a network is compiled to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_baqe.deploy.conv_template import ConvSpec, build_conv
+from lightning_baqe.deploy.device import code_digest
+from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.pixel_templates import (
+    GroupedSpec,
+    PixelSpec,
+    build_grouped,
+    build_pack,
+    build_pointwise,
+    build_pool,
+    build_unpack,
+)
+from lightning_baqe.deploy.target import CpuTarget
+
+Spec = ConvSpec | PixelSpec | GroupedSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One kernel call.
+
+    Args:
+        nodes: the graph's nodes that it computes; the last one's value is its result.
+        layer: the layer whose knobs it takes, if any.
+        spec, knobs: what its code depends on.
+        arguments: its arguments but the result: names of values, or constants.
+    """
+
+    nodes: tuple[str, ...]
+    layer: str | None
+    spec: Spec
+    knobs: Mapping[str, Any]
+    arguments: tuple[str | np.ndarray, ...]
+
+    @property
+    def result(self) -> str:
+        return self.nodes[-1]
+
+    def function(self) -> Any:
+        """The kernel's TIR."""
+        if isinstance(self.spec, ConvSpec):
+            return build_conv(self.spec, tuple(sorted(self.knobs.items())))
+        if isinstance(self.spec, GroupedSpec):
+            return build_grouped(self.spec)
+        if self.spec.op == "pack":
+            return build_pack(self.spec)
+        if self.spec.op in ("logits", "unpack"):
+            return build_unpack(self.spec)
+        return build_pool(self.spec) if self.spec.op.endswith("pool") else build_pointwise(self.spec)
+
+    @property
+    def key(self) -> str:
+        """Identifies the kernel's code among kernels of one target."""
+        return kernel_key(self.spec, self.knobs)
+
+
+def kernel_key(spec: Spec, knobs: Mapping[str, Any]) -> str:
+    """A name for a kernel's code: its operator and a digest of all that the code depends on."""
+    text = json.dumps([type(spec).__name__, dataclasses.asdict(spec), dict(knobs)], sort_keys=True)
+    op = "conv" if isinstance(spec, ConvSpec) else "grouped" if isinstance(spec, GroupedSpec) else spec.op
+    return f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The kernel calls of one network, in order.
+
+    Args:
+        calls: the last one writes the float32 output, ``(1, features)``.
+        layouts: of every value but the network's input and output.
+        schedules: the knobs that every tunable layer got.
+    """
+
+    calls: tuple[Call, ...]
+    layouts: Mapping[str, Layout]
+    schedules: dict[str, dict[str, Any]]
+    target: CpuTarget
+    threads: int
+
+    @property
+    def digest(self) -> str:
+        """Identifies all code of the network and what generated it: equal digests run equally fast."""
+        keys = [call.key for call in self.calls]
+        text = json.dumps([keys, dataclasses.asdict(self.target), self.threads, code_digest()])
+        return hashlib.sha256(text.encode()).hexdigest()
