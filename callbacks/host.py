@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,8 +35,13 @@ class Host:
         """Refuse what cannot work before any time is spent.
 
         Raises:
-            ConfigError: no such attribute, or the trainer stops after a fixed number of epochs or steps.
+            ConfigError: no such attribute, or no plain module in it.
         """
+        if isinstance(self.float_network, torch._dynamo.OptimizedModule):
+            raise ConfigError(
+                f"{type(self.module).__name__}.{self.network} is compiled; the search quantizes the module itself: "
+                "give it before torch.compile"
+            )
         if not isinstance(self.float_network, nn.Module):
             raise ConfigError(
                 f"{type(self.module).__name__}.{self.network} is a {type(self.float_network).__name__}; network= must "
@@ -85,6 +92,7 @@ class Host:
         network = self.float_network
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
+            before = {name: value.detach().cpu() for name, value in network.state_dict().items()}
             try:
                 network.load_state_dict(state)
             except RuntimeError as error:
@@ -92,6 +100,12 @@ class Host:
                     f"{path} holds the float weights of another network: {error}; use another run_dir, or the network "
                     "that the run began with"
                 ) from error
+            if _differ(before, state):
+                rank_zero_warn(
+                    f"the float weights that the run in {path.parents[1]} began with take the place of those in "
+                    f"{type(self.module).__name__}.{self.network}: all its trials start from the same. Use another "
+                    "run_dir to search from the new ones."
+                )
         elif self.is_leader:
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(f".{os.getpid()}.tmp")
@@ -127,8 +141,8 @@ class Host:
         loader: Any = self.trainer.train_dataloader
         return [_pair(batch, "training")[0].detach().cpu() for batch in islice(iter(loader), batches)]
 
-    def validation_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The validation split, on the CPU; the trainer's ``limit_val_batches`` holds.
+    def validation_batches(self) -> Pairs:
+        """The validation split; the trainer's ``limit_val_batches`` holds.
 
         Raises:
             ConfigError: there is none, or several.
@@ -148,22 +162,29 @@ class Host:
             limit = None if limit is None else limit * self.trainer.world_size
             loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
         stop = int(limit) if limit not in (None, float("inf")) else None
-        found = list(_cpu_pairs(islice(iter(loader), stop), "validation"))
-        if not found:
+        found = Pairs(loader, stop, "validation")
+        if next(iter(found), None) is None:
             raise ConfigError(
                 "the validation loader gave no batch (limit_val_batches=0?); the search needs its accuracy"
             )
         return found
 
-    def test_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """The datamodule's test split, None where there is none."""
+    def test_batches(self) -> Pairs | None:
+        """The datamodule's test split, None where there is none, or several."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None or type(datamodule).test_dataloader is pl.LightningDataModule.test_dataloader:
+        if datamodule is None or not is_overridden("test_dataloader", datamodule, pl.LightningDataModule):
             return None
         datamodule.setup("test")
         loader = datamodule.test_dataloader()
+        if isinstance(loader, list | tuple) and len(loader) == 1:
+            loader = loader[0]
+        if loader is None or isinstance(loader, list | tuple | dict):
+            return None
         limit = self.trainer.limit_test_batches
-        return list(_cpu_pairs(islice(iter(loader), limit if isinstance(limit, int) else None), "test"))
+        if isinstance(limit, float) and limit <= 1.0 and hasattr(loader, "__len__"):
+            limit = int(limit * len(loader))
+        found = Pairs(loader, int(limit) if isinstance(limit, int) else None, "test")
+        return found if next(iter(found), None) is not None else None
 
     def log(self, name: str, entry: dict[str, Any]) -> None:
         """Send a trial's figures to the trainer's loggers."""
@@ -182,10 +203,32 @@ def _pair(batch: Any, split: str) -> tuple[torch.Tensor, torch.Tensor]:
             f"the {split} loader gives {type(batch).__name__}; the search wants batches (x, y) of tensors: images and "
             "class indices"
         )
+    if batch[1].ndim != 1 or len(batch[1]) != len(batch[0]):
+        raise ConfigError(
+            f"the {split} loader gives labels of shape {tuple(batch[1].shape)} for images of shape "
+            f"{tuple(batch[0].shape)}; the search wants one class index for each image"
+        )
     return batch[0], batch[1]
 
 
-def _cpu_pairs(batches: Iterator[Any], split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for batch in batches:
-        x, y = _pair(batch, split)
-        yield x.detach().cpu(), y.detach().cpu()
+def _differ(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two states of one network hold other values."""
+    return before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in after)
+
+
+class Pairs:
+    """A loader's images and labels on the CPU; each iteration walks through the loader anew.
+
+    Args:
+        loader: of batches ``(x, y)``.
+        limit: batches at most.
+        split: for error messages.
+    """
+
+    def __init__(self, loader: Iterable[Any], limit: int | None, split: str) -> None:
+        self._loader, self._limit, self._split = loader, limit, split
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in islice(iter(self._loader), self._limit):
+            x, y = _pair(batch, self._split)
+            yield x.detach().cpu(), y.detach().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,11 +22,13 @@ class SearchProgress:
 
     Args:
         total: trials and baselines.
-        enabled: False shows nothing but warnings.
+        enabled: whether to show a bar.
+        other: Lightning's bar, where it shows one: a line for every trial goes there instead.
     """
 
-    def __init__(self, total: int, enabled: bool = True) -> None:
+    def __init__(self, total: int, enabled: bool = True, other: pl.callbacks.ProgressBar | None = None) -> None:
         self._console = Console(stderr=True)
+        self._other = other
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if enabled:
@@ -37,7 +40,7 @@ class SearchProgress:
 
     def update(self, study: SearchStudy, what: str, phase: str = "", advance: bool = False) -> None:
         """Show what is going on."""
-        if self._bar is None:
+        if self._bar is None and (self._other is None or not advance):
             return
         figures = ""
         if study.float_result is not None:
@@ -46,10 +49,20 @@ class SearchProgress:
             best = max((entry["accuracy"] for entry in done), default=None)
             if best is not None:
                 figures = f"best accuracy {best:.4f}  hypervolume {summary['hypervolume']:.4f}"
-            if advance and done and not self._console.is_terminal:
-                self._console.print(f"{len(done)} evaluated: {figures}")
+            line = f"{len(done)} evaluated: {figures}"
+            if self._bar is None and self._other is not None:
+                self._other.print(line)
+            elif advance and done and not self._console.is_terminal:
+                self._console.print(line)
+        if self._bar is None:
+            return
         text = f"{what} ({phase})" if phase else what
         self._bar.update(self._task, description=text, completed=study.done_count, figures=figures)
+
+    def say(self, what: str) -> None:
+        """Show what is going on before the study holds anything."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
 
     def warn(self, text: str) -> None:
         """Print a warning above the bar."""

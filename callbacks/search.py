@@ -12,21 +12,26 @@ from typing import Any
 import optuna
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host
 from lightning_baqe.callbacks.progress import SearchProgress
-from lightning_baqe.callbacks.study import SearchStudy
+from lightning_baqe.callbacks.study import SearchStudy, bits_entry
+from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import get_target
 from lightning_baqe.deploy.tuner import tune
 from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
-from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.search.sampler import BaqeSampler, Mode
+
+TUNED = 4  # knobs that are tried for each kernel before the search
 
 
 @dataclass
@@ -73,7 +78,8 @@ class BayesianSearch(pl.Callback):
         target, threads: what is compiled for.
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
-        tune_float_s: seconds for tuning the float model's kernels, so that it is no straw man.
+        tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,
+            so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.
         model_name: likewise; None: the network's class.
         records: path of the records database; None: the user's.
@@ -105,7 +111,7 @@ class BayesianSearch(pl.Callback):
         threads: int = 1,
         measurement: MeasureOptions | None = None,
         calibration_batches: int = 8,
-        tune_float_s: float = 30.0,
+        tune_s: float = 30.0,
         recipe: str = "bayesian_search",
         model_name: str | None = None,
         records: str | Path | None = None,
@@ -118,6 +124,10 @@ class BayesianSearch(pl.Callback):
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+        for what, widths in (("bit_choices", bit_choices), ("baselines", baselines)):
+            wrong = [bits for bits in widths if bits != FLOAT_BITS and not 2 <= bits <= 8]
+            if wrong or len(set(widths)) < len(widths) or (what == "bit_choices" and not widths):
+                raise ConfigError(f"{what} are 2..8 or 32 (float), each once; got {list(widths)}")
         self.network, self.trials, self.epochs_per_trial = network, trials, epochs_per_trial
         self.steps_per_trial, self.example_input = steps_per_trial, example_input
         self.run_dir = Path(run_dir) if run_dir is not None else None
@@ -126,11 +136,13 @@ class BayesianSearch(pl.Callback):
         self.sampler, self.storage, self.max_failures = sampler, storage, max_failures
         self.target, self.threads = get_target(target), threads
         self.measurement = measurement or MeasureOptions()
-        self.calibration_batches, self.tune_float_s = calibration_batches, tune_float_s
+        self.calibration_batches, self.tune_s = calibration_batches, tune_s
         self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
         self._records_path = records
         self._running: _Running | None = None
+        self._planned: tuple[int, ...] = ()
         self._closed = False
+        self.gave_up: str | None = None
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
@@ -141,16 +153,20 @@ class BayesianSearch(pl.Callback):
             self.run_dir = Path(trainer.default_root_dir) / "outputs" / "bayesian_search"
         if self.steps_per_trial is not None:
             trainer.limit_train_batches = self.steps_per_trial
-        if getattr(trainer, "fast_dev_run", False):  # one epoch: one trial, nothing else
-            self.trials, self.baselines, self.tune_float_s = 1, (), 0.0
         Host(trainer, pl_module, self.network).check()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.run_dir is not None
+        self._running, self._closed, self.gave_up = None, False, None
+        if getattr(trainer, "fast_dev_run", False):  # one epoch: one trial, nothing else
+            self._wanted, self._planned, self._tuning_s = 1, (), 0.0
+        else:
+            self._wanted, self._planned, self._tuning_s = self.trials, self.baselines, self.tune_s
         self.host = Host(trainer, pl_module, self.network)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.host.restore_float(self.run_dir / "checkpoints" / "float.pt")
-        self._float = copy.deepcopy(self.host.float_network).cpu()
+        self._original = self.host.float_network
+        self._float = copy.deepcopy(self._original).cpu()
         self._calibration = self.host.training_images(self.calibration_batches)
         example = self.example_input if self.example_input is not None else self._calibration[0][:1]
         self._example = example.detach().cpu()
@@ -161,7 +177,12 @@ class BayesianSearch(pl.Callback):
         self._validation = self.host.validation_batches()
         about = {"recipe": self.recipe, "model": self.model_name or type(self._float).__name__,
                  "dataset": self.host.dataset_name}  # fmt: skip
-        self.space = self._make_space()
+        self.study = SearchStudy(self.run_dir, self.storage, about, self.threads)
+        bar = self.show_progress and trainer.progress_bar_callback is None
+        self.progress = SearchProgress(self._wanted + len(self._planned), bar, trainer.progress_bar_callback)
+        known = self.study.known_space(self._conditions())
+        base = BitConfig.uniform(self._float, 8, 8)
+        self.space = self._make_space(base) if known is None else NetworkSpace.from_record(base, known)
         sampler = self.sampler or BaqeSampler(
             seed=self.seed,
             mode=self.mode,
@@ -171,13 +192,11 @@ class BayesianSearch(pl.Callback):
             pool_size=max(self.pool_size, self.n_initial),
             reference_point=SearchStudy.reference_point,
         )
-        self.study = SearchStudy(self.run_dir, sampler, self.storage, about, self.threads)
-        self.study.open(self.space, self.n_initial)
+        self.study.open(self.space, sampler)
+        self.study.drop_failed_baselines()
         if self.study.float_result is None:
             self._evaluate_float()
         self.study.write()
-        bar = self.show_progress and trainer.progress_bar_callback is None
-        self.progress = SearchProgress(self.trials + len(self.baselines), enabled=bar)
         self.progress.update(self.study, "resumed" if self.study.done_count else "started")
         self._follow_or_stop()
 
@@ -188,6 +207,8 @@ class BayesianSearch(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if batch_idx == 0 and self._running is not None and self._running.epochs == 0:
+            self._check_trained(pl_module)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if self._running is None or self._running.failure is not None or not isinstance(loss, torch.Tensor):
             return
@@ -198,7 +219,11 @@ class BayesianSearch(pl.Callback):
         if self._running is None:
             return
         self._running.epochs += 1
-        if self._running.epochs >= self.epochs_per_trial or self._running.failure is not None:
+        # A loss that one rank alone saw diverge fails the trial on all.
+        failed = trainer.strategy.reduce_boolean_decision(self._running.failure is not None, all=False)
+        if failed and self._running.failure is None:
+            self._running.failure = "the loss diverged on another rank"
+        if failed or self._running.epochs >= self.epochs_per_trial:
             self._end(self._running)
             self._running = None
             self._follow_or_stop()
@@ -211,31 +236,50 @@ class BayesianSearch(pl.Callback):
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _make_space(self) -> NetworkSpace:
-        """The space, from the network's kernels at 8 bits."""
-        base = BitConfig.uniform(self._float, 8, 8)
-        model = calibrate(quantize(self._float, base, self._example), self._calibration[:1])
-        return NetworkSpace.of(
-            lower(model), base, self.bit_choices, self.target, self.threads, self.search_schedules, self.records
-        )
+    def _conditions(self) -> dict[str, Any]:
+        """What may not change while a study goes on."""
+        return {
+            "model": self.model_name or type(self._float).__name__,
+            "dataset": self.host.dataset_name,
+            "architecture": architecture_signature(self._float),
+            "bit_choices": list(self.bit_choices),
+            "schedules": self.search_schedules,
+            "target": vars(self.target),
+            "device": fingerprint(self.threads),
+        }
+
+    def _make_space(self, base: BitConfig) -> NetworkSpace:
+        """The space, from the network's kernels at every bit-width; they are tuned first."""
+        graphs: dict[int, IntegerGraph] = {}
+        for bits in sorted({*self.bit_choices, FLOAT_BITS}, reverse=True):
+            config = BitConfig.uniform(self._float, bits, bits)
+            model = calibrate(quantize(self._float, config, self._example), self._calibration[:1])
+            graphs[bits] = lower(model)
+            if self._tuning_s > 0:
+                self.progress.say(f"tuning kernels of {bits} bit")
+                tune(graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records)
+        chosen = {bits: graphs[bits] for bits in self.bit_choices}
+        return NetworkSpace.of(chosen, base, self.target, self.threads, self.search_schedules, self.records)
 
     def _evaluate_float(self) -> None:
-        """The float model, compiled with the best schedules that a short tuning finds."""
+        """The float model, compiled with the best schedules that are known."""
         assert self.run_dir is not None
-        bits = BitConfig.uniform(self._float, 32, 32)
+        bits = BitConfig.uniform(self._float, FLOAT_BITS, FLOAT_BITS)
         model = quantize(self._float, bits, self._example).eval()
-        if self.tune_float_s > 0:
-            tune(
-                lower(model), self.target, self.threads, candidates=4, budget_s=self.tune_float_s, records=self.records
-            )
         folder = self.run_dir / "artifacts" / "float"
         found = evaluate(
             model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement
         )
         self.study.set_float(
-            {"accuracy": found.accuracy, "latency_us": found.latency_us, "size_bytes": found.size_bytes,
-             "spread": found.spread, "schedules": found.schedules, "seconds": found.seconds}
-        )  # fmt: skip
+            {
+                "accuracy": found.accuracy,
+                "latency_us": found.latency_us,
+                "size_bytes": found.size_bytes,
+                "spread": found.spread,
+                "schedules": found.schedules,
+                "seconds": found.seconds,
+            }
+        )
 
     def _begin(self) -> None:
         """Install the next network: baselines first, then what the sampler proposes."""
@@ -246,15 +290,14 @@ class BayesianSearch(pl.Callback):
         assert shared is not None
         bits = plan[1] if plan is not None else BitConfig.from_json(shared[0])
         started = time.perf_counter()
-        model = quantize(self._float, bits, self._example)
-        calibrate(model, self._calibration)
+        model = calibrate(quantize(self._float, bits, self._example), self._calibration)
         self.host.install(model)
         name, _, schedules, trial, phase, propose_s = plan or (shared[1], bits, "default", None, "", 0.0)
         self._running = _Running(name, bits, schedules, model, trial, phase, propose_s, started)
 
     def _propose(self) -> tuple[str, BitConfig, Any, optuna.Trial | None, str, float]:
         done = self.study.baseline_names
-        for bits in self.baselines:
+        for bits in self._planned:
             name = f"w{bits}a{bits}"
             if name not in done:
                 self.progress.update(self.study, f"baseline {name}")
@@ -278,7 +321,7 @@ class BayesianSearch(pl.Callback):
         seconds = {"train": time.perf_counter() - running.started, "propose": running.propose_s}
         entry: dict[str, Any] = {
             "phase": running.phase,
-            "bits": {name: [layer.weight, layer.activation] for name, layer in running.bits.items()},
+            "bits": bits_entry(running.bits),
             "schedules": running.schedules if isinstance(running.schedules, dict) else {},
             "seconds": seconds,
         }
@@ -317,29 +360,46 @@ class BayesianSearch(pl.Callback):
                 "size_bytes": found.size_bytes, "spread": found.spread, "schedules": found.schedules,
                 "differing_elements": sum(found.wrong.values()), "seconds": found.seconds}  # fmt: skip
 
+    def _check_trained(self, module: pl.LightningModule) -> None:
+        """Warn where the first step of a trial gave the installed network no gradient."""
+        assert self._running is not None
+        parameters = [p for p in self._running.model.parameters() if p.requires_grad]
+        if module.automatic_optimization and parameters and all(p.grad is None for p in parameters):
+            rank_zero_warn(
+                f"the training step gave {type(module).__name__}.{self.network} no gradient: it seems to call the "
+                "network by another reference, which the search does not replace. Its trials stay untuned."
+            )
+
     def _follow_or_stop(self) -> None:
         """End training where the search is done; all ranks agree."""
-        done: str | None = None
+        decision: tuple[bool, str | None] = (False, None)
         if self.host.is_leader:
-            if self.study.complete_count >= self.trials and len(self.study.baseline_names) >= len(self.baselines):
-                done = "complete"
+            baselines = {f"w{bits}a{bits}" for bits in self._planned}
+            if self.study.complete_count >= self._wanted and baselines <= set(self.study.baseline_names):
+                decision = (True, None)
             elif self.study.failed_count >= self.max_failures:
-                done = f"{self.study.failed_count} trials failed, the last with: {self.study.last_error}"
-        done = self.host.broadcast(done)
-        if done is not None:
+                decision = (True, f"{self.study.failed_count} trials failed, the last with: {self.study.last_error}")
+        stop, self.gave_up = self.host.broadcast(decision)
+        if stop:
             self.host.trainer.should_stop = True
-            if done != "complete" and self.host.is_leader:
-                self.progress.warn(f"The search gave up: {done}")
+            if self.gave_up is not None and self.host.is_leader:
+                self.progress.warn(f"The search gave up: {self.gave_up}")
 
     def _close(self, trainer: pl.Trainer, test: bool = True) -> None:
         """Put the float network back; write the final summary and the report. Safe to call twice."""
-        if self._closed or not hasattr(self, "_float"):  # nothing was begun
+        if self._closed or not hasattr(self, "_original"):  # nothing was begun
             return
-        self._closed = True
-        self.host.install_float(self._float)
-        if self.host.is_leader and hasattr(self, "study"):
-            if test:
-                self.study.test_front(self.host.test_batches())
+        self._closed, self._running = True, None
+        self.host.install_float(self._original)
+        if not self.host.is_leader or not hasattr(self, "space"):
+            return
+        self.study.write(report=True)  # what was found is safe before the test split is touched
+        if test:
+            if self.study.complete_count < self._wanted and self.gave_up is None:
+                self.progress.warn(
+                    f"The trainer ended after {self.study.complete_count} of {self._wanted} trials; "
+                    "Trainer(max_epochs=-1) lets the search end it. The same run_dir goes on."
+                )
+            self.study.test_front(self.host.test_batches())
             self.study.write(report=True)
-            if hasattr(self, "progress"):
-                self.progress.close()
+        self.progress.close()

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import optuna
-import torch
 from optuna.trial import TrialState
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.device import device_info, versions
-from lightning_baqe.deploy.evaluate import deployed_accuracy
+from lightning_baqe.deploy.evaluate import Batches, deployed_accuracy
 from lightning_baqe.deploy.front import pareto_entries
 from lightning_baqe.deploy.run_folder import (
     BASELINES,
@@ -28,11 +27,18 @@ from lightning_baqe.deploy.run_folder import (
 )
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.report import write_report
 from lightning_baqe.search.sampler import BaqeSampler
 
-OWNER, SPACE, PHASE = "owner", "space", "phase"
+OWNER, SPACE, CONDITIONS, PHASE, ATTEMPTS = "owner", "space", "conditions", "phase", "attempts"
+MAX_ATTEMPTS = 3  # of a point whose trials end with the process: perhaps because of it
 INTERRUPTED = "interrupted: the process ended in the middle of this trial"
+
+
+def bits_entry(bits: BitConfig) -> dict[str, list[Any]]:
+    """Bits as the summary holds them: ``{layer: [weight, activation]}``."""
+    return {name: [layer.weight, layer.activation] for name, layer in bits.items()}
 
 
 class SearchStudy:
@@ -40,7 +46,6 @@ class SearchStudy:
 
     Args:
         run_dir: the run folder.
-        sampler: proposes points.
         storage: an Optuna storage URL; None: ``study.db`` in the run folder.
         about: recipe, model and dataset, for the summary.
         threads: of the measurements.
@@ -51,7 +56,6 @@ class SearchStudy:
     def __init__(
         self,
         run_dir: Path,
-        sampler: optuna.samplers.BaseSampler,
         storage: str | None,
         about: Mapping[str, Any],
         threads: int = 1,
@@ -61,42 +65,61 @@ class SearchStudy:
         self._study = optuna.create_study(
             study_name="search" if storage is None else run_dir.resolve().name,
             storage=storage or f"sqlite:///{(run_dir / 'study.db').resolve()}",
-            sampler=sampler,
             directions=["minimize"] * 3,
             load_if_exists=True,
         )
-        self._sampler = sampler
+        self._shared, self._owner = storage is not None, str(run_dir.resolve())
         self._about = {**about, "device": device_info(threads), "versions": versions()}
 
-    def open(self, space: NetworkSpace, n_initial: int) -> None:
-        """Go on with what the study holds: trials that a killed process left running are closed and queued again.
+    def known_space(self, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of the space that the study was begun with, None for a new study.
+
+        Args:
+            conditions: what must be as it was then: bits to choose from, device, and so on; JSON can hold it.
 
         Raises:
-            ConfigError: the study was made for another search space.
+            ConfigError: a condition differs.
         """
-        signature = {name: list(getattr(d, "choices", ())) for name, d in space.distributions.items()}
         known = self._study.user_attrs.get(SPACE)
-        if known is not None and known != json.loads(json.dumps(signature)):
-            differing = sorted(k for k in {*known, *signature} if known.get(k) != signature.get(k))
-            raise ConfigError(
-                f"the study in {self.run_dir} searches another space; it differs in {differing[:5]}"
-                f"{' and more' if len(differing) > 5 else ''}: use another run_dir, or the same model, bits and device"
-            )
-        self._study.set_user_attr(SPACE, signature)
+        if known is None:
+            self._study.set_user_attr(CONDITIONS, dict(conditions))
+            return None
+        before, now = self._study.user_attrs[CONDITIONS], json.loads(json.dumps(dict(conditions)))
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                raise ConfigError(
+                    f"the study in {self.run_dir} was begun with {name} = {before.get(name)!r}, now it is "
+                    f"{now.get(name)!r}: its trials could not be compared; use another run_dir, or what it was begun "
+                    "with"
+                )
+        record: dict[str, Any] = known
+        return record
+
+    def open(self, space: NetworkSpace, sampler: optuna.samplers.BaseSampler) -> None:
+        """Begin, or go on: trials that a killed process left running are closed and queued again."""
+        self._study.sampler = self._sampler = sampler
+        self._study.set_user_attr(SPACE, space.record())
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get(OWNER, str(self.run_dir)) != str(self.run_dir):
-                continue  # another worker's, on a shared storage
-            known_entry = trial.user_attrs.get(RESULT, {})
-            self._study._storage.set_trial_user_attr(trial._trial_id, RESULT, {**known_entry, "error": INTERRUPTED})
+            if self._shared and trial.user_attrs.get(OWNER) not in (None, self._owner):
+                continue  # another worker's
+            known = trial.user_attrs.get(RESULT, {})
+            self._study._storage.set_trial_user_attr(trial._trial_id, RESULT, {**known, "error": INTERRUPTED})
             self._study.tell(trial.number, state=TrialState.FAIL)
-            if space.distributions.keys() <= trial.params.keys():
-                self._study.enqueue_trial(trial.params, user_attrs={PHASE: known_entry.get("phase", "bo")})
+            attempts = trial.user_attrs.get(ATTEMPTS, 1)
+            if space.distributions.keys() <= trial.params.keys() and attempts < MAX_ATTEMPTS:
+                again = {PHASE: known.get("phase", "bo"), ATTEMPTS: attempts + 1}
+                self._study.enqueue_trial(trial.params, user_attrs=again)
 
     @property
     def float_result(self) -> dict[str, Any] | None:
         """The float model's figures, None before it was evaluated."""
         found: dict[str, Any] | None = self._study.user_attrs.get(FLOAT)
         return found
+
+    def drop_failed_baselines(self) -> None:
+        """Forget baselines that failed, so that they are tried again."""
+        kept = [entry for entry in self._study.user_attrs.get(BASELINES, []) if entry["state"] == "complete"]
+        self._study.set_user_attr(BASELINES, kept)
 
     @property
     def baseline_names(self) -> list[str]:
@@ -138,14 +161,15 @@ class SearchStudy:
     def ask(self, space: NetworkSpace) -> tuple[optuna.Trial, str]:
         """The next trial, its parameters suggested, and the phase that proposed it."""
         trial = self._study.ask(space.distributions)
-        trial.set_user_attr(OWNER, str(self.run_dir))
+        trial.set_user_attr(OWNER, self._owner)
         phase = trial.user_attrs.get(PHASE)  # of an interrupted trial that is tried again
         if phase is None:
             if isinstance(self._sampler, BaqeSampler):
                 phase = self._sampler.phase(self._study, trial)
             else:
                 phase = type(self._sampler).__name__
-        trial.set_user_attr(RESULT, {"phase": phase})
+        bits, schedules = space.point(trial.params)
+        trial.set_user_attr(RESULT, {"phase": phase, "bits": bits_entry(bits), "schedules": schedules})
         return trial, phase
 
     def tell(self, trial: optuna.Trial, entry: dict[str, Any]) -> None:
@@ -174,7 +198,7 @@ class SearchStudy:
         if report:
             write_report(summary, self.run_dir / "report.html")
 
-    def test_front(self, batches: list[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+    def test_front(self, batches: Batches | None) -> None:
         """Accuracy on the test split of the float model and of every Pareto point that lacks it, compiled."""
         if batches is None or self.float_result is None:
             return

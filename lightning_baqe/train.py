@@ -209,6 +209,8 @@ def open_run(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: the folder holds a run of another configuration.
     """
+    from lightning_baqe.deploy.front import replace_file
+
     recipe = recipe_name(cfg)
     if cfg.run_dir is None:
         run_dir = Path("outputs", recipe, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).absolute()
@@ -220,7 +222,7 @@ def open_run(cfg: DictConfig) -> Path:
         _check_same(OmegaConf.load(path), cfg, path)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        replace_file(path, OmegaConf.to_yaml(cfg).encode())
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written ({error}): give another run_dir.") from error
     return run_dir
@@ -311,6 +313,8 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
     )
     trainer.fit(task, datamodule=datamodule)
     _close(run_dir)
+    if search.gave_up is not None:
+        raise BaqeError(f"The search gave up: {search.gave_up}")
 
 
 def qat(cfg: DictConfig, run_dir: Path) -> None:

@@ -208,7 +208,7 @@ SMALLEST_OF = {
     "qat": ["qat.epochs=1", "qat.calibration_batches=1"],
     "qat_search": [
         *("search.steps_per_trial=2", "search.baselines=[8]", "search.calibration_batches=1"),
-        *("search.n_initial=2", "search.pool_size=8", "search.tune_float_s=0"),
+        *("search.n_initial=2", "search.pool_size=8", "search.tune_s=0"),
     ],
 }
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -213,12 +214,25 @@ class Artifact:
             raise BuildError(
                 f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again"
             )
-        with np.load(folder / TENSORS, allow_pickle=False) as tensors:
-            graph = graph_from_parts(json.loads((folder / GRAPH).read_text()), dict(tensors))
+        graph = cls.load_graph(folder)
         plan = make_plan(graph, CpuTarget(**manifest["target"]), manifest["schedules"], manifest["threads"])
         if plan.digest != manifest["plan"]:
             raise BuildError(
                 f"{folder} was built by other templates (versions {manifest['versions']}); build its graph again: "
-                "baqe.build(lightning_baqe.integer.serialize graph) or rerun its recipe"
+                f"baqe.build(baqe.Artifact.load_graph({str(folder)!r}))"
             )
         return cls(graph, plan, None, (folder / MODULE).resolve())
+
+    @staticmethod
+    def load_graph(folder: Path | str) -> IntegerGraph:
+        """The integer graph of an artifact's folder, whatever version compiled it.
+
+        Raises:
+            BuildError: the files are missing or damaged.
+        """
+        folder = Path(folder)
+        try:
+            with np.load(folder / TENSORS, allow_pickle=False) as tensors:
+                return graph_from_parts(json.loads((folder / GRAPH).read_text()), dict(tensors))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise BuildError(f"the graph in {folder} cannot be read ({type(error).__name__}: {error})") from error

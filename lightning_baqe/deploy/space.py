@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +28,19 @@ class NetworkSpace:
         base: bits of the layers that are not searched; ties are kept.
         bit_choices: ``{layer: bits to choose from}``; weights and activations of a layer get the same.
         knobs: ``{layer: {knob: values}}``.
-        defaults: ``{layer: {knob: value}}``, the best known knobs.
+        defaults: ``{layer: {bits: {knob: value}}}``, the best known knobs of its kernel at each bit-width.
     """
 
     base: BitConfig
     bit_choices: Mapping[str, tuple[int, ...]]
     knobs: Mapping[str, Mapping[str, tuple[Any, ...]]]
-    defaults: Mapping[str, Mapping[str, Any]]
+    defaults: Mapping[str, Mapping[int, Mapping[str, Any]]]
 
     @classmethod
     def of(
         cls,
-        graph: IntegerGraph,
+        graphs: Mapping[int, IntegerGraph],
         base: BitConfig,
-        bit_choices: Sequence[int],
         target: CpuTarget,
         threads: int = 1,
         schedules: bool = True,
@@ -51,35 +49,55 @@ class NetworkSpace:
         """The space of a network.
 
         Args:
-            graph: the network at 8 bits.
-            base: its bits; layers that are not at ``base``'s inner bit-width are fixed (first and last).
-            bit_choices: for every layer between the first and the last.
+            graphs: ``{bits: the network at these bits}``, one for each choice of the layers between first and last.
+            base: bits of the first and the last layer, which are not searched.
             target, threads: what the kernels are compiled for.
             schedules: False leaves all knobs at their best known values.
             records: where best known knobs are looked up.
-
-        Raises:
-            ConfigError: no choice, or one that is no bit-width.
         """
-        if not bit_choices or any(bits != 32 and not 2 <= bits <= 8 for bits in bit_choices):
-            raise ConfigError(f"bit_choices are 2..8 or 32 (float), at least one; got {list(bit_choices)}")
         layers = list(base)
-        inner = layers[1:-1]
         followers = {name for group in base.ties for name in group[1:]}
-        choices = {name: tuple(bit_choices) for name in inner if name not in followers}
+        choices = {name: tuple(graphs) for name in layers[1:-1] if name not in followers}
         best = (lambda spec: records.best_knobs(spec, target)) if records is not None else None
-        plan = make_plan(graph, target, None, threads, best)
-        knobs: dict[str, dict[str, tuple[Any, ...]]] = {}
-        for call in plan.calls:
-            if not schedules or call.layer is None or not isinstance(call.spec, ConvSpec):
-                continue
-            lowest = min(choices.get(call.layer, (8,)))
-            spec = dataclasses.replace(call.spec, weight_bits=lowest)
-            values = knob_space(spec, limit=TILES)
-            default = plan.schedules[call.layer]
-            values["tile"] = list(dict.fromkeys([default["tile"], *values["tile"]]))
-            knobs[call.layer] = {name: tuple(found) for name, found in values.items() if len(found) > 1}
-        return cls(base, choices, knobs, plan.schedules)
+        defaults: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in layers}
+        offered: dict[str, dict[str, list[Any]]] = {name: {} for name in layers}
+        for graph in graphs.values():
+            plan = make_plan(graph, target, None, threads, best)
+            for call in plan.calls:
+                if call.layer is None or not isinstance(call.spec, ConvSpec):
+                    continue
+                bits = graph.bits[call.layer][1]
+                if call.layer not in choices and call.layer not in followers and bits != base[call.layer].activation:
+                    continue  # the first or the last layer, at bits that it never gets
+                default = plan.schedules[call.layer]
+                defaults[call.layer][bits] = default
+                for knob, values in knob_space(call.spec, limit=TILES).items():
+                    found = offered[call.layer].setdefault(knob, [])
+                    found.extend(value for value in (default[knob], *values) if value not in found)
+        knobs = {
+            layer: {knob: tuple(found) for knob, found in space.items() if len(found) > 1}
+            for layer, space in offered.items()
+            if schedules and space
+        }
+        return cls(base, choices, knobs, defaults)
+
+    def record(self) -> dict[str, Any]:
+        """The space as JSON can hold it, for :meth:`from_record`."""
+        return {
+            "bit_choices": {layer: list(bits) for layer, bits in self.bit_choices.items()},
+            "knobs": {layer: {k: list(v) for k, v in knobs.items()} for layer, knobs in self.knobs.items()},
+            "defaults": {layer: {str(b): dict(k) for b, k in known.items()} for layer, known in self.defaults.items()},
+        }
+
+    @classmethod
+    def from_record(cls, base: BitConfig, record: Mapping[str, Any]) -> NetworkSpace:
+        """The space that a record holds: a search keeps the space that it began with, whatever was measured since."""
+        return cls(
+            base,
+            {layer: tuple(bits) for layer, bits in record["bit_choices"].items()},
+            {layer: {k: tuple(v) for k, v in knobs.items()} for layer, knobs in record["knobs"].items()},
+            {layer: {int(b): dict(k) for b, k in known.items()} for layer, known in record["defaults"].items()},
+        )
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -108,35 +126,41 @@ class NetworkSpace:
             if group[0] in chosen:
                 chosen.update(dict.fromkeys(group[1:], chosen[group[0]]))
         bits = self.base.replace({layer: LayerBits(value, value) for layer, value in chosen.items()})
-        schedules = {layer: dict(defaults) for layer, defaults in self.defaults.items()}
+        schedules = {layer: dict(self._default(layer, bits[layer].activation)) for layer in self.defaults}
         for layer, knobs in self.knobs.items():
             for knob in knobs:
                 schedules[layer][knob] = params[f"{layer}/{knob}"]
         return bits, schedules
 
+    def _default(self, layer: str, bits: int) -> Mapping[str, Any]:
+        known = self.defaults[layer]
+        return known.get(bits, {})
+
     def candidates(self, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         """Points that span the space, for the initial pool (BAQE section III-C asks for 500 representative ones).
 
         Each candidate has its own shares of the bit-widths, Dirichlet with concentration 0.5, so that near-uniform
-        networks are among them; and its own quality of knobs: with a probability drawn for the candidate a layer keeps
-        its best known knobs, else it draws them at random.
+        networks are among them; and its own quality of knobs: with a probability drawn for the candidate, more often
+        high than low, a layer takes the best known knobs for its bits, else it draws them at random.
         """
         bits = sorted({value for values in self.bit_choices.values() for value in values})
         points: list[dict[str, Any]] = []
         seen: set[tuple[Any, ...]] = set()
         for _ in range(20 * n):
             shares = dict(zip(bits, rng.dirichlet([0.5] * len(bits)), strict=True))
-            quality = rng.random()
+            quality = 1.0 - rng.random() ** 3
             point: dict[str, Any] = {}
             for layer, values in self.bit_choices.items():
                 weights = np.array([shares[value] for value in values]) + 1e-9
                 point[f"{layer}/bits"] = values[rng.choice(len(values), p=weights / weights.sum())]
             for layer, knobs in self.knobs.items():
                 keep = rng.random() < quality
+                leader = next((group[0] for group in self.base.ties if layer in group), layer)
+                chosen = point.get(f"{leader}/bits", self.base[layer].activation)
+                default = self._default(layer, chosen)
                 for knob, found in knobs.items():
-                    default = self.defaults[layer][knob]
-                    keeps = keep and default in found
-                    point[f"{layer}/{knob}"] = default if keeps else found[rng.integers(len(found))]
+                    keeps = keep and knob in default
+                    point[f"{layer}/{knob}"] = default[knob] if keeps else found[rng.integers(len(found))]
             key = tuple(point.values())
             if key not in seen:
                 seen.add(key)

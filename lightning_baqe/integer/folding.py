@@ -91,6 +91,7 @@ def integer_weights(
     coarse = affine.shift.abs() / MAX_BIAS
     too_fine = scale.abs() < coarse
     if bool(too_fine.any()):
+        coarse = torch.where(scale < 0, -coarse, coarse)  # the weights keep their signs, and their bits
         ratio = torch.where(too_fine, scale / torch.where(too_fine, coarse, 1.0), 1.0)
         rounded = torch.round(weight * ratio.reshape(-1, *[1] * (weight.ndim - 1))).to(torch.int64)
         weight, scale = rounded, torch.where(too_fine, coarse, scale)

@@ -77,6 +77,11 @@ class ActivationQuantizer(nn.Module, ABC):
                 f"quantizer {self.name!r} has no scale yet: call lightning_baqe.calibrate(model, batches) first, "
                 "load a state_dict of a calibrated model, or train"
             )
+        if not (math.isfinite(self.step()) and math.isfinite(float(self._offset().detach()))):
+            raise CalibrationError(
+                f"quantizer {self.name!r} has the scale {self.step()} and the offset {float(self._offset().detach())}: "
+                "training diverged; use a lower learning rate or clip gradients"
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:

@@ -24,7 +24,7 @@ torch.manual_seed(0)
 search = BayesianSearch(
     network="body.classifier", trials=4, n_initial=2, pool_size=20, steps_per_trial=3, baselines=(8,),
     run_dir=sys.argv[1],
-    measurement=MeasureOptions(repeats=5, warmup=1), calibration_batches=1, tune_float_s=0.0, records=sys.argv[2],
+    measurement=MeasureOptions(repeats=5, warmup=1), calibration_batches=1, tune_s=0.0, records=sys.argv[2],
     progress=False)
 options = {"devices": 2, "strategy": "ddp"} if "ddp" in sys.argv else {}
 trainer = pl.Trainer(max_epochs=-1, callbacks=[search], logger=False, enable_checkpointing=False,

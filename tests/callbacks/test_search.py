@@ -64,7 +64,8 @@ def test_a_search_in_a_foreign_module(tmp_path: Path, foreign: Make, search: Mak
     front = baqe.Front.load(folder)
     artifact = front.select(accuracy=0.1)
     x, _ = next(iter(digits.val_dataloader()))
-    assert torch.equal(artifact.run(x), artifact.graph.run(x)) or not artifact.graph.is_integer_only
+    assert not any(baqe.verify(artifact, x).values())
+    torch.testing.assert_close(artifact.run(x), artifact.graph.run(x), rtol=1e-3, atol=1e-3)
     with pytest.raises(InfeasibleError, match="latency"):
         front.select(latency_us=1e-3)
 
@@ -106,7 +107,8 @@ def test_the_same_run_dir_goes_on(tmp_path: Path, foreign: Make, search: Make, f
     other = foreign()
     with torch.no_grad():  # other weights: the run keeps those that it began with
         other.body.classifier.head.weight.zero_()
-    fit(other, search(trials=4), digits)
+    with pytest.warns(UserWarning, match="began with take the place"):
+        fit(other, search(trials=4), digits)
     second = summary_of(tmp_path / "run")
     assert [e["number"] for e in second["trials"]] == [0, 1, 2, 3]
     assert second["baselines"][0]["latency_us"] == first["baselines"][0]["latency_us"]
@@ -174,7 +176,7 @@ def test_an_error_in_their_code_leaves_a_summary(
     trials = summary_of(tmp_path / "run")["trials"]
     assert [e["state"] for e in trials].count("complete") == 3
     assert trials[1]["error"].startswith("interrupted")
-    assert trials[2]["bits"] == trials[1]["bits"] or trials[1]["bits"] == {}
+    assert trials[2]["bits"] == trials[1]["bits"] != {}
 
 
 def test_the_test_split_is_read_at_the_end_only(
@@ -199,6 +201,7 @@ def test_the_test_split_is_read_at_the_end_only(
         ({"network": "poison"}, "must name the attribute"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"bit_choices": (1, 8)}, "bit_choices are 2..8 or 32"),
+        ({"baselines": (8, 8)}, "each once; got"),
         ({"target": "z80"}, "unknown target 'z80'"),
     ],
 )
@@ -223,7 +226,7 @@ def test_batches_are_pairs(foreign: Make, search: Make, fit: Make) -> None:
 
 def test_another_space_or_network_in_the_same_folder(foreign: Make, search: Make, fit: Make, digits: Any) -> None:
     fit(foreign(), search(trials=1, n_initial=1), digits)
-    with pytest.raises(ConfigError, match=r"searches another space.*bits"):
+    with pytest.raises(ConfigError, match="begun with bit_choices = \\[4, 8, 32\\], now it is \\[4, 8\\]"):
         fit(foreign(), search(bit_choices=(4, 8)), digits)
     module = foreign()
     module.body.classifier.head = torch.nn.Linear(16, 7)
