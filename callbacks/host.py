@@ -92,7 +92,7 @@ class Host:
         network = self.float_network
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            before = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+            before = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
             try:
                 network.load_state_dict(state)
             except RuntimeError as error:
