@@ -151,7 +151,7 @@ class BayesianSearch(pl.Callback):
             return
         if self.run_dir is None:
             self.run_dir = Path(trainer.default_root_dir) / "outputs" / "bayesian_search"
-        if self.steps_per_trial is not None:
+        if self.steps_per_trial is not None and not getattr(trainer, "fast_dev_run", False):
             trainer.limit_train_batches = self.steps_per_trial
         Host(trainer, pl_module, self.network).check()
 

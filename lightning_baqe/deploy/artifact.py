@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 import zipfile
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ class Artifact:
         self._module = None if library is None else tvm.runtime.load_module(str(library))
         self._library = library
         self._vm: Any = None
+        self._lock = threading.Lock()
         self._constants: list[Any] = []
 
     @property
@@ -128,10 +130,11 @@ class Artifact:
 
     def run_array(self, image: np.ndarray) -> np.ndarray:
         """One image without torch: contiguous float32 ``(1, *input_shape)`` to float32 ``(1, outputs)``."""
-        vm = self.vm
-        self._image.copyfrom(image)
-        vm.invoke_stateful(MAIN)
-        return np.asarray(vm.get_outputs(MAIN).numpy())
+        with self._lock:  # the machine holds one image and one result
+            vm = self.vm
+            self._image.copyfrom(image)
+            vm.invoke_stateful(MAIN)
+            return np.asarray(vm.get_outputs(MAIN).numpy())
 
     def run_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every value that the compiled module holds, by node: integers as int64, floats as float32, ``(n, *shape)``.

@@ -62,6 +62,7 @@ class Worker:
         self._answers: queue.Queue[str] = queue.Queue()
         self._reader: threading.Thread | None = None
         self._errors: IO[str] | None = None
+        self._lock = threading.Lock()
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send one request, wait for its answer.
@@ -69,14 +70,18 @@ class Worker:
         Raises:
             MeasurementError: the worker died, gave an error, or took longer than ``timeout_s``.
         """
-        process = self._running()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            answer = self._answer(timeout_s)
-        except BrokenPipeError as error:
-            raise self._died("died") from error
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                answer = self._answer(timeout_s)
+            except BrokenPipeError as error:
+                raise self._died("died") from error
+            except KeyboardInterrupt:  # its answer must not meet the next question
+                self.close()
+                raise
         if "error" in answer:
             raise MeasurementError(f"measuring failed: {answer['error']}")
         return answer

@@ -1,0 +1,97 @@
+"""Evaluation on the device: accuracy of the compiled network, and figures that noise cannot spoil for good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_baqe as baqe
+from lightning_baqe.deploy import evaluate as module
+from lightning_baqe.deploy.evaluate import MeasureOptions, deployed_accuracy, evaluate, measure_quietly
+from lightning_baqe.deploy.measure import Measurement
+from lightning_baqe.deploy.records import Records
+from lightning_baqe.errors import BuildError, ConfigError
+
+
+@pytest.fixture
+def quantized() -> baqe.QuantizedModel:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    x = torch.randn(8, 3, 12, 12)
+    return baqe.calibrate(baqe.quantize(net.eval(), baqe.BitConfig.uniform(net, 8, 8), x), [x]).eval()
+
+
+@pytest.fixture
+def artifact(quantized: baqe.QuantizedModel, tmp_path: Path) -> Any:
+    built = baqe.build(baqe.lower(quantized), schedules="default")
+    built.save(tmp_path / "artifact")
+    return built
+
+
+def fake(latency_us: float, spread: float, count: int = 50) -> Measurement:
+    low, high = latency_us * (1 - spread / 2), latency_us * (1 + spread / 2)
+    samples = [low] * (count // 2 - 1) + [latency_us] * 2 + [high] * (count // 2 - 1)
+    return Measurement(latency_us, tuple(samples), {})
+
+
+def test_the_quiet_figure_counts_and_is_kept(artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [fake(200.0, 0.5), fake(100.0, 0.01)]
+    monkeypatch.setattr(module, "measure", lambda *args: answers.pop(0))
+    records, options = Records(tmp_path / "records.db"), MeasureOptions()
+    assert measure_quietly(artifact, tmp_path, options, records).latency_us == 100.0
+    again = measure_quietly(artifact, tmp_path, options, records)  # no answer is left: it must not measure
+    assert again.cached
+    assert again.latency_us == 100.0
+
+
+def test_a_noisy_or_thin_record_is_measured_again(
+    artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, options = Records(tmp_path / "records.db"), MeasureOptions(attempts=2)
+    answers = [fake(200.0, 0.5), fake(150.0, 0.4)]
+    monkeypatch.setattr(module, "measure", lambda *args: answers.pop(0))
+    assert measure_quietly(artifact, tmp_path, options, records).latency_us == 150.0  # the less noisy of two
+    answers = [fake(100.0, 0.0, count=10)]
+    assert measure_quietly(artifact, tmp_path, MeasureOptions(repeats=10), records).latency_us == 100.0
+    answers = [fake(101.0, 0.0)]
+    assert measure_quietly(artifact, tmp_path, options, records).latency_us == 101.0  # 10 samples are fewer than 50
+    assert answers == []
+
+
+def test_evaluate_takes_all_figures(quantized: baqe.QuantizedModel, tmp_path: Path) -> None:
+    x = torch.randn(20, 3, 12, 12)
+    y = baqe.lower(quantized).run(x).argmax(1)
+    y[:5] = (y[:5] + 1) % 5
+    options = MeasureOptions(repeats=5, warmup=1, attempts=1)
+    found = evaluate(
+        quantized, [(x[:10], y[:10]), (x[10:], y[10:])], tmp_path / "a", "native", "default", options=options
+    )
+    assert found.accuracy == 15 / 20
+    assert found.latency_us > 0
+    assert found.size_bytes == baqe.lower(quantized).size_bytes
+    assert set(found.wrong.values()) == {0}
+    assert set(found.seconds) == {"build", "evaluate", "measure"}
+    assert torch.equal(baqe.Artifact.load(tmp_path / "a").run(x).argmax(1), baqe.lower(quantized).run(x).argmax(1))
+
+
+def test_accuracy_needs_images(artifact: Any) -> None:
+    with pytest.raises(ConfigError, match="at least one image"):
+        deployed_accuracy(artifact, [])
+
+
+@pytest.mark.parametrize("options", [{"repeats": 0}, {"warmup": -1}, {"timeout_s": 0.0}, {"attempts": 0}])
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        MeasureOptions(**options)
+
+
+def test_the_graph_of_any_version_can_be_read(artifact: Any, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    assert torch.equal(baqe.Artifact.load_graph(tmp_path / "artifact").run(x), artifact.graph.run(x))
+    (tmp_path / "artifact" / "tensors.npz").write_bytes(b"cut")
+    with pytest.raises(BuildError, match="cannot be read"):
+        baqe.Artifact.load_graph(tmp_path / "artifact")
