@@ -258,7 +258,7 @@ def compile_kernel(spec: ConvSpec, target: CpuTarget, knobs: dict[str, Any], pat
 
 
 def _proposals(bench: _Bench, candidates: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Knobs to measure until so many are known: the default, packed weights, best-ranked tiles, then random ones."""
+    """Knobs to measure until so many are known: the default, best-ranked tiles, then random ones."""
     spec = bench.spec
     known = {kernel_key(spec, record.knobs) for record in bench.records.kernels(spec, bench.target)}
     wanted = candidates - len(known)
@@ -266,9 +266,7 @@ def _proposals(bench: _Bench, candidates: int, seed: int) -> Iterator[dict[str, 
     space = knob_space(spec)
     ranked = [{**bench.default, "tile": tile} for tile in space["tile"]][: 1 + candidates // 2]
     drawn = ({name: rng.choice(values) for name, values in space.items()} for _ in range(20 * candidates))
-    # The estimate that ranks tiles knows no memory: where weights stream past the caches, packed ones win.
-    packed = [{**bench.default, "weights": "packed"}] if "packed" in space["weights"] else []
-    for proposal in (bench.default, *packed, *ranked, *drawn):
+    for proposal in (bench.default, *ranked, *drawn):
         if wanted <= 0:
             return
         knobs = check_knobs(spec, proposal)
