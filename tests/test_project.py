@@ -23,13 +23,17 @@ ORDER = (
     ("errors",),
     ("quantization", "search", "data"),
     ("integer", "allocation", "latency", "supernet"),
-    ("deploy", "report"),
+    ("deploy", "report_figures", "report"),
     ("tasks",),
     ("callbacks",),
     ("train", "benchmarks", "recipes"),
 )
 RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
-BESIDE = {("deploy", "report"), ("report", "deploy")}  # in one row, and one idea in two places
+BESIDE = {
+    ("report", "deploy"),
+    ("report", "report_figures"),
+    ("report_figures", "deploy"),
+}  # in one row, and one idea in two places
 THIRD_PARTIES = {"search": {"pytorch_lightning", "tvm"}, "quantization": {"pytorch_lightning", "tvm"}}
 
 

@@ -76,6 +76,7 @@ class SamplerConformance:
     def sampler(self) -> Callable[..., BaseSampler]:
         raise NotImplementedError
 
+    @pytest.mark.filterwarnings("ignore:all .* points that the search could draw were tried")  # small spaces
     @pytest.mark.parametrize("known", [True, False])
     @pytest.mark.parametrize("names", [[name] for name in MIXED] + [list(MIXED)], ids=lambda names: "+".join(names))
     def test_values_lie_in_their_distributions(

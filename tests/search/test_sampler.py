@@ -161,13 +161,16 @@ def test_infeasible_trials_stay_off_the_front_and_are_avoided() -> None:
 
 def test_trials_that_lack_a_constraint_are_left_out_with_a_warning() -> None:
     study = new_study(quick(search_space=DISCRETE))
-    for number in range(3):
-        trial = study.ask(DISCRETE)
-        if number > 0:
-            trial.set_constraint("size", 1.0)
-        study.tell(trial, discrete(trial.params))
+
+    def three_trials() -> None:  # the last one sees a trial with a constraint and one without
+        for number in range(3):
+            trial = study.ask(DISCRETE)
+            if number > 0:
+                trial.set_constraint("size", 1.0)
+            study.tell(trial, discrete(trial.params))
+
     with pytest.warns(UserWarning, match=r"1 complete trials lack .*'size'"):
-        study.ask(DISCRETE)
+        three_trials()
 
 
 @pytest.mark.parametrize("mode", ["paper", "beyond"])
