@@ -11,6 +11,7 @@ is checked to fit 32 bits on construction, so no rounding can occur.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class TensorType:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Node:
+class Node(ABC):
     """Base of all operators.
 
     Args:
@@ -60,9 +61,9 @@ class Node:
     inputs: tuple[str, ...]
     type: TensorType
 
+    @abstractmethod
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         """Compute the output, shape ``(n, *type.shape)``."""
-        raise NotImplementedError
 
 
 def _clip(values: torch.Tensor, kind: TensorType) -> torch.Tensor:
