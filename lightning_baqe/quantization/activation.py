@@ -1,4 +1,4 @@
-"""Activation quantizers: one learnable scale for a tensor, a zero point that stands for 0 exactly."""
+"""Activation quantizers: one scale for a tensor, learned or static, a zero point that stands for 0 exactly."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class LSQPlusActivation(ActivationQuantizer):
     """LSQ+ (Bhalgat et al., 2020): the offset is learned, too; ``z = clamp(round(-offset / scale), 0, Q)``.
 
     Args:
-        range_method: initial clipping range, ``"mse"`` or ``"minmax"``; see :class:`RangeObserver`.
+        range_method: of the initial clipping range; see :meth:`RangeObserver.range`.
     """
 
     def __init__(
@@ -161,6 +161,40 @@ class LSQActivation(ActivationQuantizer):
         self.scale.fill_(max((high - low) / self.qmax, MIN_SCALE))
 
 
+class StaticActivation(ActivationQuantizer):
+    """A range that calibration sets and that stays: neither scale nor zero point learns, and training moves neither.
+
+    Asymmetric, as HAWQ-V3's activations are (section III-A); gradients go straight through to values within the range.
+
+    Args:
+        range_method: of the clipping range; see :meth:`RangeObserver.range`.
+    """
+
+    fixed_zero_point: torch.Tensor
+
+    def __init__(
+        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
+    ) -> None:
+        super().__init__(bits, name, device)
+        self.range_method = range_method
+        self.scale.requires_grad_(False)
+        self.register_buffer("fixed_zero_point", torch.zeros((), dtype=torch.int64, device=device))
+
+    def zero_point(self) -> int:
+        return int(self.fixed_zero_point)
+
+    def _offset(self) -> torch.Tensor:
+        return self.scale
+
+    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
+        return observer.range(self.qmax, self.range_method)
+
+    def _set_range(self, low: float, high: float) -> None:
+        step = max((high - low) / self.qmax, MIN_SCALE)
+        self.scale.fill_(step)
+        self.fixed_zero_point.fill_(min(max(round(-low / step), 0), self.qmax))
+
+
 class ResidualStream(ActivationQuantizer):
     """A residual stream that stays in int32, as in HAWQ-V3 (section III-C): nothing is rounded in training.
 
@@ -202,7 +236,8 @@ class ResidualStream(ActivationQuantizer):
         self.scale.fill_(max(abs(low), abs(high)) / 2**20)
 
 
-ACTIVATION_QUANTIZERS: dict[str, type[LSQActivation] | type[LSQPlusActivation]] = {
+ACTIVATION_QUANTIZERS: dict[str, type[LSQActivation] | type[LSQPlusActivation] | type[StaticActivation]] = {
     "lsq": LSQActivation,
     "lsq+": LSQPlusActivation,
+    "static": StaticActivation,
 }

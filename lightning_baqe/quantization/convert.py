@@ -31,7 +31,7 @@ from lightning_baqe.quantization.activation import (
 )
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
-from lightning_baqe.quantization.observer import RANGE_METHODS
+from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.quantization.ops import TRANSPARENT, OpReader
 from lightning_baqe.quantization.trace import trace
 from lightning_baqe.quantization.weight import WEIGHT_INITS, WeightQuantizer
@@ -98,10 +98,12 @@ def quantize(
         bits: for each of its layers.
         example_input: a batch of any size; :func:`lower` takes its shape.
         weight_quantizer: ``"lsq"``.
-        activation_quantizer: ``"lsq+"`` (scale and offset learn) or ``"lsq"`` (scale learns).
+        activation_quantizer: ``"lsq+"`` (scale and offset learn), ``"lsq"`` (scale learns) or ``"static"`` (neither
+            does: ranges stay as calibration sets them).
         weight_init: of the weight scales: ``"mse"``, or as published, ``"lsq"`` or ``"lsq+"``;
             see :func:`initial_weight_scale`.
-        activation_range: what calibration derives ranges by, ``"mse"`` or ``"minmax"``.
+        activation_range: what calibration derives ranges by: ``"mse"``, ``"minmax"``, ``"ema"``, ``"percentile"``
+            (99.99 % at each end) or ``"percentile:99.9"``; see :meth:`RangeObserver.range`.
 
     Raises:
         ConfigError: bits that do not fit the model, or an unknown option.
@@ -148,10 +150,10 @@ def _check_options(weight_quantizer: str, activation_quantizer: str, weight_init
         ("weight_quantizer", weight_quantizer, ("lsq",)),
         ("activation_quantizer", activation_quantizer, tuple(ACTIVATION_QUANTIZERS)),
         ("weight_init", weight_init, WEIGHT_INITS),
-        ("activation_range", activation_range, RANGE_METHODS),
     ):
         if value not in known:
             raise ConfigError(f"{option} must be one of {known}, got {value!r}")
+    parse_range(activation_range)
 
 
 def _label(node: fx.Node) -> str:
