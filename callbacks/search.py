@@ -29,6 +29,7 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
+from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.search.sampler import BaqeSampler, Mode
 
 TUNED = 4  # knobs that are tried for each kernel before the search
@@ -78,6 +79,7 @@ class BayesianSearch(pl.Callback):
         target, threads: what is compiled for.
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
+        activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
         tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,
             so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.
@@ -111,6 +113,7 @@ class BayesianSearch(pl.Callback):
         threads: int = 1,
         measurement: MeasureOptions | None = None,
         calibration_batches: int = 8,
+        activation_range: str = "mse",
         tune_s: float = 30.0,
         recipe: str = "bayesian_search",
         model_name: str | None = None,
@@ -128,6 +131,8 @@ class BayesianSearch(pl.Callback):
             wrong = [bits for bits in widths if bits != FLOAT_BITS and not 2 <= bits <= 8]
             if wrong or len(set(widths)) < len(widths) or (what == "bit_choices" and not widths):
                 raise ConfigError(f"{what} are 2..8 or 32 (float), each once; got {list(widths)}")
+        parse_range(activation_range)
+        self.activation_range = activation_range
         self.network, self.trials, self.epochs_per_trial = network, trials, epochs_per_trial
         self.steps_per_trial, self.example_input = steps_per_trial, example_input
         self.run_dir = Path(run_dir) if run_dir is not None else None
@@ -244,6 +249,7 @@ class BayesianSearch(pl.Callback):
             "architecture": architecture_signature(self._float),
             "bit_choices": list(self.bit_choices),
             "schedules": self.search_schedules,
+            "activation_range": self.activation_range,
             "target": vars(self.target),
             "device": fingerprint(self.threads),
         }
@@ -253,13 +259,16 @@ class BayesianSearch(pl.Callback):
         graphs: dict[int, IntegerGraph] = {}
         for bits in sorted({*self.bit_choices, FLOAT_BITS}, reverse=True):
             config = BitConfig.uniform(self._float, bits, bits)
-            model = calibrate(quantize(self._float, config, self._example), self._calibration[:1])
+            model = calibrate(self._quantize(config), self._calibration[:1])
             graphs[bits] = lower(model)
             if self._tuning_s > 0:
                 self.progress.say(f"tuning kernels of {bits} bit")
                 tune(graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records)
         chosen = {bits: graphs[bits] for bits in self.bit_choices}
         return NetworkSpace.of(chosen, base, self.target, self.threads, self.search_schedules, self.records)
+
+    def _quantize(self, bits: BitConfig) -> QuantizedModel:
+        return quantize(self._float, bits, self._example, activation_range=self.activation_range)
 
     def _evaluate_float(self) -> None:
         """The float model, compiled with the best schedules that are known."""
@@ -290,7 +299,7 @@ class BayesianSearch(pl.Callback):
         assert shared is not None
         bits = plan[1] if plan is not None else BitConfig.from_json(shared[0])
         started = time.perf_counter()
-        model = calibrate(quantize(self._float, bits, self._example), self._calibration)
+        model = calibrate(self._quantize(bits), self._calibration)
         self.host.install(model)
         name, _, schedules, trial, phase, propose_s = plan or (shared[1], bits, "default", None, "", 0.0)
         self._running = _Running(name, bits, schedules, model, trial, phase, propose_s, started)

@@ -326,8 +326,10 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import quantize
+    from lightning_baqe.quantization.observer import parse_range
     from lightning_baqe.tasks import fit_to_checkpoint
 
+    parse_range(cfg.qat.activation_range)  # before an hour of training in float
     datamodule, task, make_trainer = _prepare(cfg, run_dir)
     example, net = datamodule.example_input, task.net.cpu()
     if cfg.bits.file is not None:
@@ -342,8 +344,9 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
 
     start = time.perf_counter()
+    options = {name: str(cfg.qat[name]) for name in ("activation_quantizer", "activation_range")}
     quantized = calibrate(
-        task.quantize(bits, example), datamodule.train_dataloader(), max_batches=cfg.qat.calibration_batches
+        task.quantize(bits, example, **options), datamodule.train_dataloader(), max_batches=cfg.qat.calibration_batches
     )
     fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer)
     seconds = {"train": time.perf_counter() - start}

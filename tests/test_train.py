@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
 from lightning_baqe import train
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.tasks.classifier import CHECKPOINT_KEY
 from lightning_baqe.train import compose, main, open_run, recipe_groups, resume_command
 
 ROOT = Path(__file__).parent.parent
@@ -227,7 +229,8 @@ def test_every_recipe_has_a_smallest_form() -> None:
 
 
 def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], "bits.weight=4", f"run_dir={tmp_path}/run"]
+    ranges = ["qat.activation_range=percentile:99.5", "qat.activation_quantizer=static"]
+    arguments = ["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *ranges, "bits.weight=4", f"run_dir={tmp_path}/run"]
     assert main(arguments) == 0
     assert "trial_0" in capfd.readouterr().out
     run_dir = tmp_path / "run"
@@ -239,6 +242,8 @@ def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert 0 < summary["hypervolume"] < 1.65
     assert {path.name for path in run_dir.iterdir()} >= {"config.yaml", "pareto.csv", "report.html", "artifacts"}
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["float.ckpt", "qat.ckpt"]
+    structure = torch.load(run_dir / "checkpoints" / "qat.ckpt", weights_only=True)[CHECKPOINT_KEY]
+    assert structure["options"] == {"activation_quantizer": "static", "activation_range": "percentile:99.5"}
 
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()}
     assert main(arguments) == 0  # nothing is trained again
@@ -256,6 +261,12 @@ def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
     run = [f"bits.file={tmp_path}/bits.json", f"run_dir={tmp_path}/run", "logger=none"]
     assert main(["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *run]) == 0
     assert summary_of(tmp_path / "run")["trials"][0]["bits"]["conv2.0"] == [3, 5]
+
+
+def test_a_wrong_range_is_refused_before_any_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=qat", *SMALLEST, "qat.activation_range=percentile:30", f"run_dir={tmp_path}/run"]) == 1
+    assert "above 50" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_missing_bit_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

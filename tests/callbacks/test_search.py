@@ -89,6 +89,23 @@ def test_fast_dev_run_is_one_trial(tmp_path: Path, foreign: Make, search: Make, 
     assert [e["state"] for e in summary["trials"]] == ["complete"]
 
 
+def test_every_network_gets_the_activation_range(
+    monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    original, seen = search_module.quantize, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        made = original(*args, **options)
+        seen.extend(quantizer.range_method for quantizer in made.quantizers().values())
+        return made
+
+    monkeypatch.setattr(search_module, "quantize", spy)
+    callback = search(activation_range="percentile:99", bit_choices=(4, 8))
+    fit(foreign(), callback, digits, fast_dev_run=True, max_epochs=1)
+    assert len(seen) > 10
+    assert set(seen) == {"percentile:99"}
+
+
 def test_loaders_without_a_datamodule(tmp_path: Path, foreign: Make, search: Make, fit: Make) -> None:
     fit(foreign(), search(trials=1, n_initial=1), (random_loader(), random_loader()))
     summary = summary_of(tmp_path / "run")
@@ -202,6 +219,7 @@ def test_the_test_split_is_read_at_the_end_only(
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"bit_choices": (1, 8)}, "bit_choices are 2..8 or 32"),
         ({"baselines": (8, 8)}, "each once; got"),
+        ({"activation_range": "widest"}, "activation_range must be one of"),
         ({"target": "z80"}, "unknown target 'z80'"),
     ],
 )
@@ -228,6 +246,8 @@ def test_another_space_or_network_in_the_same_folder(foreign: Make, search: Make
     fit(foreign(), search(trials=1, n_initial=1), digits)
     with pytest.raises(ConfigError, match="begun with bit_choices = \\[4, 8, 32\\], now it is \\[4, 8\\]"):
         fit(foreign(), search(bit_choices=(4, 8)), digits)
+    with pytest.raises(ConfigError, match="begun with activation_range = 'mse', now it is 'ema'"):
+        fit(foreign(), search(activation_range="ema"), digits)
     module = foreign()
     module.body.classifier.head = torch.nn.Linear(16, 7)
     with pytest.raises(ConfigError, match="float weights of another network"):

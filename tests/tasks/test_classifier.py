@@ -126,9 +126,16 @@ def test_checkpoints_hold_plain_values(trained: tuple[ImageClassifier, Path]) ->
     assert "net" not in content["hyper_parameters"]
 
 
-def test_options_of_quantize_are_restored(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_quantizer": "lsq", "activation_range": "minmax"},
+        {"activation_quantizer": "static", "activation_range": "ema"},
+        {"activation_quantizer": "lsq+", "activation_range": "percentile:99.5"},
+    ],
+)
+def test_options_of_quantize_are_restored(options: dict[str, str], tmp_path: Path) -> None:
     task = ImageClassifier(tiny_net(), 4)
-    options = {"activation_quantizer": "lsq", "activation_range": "minmax"}
     data = TinyData()
     baqe.calibrate(task.quantize(baqe.BitConfig.uniform(task.net, 4, 4), data.example_input, **options), [data.x])
     fitted = trainer()
