@@ -10,9 +10,9 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.compiler import result_type
 from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.depthwise_template import GroupedSpec
 from lightning_baqe.deploy.kernels import Call, Plan
 from lightning_baqe.deploy.layout import Layout
-from lightning_baqe.deploy.pixel_templates import GroupedSpec
 
 
 def kernel_table(plan: Plan) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.kernels import Call, Plan
 from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.pixel_templates import PixelSpec
 from lightning_baqe.errors import BuildError
 
 MAIN, ALL = "main", "main_all"
@@ -69,7 +70,7 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...]) -> Any:
 def result_type(call: Call, plan: Plan) -> Any:
     """The Relax type of a call's result: a flat buffer, or the logits."""
     spec = call.spec
-    if getattr(spec, "op", "") in ("logits", "unpack"):
+    if isinstance(spec, PixelSpec) and spec.op in ("logits", "unpack"):
         source = spec.source
         return relax.TensorType((1, source.channels * source.height * source.width), "float32")
     layout: Layout = plan.layouts[call.result]

@@ -29,6 +29,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
 from lightning_baqe.deploy.dot import quad_of, step
+from lightning_baqe.deploy.emit import fill_halo
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.errors import ConfigError
 
@@ -293,21 +294,6 @@ def _epilogue(spec: ConvSpec, acc: Any, numbers: Any, channel: Any, residual: An
     total = _rounded(total, params, "add_shift", width, lanes) + _param(params, "add_zero_point", width, lanes)
     total = T.min(T.max(total, _param(params, "add_low", width, lanes)), _param(params, "add_high", width, lanes))
     return T.Cast(f"{spec.result.dtype}x{lanes}", total)
-
-
-def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
-    """Emit the loops that fill a buffer's halo."""
-    if layout.halo == 0:
-        return
-    pad = T.Cast(layout.dtype, value)
-    edge = layout.halo * layout.row + layout.halo * layout.stored
-    # Top rows with the first left edge; then right edge plus next left edge, row by row; the last right edge and below.
-    with B.serial(edge) as i:
-        B.buffer_store(buffer, pad, [i])
-    with B.serial(layout.height - 1) as y, B.serial(2 * layout.halo * layout.stored) as i:
-        B.buffer_store(buffer, pad, [edge + layout.width * layout.stored + y * layout.row + i])
-    with B.serial(edge) as i:
-        B.buffer_store(buffer, pad, [(layout.height + layout.halo) * layout.row - layout.halo * layout.stored + i])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,7 +17,10 @@ _FLAGS_THAT_MATTER = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx5
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "lightning-baqe")
 
 
-_GENERATORS = ("conv_template", "pixel_templates", "dot", "layout", "kernels", "plan", "compiler")
+_GENERATORS = (
+    "conv_template", "depthwise_template", "pixel_templates", "pool_template", "movement_templates", "float_functions",
+    "emit", "dot", "layout", "kernels", "values", "plan_pixels", "plan", "compiler",
+)  # fmt: skip
 
 
 @functools.cache

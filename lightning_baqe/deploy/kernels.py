@@ -12,20 +12,15 @@ from typing import Any
 import numpy as np
 
 from lightning_baqe.deploy.conv_template import ConvSpec, build_conv
+from lightning_baqe.deploy.depthwise_template import GroupedSpec, build_grouped
 from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.layout import Layout
-from lightning_baqe.deploy.pixel_templates import (
-    GroupedSpec,
-    PixelSpec,
-    build_grouped,
-    build_pack,
-    build_pointwise,
-    build_pool,
-    build_unpack,
-)
+from lightning_baqe.deploy.movement_templates import MoveSpec, build_move
+from lightning_baqe.deploy.pixel_templates import PixelSpec, build_pack, build_pointwise, build_unpack
+from lightning_baqe.deploy.pool_template import PoolSpec, build_pool
 from lightning_baqe.deploy.target import CpuTarget
 
-Spec = ConvSpec | PixelSpec | GroupedSpec
+Spec = ConvSpec | GroupedSpec | PixelSpec | PoolSpec | MoveSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +46,22 @@ class Call:
 
     def function(self) -> Any:
         """The kernel's TIR."""
-        if isinstance(self.spec, ConvSpec):
-            return build_conv(self.spec, tuple(sorted(self.knobs.items())))
-        if isinstance(self.spec, GroupedSpec):
-            return build_grouped(self.spec)
-        if self.spec.op == "pack":
-            return build_pack(self.spec)
-        if self.spec.op in ("logits", "unpack"):
-            return build_unpack(self.spec)
-        return build_pool(self.spec) if self.spec.op.endswith("pool") else build_pointwise(self.spec)
+        spec = self.spec
+        match spec:
+            case ConvSpec():
+                return build_conv(spec, tuple(sorted(self.knobs.items())))
+            case GroupedSpec():
+                return build_grouped(spec)
+            case PoolSpec():
+                return build_pool(spec)
+            case MoveSpec():
+                return build_move(spec)
+            case PixelSpec(op="pack"):
+                return build_pack(spec)
+            case PixelSpec(op="logits" | "unpack"):
+                return build_unpack(spec)
+            case PixelSpec():
+                return build_pointwise(spec)
 
     @property
     def key(self) -> str:

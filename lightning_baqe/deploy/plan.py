@@ -20,16 +20,25 @@ from lightning_baqe.deploy.conv_template import (
     pack_weights,
     weight_quads,
 )
+from lightning_baqe.deploy.depthwise_template import GroupedSpec
 from lightning_baqe.deploy.dot import choose_dot
 from lightning_baqe.deploy.kernels import Call, Plan, Spec
-from lightning_baqe.deploy.layout import VECTOR, Layout, storage_dtype, stored_channels
-from lightning_baqe.deploy.pixel_templates import PAD, PIXEL_PARAMS, GroupedSpec, PixelSpec
+from lightning_baqe.deploy.pixel_templates import PAD, PIXEL_PARAMS
+from lightning_baqe.deploy.plan_pixels import (
+    INT32_MAX,
+    Kernel,
+    copy_kernel,
+    narrow_add,
+    pack_kernel,
+    pixel_kernel,
+    unpack_kernel,
+)
 from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.values import Values, pad_of
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 
-INT32_MAX = 2**31 - 1
 Schedules = Mapping[str, Mapping[str, Any]]
 BestKnobs = Callable[[ConvSpec], Mapping[str, Any] | None]
 
@@ -79,28 +88,11 @@ class _Planner:
     ) -> None:
         self.graph, self.target, self.threads = graph, target, threads
         self.schedules, self.best = schedules, best
-        self.alias: dict[str, str] = {}
-        self.readers: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
-        for node in graph:
-            if isinstance(node, ir.Flatten):
-                self.alias[node.name] = self.root(node.inputs[0])
-            for name in node.inputs:
-                self.readers[name].append(node)
+        self.values = Values(graph)
         self.fused = self._fused_adds() if fuse else {}
-        self.layouts: dict[str, Layout] = {}
-        self.pads: dict[str, int] = {}
+        self.copies: dict[tuple[str, int], str] = {}
         self.calls: list[Call] = []
         self.resolved: dict[str, dict[str, Any]] = {}
-
-    def root(self, name: str) -> str:
-        return self.alias.get(name, name)
-
-    def all_readers(self, name: str) -> list[ir.Node]:
-        """Readers of a value, through flattens."""
-        found: list[ir.Node] = []
-        for node in self.readers[name]:
-            found.extend(self.all_readers(node.name) if isinstance(node, ir.Flatten) else [node])
-        return found
 
     def _fused_adds(self) -> dict[str, str]:
         """``{convolution: residual sum that its kernel ends with}``: of two candidates the one computed later."""
@@ -112,10 +104,10 @@ class _Planner:
             candidates = [
                 name
                 for name in node.inputs
-                if isinstance(conv := self.graph[name], ir.Conv)
+                if isinstance(conv := self.values.by_name[name], ir.Conv)
                 and conv.requant is not None
                 and conv.groups == 1
-                and len(self.readers[name]) == 1
+                and len(self.values.direct_readers(name)) == 1
                 and node.inputs[0] != node.inputs[1]
             ]
             if candidates:
@@ -125,62 +117,35 @@ class _Planner:
     def plan(self) -> Plan:
         fused_into = {add: conv for conv, add in self.fused.items()}
         for node in self.graph:
-            if isinstance(node, ir.Input | ir.Flatten) or node.name in self.fused:
+            if isinstance(node, ir.Input) or self.values.is_alias(node) or node.name in self.fused:
                 continue
             if isinstance(node, ir.Dequantize) and node is self.graph.output:
                 break
-            self._layout(node)
+            self.values.place(node)
             if isinstance(node, ir.Add) and node.name in fused_into:
-                self._conv(self.graph[fused_into[node.name]], node)
+                self._conv(self.values.by_name[fused_into[node.name]], node)
             else:
                 self._emit(node)
         self._output()
-        return Plan(tuple(self.calls), self.layouts, self.resolved, self.target, self.threads)
-
-    # -- layouts ------------------------------------------------------------------------------------------------------
-
-    def _layout(self, node: ir.Node) -> None:
-        shape = node.type.shape
-        channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
-        low, high = node.type.low, node.type.high
-        dtype = "float32" if low is None or high is None else storage_dtype(low, high)
-        if getattr(node, "requant", 0) is None:
-            dtype = "int32"
-        halo, pads = 0, set()
-        readers = self.all_readers(node.name)
-        for reader in readers:
-            if isinstance(reader, ir.Conv | ir.FloatConv):
-                halo = max(halo, *reader.padding)
-                if any(reader.padding):
-                    pads.add(reader.pad_value if isinstance(reader, ir.Conv) else 0)
-        if len(pads) > 1:
-            raise BuildError(f"{node.name!r} is read by convolutions that pad with different values {sorted(pads)}")
-        dense = all(isinstance(r, ir.Conv | ir.FloatConv) and r.groups == 1 for r in readers)
-        from_input = all(isinstance(self.graph[name], ir.Input) for name in node.inputs)
-        stored = channels if dense and from_input and channels < VECTOR else stored_channels(channels)
-        self.layouts[node.name] = Layout(channels, height, width, stored, halo, dtype)
-        self.pads[node.name] = pads.pop() if pads else 0
-
-    def _packed_input(self, reader: ir.Node) -> str:
-        """The network's float input in our layout, for a reader that takes it as it is."""
-        name = f"{self.graph.nodes[0].name}.packed"
-        if name in self.layouts:
-            return name
-        shape = self.graph.input_shape
-        if len(shape) != 3:
-            raise BuildError(f"networks take images (channels, height, width), got an input of shape {shape}")
-        readers = [r for r in self.all_readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize)]
-        halo = max((max(r.padding) for r in readers if isinstance(r, ir.FloatConv)), default=0)
-        dense = all(isinstance(r, ir.FloatConv) and r.groups == 1 for r in readers)
-        stored = shape[0] if dense and shape[0] < VECTOR else stored_channels(shape[0])
-        layout = Layout(shape[0], shape[1], shape[2], stored, halo, "float32")
-        self.layouts[name], self.pads[name] = layout, 0
-        self._add((name,), None, PixelSpec("pack", layout, layout), {}, (self.graph.nodes[0].name, *_numbers()))
-        return name
+        return Plan(tuple(self.calls), self.values.layouts, self.resolved, self.target, self.threads)
 
     def _value(self, name: str, reader: ir.Node) -> str:
-        root = self.root(name)
-        return self._packed_input(reader) if isinstance(self.graph[root], ir.Input) else root
+        """The value that a node reads: packed, or copied with another halo, before its first reader."""
+        root = self.values.root(name)
+        if self.values.is_input(name):
+            fresh = f"{root}.packed" not in self.values.layouts
+            packed = self.values.place_input()
+            if fresh:
+                self._pixels(packed, pack_kernel(self.values.layouts[packed], None), [root])
+            return packed
+        pad = pad_of(reader)
+        if pad is None or pad == self.values.pads[root]:
+            return root
+        if (root, pad) not in self.copies:
+            copy = self.values.place_copy(root, pad)
+            self._pixels(copy, copy_kernel(self.values.layouts[root], self.values.layouts[copy]), [root])
+            self.copies[root, pad] = copy
+        return self.copies[root, pad]
 
     # -- kernels ------------------------------------------------------------------------------------------------------
 
@@ -189,98 +154,31 @@ class _Planner:
     ) -> None:
         self.calls.append(Call(nodes, layer, spec, knobs, tuple(arguments)))
 
+    def _pixels(self, name: str, kernel: Kernel, values: list[str]) -> None:
+        pad = self.values.pads.get(name, 0)
+        self._add((name,), None, kernel.spec, {}, (*values, *kernel.arguments(pad)))
+
     def _emit(self, node: ir.Node) -> None:
-        params: tuple[Any, ...]
+        result = self.values.layouts[node.name]
         match node:
             case ir.Conv() | ir.Linear() | ir.FloatConv() | ir.FloatLinear():
                 if getattr(node, "groups", 1) > 1:
                     self._grouped(node)
                 else:
                     self._conv(node, None)
-            case ir.Quantize() if isinstance(self.graph[self.root(node.inputs[0])], ir.Input):
-                layout = self.layouts[node.name]
-                params = (node.type.zero_point, node.type.low, node.type.high)
-                numbers = self._numbers(node, params, node.inverse_scale)
-                arguments = (self.graph.nodes[0].name, *numbers)
-                self._add((node.name,), None, PixelSpec("pack", layout, layout), {}, arguments)
-            case ir.Quantize():
-                params = (node.type.zero_point, node.type.low, node.type.high)
-                self._pointwise("quantize", node, params, node.inverse_scale)
-            case ir.Dequantize():
-                if node.scale.ndim:
-                    raise BuildError(f"{node.name!r}: only the network's output may have a scale by channel")
-                self._pointwise("dequantize", node, (node.zero_point,), float(node.scale))
-            case ir.Requantize():
-                self._requantize(node)
-            case ir.Add():
-                kind = node.type
-                params = (*node.multipliers, node.offset, node.shift, kind.zero_point, kind.low, kind.high)
-                self._pointwise("add", node, params, narrow=_narrow_add(node, self.graph))
-            case ir.Clip():
-                self._pointwise("clip", node, (node.type.low, node.type.high))
-            case ir.FloatAdd():
-                self._pointwise("float_add", node, (), relu=node.relu)
-            case ir.FloatRelu():
-                self._pointwise("float_relu", node, ())
-            case ir.MaxPool():
-                if node.dilation != (1, 1):
-                    raise BuildError(f"{node.name!r}: max pooling with dilation {node.dilation} has no kernel")
-                self._pool("max_pool", node, node.kernel, node.stride, node.padding, ())
-            case ir.AvgPool():
-                m, shift = int(node.requant.multiplier), node.requant.shift
-                params = (node.input_zero_point, m, shift, node.type.zero_point, node.type.low, node.type.high)
-                self._pool("avg_pool", node, node.kernel, node.stride, (0, 0), params)
-            case ir.FloatAvgPool():
-                window = 1.0 / (node.kernel[0] * node.kernel[1])
-                self._pool("float_avg_pool", node, node.kernel, node.stride, (0, 0), (), window)
+            case ir.Quantize() if self.values.is_input(node.inputs[0]):
+                self.values.image_shape()
+                self._pixels(node.name, pack_kernel(result, node), [self.graph.nodes[0].name])
             case _:
-                raise BuildError(f"no kernel computes {node.name!r} ({node.kind})")
-
-    def _numbers(self, node: ir.Node, params: tuple[Any, ...], factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        return _numbers(params, factor, self.pads[node.name])
-
-    def _pointwise(
-        self,
-        op: str,
-        node: ir.Node,
-        params: tuple[Any, ...],
-        factor: float = 1.0,
-        narrow: bool = True,
-        relu: bool = False,
-    ) -> None:
-        names = [self._value(name, node) for name in node.inputs]
-        names = names if len(names) == 2 else names * 2
-        layout = self.layouts[node.name]
-        source, other = (self.layouts[name] for name in names)
-        spec = PixelSpec(op, source, layout, other, narrow=narrow, relu=relu)
-        self._add((node.name,), None, spec, {}, (*names, *self._numbers(node, params, factor)))
-
-    def _requantize(self, node: ir.Requantize) -> None:
-        m, shift = int(node.requant.multiplier), node.requant.shift
-        source = self.graph[node.inputs[0]].type
-        reach = max(abs((source.low or 0) - node.input_zero_point), abs((source.high or 0) - node.input_zero_point))
-        narrow = reach * abs(m) + (1 << (shift - 1)) <= INT32_MAX and shift < 31
-        params = (node.input_zero_point, m, shift, node.type.zero_point, node.type.low, node.type.high)
-        self._pointwise("requantize", node, params, narrow=narrow)
-
-    def _pool(
-        self,
-        op: str,
-        node: ir.Node,
-        kernel: Any,
-        stride: Any,
-        padding: Any,
-        params: tuple[Any, ...],
-        factor: float = 1.0,
-    ) -> None:
-        name = self._value(node.inputs[0], node)
-        spec = PixelSpec(op, self.layouts[name], self.layouts[node.name], None, kernel, stride, padding)
-        self._add((node.name,), None, spec, {}, (name, name, *self._numbers(node, params, factor)))
+                names = [self._value(name, node) for name in node.inputs]
+                kinds = [self.values.by_name[name].type for name in node.inputs]
+                sources = [self.values.layouts[name] for name in names]
+                self._pixels(node.name, pixel_kernel(node, sources, kinds, result), names)
 
     def _conv(self, node: Any, add: ir.Add | None) -> None:
         result = (add or node).name
         name = self._value(node.inputs[0], node)
-        source, layout = self.layouts[name], self.layouts[result]
+        source, layout = self.values.layouts[name], self.values.layouts[result]
         weight = node.weight.numpy()
         is_float = isinstance(node, ir.FloatConv | ir.FloatLinear)
         if weight.ndim == 2:  # a matrix product is a convolution whose kernel covers the whole input
@@ -315,14 +213,17 @@ class _Planner:
             if add is not None:
                 other = node.name == add.inputs[0]
                 residual = self._value(add.inputs[int(other)], add)
-                other_layout, narrow = self.layouts[residual], _narrow_add(add, self.graph)
+                other_layout, narrow = (
+                    self.values.layouts[residual],
+                    narrow_add(add, [self.values.by_name[name].type for name in add.inputs]),
+                )
                 spec = dataclasses.replace(spec, epilogue="requant_add", residual=other_layout, narrow_add=narrow)
         knobs = self._knobs(node.layer, spec)
         bias = np.zeros(layout.stored, np.float32 if is_float else np.int32)
         bias[: layout.channels] = node.bias.numpy()
         numbers = np.zeros((2, layout.stored), np.int32)
         params = np.zeros(12, np.int64)
-        params[11] = self.pads[result]
+        params[11] = self.values.pads[result]
         if not is_float and node.requant is not None:
             numbers[:, : layout.channels] = _requant_numbers(node)
             params[:4] = node.requant.shift, node.type.zero_point, node.type.low, node.type.high
@@ -345,7 +246,7 @@ class _Planner:
 
     def _grouped(self, node: Any) -> None:
         name = self._value(node.inputs[0], node)
-        layout = self.layouts[node.name]
+        layout = self.values.layouts[node.name]
         is_float = isinstance(node, ir.FloatConv)
         if is_float:
             epilogue = "float_relu" if node.relu else "float"
@@ -354,13 +255,21 @@ class _Planner:
         top, left = node.padding[0], node.padding[2]
         weight = node.weight.numpy()
         spec = GroupedSpec(
-            self.layouts[name], layout, weight.shape[2:], node.stride, node.dilation, top, left, node.groups, epilogue
+            self.values.layouts[name],
+            layout,
+            weight.shape[2:],
+            node.stride,
+            node.dilation,
+            top,
+            left,
+            node.groups,
+            epilogue,
         )
         kind = np.float32 if is_float else np.int32
         bias, numbers = np.zeros(layout.stored, kind), np.zeros((2, layout.stored), np.int32)
         bias[: layout.channels] = node.bias.numpy()
         params = np.zeros(PIXEL_PARAMS, np.int64)
-        params[PAD] = self.pads[node.name]
+        params[PAD] = self.values.pads[node.name]
         if epilogue == "requant":
             numbers[:, : layout.channels] = _requant_numbers(node)
             params[:4] = node.requant.shift, node.type.zero_point, node.type.low, node.type.high
@@ -369,27 +278,13 @@ class _Planner:
 
     def _output(self) -> None:
         last = self.graph.output
-        value = self.root(last.inputs[0]) if isinstance(last, ir.Dequantize) else self.root(last.name)
-        layout = self.layouts[value]
-        factors, zero_point = np.ones(layout.channels, np.float32), 0
-        op = "unpack"
-        if isinstance(last, ir.Dequantize):
-            op = "logits"
-            zero_point = last.zero_point
-            factors[:] = last.scale.numpy()
-        elif layout.dtype != "float32":
+        end = last if isinstance(last, ir.Dequantize) else None
+        value = self.values.root(last.name if end is None else end.inputs[0])
+        layout = self.values.layouts[value]
+        if end is None and layout.dtype != "float32":
             raise BuildError(f"the network ends in the integers of {last.name!r}; end it with a Dequantize")
-        params = _numbers((zero_point,))[1]
-        name = last.name if isinstance(last, ir.Dequantize) else f"{last.name}.output"
-        self._add((name,), None, PixelSpec(op, layout, layout), {}, (value, factors, params))
-
-
-def _numbers(params: tuple[Any, ...] = (), factor: float = 1.0, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Factors and params of a pixel kernel."""
-    full = np.zeros(PIXEL_PARAMS, np.int64)
-    full[: len(params)] = params
-    full[PAD] = pad
-    return np.array([factor], np.float32), full
+        name = f"{last.name}.output" if end is None else last.name
+        self._pixels(name, unpack_kernel(layout, end), [value])
 
 
 def _requant_numbers(node: ir.Conv | ir.Linear) -> np.ndarray:
@@ -411,14 +306,3 @@ def _narrow_requant(node: Any) -> bool:
     positive, negative = flat.clamp(min=0).sum(1), flat.clamp(max=0).sum(1)
     reach = (positive * high - negative * high + max(0, -low) * flat.abs().sum(1) + node.bias.abs()).double()
     return float(((reach + 1) * factors).max()) + offset < INT32_MAX
-
-
-def _narrow_add(node: ir.Add, graph: IntegerGraph) -> bool:
-    """Whether the sum, its offset and the rounding constant fit 32 bits."""
-    if node.shift >= 31:
-        return False
-    reach = abs(node.offset) + (1 << (node.shift - 1)) + abs(node.type.zero_point)
-    for name, m in zip(node.inputs, node.multipliers, strict=True):
-        kind = graph[name].type
-        reach += max(abs(kind.low or 0), abs(kind.high or 0)) * abs(m)
-    return reach <= INT32_MAX

@@ -63,9 +63,10 @@ def _computed(
         return None
     inputs = [_input(name, artifact, values, x) for name in node.inputs]
     want = node.run(*inputs)
-    if isinstance(node, ir.Flatten):
-        return want, want
     name = node.name if node.name in values else f"{node.name}.output"
+    if name not in values:  # a flatten that shares its input's buffer
+        assert isinstance(node, ir.Flatten)
+        return want, want
     return values[name].reshape(want.shape), want
 
 

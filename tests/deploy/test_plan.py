@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from small_graphs import UINT8, Maker
@@ -68,26 +66,30 @@ def test_equal_layers_share_a_kernel() -> None:
     assert len(set(keys)) == 2
 
 
-def test_operators_without_a_kernel_are_named() -> None:
+def test_a_network_that_ends_in_integers_is_refused() -> None:
     maker = Maker(16, 8)
-    pool = maker.max_pool(maker.conv(out=16, padding=1), 2, 1, 0)
+    maker.conv(out=16, padding=1)
     graph = maker.graph()
-    dilated = dataclasses.replace(graph[pool], dilation=(2, 2), type=ir.TensorType((16, 6, 6), *UINT8))
-    nodes = tuple(dilated if node.name == pool else node for node in graph)
-    with pytest.raises(BuildError, match=f"{pool}.*dilation"):
-        make_plan(IntegerGraph(nodes, graph.bits), TARGET)
     with pytest.raises(BuildError, match="Dequantize"):
         make_plan(IntegerGraph(graph.nodes[:-1], graph.bits), TARGET)
 
 
-def test_readers_that_pad_differently_are_refused() -> None:
-    maker = Maker(16, 8)
-    first = maker.conv(padding=1)
-    maker.conv(padding=1)
-    graph = maker.graph()
-    nodes = tuple(dataclasses.replace(n, pad_value=9) if n.name == first else n for n in graph)
-    with pytest.raises(BuildError, match="pad"):
-        make_plan(IntegerGraph(nodes, graph.bits), TARGET)
+def test_operators_without_a_kernel_are_named() -> None:
+    graph = small()
+    unknown = ir.FloatFunction(name="odd", inputs=("input",), type=graph.nodes[0].type, function="gamma", parameters=())
+    with pytest.raises(BuildError, match=r"odd.*gamma.*relu"):
+        make_plan(IntegerGraph((graph.nodes[0], unknown), {}), TARGET)
+
+
+def test_inputs_other_than_images_are_refused() -> None:
+    kind = ir.TensorType((16,), *UINT8)
+    nodes = (
+        ir.Input(name="input", inputs=(), type=ir.TensorType((16,))),
+        ir.Quantize(name="x", inputs=("input",), type=kind, inverse_scale=1.0),
+        ir.Dequantize(name="y", inputs=("x",), type=ir.TensorType((16,)), scale=torch.tensor(1.0), zero_point=0),
+    )
+    with pytest.raises(BuildError, match=r"images.*\(16,\)"):
+        make_plan(IntegerGraph(nodes, {}), TARGET)
 
 
 def test_targets() -> None:

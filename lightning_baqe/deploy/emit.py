@@ -1,0 +1,70 @@
+"""Expressions and loops that several kernel templates share. Vectors of one lane are scalars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
+
+from lightning_baqe.deploy.layout import Layout
+
+
+def cast(dtype: str, lanes: int, value: Any) -> Any:
+    """The value as another type."""
+    return T.Cast(f"{dtype}x{lanes}" if lanes > 1 else dtype, value)
+
+
+def splat(value: Any, lanes: int) -> Any:
+    """One number in all lanes."""
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def at(buffer: Any, index: Any, lanes: int) -> Any:
+    """Consecutive values of a buffer."""
+    return buffer[T.ramp(index, 1, lanes)] if lanes > 1 else buffer[index]
+
+
+def put(buffer: Any, value: Any, index: Any, lanes: int) -> None:
+    """Store consecutive values."""
+    B.buffer_store(buffer, value, [T.ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+def param(params: Any, index: int, dtype: str, lanes: int) -> Any:
+    """A number of the int64 buffer ``params`` in all lanes."""
+    return splat(T.Cast(dtype, params[index]), lanes)
+
+
+def rounding_shift(value: Any, amount: Any, dtype: str, lanes: int) -> Any:
+    """``(value + 2^(amount-1)) >> amount``; ``amount`` is an int64 scalar."""
+    count = T.Cast(dtype, amount)
+    one = T.int64(1) if dtype == "int64" else T.int32(1)
+    half = splat(T.shift_left(one, count - one), lanes)
+    return T.shift_right(value + half, splat(count, lanes))
+
+
+def clip(value: Any, params: Any, low: int, dtype: str, lanes: int) -> Any:
+    """Clip to ``params[low] .. params[low + 1]``."""
+    return T.min(T.max(value, param(params, low, dtype, lanes)), param(params, low + 1, dtype, lanes))
+
+
+def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
+    """Emit the loops that fill a buffer's halo."""
+    if layout.halo == 0:
+        return
+    pad = T.Cast(layout.dtype, value)
+    edge = layout.halo * layout.row + layout.halo * layout.stored
+    # Top rows with the first left edge; then right edge plus next left edge, row by row; the last right edge and below.
+    with B.serial(edge) as i:
+        B.buffer_store(buffer, pad, [i])
+    with B.serial(layout.height - 1) as y, B.serial(2 * layout.halo * layout.stored) as i:
+        B.buffer_store(buffer, pad, [edge + layout.width * layout.stored + y * layout.row + i])
+    with B.serial(edge) as i:
+        B.buffer_store(buffer, pad, [(layout.height + layout.halo) * layout.row - layout.halo * layout.stored + i])
+
+
+def fill_spare(layout: Layout, buffer: Any, pixel: Any) -> None:
+    """Emit the loop that zeroes one pixel's spare channels, if they must be 0: those of floats."""
+    if layout.dtype == "float32" and layout.stored > layout.channels:
+        with B.serial(layout.stored - layout.channels) as i:
+            B.buffer_store(buffer, T.float32(0), [pixel + layout.channels + i])

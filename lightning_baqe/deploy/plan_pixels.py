@@ -1,0 +1,226 @@
+"""Which kernel computes an operator that is no convolution, with which constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_baqe.deploy import float_functions
+from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.movement_templates import MOVE_PARAMS, MoveSpec
+from lightning_baqe.deploy.pixel_templates import PIXEL_PARAMS, PixelSpec
+from lightning_baqe.deploy.pool_template import POOL_PARAMS, PoolSpec
+from lightning_baqe.errors import BuildError
+from lightning_baqe.integer import nodes as ir
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A kernel and its arguments but the values.
+
+    Args:
+        spec: of its code.
+        params: numbers, without the halo's value.
+        constants: what it takes before the params.
+    """
+
+    spec: PixelSpec | PoolSpec | MoveSpec
+    params: tuple[Any, ...] = ()
+    constants: list[np.ndarray] = field(default_factory=list)
+
+    def arguments(self, pad: int) -> tuple[np.ndarray, ...]:
+        """Constants and params."""
+        size = {PixelSpec: PIXEL_PARAMS, PoolSpec: POOL_PARAMS, MoveSpec: MOVE_PARAMS}[type(self.spec)]
+        full = np.zeros(size, np.int64)
+        full[: len(self.params)] = self.params
+        full[-1] = pad
+        return (*self.constants, full)
+
+
+def pixel_kernel(node: ir.Node, sources: list[Layout], kinds: list[ir.TensorType], result: Layout) -> Kernel:
+    """The kernel of a node.
+
+    Args:
+        node: no convolution, no matrix product, no input.
+        sources: layouts of its inputs.
+        kinds: types of its inputs.
+        result: layout of its output.
+
+    Raises:
+        BuildError: no kernel computes it.
+    """
+    kind, source = node.type, sources[0]
+    limits = (kind.zero_point, kind.low, kind.high)
+    match node:
+        case ir.Quantize():
+            return Kernel(PixelSpec("quantize", source, result), limits, [_floats(node.inverse_scale)])
+        case ir.Dequantize():
+            factors = by_channel(node.scale.expand(result.channels), result, np.float32)
+            return Kernel(PixelSpec("dequantize", source, result), (node.zero_point,), [factors])
+        case ir.Requantize():
+            m, shift = int(node.requant.multiplier), node.requant.shift
+            spec = PixelSpec("requantize", source, result, narrow=_narrow_requantize(node, kinds[0]))
+            return Kernel(spec, (node.input_zero_point, m, shift, *limits))
+        case ir.Add():
+            spec = PixelSpec("add", source, result, sources[1], narrow=narrow_add(node, kinds))
+            return Kernel(spec, (*node.multipliers, node.offset, node.shift, *limits))
+        case ir.Mul():
+            narrow = all(layout.dtype != "int32" for layout in sources)
+            m, shift = int(node.requant.multiplier), node.requant.shift
+            spec = PixelSpec("mul", source, result, sources[1], narrow=narrow)
+            return Kernel(spec, (*node.input_zero_points, m, shift, *limits))
+        case ir.Affine():
+            multipliers = by_channel(node.requant.multiplier.expand(result.channels), result, np.int32)
+            constants = [multipliers, by_channel(node.offset, result, np.int64)]
+            return Kernel(
+                PixelSpec("affine", source, result), (node.input_zero_point, node.requant.shift, *limits), constants
+            )
+        case ir.Table():
+            return _table(node, source, kinds[0], result)
+        case ir.Clip():
+            return Kernel(PixelSpec("clip", source, result), limits[1:])
+        case ir.MaxPool():
+            return Kernel(PoolSpec("max_pool", source, result, node.kernel, node.stride, node.padding, node.dilation))
+        case ir.AvgPool():
+            return _average(node, source, result)
+        case ir.FloatAvgPool():
+            return _average(node, source, result)
+        case ir.Concat():
+            return Kernel(MoveSpec("concat", tuple(sources), result))
+        case ir.Gather():
+            return _gather(node, source, result)
+        case ir.Flatten():
+            return Kernel(MoveSpec("flatten", (source,), result))
+        case _:
+            return _float_kernel(node, sources, result)
+
+
+def _float_kernel(node: ir.Node, sources: list[Layout], result: Layout) -> Kernel:
+    match node:
+        case ir.FloatAdd():
+            return Kernel(PixelSpec("float_add", sources[0], result, sources[1], relu=node.relu))
+        case ir.FloatMul():
+            return Kernel(PixelSpec("float_mul", sources[0], result, sources[1]))
+        case ir.FloatAffine():
+            parts = [by_channel(part.expand(result.channels), result, np.float32) for part in (node.gain, node.shift)]
+            return Kernel(PixelSpec("float_affine", sources[0], result), (), [np.concatenate(parts)])
+        case ir.FloatFunction():
+            if node.function not in float_functions.NAMES:
+                raise BuildError(
+                    f"{node.name!r}: no kernel computes the float function {node.function!r}; there are "
+                    f"{sorted(float_functions.NAMES)}"
+                )
+            spec = PixelSpec("float_function", sources[0], result, function=node.function)
+            return Kernel(spec, (), [_floats(*node.parameters, *[0.0] * (2 - len(node.parameters)))])
+    raise BuildError(f"no kernel computes {node.name!r} ({node.kind})")
+
+
+def pack_kernel(result: Layout, node: ir.Quantize | None) -> Kernel:
+    """Of the network's input, quantized by a node or as it is."""
+    if node is None:
+        return Kernel(PixelSpec("pack", result, result))
+    limits = (node.type.zero_point, node.type.low, node.type.high)
+    return Kernel(PixelSpec("pack", result, result), limits, [_floats(node.inverse_scale)])
+
+
+def unpack_kernel(source: Layout, node: ir.Dequantize | None) -> Kernel:
+    """Of the network's output, dequantized by a node or as it is."""
+    if node is None:
+        return Kernel(PixelSpec("unpack", source, source))
+    factors = node.scale.expand(source.channels).to(torch.float32).numpy()
+    return Kernel(PixelSpec("logits", source, source), (node.zero_point,), [np.ascontiguousarray(factors)])
+
+
+def copy_kernel(source: Layout, result: Layout) -> Kernel:
+    """Of a value that needs another halo."""
+    return Kernel(MoveSpec("copy", (source,), result))
+
+
+def by_channel(values: torch.Tensor, layout: Layout, dtype: Any) -> np.ndarray:
+    """Numbers by logical channel as numbers by stored channel, 0 for spare ones."""
+    full = np.zeros(layout.stored, dtype)
+    full[: layout.channels] = values.numpy()
+    return full
+
+
+def _floats(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout) -> Kernel:
+    if kind.low != node.input_low or kind.high != node.input_low + len(node.table) - 1:
+        raise BuildError(
+            f"{node.name!r}: a table of {len(node.table)} entries from {node.input_low} on does not fit its input's "
+            f"range {kind.low}..{kind.high}; give one entry for each integer of the range"
+        )
+    table = node.table.numpy()
+    if source.dtype != "int32":  # an entry for whatever 8 bits may hold, spare channels included
+        stored = np.arange(256) - (128 if source.dtype == "int8" else 0)
+        table = table[np.clip(stored - node.input_low, 0, len(table) - 1)]
+    spec = PixelSpec("table", source, result, entries=len(table))
+    return Kernel(spec, (node.input_low,), [table.astype(result.dtype)])
+
+
+def _average(node: ir.AvgPool | ir.FloatAvgPool, source: Layout, result: Layout) -> Kernel:
+    is_float = isinstance(node, ir.FloatAvgPool)
+    op = "float_avg_pool" if is_float else "avg_pool"
+    params: tuple[Any, ...] = ()
+    if isinstance(node, ir.FloatAvgPool):
+        factors = np.ascontiguousarray(node.factors.reshape(-1).numpy(), np.float32)
+    else:
+        factors = node.requant.multiplier.reshape(-1).numpy().astype(np.int32)
+        params = (node.input_zero_point, node.requant.shift, node.type.zero_point, node.type.low, node.type.high)
+    by_pixel = len(factors) > 1
+    rows, columns = _regular(node.rows), _regular(node.columns)
+    if rows is not None and columns is not None:
+        kernel, stride = (rows[0], columns[0]), (rows[1], columns[1])
+        return Kernel(PoolSpec(op, source, result, kernel, stride, by_pixel=by_pixel), params, [factors])
+    bounds = [part.numpy().astype(np.int32).ravel() for part in (node.rows, node.columns)]
+    return Kernel(PoolSpec(op, source, result, windows=True, by_pixel=by_pixel), params, [*bounds, factors])
+
+
+def _regular(bounds: torch.Tensor) -> tuple[int, int] | None:
+    """``(size, stride)`` of windows that begin at 0 and are all equal, else None."""
+    first, end = bounds.T.tolist()
+    size, stride = end[0] - first[0], first[1] - first[0] if len(first) > 1 else 1
+    wanted = [(i * stride, i * stride + size) for i in range(len(first))]
+    return (size, stride) if list(zip(first, end, strict=True)) == wanted else None
+
+
+def _gather(node: ir.Gather, source: Layout, result: Layout) -> Kernel:
+    constants: list[np.ndarray] = []
+    channels, first = "run", 0
+    if node.channels is not None:
+        first = int(node.channels[0])
+        if first < 0 or not torch.equal(node.channels, torch.arange(first, first + len(node.channels))):
+            channels, first = "index", 0
+            constants.append(node.channels.numpy().astype(np.int32))
+    pixels = node.rows is not None or node.columns is not None
+    if pixels:
+        for index, size in ((node.rows, source.height), (node.columns, source.width)):
+            table = torch.arange(size) if index is None else index
+            constants.append(table.numpy().astype(np.int32))
+    spec = MoveSpec("gather", (source,), result, channels, first, pixels)
+    return Kernel(spec, (node.type.zero_point if node.type.is_integer else 0,), constants)
+
+
+def _narrow_requantize(node: ir.Requantize, kind: ir.TensorType) -> bool:
+    """Whether all products, with the rounding constant, fit 32 bits."""
+    m, shift, zero_point = int(node.requant.multiplier), node.requant.shift, node.input_zero_point
+    reach = max(abs((kind.low or 0) - zero_point), abs((kind.high or 0) - zero_point))
+    return shift < 31 and reach * abs(m) + (1 << (shift - 1)) + abs(node.type.zero_point) <= INT32_MAX
+
+
+def narrow_add(node: ir.Add, kinds: list[ir.TensorType]) -> bool:
+    """Whether the sum, its offset and the rounding constant fit 32 bits."""
+    if node.shift >= 31:
+        return False
+    reach = abs(node.offset) + (1 << (node.shift - 1)) + abs(node.type.zero_point)
+    for kind, m in zip(kinds, node.multipliers, strict=True):
+        reach += max(abs(kind.low or 0), abs(kind.high or 0)) * abs(m)
+    return reach <= INT32_MAX
