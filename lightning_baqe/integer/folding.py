@@ -43,14 +43,28 @@ def fold(layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, name: str) -> Aff
     if norm is None:
         return Affine(torch.ones_like(zeros), bias)
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    own = batch_norm_affine(norm, name)
+    return Affine(own.gain, own.shift + bias * own.gain)
+
+
+def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> Affine:
+    """A batch norm with running statistics as one gain and shift by channel.
+
+    Args:
+        name: of the layer before it, or its own.
+
+    Raises:
+        UnsupportedModelError: it has no running statistics.
+    """
     if norm.running_mean is None or norm.running_var is None:
         raise UnsupportedModelError(
-            f"the batch norm after layer {name!r} keeps no running statistics; use track_running_stats=True"
+            f"the batch norm at {name!r} keeps no running statistics; use track_running_stats=True"
         )
-    gamma = torch.ones_like(zeros) if norm.weight is None else norm.weight.detach().double().cpu()
-    beta = zeros if norm.bias is None else norm.bias.detach().double().cpu()
-    gain = gamma / torch.sqrt(norm.running_var.double().cpu() + norm.eps)
-    return Affine(gain, beta + (bias - norm.running_mean.double().cpu()) * gain)
+    mean, variance = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double().cpu()
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double().cpu()
+    gain = gamma / torch.sqrt(variance + norm.eps)
+    return Affine(gain, beta - mean * gain)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
 
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer.dyadic import Dyadic, rounding_shift
+from lightning_baqe.quantization.pointwise import Pointwise
 
 INT32_MAX = 2**31 - 1
 
@@ -245,32 +246,130 @@ class MaxPool(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AvgPool(Node):
-    """Integer average pooling without padding: ``clip(requant(sum(q - input_zero_point)) + zero_point)``.
+    """Integer average pooling: ``clip(requant(sum(q - input_zero_point)) + zero_point)``, summed over each window.
 
-    The sum is exact in int32; the window's size is part of the dyadic factor.
+    A window is what lies within the image; padding adds 0 and is left out. The sum is exact in int32; the windows'
+    sizes are part of the dyadic factors.
+
+    Args:
+        rows: int64, shape ``(out_height, 2)``, first row of each window and the one after its last.
+        columns: int64, shape ``(out_width, 2)``, likewise.
+        requant: one factor, or ``(out_height * out_width,)`` where windows count differently.
     """
 
     kind = "avg_pool"
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
+    rows: torch.Tensor
+    columns: torch.Tensor
     requant: Dyadic
     input_zero_point: int
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        shifted = (values[0] - self.input_zero_point).to(torch.float64)
-        total = functional.avg_pool2d(shifted, self.kernel, self.stride, divisor_override=1)
-        # divisor_override=1 sums integers below 2^53 in float64: exact.
-        return _clip(self.requant.apply(total.to(torch.int64)) + self.type.zero_point, self.type)
+        total = window_sums(values[0] - self.input_zero_point, self.rows, self.columns)
+        scaled = self.requant.apply(total.flatten(2), 2).reshape(total.shape)
+        return _clip(scaled + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Table(Node):
+    """Any pointwise function of an integer: ``table[q - input_low]``.
+
+    Args:
+        table: int64, one entry for each integer of the input's range, within the output's.
+        input_low: the input's lowest integer.
+        functions: names and parameters of what it computes, in order: ``(("hardswish",), ("mul", 0.5))``.
+    """
+
+    kind = "table"
+    table: torch.Tensor
+    input_low: int
+    functions: tuple[tuple[Any, ...], ...]
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return self.table[values[0] - self.input_low]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Affine(Node):
+    """A factor and a term by channel (a batch norm that follows no layer):
+    ``clip((((q - input_zero_point) * multiplier + offset + half) >> shift) + zero_point)``, in 64 bits.
+
+    Args:
+        requant: ``(channels,)`` factors.
+        offset: int64, ``(channels,)``, below 2^61 in absolute value, in steps of ``2^-shift`` of the output's grid.
+    """
+
+    kind = "affine"
+    requant: Dyadic
+    offset: torch.Tensor
+    input_zero_point: int
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        scaled = self.requant.apply(values[0] - self.input_zero_point, 1, self.offset)
+        return _clip(scaled + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mul(Node):
+    """Product of two values: ``clip(requant((a - zero_point_a) * (b - zero_point_b)) + zero_point)``, one factor.
+
+    The second has the first's shape, or ``(channels, 1, 1)`` (squeeze-and-excite). Both are within 0..255, so that the
+    product fits 17 bits and a sign.
+    """
+
+    kind = "mul"
+    requant: Dyadic
+    input_zero_points: tuple[int, int]
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        product = (values[0] - self.input_zero_points[0]) * (values[1] - self.input_zero_points[1])
+        return _clip(self.requant.apply(product) + self.type.zero_point, self.type)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Concat(Node):
+    """Channels of all inputs, one after the other: floats, or integers on one grid (HAWQ-V3 eq. 10, rescaled)."""
+
+    kind = "concat"
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return torch.cat(values, 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gather(Node):
+    """Select channels, rows and columns: ``out[c, y, x] = in[channels[c], rows[y], columns[x]]``.
+
+    Slices, splits, channel shuffles, nearest upsampling and padding are all of this kind. An index of -1 stands for the
+    real value 0: the zero point of integers.
+
+    Args:
+        channels, rows, columns: int64 of the output's sizes, or None for all in order. Values of shape ``(features,)``
+            have channels only.
+    """
+
+    kind = "gather"
+    channels: torch.Tensor | None
+    rows: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        out = values[0]
+        for dim, index in enumerate((self.channels, self.rows, self.columns), 1):
+            if index is not None:
+                out = out.index_select(dim, index.clamp(min=0))
+                absent = (index < 0).reshape([-1 if i == dim else 1 for i in range(out.ndim)])
+                out = out.masked_fill(absent, self.type.zero_point if self.type.is_integer else 0)
+        return out
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Flatten(Node):
-    """``(c, h, w)`` to ``(c * h * w,)``, channels outermost as in torch."""
+    """``(c, h, w)`` to ``(c * h * w,)``, channels outermost as in torch; or ``(c,)`` to ``(c, 1, 1)``."""
 
     kind = "flatten"
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return values[0].flatten(1)
+        return values[0].reshape(len(values[0]), *self.type.shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -325,36 +424,84 @@ class FloatAdd(Node):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FloatRelu(Node):
-    """Float32 ReLU."""
+class FloatFunction(Node):
+    """A pointwise float32 function by name, with its parameters; see :mod:`lightning_baqe.quantization.pointwise`."""
 
-    kind = "float_relu"
+    kind = "float_function"
+    is_float = True
+    function: str
+    parameters: tuple[float, ...]
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return Pointwise(self.function, self.parameters)(values[0])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatAffine(Node):
+    """Float32 ``x * gain + shift``, both of shape ``(channels,)``."""
+
+    kind = "float_affine"
+    is_float = True
+    gain: torch.Tensor
+    shift: torch.Tensor
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return values[0] * _per_channel(self.gain, values[0]) + _per_channel(self.shift, values[0])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatMul(Node):
+    """Float32 product of two values; the second has the first's shape, or ``(channels, 1, 1)``."""
+
+    kind = "float_mul"
     is_float = True
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return values[0].relu()
+        return values[0] * values[1]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FloatAvgPool(Node):
-    """Float32 average pooling without padding."""
+    """Float32 average pooling, ``sum * factor`` over each window as in :class:`AvgPool`.
+
+    Args:
+        rows, columns: as in :class:`AvgPool`.
+        factors: float32, shape ``()`` or ``(out_height * out_width,)``.
+    """
 
     kind = "float_avg_pool"
     is_float = True
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
+    rows: torch.Tensor
+    columns: torch.Tensor
+    factors: torch.Tensor
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return functional.avg_pool2d(values[0], self.kernel, self.stride)
+        total = window_sums(values[0], self.rows, self.columns)
+        return (total.flatten(2) * self.factors).reshape(total.shape)
 
 
 NODE_TYPES: dict[str, type[Node]] = {
     cls.kind: cls
     for cls in (
-        Input, Quantize, Dequantize, Conv, Linear, Add, Requantize, Clip, MaxPool, AvgPool, Flatten,
-        FloatConv, FloatLinear, FloatAdd, FloatRelu, FloatAvgPool,
+        Input, Quantize, Dequantize, Conv, Linear, Add, Mul, Affine, Table, Requantize, Clip, MaxPool, AvgPool, Concat,
+        Gather, Flatten, FloatConv, FloatLinear, FloatAdd, FloatMul, FloatAffine, FloatFunction, FloatAvgPool,
     )
 }  # fmt: skip
+
+
+def window_sums(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Sums over windows.
+
+    Args:
+        values: ``(n, channels, height, width)``.
+        rows: int64, ``(out_height, 2)``, first and one past the last of each window.
+        columns: likewise, ``(out_width, 2)``.
+
+    Returns:
+        ``(n, channels, out_height, out_width)``, of the same type.
+    """
+    by_row = torch.stack([values[:, :, first:end].sum(2) for first, end in rows.tolist()], 2)
+    return torch.stack([by_row[:, :, :, first:end].sum(3) for first, end in columns.tolist()], 3)
 
 
 def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, input_range: tuple[int, int]) -> None:

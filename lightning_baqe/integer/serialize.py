@@ -111,7 +111,7 @@ def _describe(node: Node, index: int, arrays: dict[str, np.ndarray]) -> dict[str
             width = node.weight_bits if isinstance(node, Conv | Linear) and item.name == "weight" else 32
             value = _store(value, width, key, arrays)
         elif isinstance(value, tuple):
-            value = list(value)
+            value = [list(part) if isinstance(part, tuple) else part for part in value]
         entry[item.name] = value
     return entry
 
@@ -125,7 +125,8 @@ def _store(value: torch.Tensor, bits: int, key: str, arrays: dict[str, np.ndarra
     if bits == 32:
         limit = 2**31
         if value.numel() and not -limit <= int(value.min()) <= int(value.max()) < limit:
-            raise ConfigError(f"array {key!r}: a value leaves 32 bits")
+            arrays[key] = value.detach().cpu().numpy().astype(np.int64)
+            return {"array": key, "form": "int64"}
         arrays[key] = value.detach().cpu().numpy().astype(np.int32)
         return {"array": key, "form": "int32"}
     arrays[key] = pack_bits(value, bits)
@@ -140,7 +141,7 @@ def _load(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.T
         shape = tuple(entry["shape"])
         count = int(np.prod(shape, dtype=np.int64))
         return unpack_bits(np.asarray(arrays[key]), entry["bits"], count).reshape(shape)
-    wanted = {"float32": np.float32, "int32": np.int32}.get(form)
+    wanted = {"float32": np.float32, "int32": np.int32, "int64": np.int64}.get(form)
     if wanted is None:
         raise ConfigError(f"array {key!r} has the unknown form {form!r}; this release may be too old for the file")
     array = np.asarray(arrays[key])
@@ -172,6 +173,6 @@ def _restore(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Node
         elif isinstance(value, Mapping):
             value = _load(value, arrays)
         elif isinstance(value, list):
-            value = tuple(value)
+            value = tuple(tuple(part) if isinstance(part, list) else part for part in value)
         fields[name] = value
     return cls(**fields)

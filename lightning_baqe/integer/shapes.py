@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ _BATCH = 2  # a batch size that was fixed somewhere (view(1, -1)) shows as a wro
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, model: fx.GraphModule) -> None:
+    def __init__(self, model: fx.GraphModule, keep: Collection[fx.Node]) -> None:
         super().__init__(model)
+        self.keep = keep
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.values: dict[fx.Node, Any] = {}
 
@@ -23,9 +25,14 @@ class _Recorder(fx.Interpreter):
         out = super().run_node(n)
         if isinstance(out, torch.Tensor):
             self.shapes[n] = tuple(out.shape)
-        else:
+        if n in self.keep or not isinstance(out, torch.Tensor | tuple | list) or _is_plain(out):
             self.values[n] = out
         return out
+
+
+def _is_plain(out: Any) -> bool:
+    """Whether a tuple or list holds no tensor: a shape."""
+    return isinstance(out, tuple | list) and not any(isinstance(part, torch.Tensor) for part in out)
 
 
 class GraphValues:
@@ -34,15 +41,16 @@ class GraphValues:
     Args:
         model: in eval mode.
         shape: of the input, without the batch dimension.
+        constants: nodes that are constants of the network; their values are kept.
 
     Raises:
         UnsupportedModelError: the network does not run on that shape.
     """
 
-    def __init__(self, model: fx.GraphModule, shape: tuple[int, ...]) -> None:
+    def __init__(self, model: fx.GraphModule, shape: tuple[int, ...], constants: Collection[fx.Node] = ()) -> None:
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
-        recorder = _Recorder(model)
+        recorder = _Recorder(model, constants)
         try:
             with torch.no_grad():
                 recorder.run(torch.zeros(_BATCH, *shape, dtype=dtype))
@@ -61,6 +69,10 @@ class GraphValues:
                 f"{label!r}: the first dimension must stay the batch; for a batch of {_BATCH} its output is {shape}"
             )
         return shape[1:]
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node of numbers, or a constant, evaluates to; of a tensor, zeros of its shape."""
+        return self._values[node] if node in self._values else torch.zeros(self._shapes[node])
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options with the nodes in them replaced by what they evaluate to."""
@@ -87,10 +99,22 @@ def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     return height, height, width, width
 
 
-def pool_window(
-    kind: str, options: Mapping[str, Any], shape: tuple[int, ...], label: str
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Kernel and stride of an average pooling without padding.
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of a pooling and what each sum is divided by.
+
+    Args:
+        rows, columns: int64, ``(out, 2)``: first and one past the last of each window, within the image.
+        divisors: float64, shape ``()``, or ``(out_height * out_width,)`` where they differ.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    divisors: torch.Tensor
+
+
+def pool_windows(kind: str, options: Mapping[str, Any], shape: tuple[int, ...], label: str) -> Windows:
+    """Windows of an average pooling, as torch has them.
 
     Args:
         kind: ``"avg_pool"``, ``"adaptive_avg_pool"`` or ``"mean"`` (over height and width).
@@ -98,30 +122,49 @@ def pool_window(
         shape: of the input, ``(channels, height, width)``.
 
     Raises:
-        UnsupportedModelError: padding, a divisor, or an adaptive pooling with uneven windows.
+        UnsupportedModelError: the input is no image, or a window lies in the padding alone.
     """
     if len(shape) != 3:
         raise UnsupportedModelError(f"{label!r}: average pooling wants (channels, height, width), got {shape}")
-    size = shape[1], shape[2]
     if kind == "mean":
-        return size, size
+        return _windows([(0, shape[1])], [(0, shape[2])], [shape[1]], [shape[2]])
     if kind == "adaptive_avg_pool":
         wanted = options["output_size"]
-        out = tuple(
-            full if target is None else int(target)
-            for full, target in zip(size, wanted if isinstance(wanted, tuple | list) else (wanted, wanted), strict=True)
+        sizes = wanted if isinstance(wanted, tuple | list) else (wanted, wanted)
+        rows, columns = (
+            adaptive_windows(full, full if size is None else int(size))
+            for full, size in zip(shape[1:], sizes, strict=True)
         )
-        if any(full % target for full, target in zip(size, out, strict=True)):
-            raise UnsupportedModelError(
-                f"{label!r}: adaptive pooling of {size} to {out} has windows of different sizes; choose an output size "
-                "that divides the input's"
-            )
-        kernel = size[0] // out[0], size[1] // out[1]
-        return kernel, kernel
+        return _windows(rows, columns, [b - a for a, b in rows], [b - a for a, b in columns])
     kernel = pair(options["kernel_size"])
     stride = options.get("stride")
-    if any(pair(options.get("padding", 0))) or options.get("divisor_override"):
-        raise UnsupportedModelError(
-            f"{label!r}: average pooling with padding or divisor_override does not lower; pool without padding"
-        )
-    return kernel, kernel if stride is None or stride == [] else pair(stride)
+    step = kernel if stride is None or stride == [] else pair(stride)
+    padding = pair(options.get("padding", 0))
+    ceil_mode, override = bool(options.get("ceil_mode", False)), options.get("divisor_override")
+    bounds: list[list[tuple[int, int]]] = []
+    counts: list[list[int]] = []
+    for size, k, s, p in zip(shape[1:], kernel, step, padding, strict=True):
+        out = (size + 2 * p - k + (s - 1 if ceil_mode else 0)) // s + 1
+        if ceil_mode and (out - 1) * s >= size + p:
+            out -= 1  # torch: a window starts within the image or its first padding
+        padded = [(i * s - p, min(i * s - p + k, size + p)) for i in range(out)]
+        inside = [(max(a, 0), min(b, size)) for a, b in padded]
+        if any(a >= b for a, b in inside):
+            raise UnsupportedModelError(f"{label!r}: a pooling window lies in the padding alone; pad less")
+        bounds.append(inside)
+        counts.append([b - a for a, b in (padded if options.get("count_include_pad", True) else inside)])
+    found = _windows(bounds[0], bounds[1], counts[0], counts[1])
+    return found if not override else Windows(found.rows, found.columns, torch.tensor(float(override)).double())
+
+
+def adaptive_windows(size: int, out: int) -> list[tuple[int, int]]:
+    """torch's adaptive pooling along one dimension: window i is ``floor(i size / out) .. ceil((i + 1) size / out)``."""
+    return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+
+
+def _windows(
+    rows: list[tuple[int, int]], columns: list[tuple[int, int]], heights: list[int], widths: list[int]
+) -> Windows:
+    divisors = torch.outer(torch.tensor(heights, dtype=torch.float64), torch.tensor(widths, dtype=torch.float64))
+    same = bool((divisors == divisors[0, 0]).all())
+    return Windows(torch.tensor(rows), torch.tensor(columns), divisors[0, 0] if same else divisors.flatten())

@@ -8,8 +8,10 @@
 | wants | the bits that a consumer reads a tensor at; None: as it is |
 | primary quantizer | of a tensor: the widest that its consumers want. The device stores the tensor so; narrower quantizers are chained behind the primary one, since the device derives them from what it stores |
 
-Transparent operators (ReLU, max pooling, reshaping) commute with quantization: the only consumer of a tensor, they
-read it as it is, and their output is quantized. One of several consumers, they read it at ``BitConfig.other`` bits.
+Transparent operators (ReLU, max pooling, concatenation, whatever moves elements) commute with quantization: the only
+consumer of a tensor, they read it as it is, and their output is quantized; the device brings each producer's output onto
+that grid at once. One of several consumers, they read it at ``BitConfig.other`` bits. A function whose only consumer is
+another function is read as it is, too: one table stands for both.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -118,9 +120,9 @@ def quantize(
         if isinstance(layer_bits.weight, tuple):
             raise ConfigError(f"layer {name!r}: weight bits by channel are not supported yet; give one number")
     root = copy.deepcopy(model)
-    graph = trace(root)
-    reader = OpReader(root, graph)
     device = next((p.device for p in root.parameters()), None)
+    graph = trace(root, None if example_input is None else example_input.to(device))
+    reader = OpReader(root, graph)
     quantizer_type = ACTIVATION_QUANTIZERS[activation_quantizer]
 
     def make(name: str, width: int) -> ActivationQuantizer:
@@ -173,7 +175,7 @@ def float_domain(reader: OpReader, bits: BitConfig) -> set[fx.Node]:
         if op.kind == "layer":
             if bits[str(node.target)].is_float:
                 found.add(node)
-        elif op.kind != "value" and all(source in found for source in op.inputs):
+        elif op.kind not in ("value", "constant") and all(source in found for source in op.inputs):
             found.add(node)
     return found
 
@@ -188,24 +190,28 @@ def plan(reader: OpReader, bits: BitConfig) -> dict[tuple[fx.Node, fx.Node], int
     wants: dict[tuple[fx.Node, fx.Node], int] = {}
     for node, op in reader.ops.items():
         for source in op.inputs:
-            if op.kind == "layer":
-                width = bits[str(node.target)].activation
-                if width == FLOAT_BITS:
-                    width = FLOAT_BITS if source in in_float else bits.other
-            elif reader.is_attached(node) or node in in_float or reader.is_collection(source):
-                width = FLOAT_BITS
-            elif op.kind in TRANSPARENT:
-                width = FLOAT_BITS if len(reader.consumers[source]) == 1 else bits.other
-            elif op.kind == "output":
-                is_raw = source in in_float or _is_accumulator(reader, source)
-                width = FLOAT_BITS if is_raw else bits.other
-            elif op.kind == "add" and bits.residual is not None:
-                width = STREAM_BITS if bits.residual == FLOAT_BITS else bits.residual
-            else:
-                width = bits.other
+            width = _wanted(reader, bits, in_float, source, node)
             if width != FLOAT_BITS:
                 wants[source, node] = width
     return wants
+
+
+def _wanted(reader: OpReader, bits: BitConfig, in_float: set[fx.Node], source: fx.Node, node: fx.Node) -> int:
+    """The bits that ``node`` reads ``source`` at; 32: as it is."""
+    op = reader[node]
+    if op.kind == "layer":
+        width = bits[str(node.target)].activation
+        return bits.other if width == FLOAT_BITS and source not in in_float else width
+    if op.kind == "output":
+        return FLOAT_BITS if source in in_float or _is_accumulator(reader, source) else bits.other
+    if reader.is_attached(node) or node in in_float or reader.is_collection(source) or reader.is_composed(source):
+        return FLOAT_BITS
+    if op.kind in TRANSPARENT and not reader.is_collection(node):
+        alone = len(reader.consumers[source]) == 1 and source not in in_float
+        return FLOAT_BITS if alone else bits.other
+    if op.kind == "add" and bits.residual is not None:
+        return STREAM_BITS if bits.residual == FLOAT_BITS else bits.residual
+    return bits.other
 
 
 def _is_accumulator(reader: OpReader, node: fx.Node) -> bool:
@@ -214,7 +220,7 @@ def _is_accumulator(reader: OpReader, node: fx.Node) -> bool:
         op = reader[node]
         if op.kind == "layer":
             return True
-        if op.kind not in ("dropout", "identity", "reshape") and not reader.is_attached(node):
+        if op.kind not in ("dropout", "identity", "movement") and not reader.is_attached(node):
             return False
         node = op.inputs[0]
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -12,61 +13,210 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lightning_baqe.errors import UnsupportedModelError
+from lightning_baqe.quantization.ops import STOCHASTIC
+from lightning_baqe.quantization.plain import Plain, has_fused_activation, make_plain
 
-_IN_PLACE_METHODS = {"relu_": "relu", "add_": "add"}
-_IN_PLACE_FUNCTIONS: dict[Any, Any] = {operator.iadd: operator.add, torch.relu_: torch.relu}
+_IN_PLACE_FUNCTIONS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    **{
+        getattr(torch, f"{name}_"): getattr(torch, name)
+        for name in ("relu", "sigmoid", "tanh", "clamp", "neg", "exp")
+        if hasattr(torch, f"{name}_")
+    },
+}
 _MODE_FUNCTIONS: tuple[Any, ...] = (functional.batch_norm, torch.batch_norm, functional.instance_norm)
+_EXAMPLE = "lightning_baqe.example"
+_TRACING_ERRORS = (
+    fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError, AssertionError,
+    IndexError, KeyError,
+)  # fmt: skip
+_ASSERTIONS: tuple[Any, ...] = (torch._assert,)
 
 
 class _Tracer(fx.Tracer):
     """Traces through everything but torch's own modules and convs and linears whose forward is torch's."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: dict[str, Plain]) -> None:
         super().__init__()
         self.path = ""
+        self.plain = plain
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Conv2d):
             return type(m).forward is nn.Conv2d.forward
         if isinstance(m, nn.Linear):
             return type(m).forward is nn.Linear.forward
+        if type(m).__name__ in STOCHASTIC or isinstance(m, nn.BatchNorm2d):
+            return True
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         before, self.path = self.path, self.path_of_module(m)
+        padding = self.plain[self.path].padding if self.path in self.plain else None
+        if padding is not None:
+            args = (functional.pad(args[0], padding), *args[1:])
         out = super().call_module(m, forward, args, kwargs)
+        if has_fused_activation(m):
+            out = m.act(m.drop(out))  # type: ignore[operator]
         self.path = before  # after an error the path stays where it happened
         return out
 
 
-def trace(model: nn.Module) -> fx.Graph:
-    """The model's graph, free of in-place operators; dropout functions become modules, which follow train and eval.
+class _Shaped(fx.Proxy):
+    """A tensor whose sizes are numbers, but for the batch, which stays symbolic."""
 
-    ``model`` receives a submodule for each dropout function and loses the in-place flag of ReLUs; hand over a copy.
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        example = self.node.meta[_EXAMPLE]
+        if not isinstance(example, torch.Tensor):
+            raise AttributeError(f"{self.node.name} is a {type(example).__name__} and has no shape")
+        if example.ndim == 0:
+            return ()
+        symbolic = self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
+        return (operator.getitem(symbolic, 0), *example.shape[1:])
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def ndim(self) -> int:
+        return int(self.node.meta[_EXAMPLE].ndim)
+
+    def dim(self) -> int:
+        return self.ndim
+
+
+class _ShapeTracer(_Tracer):
+    """Executes the network on an example as it traces it, so that control flow may depend on sizes."""
+
+    def __init__(self, plain: dict[str, Plain], example_input: torch.Tensor) -> None:
+        super().__init__(plain)
+        self.example_input = example_input
+        self.is_executing = False  # fx hooks every module's call and attributes while it traces
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return forward(*args, **kwargs) if self.is_executing else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.is_executing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Shaped(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: source.meta[_EXAMPLE])
+        self.is_executing = True
+        try:
+            with torch.no_grad():
+                node.meta[_EXAMPLE] = self._execute(node, *arguments)
+        finally:
+            self.is_executing = False
+        return node
+
+    def _execute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.op == "placeholder":
+            return self.example_input
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.root).clone()
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return args if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def trace(model: nn.Module, example_input: torch.Tensor | None = None) -> fx.Graph:
+    """The model's graph in eval mode, free of in-place operators; dropout functions become modules, which follow train
+    and eval, as does what drops branches by chance. Auxiliary classifiers that only training has are left out.
+
+    ``model`` receives a submodule for each dropout function and loses the in-place flag of ReLUs; convolutions that
+    compute their weights or their padding (see :mod:`lightning_baqe.quantization.plain`) become plain ones. Hand over
+    a copy.
+
+    Args:
+        model: the float network.
+        example_input: a batch of any size; needed by convolutions that compute their weights or their padding, and by
+            control flow that depends on sizes.
 
     Raises:
-        UnsupportedModelError: it cannot be traced, or the trace would fix its mode; names the reason.
+        UnsupportedModelError: it cannot be traced; names the submodule and the reason.
     """
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise UnsupportedModelError(
                 f"module {name!r} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
             )
-    tracer = _Tracer()
+    modes = {module: module.training for module in model.modules()}
+    plain = make_plain(model, example_input)
+    model.eval()
     try:
-        graph = tracer.trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, ValueError) as error:
-        where = f"submodule {tracer.path!r}" if tracer.path else "its forward"
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be traced: in {where}: {error}. Let forward be free of control flow that "
-            "depends on tensors, or move such code out of the model"
-        ) from error
+        graph = _trace(model, plain, example_input)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    graph._tracer_cls = fx.Tracer  # what a pickled graph module is traced with again, every module being a leaf
+    _remove_assertions(graph)
     _make_functional(graph, model)
     _make_dropout_modules(graph, model)
     graph.lint()
     return graph
+
+
+def _trace(model: nn.Module, plain: dict[str, Plain], example_input: torch.Tensor | None) -> fx.Graph:
+    tracer = _Tracer(plain)
+    try:
+        return tracer.trace(model)
+    except _TRACING_ERRORS as error:
+        if example_input is None:
+            raise _untraceable(model, tracer, error, "; give example_input if it depends on sizes only") from error
+    tracer = _ShapeTracer(plain, example_input[:1])
+    try:
+        graph = tracer.trace(model)
+    except _TRACING_ERRORS as error:
+        raise _untraceable(model, tracer, error) from error
+    for node in graph.nodes:
+        del node.meta[_EXAMPLE]
+    return graph
+
+
+def _untraceable(model: nn.Module, tracer: _Tracer, error: Exception, more: str = "") -> UnsupportedModelError:
+    where = f"submodule {tracer.path!r}" if tracer.path else "its forward"
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot be traced: in {where}: {error}. Let forward be free of control flow that "
+        f"depends on tensors, or move such code out of the model{more}"
+    )
+
+
+def _remove_assertions(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes a tensor in place, by its name or an option."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_module":
+        return False
+    return node.target in _IN_PLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__")) or _is_in_place(node)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a function of ``torch.nn.functional`` is called with ``inplace=True``."""
+    if node.op != "call_function" or getattr(node.target, "__module__", None) != functional.__name__:
+        return False
+    parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    options = dict(zip(parameters, node.args, strict=False)) | dict(node.kwargs)
+    return bool(options.get("inplace", False))
 
 
 def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
@@ -78,13 +228,13 @@ def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
                 f"{node.name}: a functional normalisation fixes train or eval mode when traced; use nn.BatchNorm2d"
             )
         in_place = False
-        if node.op == "call_method" and node.target in _IN_PLACE_METHODS:
-            node.target, in_place = _IN_PLACE_METHODS[node.target], True
+        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+            node.target, in_place = node.target.rstrip("_"), True
         elif node.op == "call_function" and node.target in _IN_PLACE_FUNCTIONS:
             node.target, in_place = _IN_PLACE_FUNCTIONS[node.target], True
-        elif node.op == "call_function" and node.target in (functional.relu, functional.relu6):
-            in_place = bool(node.kwargs.get("inplace", len(node.args) > 1 and node.args[1]))
-            node.args, node.kwargs = (node.kwargs.get("input", *node.args[:1]),), {}
+        elif node.op == "call_function":
+            in_place = _is_in_place(node)
+            _drop_in_place_option(node)
         elif node.op == "call_module":
             module = model.get_submodule(str(node.target))
             in_place = bool(getattr(module, "inplace", False))
@@ -98,12 +248,26 @@ def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
             module.inplace = False  # type: ignore[assignment]
 
 
+def _drop_in_place_option(node: fx.Node) -> None:
+    """Leave the ``inplace`` argument of a function out, wherever it stands."""
+    if getattr(node.target, "__module__", None) != functional.__name__:
+        return
+    parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    if "inplace" in parameters:
+        at = parameters.index("inplace")
+        if len(node.args) > at:
+            names = parameters[at + 1 :]
+            node.kwargs = dict(node.kwargs) | dict(zip(names, node.args[at + 1 :], strict=False))
+            node.args = node.args[:at]
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+
+
 def _make_dropout_modules(graph: fx.Graph, model: nn.Module) -> None:
     """Turn each ``functional.dropout`` into an ``nn.Dropout``: its ``training`` argument was fixed by tracing."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not functional.dropout:
             continue
-        options = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+        options = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
         name = f"functional_{node.name}"
         dropout = nn.Dropout(options.get("p", 0.5))
         dropout.train(model.training)
