@@ -84,27 +84,40 @@ class WeightQuantizer(nn.Module):
     The scales are the parameter ``scale``, shape ``(channels,)``. Their gradient is multiplied by
     ``1 / sqrt(weights per channel * Qp)`` (LSQ, section 2.2). A scale that training drives below 1e-8 acts as 1e-8.
 
+    The buffer ``sign``, ``(channels,)`` of 1 and -1, or None for 1 throughout, makes it ``s * sign * clamp(round(sign *
+    w / s), -Qn, Qp)``: a channel that folding multiplied by a negative gain keeps its integers.
+
     Args:
         weight: the weights to initialise the scales from, shape ``(channels, ...)``.
         bits: 2 to 8.
         init: see :func:`initial_weight_scale`.
     """
 
+    sign: torch.Tensor | None
+
     def __init__(self, weight: torch.Tensor, bits: int, init: str = "mse") -> None:
         super().__init__()
         self.bits = bits
         self.qn, self.qp = weight_range(bits)
         self.scale = nn.Parameter(initial_weight_scale(weight, bits, init))
+        self.register_buffer("sign", None)  # no key in a state_dict until there is one
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         factor = 1.0 / math.sqrt(weight[0].numel() * self.qp)
-        return quantize_weight(weight, scale_gradient(self.scale, factor), self.qn, self.qp)
+        scale = scale_gradient(self.scale, factor)
+        if self.sign is None:
+            return quantize_weight(weight, scale, self.qn, self.qp)
+        sign = self.sign.reshape(-1, *[1] * (weight.ndim - 1))
+        return quantize_weight(weight * sign, scale, self.qn, self.qp) * sign
 
     @torch.no_grad()
     def integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The integer weights (int64, same shape) and the scales in float64, shape ``(channels,)``."""
+        """The integer weights (int64, same shape) and the scales in float64, shape ``(channels,)``, of any sign."""
         scale = self.scale.detach().clamp_min(MIN_SCALE)
-        step = scale.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
+        step = scale.to(weight.dtype)
+        if self.sign is not None:
+            scale, step = scale * self.sign, step * self.sign.to(weight.dtype)
+        step = step.reshape(-1, *[1] * (weight.ndim - 1))
         values = torch.round(weight.detach() * step.reciprocal()).clamp_(-self.qn, self.qp)
         return values.to(torch.int64), scale.to(torch.float64)
 
