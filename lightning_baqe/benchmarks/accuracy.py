@@ -1,0 +1,166 @@
+"""Accuracy of deployed networks against float: ``python -m lightning_baqe.benchmarks.accuracy``.
+
+For each network and seed a float network is trained on ``glyphs``; for each of W8A8 and W4A4 (first and last layer 8
+bit) a quantized copy is tuned with the float network as its teacher, lowered, compiled and run on the test split:
+10000 images of typefaces that training never sees. The limits:
+
+| | at most this much below float | deployed from fake-quant, either way |
+| --- | --- | --- |
+| W8A8 | 0.3 points | 0.2 points |
+| W4A4, ResNet-18 | 2 points | 0.2 points |
+| W4A4, MobileNetV2 | 4 points | 0.2 points |
+
+Each seed draws its own images, weights and order. Epochs, rates and the epoch that is kept were chosen by validation
+accuracy alone; the test split is read once a row. Each finished row is added to ``rows.jsonl`` in the folder at once,
+and a restart goes on in the epoch where it was stopped. Rows count only for the settings that they were made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightning_baqe.benchmarks.accuracy_rows import (
+    BITS,
+    SMALLEST,
+    Request,
+    Rows,
+    Settings,
+    Sizes,
+    Training,
+    measure_row,
+)
+
+SETTINGS = {
+    "resnet18": Settings(
+        Training(8, 2e-3, 0.05),
+        {"w8a8": Training(1, 1e-4, 0.0, "cosine"), "w4a4": Training(3, 1e-3, 0.01)},
+    ),
+    "mobilenet_v2": Settings(
+        Training(12, 3e-3, 0.05),
+        {"w8a8": Training(1, 1e-4, 0.0, "cosine"), "w4a4": Training(5, 1e-3, 0.01)},
+        batch_size=64,
+    ),
+}
+BELOW_FLOAT = {
+    ("resnet18", "w8a8"): 0.3,
+    ("resnet18", "w4a4"): 2.0,
+    ("mobilenet_v2", "w8a8"): 0.3,
+    ("mobilenet_v2", "w4a4"): 4.0,
+}
+FROM_FAKE_QUANT = 0.2
+
+
+def drop(row: dict[str, Any]) -> float:
+    """Points that the deployed network loses against float on the test split; negative: it gains."""
+    return 100 * (row["float"]["test"] - row["deployed"]["test"])
+
+
+def gap(row: dict[str, Any]) -> float:
+    """Points from the fake-quantized to the deployed network on the test split."""
+    return 100 * (row["deployed"]["test"] - row["fake_quant"]["test"])
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    """The limits that a row breaks, in words; none: it holds them all."""
+    # Differences of counts over 10000, in points: a limit that is met exactly must not fail by the last binary digit.
+    found = []
+    limit = BELOW_FLOAT[row["network"], row["bits"]]
+    if round(drop(row), 6) > limit:
+        found.append(f"{drop(row):.2f} points below float, {limit} allowed")
+    if round(abs(gap(row)), 6) > FROM_FAKE_QUANT:
+        found.append(f"{abs(gap(row)):.2f} points from fake-quant, {FROM_FAKE_QUANT} allowed")
+    return found
+
+
+def row_table(rows: list[dict[str, Any]]) -> Table:
+    """Every row: accuracies in percent, differences in points of the test split."""
+    table = Table(title="accuracy in %, differences in points of the test split")
+    headings = ("network", "bits", "seed", "float val", "test", "fake-quant val", "test", "deployed val", "test",
+                "below float", "from fake-quant", "limits")  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("network", "bits", "limits") else "right")
+    for row in rows:
+        figures = [f"{100 * row[kind][split]:.2f}" for kind in ("float", "fake_quant", "deployed")
+                   for split in ("val", "test")]  # fmt: skip
+        verdict = "; ".join(failures(row)) or "hold"
+        table.add_row(row["network"], row["bits"], str(row["seed"]), *figures, f"{drop(row):+.2f}", f"{gap(row):+.2f}",
+                      verdict)  # fmt: skip
+    return table
+
+
+def mean_table(rows: list[dict[str, Any]]) -> Table:
+    """Mean and standard deviation over the seeds, by network and bits."""
+    table = Table(title="test split, mean ± standard deviation over seeds")
+    for heading in ("network", "bits", "seeds", "float", "fake-quant", "deployed", "below float", "most", "limits"):
+        table.add_column(heading, justify="left" if heading in ("network", "bits", "limits") else "right")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["bits"]), []).append(row)
+    for (network, bits), group in groups.items():
+        figures = [_mean([100 * row[kind]["test"] for row in group]) for kind in ("float", "fake_quant", "deployed")]
+        drops = [drop(row) for row in group]
+        verdict = "fail" if any(failures(row) for row in group) else "hold"
+        table.add_row(network, bits, str(len(group)), *figures, _mean(drops), f"{max(drops):+.2f}", verdict)
+    return table
+
+
+def _mean(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.2f} ± {spread:.2f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line.
+
+    Returns:
+        the exit status: 0 if every row holds its limits, else 1.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="NETWORK")
+    parser.add_argument("--bits", nargs="+", default=list(BITS), choices=list(BITS), metavar="BITS")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--float-epochs", type=int, help="other than the network's settings")
+    parser.add_argument("--tuning-epochs", type=int, help="other than the network's settings")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/accuracy"), help="of rows and checkpoints")
+    parser.add_argument("--threads", type=int, default=1, help="of training and of the compiled network")
+    parser.add_argument("--smallest", action="store_true", help="a few images and one epoch: does it run?")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error("--threads is at least 1")
+    for name, epochs in (("--float-epochs", options.float_epochs), ("--tuning-epochs", options.tuning_epochs)):
+        if epochs is not None and epochs < 1:
+            parser.error(f"{name} is at least 1")
+    torch.set_num_threads(options.threads)
+    console = Console(width=150 if not Console().is_terminal else None)
+    shortest = 1 if options.smallest else None
+    rows, found = Rows(options.folder / "rows.jsonl"), []
+    for network in options.networks:
+        settings = SETTINGS[network].with_epochs(options.float_epochs or shortest, options.tuning_epochs or shortest)
+        for seed in options.seeds:
+            for bits in options.bits:
+                sizes = SMALLEST if options.smallest else Sizes()
+                request = Request(network, bits, seed, sizes, settings)
+                row = rows.find(request)
+                if row is None:
+                    console.print(f"{network} {bits} seed {seed}")
+                    row = measure_row(request, options.folder, options.threads, console.print)
+                    rows.append(row)
+                found.append(row)
+    console.print(row_table(found), mean_table(found))
+    broken = sum(bool(failures(row)) for row in found)
+    console.print(
+        f"{broken} of {len(found)} rows break a limit" if broken else f"all {len(found)} rows hold the limits"
+    )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

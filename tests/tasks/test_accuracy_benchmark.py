@@ -1,0 +1,140 @@
+"""The accuracy benchmark in its smallest form, with a network of two layers; the real one takes an hour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from lightning_baqe.benchmarks import accuracy, accuracy_rows
+from lightning_baqe.benchmarks.accuracy_rows import SMALLEST, Request, Rows, Settings, Training, measure_row
+from lightning_baqe.errors import DataError
+
+SMALL = ["--smallest", "--networks", "resnet18", "--seeds", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def two_layers(name: str, classes: int) -> nn.Module:
+        convolution = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                             nn.Linear(8, classes))  # fmt: skip
+
+    monkeypatch.setattr(accuracy_rows, "network", two_layers)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the other tests, too
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def row_of(network: str, bits: str, flt: float, fake: float, deployed: float) -> dict[str, Any]:
+    found = {"float": flt, "fake_quant": fake, "deployed": deployed}
+    splits = {kind: {"val": value, "test": value} for kind, value in found.items()}
+    return {"network": network, "bits": bits, "seed": 0, **splits}
+
+
+def request_of(epochs: int = 1) -> Request:
+    training = Training(epochs, 1e-3, 0.0)
+    return Request("resnet18", "w8a8", 0, SMALLEST, Settings(training, {"w8a8": training}))
+
+
+def test_rows_are_kept_and_not_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "accuracy"
+    status = accuracy.main([*SMALL, "--folder", str(folder)])
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [(row["network"], row["bits"], row["seed"]) for row in rows] == [("resnet18", b, 3) for b in accuracy.BITS]
+    for row in rows:
+        for kind in ("float", "fake_quant", "deployed"):
+            assert all(0 <= row[kind][split] <= 1 for split in ("val", "test"))
+        assert row["epochs"] == {"float": 1, "tuning": 1}
+        assert all(seconds > 0 for seconds in row["seconds"].values())
+        assert row["device"]["cpu"]
+        assert row["versions"]["torch"]
+    assert rows[0]["float"] == rows[1]["float"]
+    assert len(list(folder.glob("*.ckpt"))) == 3  # one float network for both
+    assert status == int(any(accuracy.failures(row) for row in rows))
+
+    def forbidden(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(pl.Trainer, "fit", forbidden)
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "measure_row", forbidden)
+        assert accuracy.main([*SMALL, "--folder", str(folder)]) == status
+    # Without the rows they are measured again, of the trained networks.
+    (folder / "rows.jsonl").unlink()
+    accuracy.main([*SMALL, "--folder", str(folder)])
+    again = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for kind in ("float", "fake_quant", "deployed", "float_curve", "tuning_curve", "epochs"):
+        assert [row[kind] for row in again] == [row[kind] for row in rows]
+    capsys.readouterr()
+
+
+def test_an_interrupted_training_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def stop(text: str) -> None:
+        if "w8a8" in text and "epoch 2/3" in text:
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        measure_row(request_of(3), tmp_path, 1, stop)
+    row = measure_row(request_of(3), tmp_path, 1, said.append)
+    assert [text.split(":")[0].rsplit(maxsplit=1)[1] for text in said] == ["2/3", "3/3"]
+    assert row["epochs"] == {"float": 3, "tuning": 3}
+    assert not list(tmp_path.glob("*-training"))
+
+
+def test_rows_count_for_their_settings_alone(tmp_path: Path) -> None:
+    rows, request = Rows(tmp_path / "rows.jsonl"), request_of()
+    assert rows.find(request) is None
+    rows.append({"key": request.key, "float": 1})
+    rows.append({"key": request.key, "float": 2})
+    assert rows.find(request) == {"key": request.key, "float": 2}
+    other = request_of(2)
+    assert rows.find(other) is None
+    assert other.checkpoint(tmp_path, quantized=False) != request.checkpoint(tmp_path, quantized=False)
+    with rows.path.open("a") as file:
+        file.write('{"key": {"net')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3 is no row .* remove that line"):
+        rows.read()
+
+
+@pytest.mark.parametrize(
+    ("row", "broken"),
+    [
+        (row_of("resnet18", "w8a8", 0.9, 0.897, 0.897), 0),
+        (row_of("resnet18", "w8a8", 0.9, 0.8968, 0.8969), 1),
+        (row_of("resnet18", "w4a4", 0.9, 0.8801, 0.8801), 0),
+        (row_of("mobilenet_v2", "w4a4", 0.9, 0.86, 0.86), 0),
+        (row_of("mobilenet_v2", "w4a4", 0.9, 0.8621, 0.86), 1),
+        (row_of("mobilenet_v2", "w4a4", 0.9, 0.85, 0.8599), 2),
+        (row_of("mobilenet_v2", "w8a8", 0.9, 0.91, 0.912), 0),
+    ],
+)
+def test_limits(row: dict[str, Any], broken: int) -> None:
+    assert len(accuracy.failures(row)) == broken
+
+
+def test_tables_hold_every_row_and_the_means() -> None:
+    rows = [row_of("resnet18", "w8a8", value, value, value) for value in (0.90, 0.91, 0.92)]
+    rows.append(row_of("resnet18", "w4a4", 0.9, 0.8, 0.8))
+    assert accuracy.row_table(rows).row_count == 4
+    means = accuracy.mean_table(rows)
+    assert means.row_count == 2
+    columns = {str(column.header): list(column.cells) for column in means.columns}
+    assert columns["float"][0] == "91.00 ± 1.00"
+    assert columns["most"] == ["+0.00", "+10.00"]
+    assert columns["limits"] == ["hold", "fail"]
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--float-epochs", "0"], ["--bits", "w3a3"]])
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        accuracy.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
