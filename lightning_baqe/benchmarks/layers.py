@@ -10,7 +10,7 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.compiler import result_type
 from lightning_baqe.deploy.conv_template import ConvSpec
-from lightning_baqe.deploy.depthwise_template import GroupedSpec
+from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.kernels import Call, Plan
 from lightning_baqe.deploy.layout import Layout
 
@@ -59,11 +59,4 @@ def _arguments(call: Call, plan: Plan) -> list[Any]:
 
 
 def _macs(call: Call) -> int:
-    if isinstance(call.spec, ConvSpec):
-        return call.spec.macs
-    if isinstance(call.spec, GroupedSpec):
-        spec = call.spec
-        out = spec.result
-        inner = spec.source.channels // spec.groups
-        return out.channels * out.height * out.width * inner * spec.kernel[0] * spec.kernel[1]
-    return 0
+    return call.spec.macs if isinstance(call.spec, ConvSpec | DepthwiseSpec) else 0

@@ -1,8 +1,10 @@
-"""The schedule template of dense convolutions and matrix products, integer and float.
+"""The schedule template of dense and grouped convolutions and matrix products, integer and float.
 
 The kernel holds a tile of ``oct`` register-wide blocks of output channels x ``oht`` x ``owt`` pixels in registers and
 walks the window: rows of the kernel outside, runs of ``kernel_w * channels`` contiguous input values inside. A tile
 that would pass the edge is shifted back over its neighbour, so any size works without a branch.
+
+A block of a grouped convolution takes only the channels of its own groups; depthwise ones have a template of their own.
 
 Kernels are emitted with TVM's IR builder: TVMScript's parser would take 40 times as long, most of a build.
 
@@ -29,7 +31,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
 from lightning_baqe.deploy.dot import quad_of, step
-from lightning_baqe.deploy.emit import fill_halo
+from lightning_baqe.deploy.emit import fill_halo, requantized_high
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.errors import ConfigError
 
@@ -54,6 +56,8 @@ class ConvSpec:
         narrow_add: the residual sum fits 32 bits.
         weight_bits: that storage needs, 4 or 8: the code for 3 bits is that for 4, and measured once. 32 = float.
         threads: of the outermost loop.
+        groups: of channels; of more than one, a block reads ``span`` channels of each pixel.
+        high: the shift of the requantization is 32 or more.
     """
 
     dot: str
@@ -73,6 +77,8 @@ class ConvSpec:
     narrow_add: bool = True
     weight_bits: int = 8
     threads: int = 1
+    groups: int = 1
+    high: bool = False
 
     @property
     def blocks(self) -> int:
@@ -80,14 +86,37 @@ class ConvSpec:
         return self.result.stored // self.lanes
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether a row of the window is one run of input values."""
+        return self.dilation[1] == 1 and self.groups == 1
+
+    @property
+    def span(self) -> int:
+        """Neighbouring input channels that a block reads: those of all groups that it has a channel of."""
+        if self.groups == 1:
+            return self.source.stored
+        inner, outer = self.source.channels // self.groups, self.result.channels // self.groups
+        ends = [min(first + self.lanes, self.result.channels) for first in range(0, self.result.channels, self.lanes)]
+        return max(-(-end // outer) - b * self.lanes // outer for b, end in enumerate(ends)) * inner
+
+    def first_channel(self, block: Any) -> Any:
+        """The first input channel that a block reads; a number, or an expression of one."""
+        if self.groups == 1:
+            return 0
+        inner, outer = self.source.channels // self.groups, self.result.channels // self.groups
+        if isinstance(block, int):
+            return min(block * self.lanes // outer * inner, self.source.stored - self.span)
+        return T.min(T.floordiv(block * self.lanes, outer) * inner, self.source.stored - self.span)
+
+    @property
     def segments(self) -> int:
         """Contiguous runs of input values under the window."""
-        return self.kernel[0] if self.dilation[1] == 1 else self.kernel[0] * self.kernel[1]
+        return self.kernel[0] if self.whole_rows else self.kernel[0] * self.kernel[1]
 
     @property
     def run(self) -> int:
         """Values in one run."""
-        return self.source.stored * (self.kernel[1] if self.dilation[1] == 1 else 1)
+        return self.span * (self.kernel[1] if self.whole_rows else 1)
 
     def steps(self, packed: bool) -> int:
         """Quads of one run, rounded up to whole groups."""
@@ -102,7 +131,8 @@ class ConvSpec:
     def macs(self) -> int:
         """Multiply-accumulates of the logical convolution."""
         out = self.result
-        return out.channels * out.height * out.width * self.source.channels * self.kernel[0] * self.kernel[1]
+        inner = self.source.channels // self.groups
+        return out.channels * out.height * out.width * inner * self.kernel[0] * self.kernel[1]
 
 
 def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
@@ -145,7 +175,8 @@ def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
     passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
     multiplies = {"maddubs": 1.0 + 2.0 / spec.chain, "madd16": 4.0, "portable": 2.0}.get(spec.dot, 1.0) * oct_ * pixels
     # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
-    return passes * (max(multiplies, 8.0) + 0.1 * (oct_ + pixels))
+    loads = oct_ + pixels * (1 if spec.groups == 1 else oct_)
+    return passes * (max(multiplies, 8.0) + 0.1 * loads)
 
 
 def default_knobs(spec: ConvSpec) -> dict[str, Any]:
@@ -187,11 +218,16 @@ def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
 
 
 def weight_quads(spec: ConvSpec, weight: np.ndarray) -> np.ndarray:
-    """Weights ``(out, in, kh, kw)`` by output channel, run and quad: ``(stored out, segments, quads, quad)``."""
+    """Weights ``(out, in / groups, kh, kw)`` by channel, run and quad: ``(stored out, segments, quads, quad)``."""
     quad = quad_of(spec.dot)
-    out, _, kh, kw = weight.shape
-    full = np.zeros((spec.result.stored, kh, kw, spec.source.stored), dtype=weight.dtype)
-    full[:out, :, :, : weight.shape[1]] = weight.transpose(0, 2, 3, 1)
+    out, inner, kh, kw = weight.shape
+    full = np.zeros((spec.result.stored, kh, kw, spec.span), dtype=weight.dtype)
+    if spec.groups == 1:
+        full[:out, :, :, :inner] = weight.transpose(0, 2, 3, 1)
+    else:
+        for channel in range(out):
+            first = channel // (out // spec.groups) * inner - spec.first_channel(channel // spec.lanes)
+            full[channel, :, :, first : first + inner] = weight[channel].transpose(1, 2, 0)
     runs = full.reshape(spec.result.stored, spec.segments, spec.run)
     quads = -(-spec.run // quad)
     padded = np.zeros((spec.result.stored, spec.segments, quads * quad), dtype=weight.dtype)
@@ -277,11 +313,16 @@ def _epilogue(spec: ConvSpec, acc: Any, numbers: Any, channel: Any, residual: An
         return acc
     if spec.epilogue == "float_relu":
         return T.max(acc, T.broadcast(T.float32(0), lanes))
-    m = T.Cast(f"int64x{lanes}", numbers[T.ramp(channel, 1, lanes)])
-    fraction = T.Cast(f"int64x{lanes}", numbers[T.ramp(spec.result.stored + channel, 1, lanes)])
-    value = _rounded(T.Cast(f"int64x{lanes}", acc) * m + fraction, params, "shift", "int64", lanes)
-    width = "int32" if spec.narrow else "int64"
-    value = T.Cast(f"{width}x{lanes}", value) + _param(params, "zero_point", width, lanes)
+    multipliers = numbers[T.ramp(channel, 1, lanes)]
+    fractions = numbers[T.ramp(spec.result.stored + channel, 1, lanes)]
+    width = "int32" if spec.narrow or spec.high else "int64"
+    if spec.high:
+        value = requantized_high(acc, multipliers, fractions, params[PARAMS.index("shift")], lanes)
+    else:
+        m, fraction = (T.Cast(f"int64x{lanes}", part) for part in (multipliers, fractions))
+        value = _rounded(T.Cast(f"int64x{lanes}", acc) * m + fraction, params, "shift", "int64", lanes)
+        value = T.Cast(f"{width}x{lanes}", value)
+    value = value + _param(params, "zero_point", width, lanes)
     value = T.min(T.max(value, _param(params, "low", width, lanes)), _param(params, "high", width, lanes))
     if spec.epilogue == "requant":
         return T.Cast(f"{spec.result.dtype}x{lanes}", value)
@@ -313,7 +354,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     kind = "float32" if is_float else "int32"
     quad, group, steps = quad_of(spec.dot), spec.group(packed), spec.steps(packed)
     outer = steps // (group * unroll)
-    segments, row_segments = spec.segments, spec.dilation[1] == 1
+    segments, row_segments = spec.segments, spec.whole_rows
     kw = spec.kernel[1]
     sh, sw = spec.stride
     start = source.origin(spec.top, spec.left)
@@ -368,7 +409,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
             ):  # fmt: skip
                 at = c * pixels + h * owt + w
                 offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored)
-                offset = offset + segment_offset(s) + (r * unroll + u) * (group * quad)
+                offset = offset + segment_offset(s) + spec.first_channel(block + c) + (r * unroll + u) * (group * quad)
                 position = ((block + c) * segments + s) * steps + (r * unroll + u) * group
                 B.buffer_store(acc, _reduce(spec, packed, acc[at, vector], X, W, offset, position), [at, vector])
             with B.unroll(oct_) as c, B.unroll(oht) as h, B.unroll(owt) as w:

@@ -32,6 +32,21 @@ def _intrinsic(name: str, *args: Any, dtype: str) -> Any:
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *args, dtype=dtype)
 
 
+def vpdpbusd(acc: Any, unsigned: Any, signed: Any, lanes: int) -> Any:
+    """``acc`` and the four products of each lane's bytes; lanes must be 16."""
+    return _intrinsic(_VPDPBUSD, acc, unsigned, signed, dtype=f"int32x{lanes}")
+
+
+def vpmaddwd(a: Any, b: Any, lanes: int) -> Any:
+    """The sums of the two products of each lane's int16; lanes must be 8."""
+    return _intrinsic(_PMADDWD, a, b, dtype=f"int32x{lanes}")
+
+
+def fma(acc: Any, a: Any, b: Any, lanes: int) -> Any:
+    """``acc + a * b`` in float32."""
+    return _intrinsic("llvm.fma", a, b, acc, dtype=f"float32x{lanes}")
+
+
 def step(dot: str, lanes: int, acc: Any, activations: list[Any], weights: list[Any]) -> Any:
     """The accumulators after one step.
 
@@ -44,7 +59,7 @@ def step(dot: str, lanes: int, acc: Any, activations: list[Any], weights: list[A
     """
     if dot == "vnni":
         a = T.reinterpret(T.broadcast(activations[0], lanes), dtype=f"int8x{4 * lanes}")
-        return _intrinsic(_VPDPBUSD, acc, a, weights[0], dtype=f"int32x{lanes}")
+        return vpdpbusd(acc, a, weights[0], lanes)
     if dot == "maddubs":
         total: Any = None
         for a, w in zip(activations, weights, strict=True):
@@ -52,19 +67,18 @@ def step(dot: str, lanes: int, acc: Any, activations: list[Any], weights: list[A
             products = _intrinsic(_PMADDUBSW, words, w, dtype=f"int16x{2 * lanes}")
             total = products if total is None else total + products
         ones = T.broadcast(T.int16(1), 2 * lanes)
-        return acc + _intrinsic(_PMADDWD, total, ones, dtype=f"int32x{lanes}")
+        return acc + vpmaddwd(total, ones, lanes)
     if dot == "madd16":
         even_weights, odd_weights = weights
         word = T.broadcast(activations[0], lanes)
         even = T.reinterpret(T.bitwise_and(word, T.broadcast(T.int32(0x00FF00FF), lanes)), dtype=f"int16x{2 * lanes}")
         unsigned = T.reinterpret(word, dtype=f"uint16x{2 * lanes}")
         odd = T.reinterpret(T.shift_right(unsigned, T.broadcast(T.uint16(8), 2 * lanes)), dtype=f"int16x{2 * lanes}")
-        acc = acc + _intrinsic(_PMADDWD, even, even_weights, dtype=f"int32x{lanes}")
-        return acc + _intrinsic(_PMADDWD, odd, odd_weights, dtype=f"int32x{lanes}")
+        return acc + vpmaddwd(even, even_weights, lanes) + vpmaddwd(odd, odd_weights, lanes)
     if dot == "portable":
         return acc + T.broadcast(activations[0], lanes) * T.Cast(f"int32x{lanes}", weights[0])
     if dot == "fma":
-        return _intrinsic("llvm.fma", T.broadcast(activations[0], lanes), weights[0], acc, dtype=f"float32x{lanes}")
+        return fma(acc, T.broadcast(activations[0], lanes), weights[0], lanes)
     raise AssertionError(dot)
 
 

@@ -48,6 +48,28 @@ def clip(value: Any, params: Any, low: int, dtype: str, lanes: int) -> Any:
     return T.min(T.max(value, param(params, low, dtype, lanes)), param(params, low + 1, dtype, lanes))
 
 
+def requantized_high(acc: Any, multipliers: Any, fractions: Any, amount: Any, lanes: int) -> Any:
+    """``(acc * multipliers + fractions + 2^(amount-1)) >> amount`` of int32 vectors, for an amount of 32 or more.
+
+    Only the upper halves of the 64-bit sums matter then, so that one 32-bit shift finishes both. Even and odd lanes are
+    multiplied apart, as the instructions do it.
+    """
+    half = T.broadcast(T.shift_left(T.int64(1), amount - T.int64(1)), lanes // 2)
+    thirty_two = T.broadcast(T.int64(32), lanes // 2)
+
+    def halves(value: Any) -> tuple[Any, Any]:
+        pairs = T.reinterpret(value, dtype=f"int64x{lanes // 2}")
+        return T.shift_right(T.shift_left(pairs, thirty_two), thirty_two), T.shift_right(pairs, thirty_two)
+
+    parts = [halves(value) for value in (acc, multipliers, fractions)]
+    even, odd = (
+        T.reinterpret(a * m + (fraction + half), dtype=f"int32x{lanes}") for a, m, fraction in zip(*parts, strict=True)
+    )
+    order = [index for lane in range(1, lanes, 2) for index in (lane, lanes + lane)]
+    upper = T.Shuffle([even, odd], order)
+    return T.shift_right(upper, T.broadcast(T.Cast("int32", amount - T.int64(32)), lanes))
+
+
 def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
     """Emit the loops that fill a buffer's halo."""
     if layout.halo == 0:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_baqe.deploy.conv_template import ConvSpec, build_conv
-from lightning_baqe.deploy.depthwise_template import GroupedSpec, build_grouped
+from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, build_depthwise
 from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.movement_templates import MoveSpec, build_move
@@ -20,7 +20,7 @@ from lightning_baqe.deploy.pixel_templates import PixelSpec, build_pack, build_p
 from lightning_baqe.deploy.pool_template import PoolSpec, build_pool
 from lightning_baqe.deploy.target import CpuTarget
 
-Spec = ConvSpec | GroupedSpec | PixelSpec | PoolSpec | MoveSpec
+Spec = ConvSpec | DepthwiseSpec | PixelSpec | PoolSpec | MoveSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,8 @@ class Call:
         match spec:
             case ConvSpec():
                 return build_conv(spec, tuple(sorted(self.knobs.items())))
-            case GroupedSpec():
-                return build_grouped(spec)
+            case DepthwiseSpec():
+                return build_depthwise(spec)
             case PoolSpec():
                 return build_pool(spec)
             case MoveSpec():
@@ -72,7 +72,7 @@ class Call:
 def kernel_key(spec: Spec, knobs: Mapping[str, Any]) -> str:
     """A name for a kernel's code: its operator and a digest of all that the code depends on."""
     text = json.dumps([type(spec).__name__, dataclasses.asdict(spec), dict(knobs)], sort_keys=True)
-    op = "conv" if isinstance(spec, ConvSpec) else "grouped" if isinstance(spec, GroupedSpec) else spec.op
+    op = "conv" if isinstance(spec, ConvSpec) else "depthwise" if isinstance(spec, DepthwiseSpec) else spec.op
     return f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

@@ -20,13 +20,13 @@ from lightning_baqe.deploy.conv_template import (
     pack_weights,
     weight_quads,
 )
-from lightning_baqe.deploy.depthwise_template import GroupedSpec
+from lightning_baqe.deploy.depthwise_template import DEPTHWISE_PARAMS, DepthwiseSpec, pack_depthwise
 from lightning_baqe.deploy.dot import choose_dot
 from lightning_baqe.deploy.kernels import Call, Plan, Spec
-from lightning_baqe.deploy.pixel_templates import PAD, PIXEL_PARAMS
 from lightning_baqe.deploy.plan_pixels import (
     INT32_MAX,
     Kernel,
+    by_channel,
     copy_kernel,
     narrow_add,
     pack_kernel,
@@ -162,8 +162,8 @@ class _Planner:
         result = self.values.layouts[node.name]
         match node:
             case ir.Conv() | ir.Linear() | ir.FloatConv() | ir.FloatLinear():
-                if getattr(node, "groups", 1) > 1:
-                    self._grouped(node)
+                if isinstance(node, ir.Conv | ir.FloatConv) and _is_depthwise(node):
+                    self._depthwise(node)
                 else:
                     self._conv(node, None)
             case ir.Quantize() if self.values.is_input(node.inputs[0]):
@@ -193,6 +193,7 @@ class _Planner:
             "top": getattr(node, "padding", (0,) * 4)[0],
             "left": getattr(node, "padding", (0,) * 4)[2],
         }
+        geometry["groups"] = getattr(node, "groups", 1)
         spec = ConvSpec(
             "fma" if is_float else "vnni", 1, self.target.lanes, self.target.registers, source, layout, **geometry,
             epilogue="acc", weight_bits=32 if is_float else 4 if node.weight_bits <= 4 else 8, threads=self.threads,
@@ -209,7 +210,8 @@ class _Planner:
             dot, chain = choose_dot(self.target, weight_quads(spec, weight), int(node.input_range[1]))
             spec = dataclasses.replace(spec, dot=dot, chain=chain)
             if node.requant is not None:
-                spec = dataclasses.replace(spec, epilogue="requant", narrow=_narrow_requant(node))
+                narrow, high = _requant_width(node)
+                spec = dataclasses.replace(spec, epilogue="requant", narrow=narrow, high=high)
             if add is not None:
                 other = node.name == add.inputs[0]
                 residual = self._value(add.inputs[int(other)], add)
@@ -226,7 +228,7 @@ class _Planner:
         params[11] = self.values.pads[result]
         if not is_float and node.requant is not None:
             numbers[:, : layout.channels] = _requant_numbers(node)
-            params[:4] = node.requant.shift, node.type.zero_point, node.type.low, node.type.high
+            params[:4] = _requant_params(node)
         if add is not None:
             first = add.inputs[0] == node.name
             m = add.multipliers if first else add.multipliers[::-1]
@@ -244,37 +246,35 @@ class _Planner:
         self.resolved[layer] = knobs
         return knobs
 
-    def _grouped(self, node: Any) -> None:
+    def _depthwise(self, node: ir.Conv | ir.FloatConv) -> None:
+        if self.schedules.get(node.layer):
+            raise ConfigError(f"layer {node.layer!r} is a depthwise convolution, which has no knobs; give it none")
         name = self._value(node.inputs[0], node)
-        layout = self.values.layouts[node.name]
-        is_float = isinstance(node, ir.FloatConv)
-        if is_float:
+        source, layout = self.values.layouts[name], self.values.layouts[node.name]
+        weight = node.weight.numpy()
+        dot, epilogue, narrow, high = "fma", "float", True, False
+        if isinstance(node, ir.FloatConv):
             epilogue = "float_relu" if node.relu else "float"
         else:
+            dot = {"vnni512": "vnni", "avx2": "madd16"}.get(self.target.path, "portable")
+            dot = dot if source.dtype == "uint8" else "portable"
             epilogue = "acc" if node.requant is None else "requant"
-        top, left = node.padding[0], node.padding[2]
-        weight = node.weight.numpy()
-        spec = GroupedSpec(
-            self.values.layouts[name],
-            layout,
-            weight.shape[2:],
-            node.stride,
-            node.dilation,
-            top,
-            left,
-            node.groups,
-            epilogue,
-        )
-        kind = np.float32 if is_float else np.int32
-        bias, numbers = np.zeros(layout.stored, kind), np.zeros((2, layout.stored), np.int32)
-        bias[: layout.channels] = node.bias.numpy()
-        params = np.zeros(PIXEL_PARAMS, np.int64)
-        params[PAD] = self.values.pads[node.name]
+            narrow, high = _requant_width(node)
+        spec = DepthwiseSpec(
+            dot, self.target.lanes, self.target.registers, source, layout, weight.shape[2:], node.stride, node.dilation,
+            node.padding[0], node.padding[2], epilogue, narrow, high, self.threads,
+        )  # fmt: skip
+        bias = by_channel(node.bias, layout, np.float32 if dot == "fma" else np.int32)
+        params = np.zeros(DEPTHWISE_PARAMS, np.int64)
+        params[-1] = self.values.pads[node.name]
+        arguments: list[Any] = [name, pack_depthwise(spec, weight), bias]
         if epilogue == "requant":
+            assert isinstance(node, ir.Conv)
+            numbers = np.zeros((2, layout.stored), np.int32)
             numbers[:, : layout.channels] = _requant_numbers(node)
-            params[:4] = node.requant.shift, node.type.zero_point, node.type.low, node.type.high
-        weight = weight.astype(np.float32 if is_float else np.int8)
-        self._add((node.name,), None, spec, {}, (name, weight, bias, numbers.ravel(), params))
+            params[:4] = _requant_params(node)
+            arguments.append(numbers.ravel())
+        self._add((node.name,), None, spec, {}, (*arguments, params))
 
     def _output(self) -> None:
         last = self.graph.output
@@ -295,14 +295,31 @@ def _requant_numbers(node: ir.Conv | ir.Linear) -> np.ndarray:
     return np.stack([multipliers, fractions])
 
 
-def _narrow_requant(node: Any) -> bool:
-    """Whether the requantized value fits 32 bits before it is clipped."""
+def _requant_params(node: ir.Conv | ir.Linear) -> list[Any]:
+    """Shift, zero point and limits."""
+    assert node.requant is not None
+    return [node.requant.shift, node.type.zero_point, node.type.low, node.type.high]
+
+
+def _is_depthwise(node: ir.Node) -> bool:
+    """Whether each channel is convolved alone; a convolution of one channel is dense."""
+    return (
+        isinstance(node, ir.Conv | ir.FloatConv) and 1 < node.groups == len(node.weight) and node.weight.shape[1] == 1
+    )
+
+
+def _requant_width(node: ir.Conv | ir.Linear) -> tuple[bool, bool]:
+    """Whether the requantized value fits 32 bits before it is clipped, and whether its shift is 32 or more."""
+    if node.requant is None:
+        return True, False
+    if node.requant.shift >= 32:  # |acc * m| < 2^62, so that no more than 30 bits and a sign are left
+        return True, True
     low, high = node.input_range
     flat = node.weight.reshape(node.weight.shape[0], -1)
     factors, offset = node.requant.real().abs(), abs(node.type.zero_point) + 1
     bound = flat.abs().sum(1) * max(abs(low), abs(high)) + node.bias.abs() + 1  # quick; usually enough
     if float((bound.double() * factors).max()) + offset < INT32_MAX:
-        return True
+        return True, False
     positive, negative = flat.clamp(min=0).sum(1), flat.clamp(max=0).sum(1)
     reach = (positive * high - negative * high + max(0, -low) * flat.abs().sum(1) + node.bias.abs()).double()
-    return float(((reach + 1) * factors).max()) + offset < INT32_MAX
+    return float(((reach + 1) * factors).max()) + offset < INT32_MAX, False

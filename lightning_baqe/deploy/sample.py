@@ -52,7 +52,7 @@ def sample_kernel(spec: ConvSpec, seed: int = 0) -> KernelSample:
         seed: of the data.
     """
     rng = np.random.default_rng(seed)
-    shape = (spec.result.channels, spec.source.channels, *spec.kernel)
+    shape = (spec.result.channels, spec.source.channels // spec.groups, *spec.kernel)
     source = _buffer(spec.source, rng)
     residual = source if spec.residual is None else _buffer(spec.residual, rng)
     params = np.zeros(len(PARAMS), np.int64)
@@ -73,7 +73,7 @@ def sample_kernel(spec: ConvSpec, seed: int = 0) -> KernelSample:
     params[PARAMS.index("pad")] = 0 if is_float else rng.integers(max(low, 0), 100)
     if spec.epilogue.startswith("requant"):
         # Twice the range of the result, so that both ends are clipped somewhere.
-        shift = 24
+        shift = 40 if spec.high else 24
         largest = (high - low) * 2.0**shift / max(1, int(np.abs(acc).max()))
         limit = max(2, min(int(largest), 2**30))
         numbers[0] = rng.integers(limit // 2, limit, spec.result.stored) * rng.choice([-1, 1], spec.result.stored)
@@ -104,7 +104,7 @@ def _accumulators(spec: ConvSpec, source: np.ndarray, weight: np.ndarray) -> np.
     image = _image(spec.source, source)[: spec.source.channels, halo - spec.top :, halo - spec.left :]
     values = torch.from_numpy(image.astype(np.float64))[None]
     out = torch.nn.functional.conv2d(
-        values, torch.from_numpy(weight.astype(np.float64)), None, spec.stride, 0, spec.dilation
+        values, torch.from_numpy(weight.astype(np.float64)), None, spec.stride, 0, spec.dilation, spec.groups
     )[0, :, : result.height, : result.width].numpy()
     full = np.zeros((result.stored, result.height, result.width))
     full[: result.channels] = out  # sums of integers below 2^53: exact

@@ -15,6 +15,8 @@ from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, default_k
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.dyadic import Dyadic
 
 PATHS = ("vnni512", "avx2", "portable")
 
@@ -76,10 +78,66 @@ def test_packed_weights(path: str, weights: str) -> None:
 
 def test_grouped_convolutions(target: CpuTarget) -> None:
     maker = Maker(24, 7, seed=5)
-    maker.conv(out=24, groups=24, padding=1)
     maker.conv(out=48, groups=24, stride=2, padding=(0, 1, 1, 0), limits=INT8)
     maker.conv(out=36, groups=3, kernel=1, weight_bits=4, limits=WIDE)
     maker.conv(out=24, groups=2, padding=2, dilation=2, limits=None)
+    maker.conv(out=120, groups=6, padding=1)
+    maker.conv(out=8, groups=4, kernel=(2, 3), stride=(1, 2), weight_bits=6)
+    maker.conv(out=72, groups=8, kernel=1)
+    wide = maker.conv(out=96, kernel=1)
+    maker.conv(wide, out=96, groups=3, padding=1, weight=-128)
+    maker.conv(wide, out=128, groups=32, padding=1, weight_bits=3)
+    maker.float_conv(maker.dequantize(wide), 48, padding=1, groups=4, relu=True)
+    maker.clip(wide, (0, 255))
+    graph = maker.graph()
+    for seed in range(2):
+        assert_exact(compiled(graph, target, random_schedules(graph, target, seed)), images(graph))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 17, 40])
+def test_depthwise_convolutions(channels: int, target: CpuTarget) -> None:
+    maker = Maker(channels, (7, 11), seed=channels)
+    for groups, limits in ((1, UINT8), (channels, INT8), (channels, WIDE), (channels, None)):
+        maker.conv(out=channels, padding=1, groups=groups, limits=limits)
+    value = maker.conv(out=channels, padding=1, groups=channels, weight=-128)
+    maker.conv(value, out=channels, kernel=5, stride=2, padding=2, groups=channels)
+    maker.conv(value, out=channels, kernel=(3, 2), stride=(2, 3), padding=(0, 1, 2, 0), groups=channels, weight_bits=3)
+    maker.conv(value, out=channels, kernel=(2, 3), padding=(1, 2, 3, 0), dilation=(3, 2), groups=channels)
+    maker.conv(value, out=channels, kernel=(1, 4), dilation=(1, 2), groups=channels)
+    maker.conv(value, out=channels, kernel=7, padding=3, groups=channels)
+    for limits in (INT8, WIDE):
+        maker.conv(maker.requantize(value, limits), out=channels, groups=channels)
+    real = maker.dequantize(value)
+    maker.float_conv(real, channels, padding=1, groups=channels)
+    maker.float_conv(real, channels, 5, padding=2, groups=channels, stride=(2, 1), dilation=(1, 2), relu=True)
+    maker.clip(value, (0, 255))
+    graph = maker.graph()
+    assert_exact(compiled(graph, target), images(graph))
+
+
+def test_depthwise_convolutions_have_no_knobs() -> None:
+    maker = Maker(16, 5)
+    name = maker.conv(out=16, groups=16)
+    with pytest.raises(ConfigError, match=f"{name}.*depthwise"):
+        make_plan(maker.graph(), get_target(), {name: {"unroll": 1}})
+    assert make_plan(maker.graph(), get_target(), {name: {}}).schedules == {}
+
+
+@pytest.mark.parametrize("limits", [UINT8, INT8, WIDE])
+def test_every_size_of_factor(limits: tuple[int, int], target: CpuTarget) -> None:
+    """Factors from 2^-40 to 2^14, and the shifts that belong to them: 32 of them decide on another kernel."""
+    maker = Maker(16, 4, seed=6)
+    for exponent in (-40, -20, -10, -3, -2, -1, 0, 1, 14):
+        for groups in (1, 16):
+            maker.conv(out=16, groups=groups, padding=1, limits=limits)
+            conv = maker.nodes[-1]
+            assert isinstance(conv, ir.Conv)
+            factors = 2.0**exponent * (torch.rand(16, generator=maker.rng, dtype=torch.float64) - 0.5)
+            maker.nodes[-1] = dataclasses.replace(conv, requant=Dyadic.from_real(factors), fraction=None)
+    shifts = {node.requant.shift for node in maker.nodes if isinstance(node, ir.Conv) and node.requant is not None}
+    assert min(shifts) < 31
+    assert max(shifts) > 60
+    assert {31, 32, 33} & shifts
     graph = maker.graph()
     assert_exact(compiled(graph, target), images(graph))
 
