@@ -287,9 +287,7 @@ def _tuned(request: Request, data: GlyphsDataModule, teacher: _Trained, folder: 
     pl.seed_everything(request.seed, verbose=False)
     weight, activation = BITS[request.bits]
     settings = request.settings
-    # Channels last is fast for float networks on CPUs; fake quantization works on contiguous tensors.
-    start = copy.deepcopy(teacher.net).to(memory_format=torch.contiguous_format)
-    task = _task(start, data, settings.tuning[request.bits])
+    task = _task(copy.deepcopy(teacher.net), data, settings.tuning[request.bits])
     quantized = task.quantize(BitConfig.uniform(teacher.net, weight, activation), data.example_input)
     calibrate(quantized, data.train_dataloader(), settings.calibration_batches)
     distillation = Distillation("net", teacher.net, settings.weight, settings.temperature)

@@ -72,9 +72,16 @@ def lower_with_sources(
     sources = {
         node.name: value.name
         for node, value in lowering.values.items()
-        if lowering.reader[node].kind == "quantizer" and value.index is None and value.name in kept
+        if lowering.reader[node].kind == "quantizer" and value.name in kept and _is_in_order(value)
     }
     return graph, sources
+
+
+def _is_in_order(value: Value) -> bool:
+    """Whether nothing but the shape changed since the value's node."""
+    if value.index is None:
+        return True
+    return isinstance(value.index, torch.Tensor) and movement.is_reshape(value.index, value.type.shape)
 
 
 class _Lowering(Operators):

@@ -97,8 +97,14 @@ def quantize_weight(weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int)
     Returns:
         Same shape as ``weight``.
     """
+    if _is_channels_last(weight):
+        return quantize_weight(weight.permute(0, 2, 3, 1), scale, qn, qp).permute(0, 3, 1, 2)
     out: torch.Tensor = _WeightQuantization.apply(weight, scale, qn, qp)
     return out
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _ActivationQuantization(torch.autograd.Function):
@@ -161,5 +167,8 @@ def quantize_activation(
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return quantize_activation(x.float(), scale, offset, zero_point, qmax).to(x.dtype)
+    if _is_channels_last(x):
+        by_pixel = quantize_activation(x.permute(0, 2, 3, 1), scale, offset, zero_point, qmax)
+        return by_pixel.permute(0, 3, 1, 2)
     out: torch.Tensor = _ActivationQuantization.apply(x.contiguous(), scale, offset, zero_point, qmax)
     return out

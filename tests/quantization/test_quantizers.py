@@ -268,3 +268,21 @@ def test_half_precision_inputs() -> None:
     x = torch.linspace(-1, 1, 32).to(torch.bfloat16)
     out = quantize_activation(x, torch.tensor(0.1), torch.tensor(0.0), 8, 15)
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_memory_format_changes_nothing_but_the_order_in_memory(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    x, scale = torch.randn(3, 5, 4, 6, generator=generator), torch.tensor(0.21, requires_grad=True)
+    weight, steps = torch.randn(7, 5, 3, 3, generator=generator), torch.full((7,), 0.3, requires_grad=True)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        inputs = [t.clone().contiguous(memory_format=layout).requires_grad_() for t in (x, weight)]
+        activation = quantize_activation(inputs[0], scale, scale.detach(), 1, 2**bits - 1)
+        quantized = quantize_weight(inputs[1], steps, 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+        assert activation.is_contiguous(memory_format=layout)
+        assert quantized.is_contiguous(memory_format=layout)
+        loss = (activation * x).sum() + (quantized * weight).sum()
+        found.append((activation, quantized, *torch.autograd.grad(loss, [*inputs, scale, steps])))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second)
