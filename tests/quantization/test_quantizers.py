@@ -285,4 +285,4 @@ def test_memory_format_changes_nothing_but_the_order_in_memory(bits: int) -> Non
         loss = (activation * x).sum() + (quantized * weight).sum()
         found.append((activation, quantized, *torch.autograd.grad(loss, [*inputs, scale, steps])))
     for first, second in zip(*found, strict=True):
-        torch.testing.assert_close(first, second)
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)  # sums in another order
