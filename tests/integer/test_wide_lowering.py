@@ -1,0 +1,175 @@
+"""Every operator that lowers: fake quantization against integers, tensor by tensor, and against floats."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from integer.wide_networks import WIDE, settled_wide, wide_images
+from lightning_baqe.benchmarks.exactness import agreement, fake_quant_integers
+from lightning_baqe.errors import UnsupportedModelError
+from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.integer.lowering import lower, lower_with_sources
+from lightning_baqe.integer.nodes import Affine, AvgPool, Concat, Gather, Mul, Table
+from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
+from lightning_baqe.quantization.calibration import calibrate
+from lightning_baqe.quantization.config import BitConfig, LayerBits
+from lightning_baqe.quantization.convert import QuantizedModel, quantize
+
+
+def ready(model: nn.Module, bits: BitConfig, x: torch.Tensor) -> QuantizedModel:
+    return calibrate(quantize(model, bits, x).eval(), [x])
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.cosine_similarity(a.detach().flatten(), b.detach().flatten(), 0))
+
+
+def assert_tensors_agree(quantized: QuantizedModel, x: torch.Tensor) -> IntegerGraph:
+    """Given fake-quant's inputs, every stored tensor is fake-quant's but for ties, which are one step apart."""
+    graph, sources = lower_with_sources(quantized, x)
+    fake = fake_quant_integers(quantized, graph, sources, x)
+    given_values = {graph.nodes[0].name: x, **fake}
+    checked = 0
+    for node in graph.nodes[1:]:
+        value = node.run(*(given_values[name] for name in node.inputs))
+        given_values.setdefault(node.name, value)
+        if node.name in fake:
+            found = agreement(fake[node.name], value, node.type.zero_point)
+            assert found.largest <= 1, node.name
+            assert found.equal >= 0.98, (node.name, found)
+            checked += 1
+    assert checked >= 3
+    return graph
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("width", [3, 4, 8])
+def test_stored_tensors_are_fake_quantizations(name: str, width: int) -> None:
+    model, x = settled_wide(name), wide_images()
+    quantized = ready(model, BitConfig.uniform(model, width, width), x)
+    graph = assert_tensors_agree(quantized, x)
+    assert graph.is_integer_only
+    assert cosine(graph.run(x), quantized(x)) > 0.99
+    assert width < 8 or cosine(graph.run(x), model(x)) > 0.98
+
+
+def test_together_they_hold_every_operator() -> None:
+    kinds: set[type] = set()
+    for name in WIDE:
+        model, x = settled_wide(name), wide_images(2)
+        kinds |= {type(node) for node in lower(ready(model, BitConfig.uniform(model), x))}
+    assert {Affine, AvgPool, Concat, Gather, Mul, Table} <= kinds
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_floats_stay_floats(name: str) -> None:
+    model, x = settled_wide(name), wide_images()
+    graph = lower(quantize(model, BitConfig.uniform(model, 32, 32), x))
+    torch.testing.assert_close(graph.run(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not any(node.type.is_integer for node in graph)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.sampled_from(sorted(WIDE)), st.integers(0, 20), st.sampled_from([None, 4, 32]))
+def test_mixed_bits_and_float_islands(data: st.DataObject, name: str, seed: int, residual: int | None) -> None:
+    model, x = settled_wide(name, seed), wide_images()
+    choice = st.sampled_from([LayerBits(w, a) for w in (3, 5, 8) for a in (4, 6, 8)] + [LayerBits(32, 32)] * 4)
+    bits = BitConfig({layer: data.draw(choice) for layer in BitConfig.uniform(model)}, residual=residual)
+    quantized = ready(model, bits, x)
+    graph = lower(quantized)
+    assert cosine(graph.run(x), quantized(x)) > 0.97
+    again = graph_from_parts(*graph_to_parts(graph))
+    assert torch.equal(again.run(x), graph.run(x))
+    whole = graph.run(x)
+    if graph.is_integer_only:  # float sums may take another order for another batch
+        assert torch.equal(whole[:1], graph.run(x[:1]))
+
+
+def test_tables_hold_the_function_as_pytorch_computes_it() -> None:
+    model, x = settled_wide("functions"), wide_images()
+    graph = lower(ready(model, BitConfig.uniform(model), x))
+    tables = [node for node in graph if isinstance(node, Table)]
+    names = {function[0] for node in tables for function in node.functions}
+    assert {"silu", "leaky_relu", "gelu", "sigmoid", "tanh", "mish", "elu", "softplus", "rsub", "mul", "add"} <= names
+    composed = next(node for node in tables if len(node.functions) == 2 and node.functions[0] == ("tanh",))
+    assert composed.functions == (("tanh",), ("mul", 2.0))
+    source = graph[composed.inputs[0]].type
+    reals = (torch.arange(len(composed.table)) + composed.input_low - source.zero_point) * source.scale
+    wanted = torch.tanh(reals) * 2 / composed.type.scale + composed.type.zero_point
+    inside = (wanted > composed.type.low) & (wanted < composed.type.high)
+    assert inside.sum() > 100
+    assert (composed.table - wanted).abs()[inside].max() <= 0.5 + 1e-4
+
+
+def test_padding_of_its_own_becomes_the_convolutions() -> None:
+    model, x = settled_wide("special"), wide_images()
+    graph = lower(ready(model, BitConfig.uniform(model), x))
+    assert graph["same"].padding == (0, 1, 0, 1)  # type: ignore[attr-defined]
+    assert not any(isinstance(node, Gather) for node in graph)
+
+
+def test_quantizing_leaves_special_layers_of_the_model_alone() -> None:
+    model, x = settled_wide("special"), wide_images()
+    before, weights = model(x), copy.deepcopy(model.state_dict())
+    kinds = [type(module) for module in model.modules()]
+    quantized = ready(model, BitConfig.uniform(model), x)
+    assert torch.equal(model(x), before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert cosine(quantized(x), before) > 0.99
+
+
+def test_special_layers_need_an_example() -> None:
+    model = settled_wide("special")
+    with pytest.raises(UnsupportedModelError, match=r"'same' \(SameConv\).*example_input"):
+        quantize(model, BitConfig.uniform(model))
+
+
+def test_control_flow_on_sizes_needs_an_example() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) if x.shape[2] > 4 else x
+
+    with pytest.raises(UnsupportedModelError, match="give example_input if it depends on sizes only"):
+        quantize(Sized(), BitConfig.uniform(Sized()))
+
+    class Valued(Sized):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) if x.sum() > 4 else x
+
+    with pytest.raises(UnsupportedModelError, match="control flow"):
+        quantize(Valued(), BitConfig.uniform(Valued()), wide_images())
+
+
+def test_trains_and_drops_branches_in_training_alone() -> None:
+    class StochasticDepth(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 0 if self.training else x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), StochasticDepth(), nn.Conv2d(4, 4, 3))
+    quantized = ready(model.eval(), BitConfig.uniform(model), wide_images())
+    assert quantized(wide_images()).std() > quantized.train()(wide_images()).std()
+
+
+def test_a_shuffle_that_is_no_selection_is_refused() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(1, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(nn.functional.pixel_shuffle(self.a(x), 2))
+
+    quantized = ready(Mixed(), BitConfig.uniform(Mixed()), wide_images())
+    with pytest.raises(UnsupportedModelError, match=r"'b'.*no flattening and no selection"):
+        lower(quantized)
