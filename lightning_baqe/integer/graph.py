@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.integer.nodes import Conv, FloatConv, FloatLinear, Input, Linear, Node
+from lightning_baqe.integer.nodes import (
+    Add,
+    Affine,
+    Conv,
+    FloatAffine,
+    FloatConv,
+    FloatLinear,
+    Input,
+    Linear,
+    Node,
+    Table,
+)
 
-MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES = 4, 1, 4
+MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES, OFFSET_BYTES = 4, 1, 4, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +108,20 @@ class IntegerGraph:
                         del values[name]
         return values
 
+    def to_onnx(self, path: str | Path, **options: Any) -> Path:
+        """Write the graph as an ONNX model, for devices that TVM does not reach.
+
+        Args:
+            path, options: see :func:`lightning_baqe.integer.onnx_export.export_onnx`.
+
+        Raises:
+            ConfigError: onnx is not installed, or an option cannot be right.
+            UnsupportedModelError: numbers that have no place in ONNX.
+        """
+        from lightning_baqe.integer.onnx_export import export_onnx
+
+        return export_onnx(self, path, **options)
+
     @property
     def is_integer_only(self) -> bool:
         """Whether no float arithmetic happens between the input's quantize and the output's dequantize."""
@@ -103,22 +129,11 @@ class IntegerGraph:
 
     @property
     def size_bytes(self) -> int:
-        """Packed weights, int32 biases and requantization numbers (float layers: float32 weights and biases), bytes."""
-        total = 0
-        for node in self.nodes:
-            if isinstance(node, FloatConv | FloatLinear):
-                total += 4 * (node.weight.numel() + node.bias.numel())
-            elif isinstance(node, Conv | Linear):
-                total += math.ceil(node.weight.numel() * node.weight_bits / 8) + BIAS_BYTES * node.bias.numel()
-                if node.requant is not None:
-                    total += MULTIPLIER_BYTES * node.requant.multiplier.numel() + SHIFT_BYTES
-                if node.fraction is not None:
-                    total += MULTIPLIER_BYTES * node.fraction.numel()
-            elif hasattr(node, "requant"):
-                total += MULTIPLIER_BYTES + SHIFT_BYTES
-            elif node.kind == "add":
-                total += 2 * MULTIPLIER_BYTES + SHIFT_BYTES
-        return total
+        """Bytes of packed weights, int32 biases, requantization numbers and tables; of float layers all in float32.
+
+        Channel orders and pooling windows are structure, and part of the code.
+        """
+        return sum(node_bytes(node) for node in self.nodes)
 
     @property
     def macs(self) -> int:
@@ -132,6 +147,27 @@ class IntegerGraph:
             node_macs(node) * (node.weight_bits * node.activation_bits if isinstance(node, Conv | Linear) else 1024)
             for node in self.nodes
         )
+
+
+def node_bytes(node: Node) -> int:
+    """Constants of one node, bytes; see :attr:`IntegerGraph.size_bytes`."""
+    if isinstance(node, FloatConv | FloatLinear):
+        return 4 * (node.weight.numel() + node.bias.numel())
+    if isinstance(node, FloatAffine):
+        return 4 * (node.gain.numel() + node.shift.numel())
+    if isinstance(node, Add):
+        return 2 * MULTIPLIER_BYTES + SHIFT_BYTES
+    if isinstance(node, Table):
+        assert node.type.high is not None
+        return int(node.table.numel()) * math.ceil(node.type.high.bit_length() / 8)
+    total = 0
+    if isinstance(node, Conv | Linear):
+        total += math.ceil(node.weight.numel() * node.weight_bits / 8) + BIAS_BYTES * node.bias.numel()
+        total += 0 if node.fraction is None else MULTIPLIER_BYTES * node.fraction.numel()
+    if isinstance(node, Affine):
+        total += OFFSET_BYTES * node.offset.numel()
+    factors = getattr(node, "requant", None)
+    return total if factors is None else total + MULTIPLIER_BYTES * factors.multiplier.numel() + SHIFT_BYTES
 
 
 def node_macs(node: Node) -> int:

@@ -15,7 +15,7 @@ from lightning_baqe.benchmarks.exactness import agreement, fake_quant_integers
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower, lower_with_sources
-from lightning_baqe.integer.nodes import Affine, AvgPool, Concat, Gather, Mul, Table
+from lightning_baqe.integer.nodes import Affine, AvgPool, Concat, Gather, Mul, Requantize, Table
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
@@ -173,3 +173,16 @@ def test_a_shuffle_that_is_no_selection_is_refused() -> None:
     quantized = ready(Mixed(), BitConfig.uniform(Mixed()), wide_images())
     with pytest.raises(UnsupportedModelError, match=r"'b'.*no flattening and no selection"):
         lower(quantized)
+
+
+def test_sizes_count_every_constant() -> None:
+    model, x = settled_wide("squeeze_excite"), wide_images(2)
+    graph = lower(ready(model, BitConfig.uniform(model, 4, 4), x))
+    weights = 8 * 27 + (8 * 25 + 32 + 32 + 64) / 2 + 5 * 8  # the first and the last layer have 8 bits
+    channels = 8 + 8 + 4 + 8 + 8
+    per_channel = channels * (4 + 4 + 4)  # bias, multiplier, fraction
+    logits = 5 * 4  # accumulators: a bias alone
+    shifts = 5
+    tables = sum(len(node.table) for node in graph if isinstance(node, Table))
+    others = sum(5 for node in graph if isinstance(node, AvgPool | Mul | Requantize)) + 9  # one sum: two factors, a shift
+    assert graph.size_bytes == weights + per_channel + logits + shifts + tables + others
