@@ -1,6 +1,7 @@
 """Lightning callbacks."""
 
 from lightning_baqe.callbacks.distillation import Distillation
+from lightning_baqe.callbacks.freeze_batch_norm import FreezeBatchNorm
 from lightning_baqe.callbacks.search import BayesianSearch
 
-__all__ = ["BayesianSearch", "Distillation"]
+__all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm"]

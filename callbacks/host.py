@@ -42,25 +42,11 @@ class Host:
                 f"{type(self.module).__name__}.{self.network} is compiled; the search quantizes the module itself: "
                 "give it before torch.compile"
             )
-        if not isinstance(self.float_network, nn.Module):
-            raise ConfigError(
-                f"{type(self.module).__name__}.{self.network} is a {type(self.float_network).__name__}; network= must "
-                "name the attribute that holds the float classifier (an nn.Module)"
-            )
 
     @property
-    def float_network(self) -> Any:
+    def float_network(self) -> nn.Module:
         """What the attribute holds now."""
-        found: Any = self.module
-        for part in self.network.split("."):
-            if not hasattr(found, part):
-                children = [name for name, _ in self.module.named_children()]
-                raise ConfigError(
-                    f"{type(self.module).__name__} has no {self.network!r}; network= must name the attribute that "
-                    f"holds the float classifier; it has {children}"
-                )
-            found = getattr(found, part)
-        return found
+        return network_of(self.module, self.network)
 
     @property
     def is_leader(self) -> bool:
@@ -121,6 +107,10 @@ class Host:
         model.to(self.module.device)
         model.train()
         setattr(owner, leaf, model)
+        self.renew_optimizers()
+
+    def renew_optimizers(self) -> None:
+        """Make optimisers and schedulers anew, for the parameters that the module has now."""
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy) and strategy.model is not None:
             # The old wrapper holds the old parameters; wrapping again also sends rank 0's scales to all.
@@ -195,6 +185,33 @@ class Host:
         }
         for logger in self.trainer.loggers if figures else ():
             logger.log_metrics(figures, step=self.trainer.global_step)
+
+
+def network_of(module: nn.Module, network: str) -> nn.Module:
+    """What an attribute of a LightningModule holds now.
+
+    Args:
+        module: the LightningModule.
+        network: the attribute; dots reach deeper.
+
+    Raises:
+        ConfigError: there is no such attribute, or no module in it.
+    """
+    found: Any = module
+    for part in network.split("."):
+        if not hasattr(found, part):
+            children = [name for name, _ in module.named_children()]
+            raise ConfigError(
+                f"{type(module).__name__} has no {network!r}; network= must name the attribute that holds the network; "
+                f"it has {children}"
+            )
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module):
+        raise ConfigError(
+            f"{type(module).__name__}.{network} is a {type(found).__name__}; network= must name the attribute that "
+            "holds the network (an nn.Module)"
+        )
+    return found
 
 
 def _pair(batch: Any, split: str) -> tuple[torch.Tensor, torch.Tensor]:

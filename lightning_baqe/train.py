@@ -325,11 +325,13 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     """
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
-    from lightning_baqe.quantization.convert import quantize
-    from lightning_baqe.quantization.observer import parse_range
+    from lightning_baqe.quantization.convert import QuantizedModel, check_options, quantize
     from lightning_baqe.tasks import fit_to_checkpoint
 
-    parse_range(cfg.qat.activation_range)  # before an hour of training in float
+    # What can be wrong is known before the float training.
+    options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
+    check_options(**options)
+    callbacks = _batch_norm_callbacks(cfg)
     datamodule, task, make_trainer = _prepare(cfg, run_dir)
     example, net = datamodule.example_input, task.net.cpu()
     if cfg.bits.file is not None:
@@ -344,14 +346,27 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
 
     start = time.perf_counter()
-    options = {name: str(cfg.qat[name]) for name in ("activation_quantizer", "activation_range")}
-    quantized = calibrate(
-        task.quantize(bits, example, **options), datamodule.train_dataloader(), max_batches=cfg.qat.calibration_batches
-    )
-    fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer)
+    quantized = task.quantize(bits, example, **options)
+    calibrate(quantized, datamodule.train_dataloader(), max_batches=cfg.qat.calibration_batches)
+    fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer, callbacks)
+    assert isinstance(task.net, QuantizedModel)
     seconds = {"train": time.perf_counter() - start}
-    _write_single(cfg, run_dir, datamodule, reference, quantized.cpu().eval(), seconds)
+    _write_single(cfg, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
     _close(run_dir)
+
+
+def _batch_norm_callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    from lightning_baqe.callbacks import FreezeBatchNorm
+
+    after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
+    if after is not None:
+        return [FreezeBatchNorm(after_epochs=after, fold=fold)]
+    if fold:
+        raise ConfigError(
+            "qat.fold_batch_norm=true folds when the statistics are frozen, but qat.freeze_batch_norm_after=null never "
+            "freezes them: give the epochs before that."
+        )
+    return []
 
 
 def _write_single(

@@ -263,10 +263,40 @@ def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
     assert summary_of(tmp_path / "run")["trials"][0]["bits"]["conv2.0"] == [3, 5]
 
 
-def test_a_wrong_range_is_refused_before_any_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipe=qat", *SMALLEST, "qat.activation_range=percentile:30", f"run_dir={tmp_path}/run"]) == 1
-    assert "above 50" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ("activation_range=percentile:30", "above 50"),
+        ("activation_quantizer=dynamic", "activation_quantizer must be one of"),
+        ("freeze_batch_norm_after=-1", "after_epochs=-1"),
+        ("fold_batch_norm=true", "qat.freeze_batch_norm_after=null never"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_training(
+    option: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipe=qat", *SMALLEST, f"qat.{option}", f"run_dir={tmp_path}/run"]) == 1
+    assert wanted in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_qat_with_frozen_batch_norms(fold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_baqe.callbacks import FreezeBatchNorm
+
+    seen = []
+    original = FreezeBatchNorm.on_train_epoch_start
+
+    def spy(self: FreezeBatchNorm, trainer: Any, module: Any) -> None:
+        original(self, trainer, module)
+        norms = [part for part in module.net.modules() if type(part).__name__ == "BatchNorm2d"]
+        seen.append((len(norms), any(part.training for part in norms)))
+
+    monkeypatch.setattr(FreezeBatchNorm, "on_train_epoch_start", spy)
+    options = ["qat.freeze_batch_norm_after=1", f"qat.fold_batch_norm={fold}", "qat.calibration_batches=1"]
+    assert main(["recipe=qat", *SMALLEST, *options, "qat.epochs=2", "logger=none", f"run_dir={tmp_path}/run"]) == 0
+    assert seen == [(3, True), (0, False) if fold else (3, False)]
+    assert 0 <= summary_of(tmp_path / "run")["trials"][0]["accuracy"] <= 1
 
 
 def test_a_missing_bit_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

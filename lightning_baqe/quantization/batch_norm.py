@@ -110,8 +110,9 @@ def fold_batch_norm(model: QuantizedModel) -> QuantizedModel:
 
     A :class:`FoldedBatchNorm`, an identity, takes each folded batch norm's place; batch norms that cannot be folded
     (see :func:`foldable`) stay. Weights, scales and biases stay the same ``nn.Parameter`` objects with new values;
-    only a layer without a bias gets a new one. The batch norms' parameters are gone, and gradients have new units: an
-    optimizer that was made before must be made again (:class:`lightning_baqe.callbacks.FreezeBatchNorm` does).
+    only a layer without a bias gets a new one. It learns if the batch norm's shift did. The batch norms' parameters are
+    gone, and gradients have new units: an optimizer that was made before must be made again
+    (:class:`lightning_baqe.callbacks.FreezeBatchNorm` does).
 
     In training mode the function changes, from statistics of the batch to running ones. A state_dict of a folded
     network loads into a folded one only.
@@ -129,7 +130,7 @@ def fold_batch_norm(model: QuantizedModel) -> QuantizedModel:
     affine = [gain_and_shift(pair.norm, pair.names[0]) for pair in found]
     for pair, (gain, shift) in zip(found, affine, strict=True):
         _scale(pair.layer, gain)
-        _shift(pair.layer, gain, shift)
+        _shift(pair, gain, shift)
         for name in pair.names:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, FoldedBatchNorm().train(pair.norm.training))
@@ -157,11 +158,14 @@ def _scale(layer: nn.Conv2d | nn.Linear, gain: torch.Tensor) -> None:
     weight.copy_(torch.where(crossed, (integers * _by_channel(scale, weight)).to(weight.dtype), weight))
 
 
-def _shift(layer: nn.Conv2d | nn.Linear, gain: torch.Tensor, shift: torch.Tensor) -> None:
+def _shift(pair: Foldable, gain: torch.Tensor, shift: torch.Tensor) -> None:
+    layer, norm = pair.layer, pair.norm
+    learns = any(p is not None and p.requires_grad for p in (layer.bias, norm.bias))
     if layer.bias is None:
-        layer.bias = nn.Parameter(shift.to(layer.weight), requires_grad=layer.weight.requires_grad)
+        layer.bias = nn.Parameter(shift.to(layer.weight))
     else:
         layer.bias.copy_(shift + layer.bias.double().cpu() * gain)
+    layer.bias.requires_grad_(learns)
 
 
 def freeze_batch_norm(model: AnyModule) -> AnyModule:

@@ -111,7 +111,7 @@ def quantize(
         ConfigError: bits that do not fit the model, or an unknown option.
         UnsupportedModelError: the model cannot be traced.
     """
-    _check_options(weight_quantizer, activation_quantizer, weight_init, activation_range)
+    check_options(weight_quantizer, activation_quantizer, weight_init, activation_range)
     for name, module in model.named_modules():
         if isinstance(module, QuantConv2d | QuantLinear):
             raise ConfigError(f"layer {name!r} is quantized already; quantize the float model instead")
@@ -147,7 +147,13 @@ def quantize(
     return quantized
 
 
-def _check_options(weight_quantizer: str, activation_quantizer: str, weight_init: str, activation_range: str) -> None:
+def check_options(
+    weight_quantizer: str = "lsq",
+    activation_quantizer: str = "lsq+",
+    weight_init: str = "mse",
+    activation_range: str = "mse",
+) -> None:
+    """Raises ConfigError for an option that :func:`quantize` does not know."""
     for option, value, known in (
         ("weight_quantizer", weight_quantizer, ("lsq",)),
         ("activation_quantizer", activation_quantizer, tuple(ACTIVATION_QUANTIZERS)),

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.activation import ACTIVATION_QUANTIZERS
+from lightning_baqe.quantization.batch_norm import fold_batch_norm, is_folded
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.tasks.optimizers import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
@@ -97,9 +98,9 @@ class ImageClassifier(pl.LightningModule):
     @property
     def structure(self) -> dict[str, Any]:
         """What a checkpoint says about ``net``, of plain values: ``bits`` (JSON; None: float), ``example_shape``
-        (one image's; None: unknown) and ``options`` of ``quantize``."""
+        (one image's; None: unknown), ``options`` of ``quantize`` and whether batch norms were ``folded``."""
         if not isinstance(self.net, QuantizedModel):
-            return {"bits": None, "example_shape": None, "options": {}}
+            return {"bits": None, "example_shape": None, "options": {}, "folded": False}
         record = self.net.record
         options = {}
         for name, kind in ACTIVATION_QUANTIZERS.items():
@@ -107,7 +108,8 @@ class ImageClassifier(pl.LightningModule):
                 if isinstance(quantizer, kind):
                     options = {"activation_quantizer": name, "activation_range": quantizer.range_method}
         shape = None if record.input_shape is None else list(record.input_shape)
-        return {"bits": record.bits.to_json(), "example_shape": shape, "options": options}
+        folded = is_folded(self.net)
+        return {"bits": record.bits.to_json(), "example_shape": shape, "options": options, "folded": folded}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the structure."""
@@ -120,8 +122,19 @@ class ImageClassifier(pl.LightningModule):
             ConfigError: ``net`` has another structure and cannot be rebuilt: it was quantized when it was given, or
                 the Trainer's strategy makes the optimizer before it reads checkpoints.
         """
-        wanted = checkpoint.get(CHECKPOINT_KEY)
-        if wanted is None or wanted == self.structure:
+        if CHECKPOINT_KEY not in checkpoint:
+            return
+        wanted = {"folded": False} | checkpoint[CHECKPOINT_KEY]  # of earlier versions: not folded
+        if wanted == self.structure:
+            return
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if strategy is not None and strategy.restore_checkpoint_after_setup:
+            raise ConfigError(
+                f"{type(strategy).__name__} makes the optimizer before it reads the checkpoint, and the checkpoint has "
+                "another structure than net: use ImageClassifier.load_from_checkpoint(path, net=net) first."
+            )
+        if isinstance(self.net, QuantizedModel) and wanted == self.structure | {"folded": True}:
+            fold_batch_norm(self.net)
             return
         (float_net,) = self._float
         if isinstance(float_net, QuantizedModel):
@@ -129,18 +142,13 @@ class ImageClassifier(pl.LightningModule):
                 "the checkpoint has another structure than net, and net was quantized when it was given: give the "
                 "float network, ImageClassifier(net=float_network, ...); the checkpoint quantizes it."
             )
-        strategy = None if self._trainer is None else self._trainer.strategy
-        if strategy is not None and strategy.restore_checkpoint_after_setup:
-            raise ConfigError(
-                f"{type(strategy).__name__} makes the optimizer before it reads the checkpoint, and the checkpoint has "
-                "another structure than net: use ImageClassifier.load_from_checkpoint(path, net=net) first."
-            )
         device, self.net = self.device, float_net
         if wanted["bits"] is not None:
             shape = wanted["example_shape"]
             example = None if shape is None else torch.zeros(1, *shape)
             bits = BitConfig.from_json(wanted["bits"])
-            self.net = quantize(float_net, bits, example_input=example, **wanted["options"])
+            quantized = quantize(float_net, bits, example_input=example, **wanted["options"])
+            self.net = fold_batch_norm(quantized) if wanted["folded"] else quantized
         self.net.to(device).train(self.training)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

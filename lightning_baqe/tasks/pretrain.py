@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def fit_to_checkpoint(
     checkpoint: Path | str,
     epochs: int,
     trainer: TrainerFactory = pl.Trainer,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Fit ``task`` and leave it with the weights of the epoch of best validation accuracy, of equals the last epoch.
 
@@ -82,6 +83,7 @@ def fit_to_checkpoint(
         checkpoint: if it exists, its weights are loaded and nothing is trained.
         epochs: of training; 1 or more.
         trainer: called with ``max_epochs`` and ``callbacks``; returns the Trainer.
+        callbacks: more of them. Where they change the structure of ``task.net``, it ends as it was in the best epoch.
 
     Raises:
         ConfigError: ``epochs`` out of range.
@@ -91,7 +93,7 @@ def fit_to_checkpoint(
         raise ConfigError(f"epochs={epochs!r}, but a whole number of 1 or more is wanted: change epochs.")
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
-        _fit(task, datamodule, checkpoint, epochs, trainer)
+        _fit(task, datamodule, checkpoint, epochs, trainer, callbacks)
     _load(task, checkpoint)
 
 
@@ -101,6 +103,7 @@ def _fit(
     checkpoint: Path,
     epochs: int,
     make_trainer: TrainerFactory,
+    callbacks: Sequence[pl.Callback],
 ) -> None:
     scratch = checkpoint.with_name(f"{checkpoint.stem}-training")
     metric = f"{task.hparams['log_prefix']}val/acc"
@@ -108,7 +111,7 @@ def _fit(
         scratch, "best", monitor=metric, mode="max", save_weights_only=True, enable_version_counter=False
     )
     last = ModelCheckpoint(scratch, "last", enable_version_counter=False)
-    trainer = make_trainer(max_epochs=epochs, callbacks=[best, last], num_sanity_val_steps=0)
+    trainer = make_trainer(max_epochs=epochs, callbacks=[*callbacks, best, last], num_sanity_val_steps=0)
     resume = scratch / "last.ckpt"
     with warnings.catch_warnings():
         # To find it not empty is what resuming is about.
