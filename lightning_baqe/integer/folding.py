@@ -18,6 +18,7 @@ from torch import nn
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
 from lightning_baqe.integer.dyadic import MAX_SHIFT, Dyadic
 from lightning_baqe.integer.nodes import INT32_MAX
+from lightning_baqe.quantization.batch_norm import gain_and_shift
 from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
 
 MAX_BIAS = 2.0**29
@@ -56,15 +57,7 @@ def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> Affin
     Raises:
         UnsupportedModelError: it has no running statistics.
     """
-    if norm.running_mean is None or norm.running_var is None:
-        raise UnsupportedModelError(
-            f"the batch norm at {name!r} keeps no running statistics; use track_running_stats=True"
-        )
-    mean, variance = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double().cpu()
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double().cpu()
-    gain = gamma / torch.sqrt(variance + norm.eps)
-    return Affine(gain, beta - mean * gain)
+    return Affine(*gain_and_shift(norm, name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,7 @@ def gain_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> tuple[to
     """What a batch norm does in eval mode, ``gain * x + shift``: float64 on the CPU, both of shape ``(channels,)``.
 
     Args:
-        name: its module path.
+        name: its module path, or that of the layer before it.
 
     Raises:
         UnsupportedModelError: it has no running statistics.
@@ -94,7 +94,7 @@ def gain_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> tuple[to
 def _require_statistics(norm: Any, name: str) -> None:
     if norm.running_mean is None or norm.running_var is None:
         raise UnsupportedModelError(
-            f"the batch norm {name!r} keeps no running statistics; make it with track_running_stats=True, and train it"
+            f"the batch norm at {name!r} keeps no running statistics; use track_running_stats=True, and train it"
         )
 
 
