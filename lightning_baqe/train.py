@@ -323,6 +323,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     Raises:
         BaqeError: whatever went wrong on purpose.
     """
+    from lightning_baqe.callbacks import Distillation
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel, check_options, quantize
@@ -332,8 +333,12 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
     check_options(**options)
     callbacks = _batch_norm_callbacks(cfg)
+    distillation = Distillation(weight=cfg.qat.distillation, temperature=cfg.qat.temperature)
     datamodule, task, make_trainer = _prepare(cfg, run_dir)
     example, net = datamodule.example_input, task.net.cpu()
+    if distillation.weight > 0:
+        distillation.teacher = net
+        callbacks.append(distillation)
     if cfg.bits.file is not None:
         try:
             bits = BitConfig.from_json(Path(cfg.bits.file).expanduser())

@@ -294,7 +294,10 @@ def test_qat_with_frozen_batch_norms(fold: bool, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(FreezeBatchNorm, "on_train_epoch_start", spy)
     options = ["qat.freeze_batch_norm_after=1", f"qat.fold_batch_norm={fold}", "qat.calibration_batches=1"]
-    assert main(["recipe=qat", *SMALLEST, *options, "qat.epochs=2", "logger=none", f"run_dir={tmp_path}/run"]) == 0
+    options += ["qat.distillation=0.5", "trainer.log_every_n_steps=1"]
+    assert main(["recipe=qat", *SMALLEST, *options, "qat.epochs=2", "logger=csv", f"run_dir={tmp_path}/run"]) == 0
+    logged = "\n".join(path.read_text() for path in (tmp_path / "run").rglob("metrics.csv"))
+    assert "distillation_loss" in logged
     assert seen == [(3, True), (0, False) if fold else (3, False)]
     assert 0 <= summary_of(tmp_path / "run")["trials"][0]["accuracy"] <= 1
 
