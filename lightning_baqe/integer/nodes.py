@@ -11,70 +11,38 @@ is checked to fit 32 bits on construction, so no rounding can occur.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer.dyadic import Dyadic, rounding_shift
-from lightning_baqe.quantization.pointwise import Pointwise
+from lightning_baqe.integer.float_nodes import (
+    FloatAdd,
+    FloatAffine,
+    FloatAvgPool,
+    FloatConv,
+    FloatFunction,
+    FloatLinear,
+    FloatMul,
+)
+from lightning_baqe.integer.node import Node, TensorType, per_channel, window_sums
+
+__all__ = [
+    "NODE_TYPES", "Add", "Affine", "AvgPool", "Clip", "Concat", "Conv", "Dequantize", "Flatten", "FloatAdd",
+    "FloatAffine", "FloatAvgPool", "FloatConv", "FloatFunction", "FloatLinear", "FloatMul", "Gather", "Input", "Linear",
+    "MaxPool", "Mul", "Node", "Quantize", "Requantize", "Table", "TensorType", "check_accumulator",
+]  # fmt: skip
 
 INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class TensorType:
-    """The type of one value, without the batch dimension.
-
-    Args:
-        shape: ``(channels, height, width)`` or ``(features,)``.
-        low, high: inclusive integer range; both None for a float32 value.
-        scale, zero_point: the real value is ``scale * (q - zero_point)``; scale 0 where it differs by channel.
-    """
-
-    shape: tuple[int, ...]
-    low: int | None = None
-    high: int | None = None
-    scale: float = 1.0
-    zero_point: int = 0
-
-    @property
-    def is_integer(self) -> bool:
-        return self.low is not None
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Node(ABC):
-    """Base of all operators.
-
-    Args:
-        name: unique in its graph.
-        inputs: names of the nodes whose outputs it reads.
-        type: the type of its output.
-    """
-
-    kind: ClassVar[str]
-    is_float: ClassVar[bool] = False  # does float arithmetic on values inside the network
-    name: str
-    inputs: tuple[str, ...]
-    type: TensorType
-
-    @abstractmethod
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        """Compute the output, shape ``(n, *type.shape)``."""
 
 
 def _clip(values: torch.Tensor, kind: TensorType) -> torch.Tensor:
     assert kind.low is not None
     assert kind.high is not None
     return values.clamp(kind.low, kind.high)
-
-
-def _per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values if values.ndim == 0 else values.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,7 +82,7 @@ class Dequantize(Node):
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         shifted = (values[0] - self.zero_point).to(torch.float32)
-        return shifted * _per_channel(self.scale.to(torch.float32), shifted)
+        return shifted * per_channel(self.scale.to(torch.float32), shifted)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -158,7 +126,7 @@ class Conv(Node):
         padded = functional.pad(values[0].to(torch.float64), (left, right, top, bottom), value=float(self.pad_value))
         weight = self.weight.to(torch.float64)
         acc = functional.conv2d(padded, weight, None, self.stride, 0, self.dilation, self.groups)
-        acc = acc.to(torch.int64) + _per_channel(self.bias, acc)
+        acc = acc.to(torch.int64) + per_channel(self.bias, acc)
         if self.requant is None:
             return acc
         return _clip(self.requant.apply(acc, 1, self.fraction) + self.type.zero_point, self.type)
@@ -372,114 +340,6 @@ class Flatten(Node):
         return values[0].reshape(len(values[0]), *self.type.shape)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FloatConv(Node):
-    """Float32 convolution with bias and, if ``relu``, a ReLU; fields as :class:`Conv`."""
-
-    kind = "float_conv"
-    is_float = True
-    layer: str
-    weight: torch.Tensor
-    bias: torch.Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-    relu: bool
-
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        top, bottom, left, right = self.padding
-        padded = functional.pad(values[0], (left, right, top, bottom))
-        out = functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-        return out.relu() if self.relu else out
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FloatLinear(Node):
-    """Float32 matrix product; weight ``(out, in)``."""
-
-    kind = "float_linear"
-    is_float = True
-    layer: str
-    weight: torch.Tensor
-    bias: torch.Tensor
-    relu: bool
-
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        out = functional.linear(values[0], self.weight, self.bias)
-        return out.relu() if self.relu else out
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FloatAdd(Node):
-    """Float32 sum of two values and, if ``relu``, a ReLU."""
-
-    kind = "float_add"
-    is_float = True
-    relu: bool
-
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        out = values[0] + values[1]
-        return out.relu() if self.relu else out
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FloatFunction(Node):
-    """A pointwise float32 function by name, with its parameters; see :mod:`lightning_baqe.quantization.pointwise`."""
-
-    kind = "float_function"
-    is_float = True
-    function: str
-    parameters: tuple[float, ...]
-
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return Pointwise(self.function, self.parameters)(values[0])
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FloatAffine(Node):
-    """Float32 ``x * gain + shift``, both of shape ``(channels,)``."""
-
-    kind = "float_affine"
-    is_float = True
-    gain: torch.Tensor
-    shift: torch.Tensor
-
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return values[0] * _per_channel(self.gain, values[0]) + _per_channel(self.shift, values[0])
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FloatMul(Node):
-    """Float32 product of two values; the second has the first's shape, or ``(channels, 1, 1)``."""
-
-    kind = "float_mul"
-    is_float = True
-
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return values[0] * values[1]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FloatAvgPool(Node):
-    """Float32 average pooling, ``sum * factor`` over each window as in :class:`AvgPool`.
-
-    Args:
-        rows, columns: as in :class:`AvgPool`.
-        factors: float32, shape ``()`` or ``(out_height * out_width,)``.
-    """
-
-    kind = "float_avg_pool"
-    is_float = True
-    rows: torch.Tensor
-    columns: torch.Tensor
-    factors: torch.Tensor
-
-    def run(self, *values: torch.Tensor) -> torch.Tensor:
-        total = window_sums(values[0], self.rows, self.columns)
-        return (total.flatten(2) * self.factors).reshape(total.shape)
-
-
 NODE_TYPES: dict[str, type[Node]] = {
     cls.kind: cls
     for cls in (
@@ -487,21 +347,6 @@ NODE_TYPES: dict[str, type[Node]] = {
         Gather, Flatten, FloatConv, FloatLinear, FloatAdd, FloatMul, FloatAffine, FloatFunction, FloatAvgPool,
     )
 }  # fmt: skip
-
-
-def window_sums(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Sums over windows.
-
-    Args:
-        values: ``(n, channels, height, width)``.
-        rows: int64, ``(out_height, 2)``, first and one past the last of each window.
-        columns: likewise, ``(out_width, 2)``.
-
-    Returns:
-        ``(n, channels, out_height, out_width)``, of the same type.
-    """
-    by_row = torch.stack([values[:, :, first:end].sum(2) for first, end in rows.tolist()], 2)
-    return torch.stack([by_row[:, :, :, first:end].sum(3) for first, end in columns.tolist()], 3)
 
 
 def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, input_range: tuple[int, int]) -> None:

@@ -56,6 +56,8 @@ class Operators(Builder):
     def fused_relu(self, node: fx.Node) -> bool:
         """Whether the only consumer is a ReLU; it is then taken to be fused."""
         consumers = self.reader.consumers[node]
+        while len(consumers) == 1 and self.reader[consumers[0]].kind in ("identity", "dropout"):
+            consumers = self.reader.consumers[consumers[0]]
         fused = len(consumers) == 1 and self.reader[consumers[0]].kind == "relu"
         if fused:
             self.done.add(consumers[0])
