@@ -31,7 +31,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
 from lightning_baqe.deploy.dot import quad_of, step
-from lightning_baqe.deploy.emit import fill_halo, requantized_high
+from lightning_baqe.deploy.emit import fill_halo, halves, requantized_high
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.errors import ConfigError
 
@@ -317,7 +317,7 @@ def _epilogue(spec: ConvSpec, acc: Any, numbers: Any, channel: Any, residual: An
     fractions = numbers[T.ramp(spec.result.stored + channel, 1, lanes)]
     width = "int32" if spec.narrow or spec.high else "int64"
     if spec.high:
-        value = requantized_high(acc, multipliers, fractions, params[PARAMS.index("shift")], lanes)
+        value = requantized_high(acc, multipliers, halves(fractions, lanes), params[PARAMS.index("shift")], lanes)
     else:
         m, fraction = (T.Cast(f"int64x{lanes}", part) for part in (multipliers, fractions))
         value = _rounded(T.Cast(f"int64x{lanes}", acc) * m + fraction, params, "shift", "int64", lanes)

@@ -24,7 +24,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.deploy.dot import fma, vpdpbusd, vpmaddwd
-from lightning_baqe.deploy.emit import cast, clip, fill_halo, param, requantized_high, rounding_shift
+from lightning_baqe.deploy.emit import cast, clip, fill_halo, halves, param, requantized_high, rounding_shift
 from lightning_baqe.deploy.layout import Layout
 
 DEPTHWISE_PARAMS = 5  # int64: shift, zero point, low, high, the halo's value
@@ -197,7 +197,7 @@ def _finished(spec: DepthwiseSpec, acc: Any, numbers: Any, channel: Any, params:
     fractions = numbers[T.ramp(spec.result.stored + channel, 1, lanes)]
     width = "int32" if spec.narrow or spec.high else "int64"
     if spec.high:
-        value = requantized_high(acc, multipliers, fractions, params[0], lanes)
+        value = requantized_high(acc, multipliers, halves(fractions, lanes), params[0], lanes)
     else:
         wide = cast("int64", lanes, acc) * cast("int64", lanes, multipliers) + cast("int64", lanes, fractions)
         value = cast(width, lanes, rounding_shift(wide, params[0], "int64", lanes))

@@ -24,6 +24,7 @@ from lightning_baqe.deploy.target import CpuTarget
 _VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
 _PMADDUBSW = "llvm.x86.avx2.pmadd.ub.sw"
 _PMADDWD = "llvm.x86.avx2.pmadd.wd"
+_VPERMI2B = "llvm.x86.avx512.vpermi2var.qi.512"
 INT16_MAX = 2**15 - 1
 CHAINS = (32, 16, 8, 4, 2, 1)
 
@@ -40,6 +41,12 @@ def vpdpbusd(acc: Any, unsigned: Any, signed: Any, lanes: int) -> Any:
 def vpmaddwd(a: Any, b: Any, lanes: int) -> Any:
     """The sums of the two products of each lane's int16; lanes must be 8."""
     return _intrinsic(_PMADDWD, a, b, dtype=f"int32x{lanes}")
+
+
+def look_up_64(table: list[Any], index: Any) -> Any:
+    """``table[index]`` for 64 bytes: four vectors of 64 entries each, by AVX512-VBMI's ``vpermi2b``."""
+    low, high = (_intrinsic(_VPERMI2B, a, index, b, dtype="uint8x64") for a, b in (table[:2], table[2:]))
+    return T.Select(index >= T.broadcast(T.uint8(128), 64), high, low)
 
 
 def fma(acc: Any, a: Any, b: Any, lanes: int) -> Any:

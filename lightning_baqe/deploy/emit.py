@@ -48,26 +48,33 @@ def clip(value: Any, params: Any, low: int, dtype: str, lanes: int) -> Any:
     return T.min(T.max(value, param(params, low, dtype, lanes)), param(params, low + 1, dtype, lanes))
 
 
-def requantized_high(acc: Any, multipliers: Any, fractions: Any, amount: Any, lanes: int) -> Any:
-    """``(acc * multipliers + fractions + 2^(amount-1)) >> amount`` of int32 vectors, for an amount of 32 or more.
+def halves(value: Any, lanes: int) -> tuple[Any, Any]:
+    """The even and the odd lanes of an int32 vector, widened to int64."""
+    pairs = T.reinterpret(value, dtype=f"int64x{lanes // 2}")
+    thirty_two = T.broadcast(T.int64(32), lanes // 2)
+    return T.shift_right(T.shift_left(pairs, thirty_two), thirty_two), T.shift_right(pairs, thirty_two)
+
+
+def requantized_high(value: Any, multipliers: Any, terms: tuple[Any, Any] | None, amount: Any, lanes: int) -> Any:
+    """``(value * multipliers + terms + 2^(amount-1)) >> amount`` as int32, for an amount of 32 or more.
 
     Only the upper halves of the 64-bit sums matter then, so that one 32-bit shift finishes both. Even and odd lanes are
     multiplied apart, as the instructions do it.
+
+    Args:
+        value, multipliers: int32 vectors.
+        terms: int64 vectors of the even and the odd lanes, or None.
+        amount: an int64 scalar.
+        lanes: of the int32 vectors.
     """
     half = T.broadcast(T.shift_left(T.int64(1), amount - T.int64(1)), lanes // 2)
-    thirty_two = T.broadcast(T.int64(32), lanes // 2)
-
-    def halves(value: Any) -> tuple[Any, Any]:
-        pairs = T.reinterpret(value, dtype=f"int64x{lanes // 2}")
-        return T.shift_right(T.shift_left(pairs, thirty_two), thirty_two), T.shift_right(pairs, thirty_two)
-
-    parts = [halves(value) for value in (acc, multipliers, fractions)]
+    added = (half, half) if terms is None else (terms[0] + half, terms[1] + half)
     even, odd = (
-        T.reinterpret(a * m + (fraction + half), dtype=f"int32x{lanes}") for a, m, fraction in zip(*parts, strict=True)
+        T.reinterpret(a * m + term, dtype=f"int32x{lanes}")
+        for a, m, term in zip(halves(value, lanes), halves(multipliers, lanes), added, strict=True)
     )
     order = [index for lane in range(1, lanes, 2) for index in (lane, lanes + lane)]
-    upper = T.Shuffle([even, odd], order)
-    return T.shift_right(upper, T.broadcast(T.Cast("int32", amount - T.int64(32)), lanes))
+    return T.shift_right(T.Shuffle([even, odd], order), T.broadcast(T.Cast("int32", amount - T.int64(32)), lanes))
 
 
 def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:

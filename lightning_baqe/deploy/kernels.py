@@ -16,7 +16,7 @@ from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, build_depthw
 from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.movement_templates import MoveSpec, build_move
-from lightning_baqe.deploy.pixel_templates import PixelSpec, build_pack, build_pointwise, build_unpack
+from lightning_baqe.deploy.pixel_templates import PixelSpec, build_byte_table, build_pack, build_pointwise, build_unpack
 from lightning_baqe.deploy.pool_template import PoolSpec, build_pool
 from lightning_baqe.deploy.target import CpuTarget
 
@@ -60,6 +60,8 @@ class Call:
                 return build_pack(spec)
             case PixelSpec(op="logits" | "unpack"):
                 return build_unpack(spec)
+            case PixelSpec(vbmi=True):
+                return build_byte_table(spec)
             case PixelSpec():
                 return build_pointwise(spec)
 

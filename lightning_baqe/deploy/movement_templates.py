@@ -27,16 +27,16 @@ class MoveSpec:
         op: ``concat``, ``gather``, ``flatten``, ``copy``.
         sources: layouts; one but for ``concat``.
         result: layout.
-        channels: of ``gather``: ``run``, consecutive ones from ``first`` on, or ``index``, by a table.
-        first: the first channel of a run.
+        channels: of ``gather``: ``runs``, or ``index``, by a table.
+        firsts: the first channels of runs that take turns: one is a slice, two or more are shuffled together.
         pixels: of ``gather``: rows and columns are given by tables, too.
     """
 
     op: str
     sources: tuple[Layout, ...]
     result: Layout
-    channels: str = "run"
-    first: int = 0
+    channels: str = "runs"
+    firsts: tuple[int, ...] = (0,)
     pixels: bool = False
 
 
@@ -120,15 +120,22 @@ def _gather(spec: MoveSpec, sources: list[Any], tables: list[Any], params: Any, 
                 value = buffer[base + T.max(tables[0][c], 0)]
                 put(out, select(there, value, 1), pixel + c, 1)
         else:
+            turns = len(spec.firsts)
+            steps = result.channels // turns
 
-            def move(channel: Any, lanes: int) -> None:
-                value = at(buffer, base + spec.first + channel, lanes)
-                put(out, select(present, value, lanes), pixel + channel, lanes)
+            def move(step: Any, lanes: int) -> None:
+                parts = [at(buffer, base + first + step, lanes) for first in spec.firsts]
+                for turn, part in enumerate(parts):
+                    value = part
+                    if turns > 1 and lanes > 1:
+                        order = [i % turns * lanes + i // turns for i in range(turn * lanes, (turn + 1) * lanes)]
+                        value = T.Shuffle(parts, order)
+                    put(out, select(present, value, lanes), pixel + step * turns + turn * lanes, lanes)
 
-            # Floats take no other channels along as spare ones.
-            is_all = spec.first == 0 and result.channels == source.channels
-            whole = is_all or result.dtype != "float32"
-            _run(result.channels, source.stored - spec.first if whole else result.channels, move)
+            # A slice may take its neighbours along as spare channels; but those of floats are 0.
+            is_all = spec.firsts == (0,) and result.channels == source.channels
+            may_take_more = turns == 1 and (is_all or result.dtype != "float32")
+            _run(steps, source.stored - spec.firsts[0] if may_take_more else steps, move)
         fill_spare(result, out, pixel)
 
 

@@ -10,8 +10,8 @@ Every kernel takes its values first, then the constants of its operator, then ``
 | requantize | | input zero point, multiplier, shift, zero point, low, high |
 | add | | multiplier a, multiplier b, offset, shift, zero point, low, high |
 | mul | | zero point a, zero point b, multiplier, shift, zero point, low, high |
-| affine | int32 multipliers, int64 offsets by stored channel | input zero point, shift, zero point, low, high |
-| table | entries of the result's type | lowest input, where it is stored in 32 bits |
+| affine | int32 multipliers, int64 offsets by stored channel (below) | input zero point, shift, zero point, low, high |
+| table | entries of the result's type (below) | lowest input |
 | clip | | low, high |
 | pack, quantize | float32 inverse scale (where the result is an integer) | zero point, low, high |
 | dequantize | float32 scales by stored channel | zero point |
@@ -19,6 +19,9 @@ Every kernel takes its values first, then the constants of its operator, then ``
 | float_function | float32 parameters, 2 | |
 | float_affine | float32 gains, then shifts by stored channel | |
 | float_add, float_mul, unpack | | |
+
+Of each 16 offsets of an affine operator the even ones come first. A table has an entry for each integer of its input's
+range; but 256 in the order of the byte's value where its input is stored in one.
 """
 
 from __future__ import annotations
@@ -32,11 +35,24 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.deploy import float_functions
-from lightning_baqe.deploy.emit import at, cast, clip, fill_halo, fill_spare, param, put, rounding_shift, splat
+from lightning_baqe.deploy.dot import look_up_64
+from lightning_baqe.deploy.emit import (
+    at,
+    cast,
+    clip,
+    fill_halo,
+    fill_spare,
+    param,
+    put,
+    requantized_high,
+    rounding_shift,
+    splat,
+)
 from lightning_baqe.deploy.layout import VECTOR, Layout
 
 PIXEL_PARAMS = 8  # int64: meaning by operator, the last is the halo's value
 PAD = PIXEL_PARAMS - 1
+MOST_SHUFFLED = 4  # channels of an image
 
 
 @dataclass(frozen=True)
@@ -48,9 +64,11 @@ class PixelSpec:
         source, result: layouts.
         other: layout of the second operand of a sum or a product; one pixel is taken for all.
         narrow: products and sums fit 32 bits.
+        high: what is requantized fits 32 bits, and the shift is 32 or more.
         relu: of float sums.
         entries: of a table.
         function: name of a float function.
+        vbmi: of a table from bytes to bytes, with these instructions.
     """
 
     op: str
@@ -58,16 +76,27 @@ class PixelSpec:
     result: Layout
     other: Layout | None = None
     narrow: bool = True
+    high: bool = False
     relu: bool = False
     entries: int = 0
     function: str = ""
+    vbmi: bool = False
+
+
+def _rescaled(spec: PixelSpec, value: Any, params: Any, first: int, lanes: int) -> Any:
+    """The value times one factor, onto the result's grid; params from ``first`` on: multiplier, shift, and the rest."""
+    width = "int32" if spec.narrow or spec.high else "int64"
+    if spec.high:
+        scaled = requantized_high(value, param(params, first, "int32", lanes), None, params[first + 1], lanes)
+    else:
+        scaled = rounding_shift(value * param(params, first, width, lanes), params[first + 1], width, lanes)
+    out = clip(scaled + param(params, first + 2, width, lanes), params, first + 3, width, lanes)
+    return cast(spec.result.dtype, lanes, out)
 
 
 def _requantized(spec: PixelSpec, value: Any, params: Any, lanes: int) -> Any:
-    width = "int32" if spec.narrow else "int64"
-    shifted = cast(width, lanes, value) - param(params, 0, width, lanes)
-    scaled = rounding_shift(shifted * param(params, 1, width, lanes), params[2], width, lanes)
-    return cast(spec.result.dtype, lanes, clip(scaled + param(params, 3, width, lanes), params, 4, width, lanes))
+    width = "int32" if spec.narrow or spec.high else "int64"
+    return _rescaled(spec, cast(width, lanes, value) - param(params, 0, width, lanes), params, 1, lanes)
 
 
 def _added(spec: PixelSpec, a: Any, b: Any, params: Any, lanes: int) -> Any:
@@ -82,18 +111,27 @@ def _added(spec: PixelSpec, a: Any, b: Any, params: Any, lanes: int) -> Any:
 
 
 def _multiplied(spec: PixelSpec, a: Any, b: Any, params: Any, lanes: int) -> Any:
-    width = "int32" if spec.narrow else "int64"
+    width = "int32" if spec.high else "int64"
     first = cast(width, lanes, a) - param(params, 0, width, lanes)
     product = first * (cast(width, lanes, b) - param(params, 1, width, lanes))
-    scaled = cast("int64", lanes, product) * param(params, 2, "int64", lanes)
-    out = rounding_shift(scaled, params[3], "int64", lanes) + param(params, 4, "int64", lanes)
-    return cast(spec.result.dtype, lanes, clip(out, params, 5, "int64", lanes))
+    return _rescaled(spec, product, params, 2, lanes)
 
 
-def _affine(spec: PixelSpec, value: Any, multipliers: Any, offsets: Any, params: Any, lanes: int) -> Any:
-    shifted = cast("int64", lanes, value) - param(params, 0, "int64", lanes)
-    scaled = rounding_shift(shifted * cast("int64", lanes, multipliers) + offsets, params[1], "int64", lanes)
-    return cast(spec.result.dtype, lanes, clip(scaled + param(params, 2, "int64", lanes), params, 3, "int64", lanes))
+def _affine(spec: PixelSpec, value: Any, constants: list[Any], channel: Any, params: Any, lanes: int) -> Any:
+    multipliers, offsets = constants
+    wide = "int32" if spec.high else "int64"
+    shifted = cast(wide, lanes, value) - param(params, 0, wide, lanes)
+    factors = at(multipliers, channel, lanes)
+    half = lanes // 2
+    terms = at(offsets, channel, half), at(offsets, channel + half, half)
+    if spec.high:
+        scaled = requantized_high(shifted, factors, terms, params[1], lanes)
+    else:
+        order = [index for lane in range(half) for index in (lane, half + lane)]
+        total = shifted * cast("int64", lanes, factors) + T.Shuffle(list(terms), order)
+        scaled = rounding_shift(total, params[1], "int64", lanes)
+    out = clip(scaled + param(params, 2, wide, lanes), params, 3, wide, lanes)
+    return cast(spec.result.dtype, lanes, out)
 
 
 def _quantized(spec: PixelSpec, value: Any, factor: Any, params: Any, lanes: int) -> Any:
@@ -108,7 +146,7 @@ def _looked_up(spec: PixelSpec, value: Any, table: Any, params: Any) -> Any:
     if spec.source.dtype == "int32":
         index = T.min(T.max(T.Cast("int64", value) - params[0], T.int64(0)), T.int64(spec.entries - 1))
         return table[T.Cast("int32", index)]
-    return table[T.Cast("int32", value) + (128 if spec.source.dtype == "int8" else 0)]
+    return table[T.Cast("int32", T.reinterpret(value, dtype="uint8"))]
 
 
 def _constants(spec: PixelSpec) -> list[Any]:
@@ -133,8 +171,7 @@ def _value(spec: PixelSpec, values: list[Any], constants: list[Any], params: Any
         case "mul":
             return _multiplied(spec, a, b, params, lanes)
         case "affine":
-            multipliers, offsets = (at(constant, channel, lanes) for constant in constants)
-            return _affine(spec, a, multipliers, offsets, params, lanes)
+            return _affine(spec, a, constants, channel, params, lanes)
         case "table":
             return _looked_up(spec, a, constants[0], params)
         case "clip":
@@ -187,19 +224,40 @@ def build_pointwise(spec: PixelSpec) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
+def build_byte_table(spec: PixelSpec) -> Any:
+    """A table from bytes to bytes, 64 at once: rows of both images are alike, but for their halos."""
+    source, result = spec.source, spec.result
+    values = result.width * result.stored
+    lanes = 64
+
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("byte_table")
+        X = B.arg("X", B.buffer((source.length,), source.dtype))
+        table = B.arg("T", B.buffer((256,), result.dtype))
+        P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
+        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
+        B.func_attr({"tirx.noalias": True})
+        fill_halo(result, Y, P[PAD])
+        parts = [B.Bind(T.reinterpret(at(table, lanes * i, lanes), dtype=f"uint8x{lanes}")) for i in range(4)]
+        with B.serial(result.height) as y, B.serial(-(-values // lanes)) as v:
+            # The last vector of a row is moved back over its neighbour.
+            first = T.min(v * lanes, T.int32(values - lanes)) if values % lanes else v * lanes
+            index = T.reinterpret(at(X, source.origin() + y * source.row + first, lanes), dtype=f"uint8x{lanes}")
+            found = T.reinterpret(look_up_64(parts, index), dtype=f"{result.dtype}x{lanes}")
+            put(Y, found, result.origin() + y * result.row + first, lanes)
+    return builder.get()
+
+
+@functools.lru_cache(maxsize=256)
 def build_pack(spec: PixelSpec) -> Any:
     """The network's input, ``(1, channels, height, width)`` float32, into our layout; quantized if the layout is.
 
-    One row of one channel at a time is converted in vectors, then spread over the pixels.
+    An image of few channels, stored without spare ones, is shuffled together in vectors; of any other, one row of one
+    channel at a time is converted, then spread over the pixels.
     """
     result = spec.result
     channels, height, width = result.channels, result.height, result.width
-    stored, halo = result.stored, result.halo
     is_float = result.dtype == "float32"
-    to_result = result.origin()
-    padded = -(-width // 16) * 16
-    # Everything outside the image and every channel beyond the logical ones holds the pad value: one fill for all.
-    fill_first = halo > 0 or stored > channels
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
         B.func_name("pack")
@@ -208,17 +266,46 @@ def build_pack(spec: PixelSpec) -> Any:
         P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
         Y = B.arg("Y", B.buffer((result.length,), result.dtype))
         B.func_attr({"tirx.noalias": True})
-        line = B.alloc_buffer((padded,), result.dtype, scope="local")
-        if fill_first:
-            with B.serial(result.length) as i:
-                B.buffer_store(Y, T.Cast(result.dtype, P[PAD]), [i])
-        with B.serial(height) as y, B.serial(channels) as c:
-            with B.serial(width) as x:
-                value = X[0, c, y, x]
-                B.buffer_store(line, value if factor is None else _quantized(spec, value, factor[0], P, 1), [x])
-            with B.serial(width) as x:
-                B.buffer_store(Y, line[x], [to_result + y * result.row + x * stored + c])
+
+        def convert(value: Any, lanes: int) -> Any:
+            return value if factor is None else _quantized(spec, value, factor[0], P, lanes)
+
+        if result.stored == channels <= MOST_SHUFFLED:
+            fill_halo(result, Y, P[PAD])
+            _pack_dense(result, X, Y, convert)
+        else:
+            _pack_spread(result, X, Y, P, convert)
     return builder.get()
+
+
+def _pack_dense(result: Layout, image: Any, out: Any, convert: Any) -> None:
+    channels, width, lanes = result.channels, result.width, VECTOR
+    with B.serial(result.height) as y:
+        to = result.origin() + y * result.row
+        if width >= lanes:
+            with B.serial(-(-width // lanes)) as v:
+                # The last vector of a row is moved back over its neighbour.
+                first = T.min(v * lanes, T.int32(width - lanes)) if width % lanes else v * lanes
+                parts = [B.Bind(convert(image[0, c, y, T.ramp(first, 1, lanes)], lanes)) for c in range(channels)]
+                for turn in range(channels):
+                    order = [i % channels * lanes + i // channels for i in range(turn * lanes, (turn + 1) * lanes)]
+                    value = T.Shuffle(parts, order) if channels > 1 else parts[0]
+                    put(out, value, to + first * channels + turn * lanes, lanes)
+        else:
+            with B.serial(width) as x, B.serial(channels) as c:
+                put(out, convert(image[0, c, y, x], 1), to + x * channels + c, 1)
+
+
+def _pack_spread(result: Layout, image: Any, out: Any, params: Any, convert: Any) -> None:
+    line = B.alloc_buffer((-(-result.width // VECTOR) * VECTOR,), result.dtype, scope="local")
+    # Everything outside the image and every channel beyond the logical ones holds the pad value: one fill for all.
+    with B.serial(result.length) as i:
+        B.buffer_store(out, T.Cast(result.dtype, params[PAD]), [i])
+    with B.serial(result.height) as y, B.serial(result.channels) as c:
+        with B.serial(result.width) as x:
+            B.buffer_store(line, convert(image[0, c, y, x], 1), [x])
+        with B.serial(result.width) as x:
+            B.buffer_store(out, line[x], [result.origin() + y * result.row + x * result.stored + c])
 
 
 @functools.lru_cache(maxsize=256)

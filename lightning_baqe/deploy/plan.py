@@ -173,7 +173,7 @@ class _Planner:
                 names = [self._value(name, node) for name in node.inputs]
                 kinds = [self.values.by_name[name].type for name in node.inputs]
                 sources = [self.values.layouts[name] for name in names]
-                self._pixels(node.name, pixel_kernel(node, sources, kinds, result), names)
+                self._pixels(node.name, pixel_kernel(node, sources, kinds, result, self.target), names)
 
     def _conv(self, node: Any, add: ir.Add | None) -> None:
         result = (add or node).name

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from lightning_baqe.deploy import float_functions
-from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.layout import VECTOR, Layout
 from lightning_baqe.deploy.movement_templates import MOVE_PARAMS, MoveSpec
 from lightning_baqe.deploy.pixel_templates import PIXEL_PARAMS, PixelSpec
 from lightning_baqe.deploy.pool_template import POOL_PARAMS, PoolSpec
+from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer import nodes as ir
 
@@ -42,7 +43,9 @@ class Kernel:
         return (*self.constants, full)
 
 
-def pixel_kernel(node: ir.Node, sources: list[Layout], kinds: list[ir.TensorType], result: Layout) -> Kernel:
+def pixel_kernel(
+    node: ir.Node, sources: list[Layout], kinds: list[ir.TensorType], result: Layout, target: CpuTarget
+) -> Kernel:
     """The kernel of a node.
 
     Args:
@@ -50,6 +53,7 @@ def pixel_kernel(node: ir.Node, sources: list[Layout], kinds: list[ir.TensorType
         sources: layouts of its inputs.
         kinds: types of its inputs.
         result: layout of its output.
+        target: for which CPU.
 
     Raises:
         BuildError: no kernel computes it.
@@ -63,25 +67,31 @@ def pixel_kernel(node: ir.Node, sources: list[Layout], kinds: list[ir.TensorType
             factors = by_channel(node.scale.expand(result.channels), result, np.float32)
             return Kernel(PixelSpec("dequantize", source, result), (node.zero_point,), [factors])
         case ir.Requantize():
+            if _bytes_to_bytes(source, result, target):
+                return _byte_table(node, source, result)
             m, shift = int(node.requant.multiplier), node.requant.shift
-            spec = PixelSpec("requantize", source, result, narrow=_narrow_requantize(node, kinds[0]))
+            narrow, high = _requantize_width(node, kinds[0])
+            spec = PixelSpec("requantize", source, result, narrow=narrow, high=high)
             return Kernel(spec, (node.input_zero_point, m, shift, *limits))
         case ir.Add():
             spec = PixelSpec("add", source, result, sources[1], narrow=narrow_add(node, kinds))
             return Kernel(spec, (*node.multipliers, node.offset, node.shift, *limits))
         case ir.Mul():
-            narrow = all(layout.dtype != "int32" for layout in sources)
             m, shift = int(node.requant.multiplier), node.requant.shift
-            spec = PixelSpec("mul", source, result, sources[1], narrow=narrow)
+            reach = [_reach(kind, point) for kind, point in zip(kinds, node.input_zero_points, strict=True)]
+            high = shift >= 32 and reach[0] * reach[1] <= INT32_MAX
+            spec = PixelSpec("mul", source, result, sources[1], narrow=False, high=high)
             return Kernel(spec, (*node.input_zero_points, m, shift, *limits))
         case ir.Affine():
             multipliers = by_channel(node.requant.multiplier.expand(result.channels), result, np.int32)
-            constants = [multipliers, by_channel(node.offset, result, np.int64)]
-            return Kernel(
-                PixelSpec("affine", source, result), (node.input_zero_point, node.requant.shift, *limits), constants
-            )
+            offsets = by_channel(node.offset, result, np.int64).reshape(-1, VECTOR // 2, 2).transpose(0, 2, 1)
+            # With 2^61 of offset and as much of rounding, one bit more is wanted than elsewhere.
+            high = node.requant.shift >= 33 and _reach(kinds[0], node.input_zero_point) <= INT32_MAX
+            spec = PixelSpec("affine", source, result, narrow=False, high=high)
+            params = (node.input_zero_point, node.requant.shift, *limits)
+            return Kernel(spec, params, [multipliers, np.ascontiguousarray(offsets).ravel()])
         case ir.Table():
-            return _table(node, source, kinds[0], result)
+            return _table(node, source, kinds[0], result, target)
         case ir.Clip():
             return Kernel(PixelSpec("clip", source, result), limits[1:])
         case ir.MaxPool():
@@ -152,18 +162,38 @@ def _floats(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout) -> Kernel:
+def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout, target: CpuTarget) -> Kernel:
     if kind.low != node.input_low or kind.high != node.input_low + len(node.table) - 1:
         raise BuildError(
             f"{node.name!r}: a table of {len(node.table)} entries from {node.input_low} on does not fit its input's "
             f"range {kind.low}..{kind.high}; give one entry for each integer of the range"
         )
+    if _bytes_to_bytes(source, result, target):
+        return _byte_table(node, source, result)
     table = node.table.numpy()
-    if source.dtype != "int32":  # an entry for whatever 8 bits may hold, spare channels included
-        stored = np.arange(256) - (128 if source.dtype == "int8" else 0)
-        table = table[np.clip(stored - node.input_low, 0, len(table) - 1)]
+    if source.dtype != "int32":
+        table = table[np.clip(_byte_values(source) - node.input_low, 0, len(table) - 1)]
     spec = PixelSpec("table", source, result, entries=len(table))
     return Kernel(spec, (node.input_low,), [table.astype(result.dtype)])
+
+
+def _bytes_to_bytes(source: Layout, result: Layout, target: CpuTarget) -> bool:
+    """Whether all of a row is looked up 64 bytes at a time: faster than any arithmetic."""
+    return target.vbmi and "int32" not in (source.dtype, result.dtype) and result.width * result.stored >= 64
+
+
+def _byte_values(layout: Layout) -> np.ndarray:
+    """What each of the 256 bytes stands for."""
+    return np.arange(256, dtype=np.uint8).view(layout.dtype).astype(np.int64)
+
+
+def _byte_table(node: ir.Table | ir.Requantize, source: Layout, result: Layout) -> Kernel:
+    """The node's value for whatever a byte may hold: its input's range, and what spare channels have beyond it."""
+    values = torch.from_numpy(_byte_values(source))
+    if isinstance(node, ir.Table):
+        values = values.clamp(node.input_low, node.input_low + len(node.table) - 1)
+    spec = PixelSpec("table", source, result, entries=256, vbmi=True)
+    return Kernel(spec, (), [node.run(values).numpy().astype(result.dtype)])
 
 
 def _average(node: ir.AvgPool | ir.FloatAvgPool, source: Layout, result: Layout) -> Kernel:
@@ -175,13 +205,14 @@ def _average(node: ir.AvgPool | ir.FloatAvgPool, source: Layout, result: Layout)
     else:
         factors = node.requant.multiplier.reshape(-1).numpy().astype(np.int32)
         params = (node.input_zero_point, node.requant.shift, node.type.zero_point, node.type.low, node.type.high)
-    by_pixel = len(factors) > 1
+    by_pixel, high = len(factors) > 1, isinstance(node, ir.AvgPool) and node.requant.shift >= 32
     rows, columns = _regular(node.rows), _regular(node.columns)
     if rows is not None and columns is not None:
         kernel, stride = (rows[0], columns[0]), (rows[1], columns[1])
-        return Kernel(PoolSpec(op, source, result, kernel, stride, by_pixel=by_pixel), params, [factors])
+        return Kernel(PoolSpec(op, source, result, kernel, stride, by_pixel=by_pixel, high=high), params, [factors])
     bounds = [part.numpy().astype(np.int32).ravel() for part in (node.rows, node.columns)]
-    return Kernel(PoolSpec(op, source, result, windows=True, by_pixel=by_pixel), params, [*bounds, factors])
+    spec = PoolSpec(op, source, result, windows=True, by_pixel=by_pixel, high=high)
+    return Kernel(spec, params, [*bounds, factors])
 
 
 def _regular(bounds: torch.Tensor) -> tuple[int, int] | None:
@@ -194,26 +225,39 @@ def _regular(bounds: torch.Tensor) -> tuple[int, int] | None:
 
 def _gather(node: ir.Gather, source: Layout, result: Layout) -> Kernel:
     constants: list[np.ndarray] = []
-    channels, first = "run", 0
-    if node.channels is not None:
-        first = int(node.channels[0])
-        if first < 0 or not torch.equal(node.channels, torch.arange(first, first + len(node.channels))):
-            channels, first = "index", 0
-            constants.append(node.channels.numpy().astype(np.int32))
+    firsts = (0,) if node.channels is None else _runs(node.channels.tolist())
+    if firsts is None:
+        assert node.channels is not None
+        constants.append(node.channels.numpy().astype(np.int32))
     pixels = node.rows is not None or node.columns is not None
     if pixels:
         for index, size in ((node.rows, source.height), (node.columns, source.width)):
             table = torch.arange(size) if index is None else index
             constants.append(table.numpy().astype(np.int32))
-    spec = MoveSpec("gather", (source,), result, channels, first, pixels)
+    spec = MoveSpec("gather", (source,), result, "runs" if firsts else "index", firsts or (), pixels)
     return Kernel(spec, (node.type.zero_point if node.type.is_integer else 0,), constants)
 
 
-def _narrow_requantize(node: ir.Requantize, kind: ir.TensorType) -> bool:
-    """Whether all products, with the rounding constant, fit 32 bits."""
-    m, shift, zero_point = int(node.requant.multiplier), node.requant.shift, node.input_zero_point
-    reach = max(abs((kind.low or 0) - zero_point), abs((kind.high or 0) - zero_point))
-    return shift < 31 and reach * abs(m) + (1 << (shift - 1)) + abs(node.type.zero_point) <= INT32_MAX
+def _runs(channels: list[int]) -> tuple[int, ...] | None:
+    """The first channels of as few runs as, by turns, give all channels; None if it takes more than 8."""
+    for turns in range(1, 9):
+        firsts = channels[:turns]
+        wanted = [first + step for step in range(len(channels) // turns) for first in firsts]
+        if min(firsts) >= 0 and channels == wanted:
+            return tuple(firsts)
+    return None
+
+
+def _reach(kind: ir.TensorType, zero_point: int) -> int:
+    """The largest distance from the zero point."""
+    return max(abs((kind.low or 0) - zero_point), abs((kind.high or 0) - zero_point))
+
+
+def _requantize_width(node: ir.Requantize, kind: ir.TensorType) -> tuple[bool, bool]:
+    """Whether all products, with the rounding constant, fit 32 bits; else, whether upper halves are enough."""
+    m, shift, reach = int(node.requant.multiplier), node.requant.shift, _reach(kind, node.input_zero_point)
+    narrow = shift < 31 and reach * abs(m) + (1 << (shift - 1)) + abs(node.type.zero_point) <= INT32_MAX
+    return narrow, not narrow and shift >= 32 and reach <= INT32_MAX
 
 
 def narrow_add(node: ir.Add, kinds: list[ir.TensorType]) -> bool:

@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
-from lightning_baqe.deploy.emit import cast, clip, fill_halo, param, rounding_shift, splat
+from lightning_baqe.deploy.emit import cast, clip, fill_halo, param, requantized_high, rounding_shift, splat
 from lightning_baqe.deploy.layout import VECTOR, Layout
 
 POOL_PARAMS = 6  # int64: input zero point, shift, zero point, low, high, the halo's value
@@ -26,6 +26,7 @@ class PoolSpec:
         kernel, stride, padding, dilation: ``(height, width)``, of regular windows.
         windows: bounds of rows and columns come as data.
         by_pixel: so many factors as pixels, else one.
+        high: the shift is 32 or more.
     """
 
     op: str
@@ -37,6 +38,7 @@ class PoolSpec:
     dilation: tuple[int, int] = (1, 1)
     windows: bool = False
     by_pixel: bool = False
+    high: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,6 +121,11 @@ def _finished(spec: PoolSpec, acc: Any, factor: Any, params: Any) -> Any:
         return cast(spec.result.dtype, VECTOR, acc)
     if spec.op == "float_avg_pool":
         return acc * splat(factor, VECTOR)
-    scaled = cast("int64", VECTOR, acc) * splat(T.Cast("int64", factor), VECTOR)
-    out = rounding_shift(scaled, params[1], "int64", VECTOR) + param(params, 2, "int64", VECTOR)
-    return cast(spec.result.dtype, VECTOR, clip(out, params, 3, "int64", VECTOR))
+    width = "int32" if spec.high else "int64"
+    if spec.high:
+        scaled = requantized_high(acc, splat(factor, VECTOR), None, params[1], VECTOR)
+    else:
+        product = cast("int64", VECTOR, acc) * splat(T.Cast("int64", factor), VECTOR)
+        scaled = rounding_shift(product, params[1], "int64", VECTOR)
+    out = clip(scaled + param(params, 2, width, VECTOR), params, 3, width, VECTOR)
+    return cast(spec.result.dtype, VECTOR, out)

@@ -20,6 +20,7 @@ class CpuTarget:
         mcpu: LLVM's name of the CPU.
         lanes: 32-bit lanes of one vector register.
         registers: vector registers.
+        vbmi: it has AVX512-VBMI, which looks 64 bytes up at once.
     """
 
     name: str
@@ -27,6 +28,7 @@ class CpuTarget:
     mcpu: str
     lanes: int
     registers: int
+    vbmi: bool = False
 
     @property
     def tvm(self) -> dict[str, str]:
@@ -92,10 +94,12 @@ def get_target(name: str = "native") -> CpuTarget:
     if name != "native":
         raise BuildError(f"unknown target {name!r}; choose one of native, {', '.join(_PATHS)}")
     best = next(path for path in _PATHS if can_run(path))
-    from tvm.target import Target
+    from tvm.target import Target, codegen
 
     base = _PATHS[best]
     if best == "portable":
         return CpuTarget("native", "portable", base.mcpu, base.lanes, base.registers)
-    mcpu = str(Target.from_device("cpu").attrs["mcpu"])
-    return CpuTarget("native", base.path, mcpu, base.lanes, base.registers)
+    detected = Target.from_device("cpu")
+    # Both the CPU and what LLVM takes it for must have it.
+    vbmi = "avx512vbmi" in cpu_flags() and bool(codegen.target_has_features("avx512vbmi", detected))
+    return CpuTarget("native", base.path, str(detected.attrs["mcpu"]), base.lanes, base.registers, vbmi)

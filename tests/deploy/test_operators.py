@@ -98,6 +98,43 @@ def test_movement(channels: int, target: CpuTarget) -> None:
     assert_exact(compiled(graph, target), images(graph, 2))
 
 
+@pytest.mark.parametrize(("channels", "size"), [(1, (5, 7)), (17, (3, 5)), (40, 1), (64, (2, 1)), (16, (1, 3))])
+@pytest.mark.parametrize("path", ["native", "portable"])
+def test_tables_of_bytes(path: str, channels: int, size: int | tuple[int, int]) -> None:
+    maker = Maker(channels, size, seed=channels)
+    for value in ("x", maker.requantize("x", INT8), maker.clip("x", (3, 17))):
+        for limits in (UINT8, INT8):
+            maker.table(value, limits)
+            maker.requantize(value, limits, 1.7)
+        maker.conv(maker.table(value), out=3, padding=1)
+    graph = maker.graph()
+    assert_exact(compiled(graph, get_target(path)), images(graph))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 5, 8, 9])
+def test_channel_shuffles(groups: int, target: CpuTarget) -> None:
+    maker = Maker(4, (3, 4))
+    for per in (1, 16, 21):
+        for limits in (UINT8, WIDE):
+            value = maker.conv(out=groups * per, kernel=1, limits=limits)
+            shuffled = torch.arange(groups * per).reshape(groups, per).T.ravel().tolist()
+            maker.gather(value, shuffled)
+            maker.gather(value, shuffled[: per // 2 * groups] or [0], [1, -1, 0])
+    maker.float_node(ir.Gather, maker.dequantize(value), channels=torch.tensor(shuffled), rows=None, columns=None)
+    graph = maker.graph()
+    assert_exact(compiled(graph, target), images(graph))
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 33])
+@pytest.mark.parametrize("channels", [1, 3, 5, 16, 20])
+def test_images_of_any_width(channels: int, width: int, target: CpuTarget) -> None:
+    maker = Maker(channels, (2, width), seed=width)
+    maker.conv(out=3, padding=1)
+    maker.float_conv("input", 3, padding=2)
+    graph = maker.graph()
+    assert_exact(compiled(graph, target), images(graph))
+
+
 def test_squeeze_and_excite(target: CpuTarget) -> None:
     maker = Maker(17, (7, 5), seed=2)
     value = maker.table(maker.conv(out=33, groups=1, padding=1))
