@@ -52,7 +52,7 @@ class Node(ABC):
 
 
 def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Numbers by channel, shape ``()`` or ``(channels,)``, so that they broadcast to ``like``, ``(n, channels, ...)``."""
+    """Numbers by channel, shape ``()`` or ``(channels,)``, which broadcast to ``like``, ``(n, channels, ...)``."""
     return values if values.ndim == 0 else values.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
