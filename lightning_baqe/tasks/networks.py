@@ -14,7 +14,7 @@ LIBRARIES = ("torchvision", "timm")
 
 
 def network(name: str, num_classes: int, library: str = "torchvision", zero_init_residual: bool = False) -> nn.Module:
-    """A classifier with random weights, from torch's global generator.
+    """A classifier with random weights, from torch's global generator; without auxiliary classifiers.
 
     Args:
         name: as the library knows it, ``"resnet18"``.
@@ -47,8 +47,11 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
     builder = torchvision.models.get_model_builder(name)
     if options and "resnet" not in builder.__name__ and "resnext" not in builder.__name__:
         raise ConfigError(f"{name} has no residual blocks with zero_init_residual: leave zero_init_residual out.")
-    if "init_weights" in inspect.signature(_class_of(name)).parameters:
+    parameters = inspect.signature(_class_of(name)).parameters
+    if "init_weights" in parameters:
         options["init_weights"] = True  # otherwise a warning that the default will change
+    if "aux_logits" in parameters:
+        options["aux_logits"] = False
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 

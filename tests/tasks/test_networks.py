@@ -37,3 +37,10 @@ def test_zero_init_residual() -> None:
 def test_errors(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         network(*arguments)  # type: ignore[arg-type]
+
+
+def test_no_auxiliary_classifiers() -> None:
+    net = network("googlenet", 7).train()
+    out = net(torch.randn(2, 3, 64, 64))
+    assert isinstance(out, torch.Tensor)
+    assert out.shape == (2, 7)
