@@ -78,7 +78,7 @@ class Artifact:
     def vm(self) -> Any:
         """The virtual machine, its constants already set."""
         if self._vm is None:
-            if not can_run(self.target.path):
+            if not can_run(self.target.path, self.target.vbmi):
                 raise BuildError(
                     f"this artifact uses {self.target.path} instructions ({self.target.mcpu}), which this CPU does not "
                     "have; build its graph again here: baqe.build(artifact.graph)"

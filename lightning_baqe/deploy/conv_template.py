@@ -175,8 +175,10 @@ def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
     passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
     multiplies = {"maddubs": 1.0 + 2.0 / spec.chain, "madd16": 4.0, "portable": 2.0}.get(spec.dot, 1.0) * oct_ * pixels
     # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
-    loads = oct_ + pixels * (1 if spec.groups == 1 else oct_)
-    return passes * (max(multiplies, 8.0) + 0.1 * loads)
+    outer = spec.result.channels // spec.groups
+    shared = 1 if spec.groups == 1 or outer % (oct_ * spec.lanes) == 0 else oct_  # blocks of one group read the same
+    loads = oct_ + pixels * shared
+    return passes * (max(multiplies, 8.0) + (2.0 if spec.dot == "portable" else 0.1) * loads)
 
 
 def default_knobs(spec: ConvSpec) -> dict[str, Any]:

@@ -50,9 +50,14 @@ def clip(value: Any, params: Any, low: int, dtype: str, lanes: int) -> Any:
 
 def halves(value: Any, lanes: int) -> tuple[Any, Any]:
     """The even and the odd lanes of an int32 vector, widened to int64."""
-    pairs = T.reinterpret(value, dtype=f"int64x{lanes // 2}")
     thirty_two = T.broadcast(T.int64(32), lanes // 2)
-    return T.shift_right(T.shift_left(pairs, thirty_two), thirty_two), T.shift_right(pairs, thirty_two)
+
+    def widened(lower: Any) -> Any:
+        pairs = T.reinterpret(lower, dtype=f"int64x{lanes // 2}")
+        return T.shift_right(T.shift_left(pairs, thirty_two), thirty_two)
+
+    # A shift of the pairs by 32 would do for the odd lanes, too; but LLVM multiplies its result in 64 bits on AVX2.
+    return widened(value), widened(T.Shuffle([value], [lane | 1 for lane in range(lanes)]))
 
 
 def requantized_high(value: Any, multipliers: Any, terms: tuple[Any, Any] | None, amount: Any, lanes: int) -> Any:

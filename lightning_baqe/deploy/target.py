@@ -74,9 +74,10 @@ def cpu_name() -> str:
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
-def can_run(path: str) -> bool:
-    """Whether this CPU executes the code of a path."""
-    return cpu_flags() >= _NEEDED_FLAGS[path] and (path == "portable" or platform.machine() == "x86_64")
+def can_run(path: str, vbmi: bool = False) -> bool:
+    """Whether this CPU executes the code of a path, with AVX512-VBMI besides if wanted."""
+    flags = _NEEDED_FLAGS[path] | ({"avx512vbmi"} if vbmi else set())
+    return cpu_flags() >= flags and (path == "portable" or platform.machine() == "x86_64")
 
 
 @functools.cache
@@ -101,5 +102,5 @@ def get_target(name: str = "native") -> CpuTarget:
         return CpuTarget("native", "portable", base.mcpu, base.lanes, base.registers)
     detected = Target.from_device("cpu")
     # Both the CPU and what LLVM takes it for must have it.
-    vbmi = "avx512vbmi" in cpu_flags() and bool(codegen.target_has_features("avx512vbmi", detected))
+    vbmi = can_run(best, vbmi=True) and bool(codegen.target_has_features("avx512vbmi", detected))
     return CpuTarget("native", base.path, str(detected.attrs["mcpu"]), base.lanes, base.registers, vbmi)

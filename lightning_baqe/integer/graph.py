@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,15 @@ class IntegerGraph:
                     if last_use[name] == node.name:
                         del values[name]
         return values
+
+    def with_int32_biases(self) -> IntegerGraph:
+        """The graph whose biases are int32 alone, as HAWQ-V3, ONNX and most integer engines have them.
+
+        What rounding took from each bias (``fraction`` of the layers), up to half a step of an accumulator, is dropped:
+        a little less like the fake-quantized network, and what an exported model computes.
+        """
+        nodes = (replace(n, fraction=None) if isinstance(n, Conv | Linear) else n for n in self.nodes)
+        return IntegerGraph(tuple(nodes), self.bits)
 
     def to_onnx(self, path: str | Path, **options: Any) -> Path:
         """Write the graph as an ONNX model, for devices that TVM does not reach.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -180,6 +180,8 @@ class Exporter:
         match node:
             case ir.Input():
                 self.values[node.name] = _Value(INPUT)
+            case ir.Quantize() if isinstance(self.nodes[node.inputs[0]], ir.Input):
+                self._quantize_image(node)
             case ir.Quantize():
                 factor = node.inverse_scale * step(node.type)
                 self._store(node, self._times(self._real(node), factor, span(node.type), wish))
@@ -213,6 +215,26 @@ class Exporter:
                 self._flatten(node)
             case _:
                 self._float(node)
+
+    def _quantize_image(self, node: ir.Quantize) -> None:
+        """Quantize the network's input with the product that the integer graph has, not with a division.
+
+        Normalised images hold 256 values a channel. Where they lie between two steps, the last bit of the scaled value
+        decides for all of them. Round keeps OpenVINO from joining product and quantization.
+        """
+        kind, writer, wish = node.type, self.writer, node.name
+        storage = storage_of(kind)
+        if storage is None:
+            self._store(node, self._real(node))
+            return
+        inverse = writer.scalar(f"{wish}.inverse_scale", node.inverse_scale)
+        product = writer.node("Mul", [self._real(node), inverse], f"{wish}.product")
+        steps = writer.node("Round", [product], f"{wish}.steps")
+        whole = replace(kind, scale=1.0)
+        if needs_clip(whole, storage, None):
+            steps = clip(writer, steps, f"{wish}.clip", *bounds_of(whole))
+        integers = writer.quantize(steps, writer.grid(f"{wish}.whole", 1.0, kind.zero_point, storage), wish)
+        self._dequantized(node, integers, writer.grid(wish, step(kind), kind.zero_point, storage))
 
     def _flatten(self, node: ir.Flatten) -> None:
         if len(node.type.shape) == 1:

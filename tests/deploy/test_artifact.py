@@ -119,7 +119,7 @@ def test_the_gate_can_fail(resnet: Sample, saved_resnet: Path) -> None:
 
 
 def test_foreign_instructions_are_refused(resnet: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_baqe.deploy.artifact.can_run", lambda path: False)
+    monkeypatch.setattr("lightning_baqe.deploy.artifact.can_run", lambda path, vbmi: False)
     with pytest.raises(BuildError, match="does not have"):
         baqe.build(resnet[0], schedules="default").run(resnet[1])
 

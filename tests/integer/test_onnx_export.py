@@ -138,6 +138,22 @@ def test_float_layers_between_integers(tmp_path: Path) -> None:
     check(graph, graph.to_onnx(tmp_path / "model.onnx"), steps=2.01)
 
 
+@pytest.mark.parametrize("bits", [5, 8])
+def test_images_are_quantized_alike_at_every_tie(bits: int, tmp_path: Path) -> None:
+    """Normalised bytes that all lie in the middle between two steps, up to their last bit."""
+    m = RealMaker((3, 16, 16))
+    x = ((torch.arange(768) % 256).reshape(1, 3, 16, 16) / 255 - 0.5) / 0.29
+    scale = float(torch.tensor(256 / 2**bits / (255 * 0.29)))
+    kind = ir.TensorType((3, 16, 16), 0, 2**bits - 1, scale, 2 ** (bits - 1))
+    inverse = float(torch.tensor(1.0) / torch.tensor(scale))
+    m.add_node(ir.Quantize(name="q", inputs=("image",), type=kind, inverse_scale=inverse))
+    graph = m.graph()
+    path = graph.to_onnx(tmp_path / "model.onnx")
+    for mode in MODES:
+        assert torch.equal(run(path, x, mode), graph.run(x)), mode
+    torch.testing.assert_close(run_openvino(path, x), graph.run(x), rtol=1e-5, atol=1e-5)
+
+
 FUNCTIONS: list[tuple[tuple[Any, ...], ...]] = [
     *(((name,),) for name in ("relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "mish", "tanh", "neg")),
     *(((name,),) for name in ("abs", "exp")),

@@ -64,8 +64,9 @@ def check_nodes(graph: IntegerGraph, path: Path, x: torch.Tensor) -> int:
         if isinstance(node, ir.Conv | ir.Linear) and node.requant is not None:
             factor = float(node.requant.real().abs().max())
         assert difference.max() <= 1, node.name
-        # Means of few integers are ties now and then.
-        assert (difference > 0).float().mean() <= 0.005 + factor / 4 + 0.1 * isinstance(node, ir.AvgPool), node.name
+        # Means of few integers are ties now and then, and products with round numbers.
+        ties = 0.1 * isinstance(node, ir.AvgPool | ir.Requantize)
+        assert (difference > 0).float().mean() <= 0.005 + factor / 4 + ties, node.name
         compared += 1
     return compared
 

@@ -187,3 +187,15 @@ def test_sizes_count_every_constant() -> None:
     one_sum = 2 * 4 + 1
     others = sum(5 for node in graph if isinstance(node, AvgPool | Mul | Requantize)) + one_sum
     assert graph.size_bytes == weights + per_channel + logits + shifts + tables + others
+
+
+def test_int32_biases_alone_lose_less_than_a_step_of_each_output() -> None:
+    model, x = settled_wide("squeeze_excite"), wide_images()
+    graph = lower(ready(model, BitConfig.uniform(model), x))
+    plain = graph.with_int32_biases()
+    assert plain.size_bytes == graph.size_bytes - 4 * (8 + 8 + 4 + 8 + 8)
+    values = graph.run_all(x)
+    for node in plain:
+        if node.type.is_integer:
+            given_values = [values[name] for name in node.inputs]
+            assert (node.run(*given_values) - values[node.name]).abs().max() <= 1
