@@ -25,7 +25,7 @@ def draw_graph(data: st.DataObject) -> Maker:
         data.draw(st.integers(1, 20)), size, data.draw(st.integers(2, 8)), zero_point, data.draw(st.integers(0, 99))
     )
     graph = _Drawn(maker, data)
-    for _ in range(data.draw(st.integers(3, 8))):
+    for _ in range(data.draw(st.integers(4, 9))):
         data.draw(st.sampled_from(_OPERATORS))(graph)
     return maker
 
