@@ -15,7 +15,9 @@ The limits: the same class on 99 % of the images, a cosine of the logits of 0.99
 Exit status 1 if one is missed.
 
 Float weights come from a checkpoint of :mod:`lightning_baqe.benchmarks.accuracy` if its folder has one of the network,
-else from a short training whose checkpoint is kept; inception_v3 sees the images enlarged to 96x96.
+else from a short training whose checkpoint is kept. inception_v3 sees the images enlarged to 75x75, the least that it
+takes; it has no residual connections and no auxiliary classifier fits so small an image, and from random weights it
+does not find out within minutes that colours do not matter: it starts on images without (:func:`without_colours`).
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ WHOLE = "ours, whole biases"
 INSTALL = "uv sync --group bench"
 CALIBRATION_BATCHES = 8
 Run = Callable[[np.ndarray], np.ndarray]
+Data = Callable[[bool], GlyphsDataModule]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Training:
         size: of the square image.
         images: of the training split.
         batch_size, epochs, learning_rate: of the training.
+        colourless_epochs: of training on images without colours, before.
     """
 
     size: int = 32
@@ -75,12 +79,13 @@ class Training:
     batch_size: int = 64
     epochs: int = 4
     learning_rate: float = 3e-3
+    colourless_epochs: int = 0
 
 
 TRAININGS = {
     "resnet18": Training(),
     "mobilenet_v2": Training(epochs=5, learning_rate=4e-3),
-    "inception_v3": Training(size=96, images=2000, batch_size=32, epochs=4, learning_rate=2e-3),
+    "inception_v3": Training(size=75, batch_size=32, epochs=6, learning_rate=1e-3, colourless_epochs=2),
 }
 SMALLEST = Training(size=32, images=32, batch_size=16, epochs=1)
 
@@ -90,20 +95,31 @@ class EnlargedGlyphs(GlyphsDataModule):
 
     Args:
         size: of the square image, pixels.
+        colours: False for images :func:`without_colours`.
         options: of :class:`GlyphsDataModule`.
     """
 
-    def __init__(self, size: int, **options: Any) -> None:
+    def __init__(self, size: int, colours: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.input_shape = (3, size, size)
+        self.colours = colours
 
     def make_split(self, split: Split) -> ImageTensorDataset:
         """The enlarged images and labels of one split."""
         made = super().make_split(split)
-        if made.images.shape[1:] != self.input_shape:
-            parts = [_enlarged(part, self.input_shape[1]) for part in made.images.split(500)]
-            made = ImageTensorDataset(torch.cat(parts), made.labels, self.mean, self.std)
-        return made
+        images = made.images if self.colours else without_colours(made.images)
+        if images.shape[1:] != self.input_shape:
+            images = torch.cat([_enlarged(part, self.input_shape[1]) for part in images.split(500)])
+        return ImageTensorDataset(images, made.labels, self.mean, self.std)
+
+
+def without_colours(images: torch.Tensor) -> torch.Tensor:
+    """What differs from the background, bright on dark, for images ``(n, 3, h, w)`` uint8."""
+    grey = images.float().mean(1, keepdim=True)
+    border = torch.cat([grey[..., :2, :].flatten(1), grey[..., -2:, :].flatten(1)], 1).median(1).values
+    contrast = (grey - border.view(-1, 1, 1, 1)).abs()
+    scaled = contrast * (255 / contrast.amax((1, 2, 3), keepdim=True).clamp(min=1))
+    return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
 
 
 def _enlarged(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -164,20 +180,16 @@ def compare(name: str, engine: str, own: np.ndarray, other: np.ndarray, labels: 
     )
 
 
-def float_network(name: str, training: Training, data: GlyphsDataModule, own: Path, others: Path) -> nn.Module:
+def float_network(name: str, training: Training, num_classes: int, own: Path, others: Path, data: Data) -> nn.Module:
     """The trained float network, in eval mode.
 
     Args:
         own: folder of the checkpoints of this benchmark.
         others: folder of the accuracy benchmark's.
+        data: the images, with colours or without.
     """
     pl.seed_everything(0, verbose=False)
-    if name == "inception_v3":
-        import torchvision
-
-        net = torchvision.models.inception_v3(num_classes=data.num_classes, aux_logits=False, init_weights=True)
-    else:
-        net = network(name, data.num_classes)
+    net = network(name, num_classes)
     found = sorted(others.glob(f"{name}-float-seed*.ckpt"), key=lambda path: path.stat().st_mtime)
     digest = hashlib.sha256(json.dumps(asdict(training), sort_keys=True).encode()).hexdigest()[:8]
     kept = own / f"{name}-float-{digest}.ckpt"
@@ -185,24 +197,27 @@ def float_network(name: str, training: Training, data: GlyphsDataModule, own: Pa
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
     def trainer(**options: Any) -> pl.Trainer:
-        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        quiet: dict[str, Any] = {"logger": False, "enable_model_summary": False}
         return pl.Trainer(accelerator="cpu", devices=1, **quiet, **options)
 
-    task = ImageClassifier(net, data.num_classes)
-    pretrain(task, data, checkpoint, training.epochs, training.learning_rate, trainer=trainer)
+    task = ImageClassifier(net, num_classes)
+    rate = training.learning_rate
+    if training.colourless_epochs and not checkpoint.exists():
+        first = own / f"{name}-colourless-{digest}.ckpt"
+        pretrain(task, data(False), first, training.colourless_epochs, rate, trainer=trainer)
+    pretrain(task, data(True), checkpoint, training.epochs, rate, trainer=trainer)
     return net.eval()
 
 
 def prepared(name: str, training: Training, own: Path, others: Path, images: int) -> tuple[IntegerGraph, Any, Any]:
     """The lowered W8A8 network with test images ``(n, 3, h, w)`` and their labels."""
-    data = EnlargedGlyphs(
-        training.size,
-        train_size=training.images,
-        val_size=min(500, training.images),
-        test_size=images,
-        batch_size=training.batch_size,
-    )
-    net = float_network(name, training, data, own, others)
+    sizes = {"train_size": training.images, "val_size": min(500, training.images), "test_size": images}
+
+    def of(colours: bool) -> EnlargedGlyphs:
+        return EnlargedGlyphs(training.size, colours, batch_size=training.batch_size, **sizes)
+
+    data = of(True)
+    net = float_network(name, training, data.num_classes, own, others, of)
     quantized = quantize(net, BitConfig.uniform(net, 8, 8), example_input=data.example_input)
     calibrate(quantized, data.train_dataloader(), CALIBRATION_BATCHES)
     parts = list(data.test_dataloader())

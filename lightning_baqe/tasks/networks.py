@@ -48,8 +48,9 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
     if options and "resnet" not in builder.__name__ and "resnext" not in builder.__name__:
         raise ConfigError(f"{name} has no residual blocks with zero_init_residual: leave zero_init_residual out.")
     parameters = inspect.signature(_class_of(name)).parameters
-    if "init_weights" in parameters:
-        options["init_weights"] = True  # otherwise a warning that the default will change
+    if "init_weights" in parameters and parameters["init_weights"].default is None:
+        # Their truncated normals (GoogLeNet, InceptionV3) start with logits far apart and take minutes to draw.
+        options["init_weights"] = False
     if "aux_logits" in parameters:
         options["aux_logits"] = False
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
