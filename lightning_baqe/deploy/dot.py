@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from tvm.script import tirx as T
 
-from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.target import VNNI_PATHS, CpuTarget
 
-_VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
+_VPDPBUSD = "llvm.x86.avx512.vpdpbusd.{bits}"  # of 256 bits AVX-VNNI's, too
 _PMADDUBSW = "llvm.x86.avx2.pmadd.ub.sw"
 _PMADDWD = "llvm.x86.avx2.pmadd.wd"
 _VPERMI2B = "llvm.x86.avx512.vpermi2var.qi.512"
@@ -34,8 +34,8 @@ def _intrinsic(name: str, *args: Any, dtype: str) -> Any:
 
 
 def vpdpbusd(acc: Any, unsigned: Any, signed: Any, lanes: int) -> Any:
-    """``acc`` and the four products of each lane's bytes; lanes must be 16."""
-    return _intrinsic(_VPDPBUSD, acc, unsigned, signed, dtype=f"int32x{lanes}")
+    """``acc`` and the four products of each lane's bytes; lanes must be 8 or 16."""
+    return _intrinsic(_VPDPBUSD.format(bits=32 * lanes), acc, unsigned, signed, dtype=f"int32x{lanes}")
 
 
 def vpmaddwd(a: Any, b: Any, lanes: int) -> Any:
@@ -106,7 +106,7 @@ def choose_dot(target: CpuTarget, quads: np.ndarray, activation_max: int) -> tup
         ``(dot, chain)``. A chain of k is used where for every output channel, every two-byte lane and every k
         consecutive quads, ``activation_max`` times the sum of the positive (and of the negative) weights fits int16.
     """
-    if target.path == "vnni512":
+    if target.path in VNNI_PATHS:
         return "vnni", 1
     if target.path != "avx2":
         return "portable", 1

@@ -33,7 +33,7 @@ from lightning_baqe.deploy.plan_pixels import (
     pixel_kernel,
     unpack_kernel,
 )
-from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.target import VNNI_PATHS, CpuTarget
 from lightning_baqe.deploy.values import Values, pad_of
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer import nodes as ir
@@ -256,7 +256,7 @@ class _Planner:
         if isinstance(node, ir.FloatConv):
             epilogue = "float_relu" if node.relu else "float"
         else:
-            dot = {"vnni512": "vnni", "avx2": "madd16"}.get(self.target.path, "portable")
+            dot = {**dict.fromkeys(VNNI_PATHS, "vnni"), "avx2": "madd16"}.get(self.target.path, "portable")
             dot = dot if source.dtype == "uint8" else "portable"
             epilogue = "acc" if node.requant is None else "requant"
             narrow, high = _requant_width(node)

@@ -16,7 +16,7 @@ class CpuTarget:
 
     Args:
         name: ``native``, or the name of the path.
-        path: which exact integer arithmetic is used: ``vnni512``, ``avx2`` or ``portable``.
+        path: which exact integer arithmetic is used: ``vnni512``, ``avxvnni``, ``avx2`` or ``portable``.
         mcpu: LLVM's name of the CPU.
         lanes: 32-bit lanes of one vector register.
         registers: vector registers.
@@ -38,11 +38,14 @@ class CpuTarget:
 
 _PATHS = {
     "vnni512": CpuTarget("vnni512", "vnni512", "cascadelake", 16, 32),
+    "avxvnni": CpuTarget("avxvnni", "avxvnni", "alderlake", 8, 16),
     "avx2": CpuTarget("avx2", "avx2", "haswell", 8, 16),
     "portable": CpuTarget("portable", "portable", "x86-64", 4, 16),
 }
+VNNI_PATHS = ("vnni512", "avxvnni")
 _NEEDED_FLAGS = {
     "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avxvnni": {"avx2", "fma", "avx_vnni"},
     "avx2": {"avx2", "fma"},
     "portable": set[str](),
 }
@@ -85,7 +88,8 @@ def get_target(name: str = "native") -> CpuTarget:
     """Look a target up.
 
     Args:
-        name: ``native`` (the best path that this CPU runs, tuned for it), ``vnni512``, ``avx2`` or ``portable``.
+        name: ``native`` (the best path that this CPU runs, tuned for it), ``vnni512``, ``avxvnni``, ``avx2`` or
+            ``portable``.
 
     Raises:
         BuildError: no such target.

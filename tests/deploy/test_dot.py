@@ -73,7 +73,7 @@ def test_limits(weight: int, amax: int, wanted: tuple[str, int]) -> None:
     assert choose_dot(get_target("portable"), quads, amax)[0] == "portable"
 
 
-@pytest.mark.parametrize("path", ["vnni512", "avx2", "portable"])
+@pytest.mark.parametrize("path", ["vnni512", "avxvnni", "avx2", "portable"])
 def test_extreme_weights_are_exact(path: str) -> None:
     maker = Maker(16, 6, zero_point=0)
     for weight in (-128, 127, 64, 65, -64, -65):
@@ -82,12 +82,16 @@ def test_extreme_weights_are_exact(path: str) -> None:
     artifact = compiled(graph, get_target(path))
     assert_exact(artifact, images(graph) * 0 + 100.0)  # every activation is 255
     dots = {call.spec.dot for call in artifact.plan.calls if isinstance(call.spec, ConvSpec)}
-    assert dots == {"vnni512": {"vnni"}, "avx2": {"madd16", "maddubs"}, "portable": {"portable"}}[path]
+    assert (
+        dots
+        == {"vnni512": {"vnni"}, "avxvnni": {"vnni"}, "avx2": {"madd16", "maddubs"}, "portable": {"portable"}}[path]
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "dot", "chain", "instruction"),
-    [("vnni512", "vnni", 1, "vpdpbusd"), ("avx2", "maddubs", 4, "vpmaddubsw"), ("avx2", "madd16", 1, "vpmaddwd"),
+    [("vnni512", "vnni", 1, "vpdpbusd"), ("avxvnni", "vnni", 1, "{vex}\tvpdpbusd"),
+     ("avx2", "maddubs", 4, "vpmaddubsw"), ("avx2", "madd16", 1, "vpmaddwd"),
      ("avx2", "fma", 1, "vfmadd"), ("vnni512", "fma", 1, "vfmadd"), ("portable", "portable", 1, "mul")],
 )  # fmt: skip
 def test_intrinsics_compile(path: str, dot: str, chain: int, instruction: str) -> None:

@@ -40,7 +40,7 @@ def test_stored_channels_are_whole_vectors() -> None:
     assert [stored_channels(n) for n in (1, VECTOR, VECTOR + 1)] == [VECTOR, VECTOR, 2 * VECTOR]
 
 
-@pytest.fixture(params=["vnni512", "avx2", "portable"])
+@pytest.fixture(params=["vnni512", "avxvnni", "avx2", "portable"])
 def spec(request: pytest.FixtureRequest) -> ConvSpec:
     maker = Maker(20, 6)
     maker.conv(out=24, padding=1, weight_bits=4)

@@ -18,7 +18,7 @@ from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 
-PATHS = ("vnni512", "avx2", "portable")
+PATHS = ("vnni512", "avxvnni", "avx2", "portable")
 
 
 def checked(path: str, examples: int) -> Callable[[], None]:

@@ -18,7 +18,7 @@ from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.dyadic import Dyadic
 
-PATHS = ("vnni512", "avx2", "portable")
+PATHS = ("vnni512", "avxvnni", "avx2", "portable")
 
 
 @pytest.fixture(params=PATHS)
@@ -61,7 +61,7 @@ def test_every_pair_of_bits(weight_bits: int) -> None:
 
 
 @pytest.mark.parametrize("weights", ["bytes", "packed"])
-@pytest.mark.parametrize("path", ["vnni512", "avx2"])
+@pytest.mark.parametrize("path", ["vnni512", "avxvnni", "avx2"])
 def test_packed_weights(path: str, weights: str) -> None:
     maker = Maker(21, 7, seed=3)
     for bits in (2, 3, 4):
