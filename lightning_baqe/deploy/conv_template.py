@@ -21,6 +21,7 @@ Knobs (in BAQE's terms, section III-B):
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,21 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
 from lightning_baqe.deploy.dot import quad_of, step
-from lightning_baqe.deploy.emit import fill_halo, halves, requantized_high
+from lightning_baqe.deploy.emit import fill_halo, prefetch
 from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.requantize import (
+    clipped,
+    cut,
+    packed_bytes,
+    requantized,
+    requantized_wide,
+    store_bytes,
+)
 from lightning_baqe.errors import ConfigError
 
 Knobs = Mapping[str, Any]
+LINE = 64  # bytes of a cache line
+FETCHED_AHEAD = 2**17  # bytes of weights; fewer stay in the second-level cache from one inference to the next
 PARAMS = ("shift", "zero_point", "low", "high", "m_conv", "m_residual", "add_shift", "add_offset", "add_zero_point",
           "add_low", "add_high", "pad")  # fmt: skip
 
@@ -84,6 +95,12 @@ class ConvSpec:
     def blocks(self) -> int:
         """Register-wide blocks of output channels."""
         return self.result.stored // self.lanes
+
+    @property
+    def packs_bytes(self) -> bool:
+        """Whether results are requantized to unsigned bytes, four vectors at a time."""
+        packs = self.epilogue.startswith("requant") and self.result.dtype == "uint8" and self.dot != "portable"
+        return packs and (self.narrow or self.high or self.residual is not None)
 
     @property
     def whole_rows(self) -> bool:
@@ -297,53 +314,52 @@ def _reduce(spec: ConvSpec, packed: bool, acc: Any, source: Any, weights: Any, o
     return acc
 
 
-def _param(params: Any, name: str, dtype: str, lanes: int) -> Any:
-    return T.broadcast(T.Cast(dtype, params[PARAMS.index(name)]), lanes)
+def _param(params: Any, name: str) -> Any:
+    return params[PARAMS.index(name)]
 
 
-def _rounded(value: Any, params: Any, shift: str, dtype: str, lanes: int) -> Any:
-    """Rounding right shift by a parameter."""
-    amount = T.Cast(dtype, params[PARAMS.index(shift)])
-    one = T.int64(1) if dtype == "int64" else T.int32(1)
-    return T.shift_right(value + T.broadcast(T.shift_left(one, amount - one), lanes), T.broadcast(amount, lanes))
+def _bounds(params: Any, prefix: str = "") -> tuple[Any, Any, Any]:
+    zero_point, low, high = (_param(params, prefix + name) for name in ("zero_point", "low", "high"))
+    return zero_point, low, high
 
 
-def _epilogue(spec: ConvSpec, acc: Any, numbers: Any, channel: Any, residual: Any, params: Any) -> Any:
-    """What is stored for one vector of accumulators."""
-    lanes = spec.lanes
-    if spec.epilogue in ("acc", "float"):
-        return acc
-    if spec.epilogue == "float_relu":
-        return T.max(acc, T.broadcast(T.float32(0), lanes))
-    multipliers = numbers[T.ramp(channel, 1, lanes)]
-    fractions = numbers[T.ramp(spec.result.stored + channel, 1, lanes)]
-    width = "int32" if spec.narrow or spec.high else "int64"
-    if spec.high:
-        value = requantized_high(acc, multipliers, halves(fractions, lanes), params[PARAMS.index("shift")], lanes)
-    else:
-        m, fraction = (T.Cast(f"int64x{lanes}", part) for part in (multipliers, fractions))
-        value = _rounded(T.Cast(f"int64x{lanes}", acc) * m + fraction, params, "shift", "int64", lanes)
-        value = T.Cast(f"{width}x{lanes}", value)
-    value = value + _param(params, "zero_point", width, lanes)
-    value = T.min(T.max(value, _param(params, "low", width, lanes)), _param(params, "high", width, lanes))
-    if spec.epilogue == "requant":
-        return T.Cast(f"{spec.result.dtype}x{lanes}", value)
-    width = "int32" if spec.narrow_add else "int64"
+def _residual_sum(spec: ConvSpec, value: Any, residual: Any, params: Any) -> Any:
+    """The sum with the other operand, int32: clipped, or before zero point and clipping where bytes are packed."""
+    lanes, width = spec.lanes, "int32" if spec.narrow_add else "int64"
+
+    def scalar(number: Any) -> Any:
+        return T.broadcast(T.Cast(width, number), lanes)
+
+    shift = _param(params, "add_shift")
+    rounding = _param(params, "add_offset") + T.shift_left(T.int64(1), shift - T.int64(1))
     total = (
-        T.Cast(f"{width}x{lanes}", value) * _param(params, "m_conv", width, lanes)
-        + T.Cast(f"{width}x{lanes}", residual) * _param(params, "m_residual", width, lanes)
-        + _param(params, "add_offset", width, lanes)
+        T.Cast(f"{width}x{lanes}", value) * scalar(_param(params, "m_conv"))
+        + T.Cast(f"{width}x{lanes}", residual) * scalar(_param(params, "m_residual"))
+        + scalar(rounding)
     )
-    total = _rounded(total, params, "add_shift", width, lanes) + _param(params, "add_zero_point", width, lanes)
-    total = T.min(T.max(total, _param(params, "add_low", width, lanes)), _param(params, "add_high", width, lanes))
-    return T.Cast(f"{spec.result.dtype}x{lanes}", total)
+    total = T.shift_right(total, scalar(shift))
+    if spec.packs_bytes:
+        return total if spec.narrow_add else cut(total, lanes)
+    return T.Cast(f"int32x{lanes}", clipped(total, *_bounds(params, "add_"), width, lanes))
+
+
+def _int32_results(spec: ConvSpec, acc: Any, numbers: Any, block: Any, residual: Any, params: Any) -> Any:
+    """One vector of requantized results, int32, before the last zero point and clipping where bytes are packed."""
+    lanes, shift = spec.lanes, _param(params, "shift")
+    if not (spec.narrow or spec.high):
+        value = requantized_wide(acc, numbers, block, shift, _bounds(params), lanes)
+    else:
+        value = requantized(acc, numbers, block, shift, lanes, spec.high)
+        if not spec.packs_bytes or spec.residual is not None:
+            value = clipped(value, *_bounds(params), "int32", lanes)
+    return value if spec.residual is None else _residual_sum(spec, value, residual, params)
 
 
 @functools.lru_cache(maxsize=4096)
 def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     """The kernel as a TIR function of (source, weights, bias, numbers, params, residual, result).
 
-    Numbers are the multipliers of all stored channels, then their fractions.
+    Numbers are those of :func:`~lightning_baqe.deploy.requantize.requant_numbers`.
     """
     knobs = check_knobs(spec, dict(knobs_items))
     oct_, oht, owt = map(int, knobs["tile"].split("x"))
@@ -364,8 +380,15 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     by_channel = knobs["order"] == "channels"
     first_extent = channel_tiles if by_channel else row_tiles
     second_extent = row_tiles if by_channel else channel_tiles
-    weights_length = spec.blocks * segments * steps * (lanes * (quad if not packed else 2))
+    block_length = segments * steps * (lanes * (quad if not packed else 2))
+    weights_length = spec.blocks * block_length
     weights_dtype = weight_dtype(spec, knobs)
+    itemsize = np.dtype(weights_dtype).itemsize
+    # While a tile's weights are used, again and again, those of the next tile come from memory.
+    passes = column_tiles * (row_tiles if by_channel else 1)
+    fetches = -(-oct_ * block_length * itemsize // (LINE * passes * segments * outer))
+    if weights_length * itemsize < FETCHED_AHEAD or channel_tiles == 1:
+        fetches = 0
     row_dilation, column_dilation = spec.dilation
     threads = spec.threads
 
@@ -382,16 +405,12 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     def outer_loop(extent: int) -> Any:
         return B.parallel(extent) if threads > 1 else B.serial(extent)
 
-    def finish(acc: Any, numbers: Any, channel: Any, other: Any, at: Any, params: Any) -> Any:
-        extra = other[T.ramp(at, 1, lanes)] if has_residual else None
-        return _epilogue(spec, acc, numbers, channel, extra, params)
-
     with IRBuilder() as builder, B.prim_func(s_tir=True):
         B.func_name("conv")
         X = B.arg("X", B.buffer((source.length,), source.dtype))
         W = B.arg("W", B.buffer((weights_length,), weights_dtype))
         bias = B.arg("B", B.buffer((result.stored,), kind))
-        M = B.arg("M", B.buffer((2 * result.stored,), "int32"))
+        M = B.arg("M", B.buffer((2 * result.stored,), "int64"))
         P = B.arg("P", B.buffer((len(PARAMS),), "int64"))
         R = B.arg("R", B.buffer((residual.length,), residual.dtype))
         Y = B.arg("Y", B.buffer((result.length,), result.dtype))
@@ -405,19 +424,39 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
             ox = B.Bind(clamp_tile(tw, result.width, owt))
             with B.unroll(oct_) as c, B.unroll(pixels) as p:
                 B.buffer_store(acc, bias[T.ramp((block + c) * lanes, 1, lanes)], [c * pixels + p, vector])
-            with (
-                B.serial(segments) as s, B.serial(outer) as r, B.unroll(unroll) as u,
-                B.unroll(oht) as h, B.unroll(owt) as w, B.unroll(oct_) as c,
-            ):  # fmt: skip
-                at = c * pixels + h * owt + w
-                offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored)
-                offset = offset + segment_offset(s) + spec.first_channel(block + c) + (r * unroll + u) * (group * quad)
-                position = ((block + c) * segments + s) * steps + (r * unroll + u) * group
-                B.buffer_store(acc, _reduce(spec, packed, acc[at, vector], X, W, offset, position), [at, vector])
-            with B.unroll(oct_) as c, B.unroll(oht) as h, B.unroll(owt) as w:
-                channel = (block + c) * lanes
-                to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + channel
-                other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.stored + channel
-                value = finish(acc[c * pixels + h * owt + w, vector], M, channel, R, other, P)
-                B.buffer_store(Y, value, [T.ramp(to, 1, lanes)])
+            with B.serial(segments) as s, B.serial(outer) as r:
+                if fetches:
+                    done = ((second * column_tiles + tw if by_channel else tw) * segments + s) * outer + r
+                    line = (block + oct_) * (block_length * itemsize // LINE) + done * fetches
+                    for index in range(fetches):
+                        prefetch(W, T.min((line + index) * (LINE // itemsize), T.int32(weights_length - 1)))
+                with B.unroll(unroll) as u, B.unroll(oht) as h, B.unroll(owt) as w, B.unroll(oct_) as c:
+                    at = c * pixels + h * owt + w
+                    offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored) + segment_offset(s)
+                    offset = offset + spec.first_channel(block + c) + (r * unroll + u) * (group * quad)
+                    position = ((block + c) * segments + s) * steps + (r * unroll + u) * group
+                    B.buffer_store(acc, _reduce(spec, packed, acc[at, vector], X, W, offset, position), [at, vector])
+            if spec.epilogue.startswith("requant"):
+                values, places = [], []
+                for h, w, c in itertools.product(range(oht), range(owt), range(oct_)):
+                    channel = (block + c) * lanes
+                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + channel
+                    other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.stored + channel
+                    extra = R[T.ramp(other, 1, lanes)] if has_residual else None
+                    total = acc[c * pixels + h * owt + w, vector]
+                    values.append(_int32_results(spec, total, M, block + c, extra, P))
+                    places.append(((h, w), to))
+                if spec.packs_bytes:
+                    bounds = _bounds(P, "add_" if has_residual else "")
+                    store_bytes(Y, values, places, lambda part: packed_bytes(part, *bounds, lanes), lanes)
+                else:
+                    for value, (_, to) in zip(values, places, strict=True):
+                        B.buffer_store(Y, T.Cast(f"{result.dtype}x{lanes}", value), [T.ramp(to, 1, lanes)])
+            else:
+                with B.unroll(oct_) as c, B.unroll(oht) as h, B.unroll(owt) as w:
+                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + (block + c) * lanes
+                    total = acc[c * pixels + h * owt + w, vector]
+                    if spec.epilogue == "float_relu":
+                        total = T.max(total, T.broadcast(T.float32(0), lanes))
+                    B.buffer_store(Y, total, [T.ramp(to, 1, lanes)])
     return builder.get()

@@ -24,8 +24,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.deploy.dot import fma, vpdpbusd, vpmaddwd
-from lightning_baqe.deploy.emit import cast, clip, fill_halo, halves, param, requantized_high, rounding_shift
+from lightning_baqe.deploy.emit import cast, fill_halo
 from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.requantize import clipped, packed_bytes, requantized, requantized_wide, store_bytes
 
 DEPTHWISE_PARAMS = 5  # int64: shift, zero point, low, high, the halo's value
 TAPS = {"vnni": 4, "madd16": 2, "portable": 1, "fma": 1}
@@ -73,6 +74,12 @@ class DepthwiseSpec:
         return -(-self.kernel[0] // self.taps)
 
     @property
+    def packs_bytes(self) -> bool:
+        """Whether results are requantized to unsigned bytes, four vectors at a time."""
+        packs = self.epilogue == "requant" and self.result.dtype == "uint8" and self.dot != "portable"
+        return packs and (self.narrow or self.high)
+
+    @property
     def tile(self) -> int:
         """Neighbouring pixels in registers."""
         return min(self.result.width, 8 if self.registers > 16 else 4)
@@ -101,7 +108,7 @@ def _weight_dtype(spec: DepthwiseSpec) -> str:
 def build_depthwise(spec: DepthwiseSpec) -> Any:
     """A TIR function of (source, weights, bias, numbers where it requantizes, params, result).
 
-    Numbers are the multipliers of all stored channels, then their fractions.
+    Numbers are those of :func:`~lightning_baqe.deploy.requantize.requant_numbers`.
     """
     source, result, lanes = spec.source, spec.result, spec.lanes
     kw = spec.kernel[1]
@@ -115,7 +122,7 @@ def build_depthwise(spec: DepthwiseSpec) -> Any:
         X = B.arg("X", B.buffer((source.length,), source.dtype))
         W = B.arg("W", B.buffer((blocks * spec.words * kw * lanes * spec.taps,), _weight_dtype(spec)))
         bias = B.arg("B", B.buffer((result.stored,), kind))
-        numbers = B.arg("M", B.buffer((2 * result.stored,), "int32")) if spec.epilogue == "requant" else None
+        numbers = B.arg("M", B.buffer((2 * result.stored,), "int64")) if spec.epilogue == "requant" else None
         P = B.arg("P", B.buffer((DEPTHWISE_PARAMS,), "int64"))
         Y = B.arg("Y", B.buffer((result.length,), result.dtype))
         B.func_attr({"tirx.noalias": True})
@@ -131,9 +138,13 @@ def build_depthwise(spec: DepthwiseSpec) -> Any:
                 weights = [_weights(spec, W, (block * spec.words + word) * kw + column) for column in range(kw)]
                 acc = _accumulated(spec, acc, X, start, word, weights)
             to = result.origin() + y * result.row + x * result.stored + channel
-            for pixel, total in enumerate(acc):
-                value = _finished(spec, total, numbers, channel, P)
-                B.buffer_store(Y, value, [T.ramp(to + pixel * result.stored, 1, lanes)])
+            values = [_finished(spec, total, numbers, block, P) for total in acc]
+            places = [(pixel, to + pixel * result.stored) for pixel in range(spec.tile)]
+            if spec.packs_bytes:
+                store_bytes(Y, values, places, lambda part: packed_bytes(part, P[1], P[2], P[3], lanes), lanes)
+            else:
+                for value, (_, index) in zip(values, places, strict=True):
+                    B.buffer_store(Y, cast(result.dtype, lanes, value), [T.ramp(index, 1, lanes)])
     return builder.get()
 
 
@@ -187,18 +198,14 @@ def _step(spec: DepthwiseSpec, acc: Any, value: Any, weights: Any) -> Any:
     return fma(acc, value, weights, lanes)
 
 
-def _finished(spec: DepthwiseSpec, acc: Any, numbers: Any, channel: Any, params: Any) -> Any:
-    lanes, dtype = spec.lanes, spec.result.dtype
-    if spec.epilogue in ("acc", "float"):
-        return acc
+def _finished(spec: DepthwiseSpec, acc: Any, numbers: Any, block: Any, params: Any) -> Any:
+    """One vector of results; those that are packed to bytes before zero point and clipping."""
+    lanes, bounds = spec.lanes, (params[1], params[2], params[3])
     if spec.epilogue == "float_relu":
         return T.max(acc, T.broadcast(T.float32(0), lanes))
-    multipliers = numbers[T.ramp(channel, 1, lanes)]
-    fractions = numbers[T.ramp(spec.result.stored + channel, 1, lanes)]
-    width = "int32" if spec.narrow or spec.high else "int64"
-    if spec.high:
-        value = requantized_high(acc, multipliers, halves(fractions, lanes), params[0], lanes)
-    else:
-        wide = cast("int64", lanes, acc) * cast("int64", lanes, multipliers) + cast("int64", lanes, fractions)
-        value = cast(width, lanes, rounding_shift(wide, params[0], "int64", lanes))
-    return cast(dtype, lanes, clip(value + param(params, 1, width, lanes), params, 2, width, lanes))
+    if spec.epilogue != "requant":
+        return acc
+    if not (spec.narrow or spec.high):
+        return requantized_wide(acc, numbers, block, params[0], bounds, lanes)
+    value = requantized(acc, numbers, block, params[0], lanes, spec.high)
+    return value if spec.packs_bytes else clipped(value, *bounds, "int32", lanes)

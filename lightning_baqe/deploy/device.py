@@ -19,7 +19,7 @@ _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "lightning-baqe")
 
 _GENERATORS = (
     "conv_template", "depthwise_template", "pixel_templates", "pool_template", "movement_templates", "float_functions",
-    "emit", "dot", "layout", "kernels", "values", "plan_pixels", "plan", "compiler",
+    "emit", "requantize", "dot", "layout", "kernels", "values", "plan_pixels", "plan", "compiler",
 )  # fmt: skip
 
 

@@ -82,6 +82,13 @@ def requantized_high(value: Any, multipliers: Any, terms: tuple[Any, Any] | None
     return T.shift_right(T.Shuffle([even, odd], order), T.broadcast(T.Cast("int32", amount - T.int64(32)), lanes))
 
 
+def prefetch(buffer: Any, index: Any) -> None:
+    """Emit a hint that the cache line of an element will be read soon, into the second-level cache."""
+    name = T.llvm_lookup_intrinsic_id("llvm.prefetch.p0")
+    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
+    B.evaluate(T.call_llvm_intrin(name, T.address_of(buffer[index]), read, second_level, data, dtype="void"))
+
+
 def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
     """Emit the loops that fill a buffer's halo."""
     if layout.halo == 0:

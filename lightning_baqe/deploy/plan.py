@@ -33,6 +33,7 @@ from lightning_baqe.deploy.plan_pixels import (
     pixel_kernel,
     unpack_kernel,
 )
+from lightning_baqe.deploy.requantize import requant_numbers
 from lightning_baqe.deploy.target import VNNI_PATHS, CpuTarget
 from lightning_baqe.deploy.values import Values, pad_of
 from lightning_baqe.errors import BuildError, ConfigError
@@ -223,11 +224,11 @@ class _Planner:
         knobs = self._knobs(node.layer, spec)
         bias = np.zeros(layout.stored, np.float32 if is_float else np.int32)
         bias[: layout.channels] = node.bias.numpy()
-        numbers = np.zeros((2, layout.stored), np.int32)
+        numbers = np.zeros(2 * layout.stored, np.int64)
         params = np.zeros(12, np.int64)
         params[11] = self.values.pads[result]
         if not is_float and node.requant is not None:
-            numbers[:, : layout.channels] = _requant_numbers(node)
+            numbers = _requant_numbers(node, spec)
             params[:4] = _requant_params(node)
         if add is not None:
             first = add.inputs[0] == node.name
@@ -237,7 +238,7 @@ class _Planner:
             params[4:11] = *m, add.shift, add.offset, add.type.zero_point, add.type.low, add.type.high
         nodes = (node.name, add.name) if add is not None else (node.name,)
         packed = pack_weights(spec, knobs, weight)
-        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers.ravel(), params, residual or name))
+        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, params, residual or name))
 
     def _knobs(self, layer: str, spec: ConvSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
@@ -270,10 +271,8 @@ class _Planner:
         arguments: list[Any] = [name, pack_depthwise(spec, weight), bias]
         if epilogue == "requant":
             assert isinstance(node, ir.Conv)
-            numbers = np.zeros((2, layout.stored), np.int32)
-            numbers[:, : layout.channels] = _requant_numbers(node)
             params[:4] = _requant_params(node)
-            arguments.append(numbers.ravel())
+            arguments.append(_requant_numbers(node, spec))
         self._add((node.name,), None, spec, {}, (*arguments, params))
 
     def _output(self) -> None:
@@ -287,12 +286,12 @@ class _Planner:
         self._pixels(name, unpack_kernel(layout, end), [value])
 
 
-def _requant_numbers(node: ir.Conv | ir.Linear) -> np.ndarray:
-    """Multipliers and fractions by channel, shape ``(2, channels)``."""
+def _requant_numbers(node: ir.Conv | ir.Linear, spec: ConvSpec | DepthwiseSpec) -> np.ndarray:
+    """Multipliers, fractions and rounding as the kernels read them."""
     assert node.requant is not None
     multipliers = node.requant.multiplier.expand(len(node.bias)).numpy()
     fractions = np.zeros_like(multipliers) if node.fraction is None else node.fraction.numpy()
-    return np.stack([multipliers, fractions])
+    return requant_numbers(multipliers, fractions, node.requant.shift, spec.result.stored, spec.lanes)
 
 
 def _requant_params(node: ir.Conv | ir.Linear) -> list[Any]:

@@ -40,6 +40,18 @@ class PoolSpec:
     by_pixel: bool = False
     high: bool = False
 
+    @property
+    def lanes(self) -> int:
+        """Channels that are taken together: a maximum needs no more bits than its values."""
+        wide = self.op == "max_pool" and self.source.dtype == "uint8"
+        return next(n for n in (64, 32, VECTOR) if self.result.stored % n == 0) if wide else VECTOR
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of channels whose windows are walked together, so that the loops over them are worth their while."""
+        blocks = self.result.stored // self.lanes
+        return next(n for n in (6, 5, 4, 3, 2, 1) if blocks % n == 0)
+
 
 @functools.lru_cache(maxsize=4096)
 def build_pool(spec: PoolSpec) -> Any:
@@ -49,7 +61,7 @@ def build_pool(spec: PoolSpec) -> Any:
     source, result = spec.source, spec.result
     is_max, is_float = spec.op == "max_pool", result.dtype == "float32"
     kind = source.dtype if is_max else "float32" if is_float else "int32"
-    lanes = VECTOR
+    lanes, vectors = spec.lanes, spec.vectors
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
         B.func_name("pool")
@@ -64,32 +76,40 @@ def build_pool(spec: PoolSpec) -> Any:
         P = B.arg("P", B.buffer((POOL_PARAMS,), "int64"))
         Y = B.arg("Y", B.buffer((result.length,), result.dtype))
         B.func_attr({"tirx.noalias": True})
-        acc = B.alloc_buffer((1, lanes), kind, scope="local")
-        here = [0, T.ramp(0, 1, lanes)]
+        acc = B.alloc_buffer((vectors, lanes), kind, scope="local")
+        lane = T.ramp(0, 1, lanes)
         fill_halo(result, Y, P[POOL_PARAMS - 1])
-        with B.serial(result.height) as y, B.serial(result.width) as x, B.serial(result.stored // lanes) as v:
+        groups = result.stored // (lanes * vectors)
+        with B.serial(result.height) as y, B.serial(result.width) as x, B.serial(groups) as group:
             start = T.min_value(kind) if is_max else T.float32(0) if is_float else T.int32(0)
-            B.buffer_store(acc, splat(start, lanes), here)
+            with B.unroll(vectors) as v:
+                B.buffer_store(acc, splat(start, lanes), [v, lane])
 
-            def load(row: Any, column: Any) -> Any:
-                return X[T.ramp(source.origin() + row * source.row + column * source.stored + v * lanes, 1, lanes)]
+            def load(row: Any, column: Any, v: Any) -> Any:
+                channel = (group * vectors + v) * lanes
+                return X[T.ramp(source.origin() + row * source.row + column * source.stored + channel, 1, lanes)]
 
             if spec.windows:
                 rows, columns = bounds
-                with B.serial(rows[2 * y], rows[2 * y + 1]) as i, B.serial(columns[2 * x], columns[2 * x + 1]) as j:
-                    B.buffer_store(acc, _accumulated(spec, acc[tuple(here)], load(i, j), P), here)
+                with (
+                    B.serial(rows[2 * y], rows[2 * y + 1]) as i,
+                    B.serial(columns[2 * x], columns[2 * x + 1]) as j,
+                    B.unroll(vectors) as v,
+                ):
+                    B.buffer_store(acc, _accumulated(spec, acc[v, lane], load(i, j, v), P), [v, lane])
             else:
-                with B.serial(spec.kernel[0]) as i, B.serial(spec.kernel[1]) as j:
+                with B.serial(spec.kernel[0]) as i, B.serial(spec.kernel[1]) as j, B.unroll(vectors) as v:
                     row, rows_in = _tap(spec, 0, y, i)
                     column, columns_in = _tap(spec, 1, x, j)
-                    total = _accumulated(spec, acc[tuple(here)], load(row, column), P)
+                    total = _accumulated(spec, acc[v, lane], load(row, column, v), P)
                     for inside in (rows_in, columns_in):
                         if inside is not None:
-                            total = T.Select(splat(inside, lanes), total, acc[tuple(here)])
-                    B.buffer_store(acc, total, here)
+                            total = T.Select(splat(inside, lanes), total, acc[v, lane])
+                    B.buffer_store(acc, total, [v, lane])
             factor = None if factors is None else factors[y * result.width + x if spec.by_pixel else 0]
-            to = T.ramp(result.origin() + y * result.row + x * result.stored + v * lanes, 1, lanes)
-            B.buffer_store(Y, _finished(spec, acc[tuple(here)], factor, P), [to])
+            with B.unroll(vectors) as v:
+                to = result.origin() + y * result.row + x * result.stored + (group * vectors + v) * lanes
+                B.buffer_store(Y, _finished(spec, acc[v, lane], factor, P), [T.ramp(to, 1, lanes)])
     return builder.get()
 
 
@@ -118,7 +138,7 @@ def _accumulated(spec: PoolSpec, acc: Any, value: Any, params: Any) -> Any:
 
 def _finished(spec: PoolSpec, acc: Any, factor: Any, params: Any) -> Any:
     if spec.op == "max_pool":
-        return cast(spec.result.dtype, VECTOR, acc)
+        return cast(spec.result.dtype, spec.lanes, acc)
     if spec.op == "float_avg_pool":
         return acc * splat(factor, VECTOR)
     width = "int32" if spec.high else "int64"

@@ -10,6 +10,7 @@ import torch
 from lightning_baqe.deploy.conv_template import PARAMS, ConvSpec, Knobs, pack_weights
 from lightning_baqe.deploy.dot import INT16_MAX
 from lightning_baqe.deploy.layout import SLACK, Layout
+from lightning_baqe.deploy.requantize import requant_numbers
 
 _RANGES = {"uint8": (0, 255), "int8": (-128, 127), "int32": (-(2**15), 2**15)}
 
@@ -23,7 +24,7 @@ class KernelSample:
         source: the input's buffer, flat.
         weight: logical weights ``(out, in, kh, kw)``.
         bias: by stored channel.
-        numbers: multipliers of all stored channels, then their fractions.
+        numbers: of :func:`~lightning_baqe.deploy.requantize.requant_numbers`.
         params: int64, by :data:`~lightning_baqe.deploy.conv_template.PARAMS`.
         residual: the other operand's buffer; the source where there is none.
         result: the buffer that the kernel must write, halo and spare channels included, without the slack at its end.
@@ -82,7 +83,9 @@ def sample_kernel(spec: ConvSpec, seed: int = 0) -> KernelSample:
         m = rng.integers(1, 2**12, 2) if spec.residual is not None else (0, 0)
         params[4:11] = *m, 12, -int(rng.integers(0, 1000)), 3, low, high
     result = _finished(spec, acc, numbers, params, residual)
-    return KernelSample(spec, source, weight, bias, numbers.ravel(), params, residual, result)
+    shift = max(int(params[0]), 1)
+    packed = requant_numbers(numbers[0], numbers[1], shift, spec.result.stored, spec.lanes)
+    return KernelSample(spec, source, weight, bias, packed, params, residual, result)
 
 
 def _buffer(layout: Layout, rng: np.random.Generator) -> np.ndarray:
