@@ -1,7 +1,13 @@
 """Inference engines side by side: each prepares one network in a process of its own and runs bursts when asked.
 
-An engine is a function from an :class:`EngineRequest` to a callable that takes one float32 image ``(1, 3, height,
-width)`` and returns logits, with as little around the engine's own call as its API allows.
+| engine | |
+| --- | --- |
+| ``ours-wXaY`` | this package, X-bit weights and Y-bit activations, 2 to 8 |
+| ``ours-mixed`` | this package, bits of a file; else first and last layer W8A8, between them W4A4, W8A8 in turn |
+| ``ours-fp32`` | this package, float |
+| ``openvino-int8``, ``openvino-fp32`` | OpenVINO, quantized by NNCF |
+| ``onnxruntime-int8``, ``onnxruntime-int8-exact``, ``onnxruntime-fp32`` | ONNX Runtime; exact: never saturating |
+| ``inductor-int8``, ``inductor-fp32`` | PyTorch inductor, quantized by torchao |
 """
 
 from __future__ import annotations
@@ -9,186 +15,126 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Run = Callable[[np.ndarray], np.ndarray]
-CALIBRATION_IMAGES = 8
-PEER_PACKAGES = {"openvino": ("openvino", "nncf"), "onnxruntime": ("onnxruntime", "onnx")}
+from lightning_baqe.benchmarks import peers
+from lightning_baqe.benchmarks.engine_inputs import EngineRequest, Prepared, calibration_images, probe_images
+from lightning_baqe.errors import ConfigError
+
+PACKAGES = {"openvino": ("openvino", "nncf"), "onnxruntime": ("onnxruntime", "onnx"), "inductor-int8": ("torchao",)}
+PEERS: dict[str, Callable[[EngineRequest], Prepared]] = {
+    "openvino-int8": lambda request: peers.openvino(request, True),
+    "onnxruntime-int8": lambda request: peers.onnxruntime(request, True),
+    "onnxruntime-int8-exact": lambda request: peers.onnxruntime(request, True, exact=True),
+    "inductor-int8": lambda request: peers.inductor(request, True),
+    "openvino-fp32": lambda request: peers.openvino(request, False),
+    "onnxruntime-fp32": lambda request: peers.onnxruntime(request, False),
+    "inductor-fp32": lambda request: peers.inductor(request, False),
+}
+OURS = ("ours-w8a8", "ours-w4a8", "ours-mixed", "ours-fp32")
+ENGINES = (*OURS, *PEERS)
+_UNIFORM = re.compile(r"ours-w([2-8])a([2-8])")
 
 
-@dataclass(frozen=True)
-class EngineRequest:
-    """What an engine prepares.
+def engine_name(text: str) -> str:
+    """The name itself, if there is such an engine.
 
-    Args:
-        engine: a key of :data:`ENGINES`.
-        model: a torchvision name.
-        weights: file with its state dict.
-        onnx: the float network as ONNX.
-        threads: of the inference.
-        size: of the square input image.
+    Raises:
+        ConfigError: there is none.
     """
-
-    engine: str
-    model: str
-    weights: str
-    onnx: str
-    threads: int
-    size: int
+    if text in ENGINES or _UNIFORM.fullmatch(text):
+        return text
+    raise ConfigError(f"engine {text!r} is none of {', '.join(ENGINES)}, nor ours-wXaY with X and Y from 2 to 8")
 
 
 def missing_packages(engine: str) -> list[str]:
-    """Packages that an engine needs and that are not installed."""
-    return [name for name in PEER_PACKAGES.get(engine.split("-")[0], ()) if importlib.util.find_spec(name) is None]
+    """Packages that an engine, or all engines of a peer, need and that are not installed."""
+    needed = PACKAGES.get(engine, PACKAGES.get(engine.split("-")[0], ()))
+    return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
-def random_network(name: str, size: int, seed: int = 0) -> Any:
-    """A torchvision network with seeded random weights and batch-norm statistics of random images, in eval mode."""
-    import torch
-    import torchvision
+def bit_config(engine: str, module: Any, file: str | None = None) -> Any:
+    """The bits that one of our engines gives a network.
 
-    torch.manual_seed(seed)
-    network = torchvision.models.get_model(name, weights=None)
-    network.train()
-    with torch.no_grad():
-        for _ in range(3):
-            network(torch.randn(4, 3, size, size))
-    return network.eval()
+    Args:
+        engine: ``ours-...``.
+        module: the float network.
+        file: the bit-config of ``ours-mixed`` as JSON; None for first and last layer W8A8, between them W4A4 and W8A8
+            in turn.
+    """
+    from lightning_baqe.quantization.config import BitConfig, LayerBits
 
-
-def calibration_images(size: int) -> np.ndarray:
-    """Seeded random images, float32 ``(n, 3, size, size)``."""
-    shape = (CALIBRATION_IMAGES, 3, size, size)
-    return np.random.default_rng(1).standard_normal(shape, np.float32)
-
-
-def _torch_network(request: EngineRequest) -> Any:
-    import torch
-    import torchvision
-
-    network = torchvision.models.get_model(request.model, weights=None)
-    network.load_state_dict(torch.load(request.weights, weights_only=True))
-    return network.eval()
+    if engine == "ours-fp32":
+        return BitConfig.uniform(module, weight=32, activation=32)
+    if uniform := _UNIFORM.fullmatch(engine):
+        return BitConfig.uniform(module, weight=int(uniform[1]), activation=int(uniform[2]))
+    if file is not None:
+        return BitConfig.from_json(Path(file))
+    layers = list(BitConfig.uniform(module))
+    low = set(layers[1:-1:2])
+    return BitConfig({layer: LayerBits(4, 4) if layer in low else LayerBits(8, 8) for layer in layers})
 
 
-def ours(request: EngineRequest, weight: int, activation: int) -> tuple[Run, dict[str, Any]]:
-    """Quantized, lowered and built by this package with the best knobs in the user's records."""
+def ours(request: EngineRequest) -> Prepared:
+    """Quantized, lowered and built by this package with the best knobs in the user's records.
+
+    Raises:
+        BuildError: the compiled network differs from its integer graph.
+    """
     import torch
 
     import lightning_baqe as baqe
     from lightning_baqe.benchmarks.layers import kernel_table
+    from lightning_baqe.benchmarks.networks import load_network
     from lightning_baqe.deploy.conv_template import ConvSpec
+    from lightning_baqe.errors import BuildError
 
-    network = _torch_network(request)
+    network = load_network(request)
     images = torch.from_numpy(calibration_images(request.size))
-    bits = baqe.BitConfig.uniform(network, weight=weight, activation=activation)
+    bits = bit_config(request.engine, network, request.bits)
     quantized = baqe.quantize(network, bits, example_input=images)
-    if weight != 32:
+    if not request.engine.endswith("fp32"):
         baqe.calibrate(quantized, [images])
     graph = baqe.lower(quantized, example_input=images[:1])
     artifact = baqe.build(graph, threads=request.threads)
+    if not request.engine.endswith("fp32") and not torch.equal(artifact.run(images[:1]), graph.run(images[:1])):
+        raise BuildError("the compiled network differs from its integer graph")
     work: dict[tuple[str, int], int] = {}
     for call in artifact.plan.calls:
         if isinstance(call.spec, ConvSpec):
             arithmetic = (call.spec.dot, call.spec.chain)
             work[arithmetic] = work.get(arithmetic, 0) + call.spec.macs
-
-    if weight != 32 and not torch.equal(artifact.run(images[:1]), graph.run(images[:1])):
-        raise AssertionError("the compiled network differs from its integer graph")
-    dot, chain = max(work, key=work.__getitem__)
-    info = {"macs": graph.macs, "size_bytes": graph.size_bytes, "dot": dot, "chain": chain}
-    return artifact.run_array, {**info, "layers": lambda: kernel_table(artifact.plan)}
-
-
-def openvino(request: EngineRequest, integer: bool) -> tuple[Run, dict[str, Any]]:
-    """OpenVINO; integers by NNCF's post-training quantization with its defaults."""
-    import openvino as ov
-
-    model = ov.convert_model(request.onnx)
-    model.reshape([1, 3, request.size, request.size])
-    options: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": request.threads,
-        "NUM_STREAMS": 1,
+    main = max(work, key=work.__getitem__)
+    work[main] += graph.macs - sum(work.values())  # depthwise convolutions
+    info = {
+        "macs": graph.macs,
+        "size_bytes": graph.size_bytes,
+        "work": [{"dot": dot, "chain": chain, "macs": macs} for (dot, chain), macs in work.items()],
     }
-    if integer:
-        import nncf
-
-        images = [image[None] for image in calibration_images(request.size)]
-        model = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))
-    else:
-        options["INFERENCE_PRECISION_HINT"] = "f32"  # the default is bf16 where the CPU has it
-    inference = ov.Core().compile_model(model, "CPU", options).create_infer_request()
-    image = np.zeros((1, 3, request.size, request.size), np.float32)
-    inference.set_input_tensor(ov.Tensor(image, shared_memory=True))
-
-    def run(x: np.ndarray) -> np.ndarray:
-        np.copyto(image, x)
-        inference.infer()
-        return np.asarray(inference.get_output_tensor().data)
-
-    return run, {}
+    return Prepared(artifact.run_array, info, profiled=lambda: kernel_table(artifact.plan))
 
 
-def onnxruntime(request: EngineRequest, integer: bool, exact: bool = False) -> tuple[Run, dict[str, Any]]:
-    """ONNX Runtime; integers by its static QDQ quantization, unsigned activations, signed weights by channel."""
-    import onnxruntime as ort
-
-    path = request.onnx
-    if integer:
-        path = str(Path(request.onnx).with_suffix(f".{request.engine}.onnx"))
-        _quantize_onnx(request, path)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = request.threads, 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    if exact:  # no saturating int16 sums on CPUs without VNNI
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(x: np.ndarray) -> np.ndarray:
-        return np.asarray(session.run(None, {name: x})[0])
-
-    return run, {}
+def prepare(request: EngineRequest) -> Prepared:
+    """Prepare any engine."""
+    name = engine_name(request.engine)
+    return PEERS[name](request) if name in PEERS else ours(request)
 
 
-def _quantize_onnx(request: EngineRequest, path: str) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+def agreement(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Cosine between two networks' logits, ``(n, classes)``, each without its mean over the images.
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.images: Iterator[np.ndarray] = iter(calibration_images(request.size))
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self.images, None)
-            return None if image is None else {"x": image[None]}
-
-    prepared = f"{path}.prepared.onnx"
-    quant_pre_process(request.onnx, prepared)
-    quantize_static(
-        prepared, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
-
-
-ENGINES: dict[str, Callable[[EngineRequest], tuple[Run, dict[str, Any]]]] = {
-    "ours-w8a8": lambda request: ours(request, 8, 8),
-    "ours-w4a8": lambda request: ours(request, 4, 8),
-    "openvino-int8": lambda request: openvino(request, True),
-    "onnxruntime-int8": lambda request: onnxruntime(request, True),
-    "onnxruntime-int8-exact": lambda request: onnxruntime(request, True, exact=True),
-    "ours-fp32": lambda request: ours(request, 32, 32),
-    "openvino-fp32": lambda request: openvino(request, False),
-    "onnxruntime-fp32": lambda request: onnxruntime(request, False),
-}
+    What all images have in common, such as the last bias, would hide a broken network.
+    """
+    a, b = (values.astype(np.float64) - values.mean(axis=0, dtype=np.float64) for values in (logits, reference))
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def serve(request: EngineRequest, cores: list[int]) -> None:
@@ -197,28 +143,30 @@ def serve(request: EngineRequest, cores: list[int]) -> None:
     os.dup2(2, 1)  # what engines print is not an answer
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    os.environ.update(OMP_NUM_THREADS=str(request.threads), TVM_NUM_THREADS=str(request.threads))
-    run, info = ENGINES[request.engine](request)
-    layers = info.pop("layers", None)
-    image = calibration_images(request.size)[:1]
+    engine = prepare(request)
+    images = probe_images(request.size)
+    if engine.channels_last:
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    image = images[:1]
 
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    answer(info)
+    logits = [engine.run(images[at : at + 1])[0].tolist() for at in range(len(images))]
+    answer({"info": engine.info, "logits": logits})
     for line in sys.stdin:
         asked = json.loads(line)
         if "layers" in asked:
-            answer({"layers": layers() if layers is not None else []})
+            answer({"layers": engine.profiled() if engine.profiled is not None else []})
             continue
         for _ in range(3):
-            run(image)
+            engine.run(image)
         samples: list[float] = []
         begin = time.perf_counter()
         while time.perf_counter() - begin < asked["burst_s"] or len(samples) < 5:
             start = time.perf_counter_ns()
-            run(image)
+            engine.run(image)
             samples.append((time.perf_counter_ns() - start) / 1e3)
         answer({"samples_us": samples})
 

@@ -1,0 +1,124 @@
+"""The other engines, each with the settings that its documentation recommends for latency on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_baqe.benchmarks.engine_inputs import INPUT, EngineRequest, Prepared, calibration_images
+
+
+def openvino(request: EngineRequest, integer: bool) -> Prepared:
+    """OpenVINO; integers by NNCF's post-training quantization with its defaults."""
+    import openvino as ov
+
+    model = ov.convert_model(request.onnx)
+    model.reshape([1, 3, request.size, request.size])
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": request.threads,
+        "NUM_STREAMS": 1,
+    }
+    if integer:
+        import nncf
+
+        images = [image[None] for image in calibration_images(request.size)]
+        model = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))
+    else:
+        options["INFERENCE_PRECISION_HINT"] = "f32"  # the default is bf16 where the CPU has it
+    inference = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+    image = np.zeros((1, 3, request.size, request.size), np.float32)
+    inference.set_input_tensor(ov.Tensor(image, shared_memory=True))
+
+    def run(x: np.ndarray) -> np.ndarray:
+        np.copyto(image, x)
+        inference.infer()
+        return np.asarray(inference.get_output_tensor().data)
+
+    return Prepared(run)
+
+
+def onnxruntime(request: EngineRequest, integer: bool, exact: bool = False) -> Prepared:
+    """ONNX Runtime; integers by its static QDQ quantization, unsigned activations, signed weights by channel."""
+    import onnxruntime as ort
+
+    path = request.onnx
+    if integer:
+        path = str(Path(request.onnx).with_suffix(f".{request.engine}.{request.threads}.onnx"))
+        _quantize_onnx(request, path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = request.threads, 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if exact:  # no saturating int16 sums on CPUs without VNNI
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(x: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(None, {INPUT: x})[0])
+
+    return Prepared(run)
+
+
+def _quantize_onnx(request: EngineRequest, path: str) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images: Iterator[np.ndarray] = iter(calibration_images(request.size))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.images, None)
+            return None if image is None else {INPUT: image[None]}
+
+    prepared = f"{path}.prepared.onnx"
+    quant_pre_process(request.onnx, prepared)
+    quantize_static(
+        prepared, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+
+
+def inductor(request: EngineRequest, integer: bool) -> Prepared:
+    """PyTorch inductor, frozen, autotuned, called through its C++ wrapper, channels last.
+
+    Integers by post-training quantization of the exported program for x86 (PT2E), with its defaults.
+    """
+    import torch
+    from torch._inductor import config
+
+    from lightning_baqe.benchmarks.networks import load_network
+
+    torch.set_num_threads(request.threads)
+    config.freezing = config.cpp_wrapper = True
+    module = load_network(request).to(memory_format=torch.channels_last)
+    images = torch.from_numpy(calibration_images(request.size)).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        if integer:
+            module = _quantize_exported(module, images)
+        compiled = torch.compile(module, mode="max-autotune", fullgraph=True)
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            logits: np.ndarray = compiled(torch.from_numpy(x)).numpy()
+        return logits
+
+    return Prepared(run, channels_last=True)
+
+
+def _quantize_exported(module: Any, images: Any) -> Any:
+    import torch
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    # Strict: else the calls of a module that is used twice are one partition, which the quantizer refuses.
+    exported = torch.export.export(module, (images[:1],), strict=True).module()
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    observed = prepare_pt2e(exported, quantizer)
+    for image in images:
+        observed(image[None].contiguous(memory_format=torch.channels_last))
+    return convert_pt2e(observed)
