@@ -37,7 +37,7 @@ def _peak_kernel(dot: str, chain: int, lanes: int, accumulators: int) -> Any:
         W = B.arg("W", B.buffer((_STEPS * vectors * width,), weights_dtype))
         Y = B.arg("Y", B.buffer((accumulators * lanes,), kind))
         B.func_attr({"tirx.noalias": True})
-        acc = B.alloc_buffer((accumulators, lanes), kind, scope="local")
+        acc = B.alloc_buffer((accumulators, lanes), kind)
         vector = T.ramp(0, 1, lanes)
         with B.unroll(accumulators) as a:
             B.buffer_store(acc, Y[T.ramp(a * lanes, 1, lanes)], [a, vector])

@@ -20,9 +20,10 @@ Knobs (in BAQE's terms, section III-B):
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ class ConvSpec:
         residual: layout of the other operand of a fused residual sum.
         narrow_add: the residual sum fits 32 bits.
         weight_bits: that storage needs, 4 or 8: the code for 3 bits is that for 4, and measured once. 32 = float.
-        threads: of the outermost loop.
+        threads: that share the tiles.
         groups: of channels; of more than one, a block reads ``span`` channels of each pixel.
         high: the shift of the requantization is 32 or more.
     """
@@ -364,7 +365,9 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     knobs = check_knobs(spec, dict(knobs_items))
     oct_, oht, owt = map(int, knobs["tile"].split("x"))
     packed, unroll = knobs["weights"] == "packed", knobs["unroll"]
-    lanes, pixels, tile = spec.lanes, oht * owt, oct_ * oht * owt
+    lanes = spec.lanes
+    vector = T.ramp(0, 1, lanes)
+    tile = list(itertools.product(range(oht), range(owt), range(oct_)))
     source, result = spec.source, spec.result
     residual = spec.residual or source
     has_residual = spec.residual is not None
@@ -390,7 +393,6 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     if weights_length * itemsize < FETCHED_AHEAD or channel_tiles == 1:
         fetches = 0
     row_dilation, column_dilation = spec.dilation
-    threads = spec.threads
 
     def clamp_tile(index: Any, extent: int, size: int) -> Any:
         return T.min(index * size, T.int32(extent - size)) if extent % size else index * size
@@ -402,8 +404,15 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
             column_dilation * source.stored
         )
 
-    def outer_loop(extent: int) -> Any:
-        return B.parallel(extent) if threads > 1 else B.serial(extent)
+    @contextlib.contextmanager
+    def outer_loops() -> Iterator[tuple[Any, Any]]:
+        """Both loops over tiles; threads share their product, because one of them alone may be too short."""
+        if spec.threads > 1:
+            with B.parallel(first_extent * second_extent) as both:
+                yield T.floordiv(both, second_extent), T.floormod(both, second_extent)
+        else:
+            with B.serial(first_extent) as first, B.serial(second_extent) as second:
+                yield first, second
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
         B.func_name("conv")
@@ -416,35 +425,34 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
         Y = B.arg("Y", B.buffer((result.length,), result.dtype))
         B.func_attr({"tirx.noalias": True})
         fill_halo(result, Y, P[PARAMS.index("pad")])
-        with outer_loop(first_extent) as first, B.serial(second_extent) as second, B.serial(column_tiles) as tw:
-            acc = B.alloc_buffer((tile, lanes), kind, scope="local")
-            vector = T.ramp(0, 1, lanes)
+        with outer_loops() as (first, second), B.serial(column_tiles) as tw:
+            # One buffer for each: from 1024 bytes on, and in scope "local", TVM takes them from a workspace.
+            acc = {at: B.alloc_buffer((lanes,), kind) for at in tile}
             block = B.Bind(clamp_tile(first if by_channel else second, spec.blocks, oct_))
             oy = B.Bind(clamp_tile(second if by_channel else first, result.height, oht))
             ox = B.Bind(clamp_tile(tw, result.width, owt))
-            with B.unroll(oct_) as c, B.unroll(pixels) as p:
-                B.buffer_store(acc, bias[T.ramp((block + c) * lanes, 1, lanes)], [c * pixels + p, vector])
+            for h, w, c in tile:
+                B.buffer_store(acc[h, w, c], bias[T.ramp((block + c) * lanes, 1, lanes)], [vector])
             with B.serial(segments) as s, B.serial(outer) as r:
                 if fetches:
                     done = ((second * column_tiles + tw if by_channel else tw) * segments + s) * outer + r
                     line = (block + oct_) * (block_length * itemsize // LINE) + done * fetches
                     for index in range(fetches):
                         prefetch(W, T.min((line + index) * (LINE // itemsize), T.int32(weights_length - 1)))
-                with B.unroll(unroll) as u, B.unroll(oht) as h, B.unroll(owt) as w, B.unroll(oct_) as c:
-                    at = c * pixels + h * owt + w
+                for u, (h, w, c) in itertools.product(range(unroll), tile):
                     offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored) + segment_offset(s)
                     offset = offset + spec.first_channel(block + c) + (r * unroll + u) * (group * quad)
                     position = ((block + c) * segments + s) * steps + (r * unroll + u) * group
-                    B.buffer_store(acc, _reduce(spec, packed, acc[at, vector], X, W, offset, position), [at, vector])
+                    total = _reduce(spec, packed, acc[h, w, c][vector], X, W, offset, position)
+                    B.buffer_store(acc[h, w, c], total, [vector])
             if spec.epilogue.startswith("requant"):
                 values, places = [], []
-                for h, w, c in itertools.product(range(oht), range(owt), range(oct_)):
+                for h, w, c in tile:
                     channel = (block + c) * lanes
                     to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + channel
                     other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.stored + channel
                     extra = R[T.ramp(other, 1, lanes)] if has_residual else None
-                    total = acc[c * pixels + h * owt + w, vector]
-                    values.append(_int32_results(spec, total, M, block + c, extra, P))
+                    values.append(_int32_results(spec, acc[h, w, c][vector], M, block + c, extra, P))
                     places.append(((h, w), to))
                 if spec.packs_bytes:
                     bounds = _bounds(P, "add_" if has_residual else "")
@@ -453,9 +461,9 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
                     for value, (_, to) in zip(values, places, strict=True):
                         B.buffer_store(Y, T.Cast(f"{result.dtype}x{lanes}", value), [T.ramp(to, 1, lanes)])
             else:
-                with B.unroll(oct_) as c, B.unroll(oht) as h, B.unroll(owt) as w:
+                for h, w, c in tile:
                     to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + (block + c) * lanes
-                    total = acc[c * pixels + h * owt + w, vector]
+                    total = acc[h, w, c][vector]
                     if spec.epilogue == "float_relu":
                         total = T.max(total, T.broadcast(T.float32(0), lanes))
                     B.buffer_store(Y, total, [T.ramp(to, 1, lanes)])

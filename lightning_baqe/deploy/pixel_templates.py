@@ -297,7 +297,7 @@ def _pack_dense(result: Layout, image: Any, out: Any, convert: Any) -> None:
 
 
 def _pack_spread(result: Layout, image: Any, out: Any, params: Any, convert: Any) -> None:
-    line = B.alloc_buffer((-(-result.width // VECTOR) * VECTOR,), result.dtype, scope="local")
+    line = B.alloc_buffer((-(-result.width // VECTOR) * VECTOR,), result.dtype)
     # Everything outside the image and every channel beyond the logical ones holds the pad value: one fill for all.
     with B.serial(result.length) as i:
         B.buffer_store(out, T.Cast(result.dtype, params[PAD]), [i])

@@ -76,7 +76,7 @@ def build_pool(spec: PoolSpec) -> Any:
         P = B.arg("P", B.buffer((POOL_PARAMS,), "int64"))
         Y = B.arg("Y", B.buffer((result.length,), result.dtype))
         B.func_attr({"tirx.noalias": True})
-        acc = B.alloc_buffer((vectors, lanes), kind, scope="local")
+        acc = B.alloc_buffer((vectors, lanes), kind)
         lane = T.ramp(0, 1, lanes)
         fill_halo(result, Y, P[POOL_PARAMS - 1])
         groups = result.stored // (lanes * vectors)
