@@ -46,6 +46,7 @@ class DepthwiseSpec:
         narrow: the requantized value fits 32 bits before it is clipped.
         high: its shift is 32 or more.
         threads: of the outermost loop, over rows.
+        vbmi: rows are put together by one permutation of bytes.
     """
 
     dot: str
@@ -62,6 +63,7 @@ class DepthwiseSpec:
     narrow: bool = True
     high: bool = False
     threads: int = 1
+    vbmi: bool = False
 
     @property
     def taps(self) -> int:
@@ -168,6 +170,11 @@ def _load(spec: DepthwiseSpec, source: Any, at: Any, word: int) -> Any:
     """One column of a word's rows: neighbouring channels in lanes, rows in their bytes or words."""
     lanes = spec.lanes
     rows = range(word * spec.taps, min((word + 1) * spec.taps, spec.kernel[0]))
+    if spec.vbmi:
+        loaded = [source[T.ramp(at + row * spec.dilation[0] * spec.source.row, 1, lanes)] for row in rows]
+        loaded += [T.broadcast(T.uint8(0), lanes)] * (spec.taps - len(loaded))
+        mixed = T.Shuffle(loaded, [row * lanes + lane for lane in range(lanes) for row in range(spec.taps)])
+        return T.reinterpret(mixed, dtype=f"int32x{lanes}")
     parts = [
         cast(
             "float32" if spec.dot == "fma" else "int32",

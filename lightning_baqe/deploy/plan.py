@@ -263,7 +263,7 @@ class _Planner:
             narrow, high = _requant_width(node)
         spec = DepthwiseSpec(
             dot, self.target.lanes, self.target.registers, source, layout, weight.shape[2:], node.stride, node.dilation,
-            node.padding[0], node.padding[2], epilogue, narrow, high, self.threads,
+            node.padding[0], node.padding[2], epilogue, narrow, high, self.threads, self.target.vbmi and dot == "vnni",
         )  # fmt: skip
         bias = by_channel(node.bias, layout, np.float32 if dot == "fma" else np.int32)
         params = np.zeros(DEPTHWISE_PARAMS, np.int64)

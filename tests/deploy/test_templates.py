@@ -21,9 +21,9 @@ from lightning_baqe.integer.dyadic import Dyadic
 PATHS = ("vnni512", "avxvnni", "avx2", "portable")
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=(*PATHS, "native"))
 def target(request: pytest.FixtureRequest) -> CpuTarget:
-    """Each path: compiled for all, run on those that this CPU has."""
+    """Each path: compiled for all, run on those that this CPU has; and this CPU's own, with what more it has."""
     return get_target(request.param)
 
 
