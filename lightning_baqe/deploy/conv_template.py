@@ -20,10 +20,9 @@ Knobs (in BAQE's terms, section III-B):
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
 from lightning_baqe.deploy.dot import quad_of, step
-from lightning_baqe.deploy.emit import fill_halo, prefetch
+from lightning_baqe.deploy.emit import fill_halo, prefetch, tile_loops, tile_start
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.requantize import (
     clipped,
@@ -394,25 +393,12 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
         fetches = 0
     row_dilation, column_dilation = spec.dilation
 
-    def clamp_tile(index: Any, extent: int, size: int) -> Any:
-        return T.min(index * size, T.int32(extent - size)) if extent % size else index * size
-
     def segment_offset(segment: Any) -> Any:
         if row_segments:
             return segment * (row_dilation * source.row)
         return T.floordiv(segment, kw) * (row_dilation * source.row) + T.floormod(segment, kw) * (
             column_dilation * source.stored
         )
-
-    @contextlib.contextmanager
-    def outer_loops() -> Iterator[tuple[Any, Any]]:
-        """Both loops over tiles; threads share their product, because one of them alone may be too short."""
-        if spec.threads > 1:
-            with B.parallel(first_extent * second_extent) as both:
-                yield T.floordiv(both, second_extent), T.floormod(both, second_extent)
-        else:
-            with B.serial(first_extent) as first, B.serial(second_extent) as second:
-                yield first, second
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
         B.func_name("conv")
@@ -425,12 +411,12 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
         Y = B.arg("Y", B.buffer((result.length,), result.dtype))
         B.func_attr({"tirx.noalias": True})
         fill_halo(result, Y, P[PARAMS.index("pad")])
-        with outer_loops() as (first, second), B.serial(column_tiles) as tw:
+        with tile_loops(first_extent, second_extent, spec.threads) as (first, second), B.serial(column_tiles) as tw:
             # One buffer for each: from 1024 bytes on, and in scope "local", TVM takes them from a workspace.
             acc = {at: B.alloc_buffer((lanes,), kind) for at in tile}
-            block = B.Bind(clamp_tile(first if by_channel else second, spec.blocks, oct_))
-            oy = B.Bind(clamp_tile(second if by_channel else first, result.height, oht))
-            ox = B.Bind(clamp_tile(tw, result.width, owt))
+            block = B.Bind(tile_start(first if by_channel else second, spec.blocks, oct_))
+            oy = B.Bind(tile_start(second if by_channel else first, result.height, oht))
+            ox = B.Bind(tile_start(tw, result.width, owt))
             for h, w, c in tile:
                 B.buffer_store(acc[h, w, c], bias[T.ramp((block + c) * lanes, 1, lanes)], [vector])
             with B.serial(segments) as s, B.serial(outer) as r:

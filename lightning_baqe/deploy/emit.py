@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tvm.script import tirx as T
@@ -80,6 +82,22 @@ def requantized_high(value: Any, multipliers: Any, terms: tuple[Any, Any] | None
     )
     order = [index for lane in range(1, lanes, 2) for index in (lane, lanes + lane)]
     return T.shift_right(T.Shuffle([even, odd], order), T.broadcast(T.Cast("int32", amount - T.int64(32)), lanes))
+
+
+@contextmanager
+def tile_loops(first: int, second: int, threads: int) -> Iterator[tuple[Any, Any]]:
+    """Two nested loops; threads share their product, because one of them alone may be too short."""
+    if threads > 1:
+        with B.parallel(first * second) as both:
+            yield T.floordiv(both, second), T.floormod(both, second)
+    else:
+        with B.serial(first) as outer, B.serial(second) as inner:
+            yield outer, inner
+
+
+def tile_start(index: Any, extent: int, size: int) -> Any:
+    """Where a tile begins; the last one is shifted back over its neighbour if it would pass the end."""
+    return T.min(index * size, T.int32(extent - size)) if extent % size else index * size
 
 
 def prefetch(buffer: Any, index: Any) -> None:

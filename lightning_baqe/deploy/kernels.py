@@ -51,7 +51,7 @@ class Call:
             case ConvSpec():
                 return build_conv(spec, tuple(sorted(self.knobs.items())))
             case DepthwiseSpec():
-                return build_depthwise(spec)
+                return build_depthwise(spec, tuple(sorted(self.knobs.items())))
             case PoolSpec():
                 return build_pool(spec)
             case MoveSpec():

@@ -16,11 +16,15 @@ import numpy as np
 from lightning_baqe.deploy.conv_template import (
     ConvSpec,
     check_knobs,
-    default_knobs,
     pack_weights,
     weight_quads,
 )
-from lightning_baqe.deploy.depthwise_template import DEPTHWISE_PARAMS, DepthwiseSpec, pack_depthwise
+from lightning_baqe.deploy.depthwise_template import (
+    DEPTHWISE_PARAMS,
+    DepthwiseSpec,
+    check_depthwise_knobs,
+    pack_depthwise,
+)
 from lightning_baqe.deploy.dot import choose_dot
 from lightning_baqe.deploy.kernels import Call, Plan, Spec
 from lightning_baqe.deploy.plan_pixels import (
@@ -41,7 +45,7 @@ from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 
 Schedules = Mapping[str, Mapping[str, Any]]
-BestKnobs = Callable[[ConvSpec], Mapping[str, Any] | None]
+BestKnobs = Callable[[ConvSpec | DepthwiseSpec], Mapping[str, Any] | None]
 
 
 def make_plan(
@@ -240,16 +244,15 @@ class _Planner:
         packed = pack_weights(spec, knobs, weight)
         self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, params, residual or name))
 
-    def _knobs(self, layer: str, spec: ConvSpec) -> dict[str, Any]:
+    def _knobs(self, layer: str, spec: ConvSpec | DepthwiseSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
         known = self.best(spec) if chosen is None and self.best is not None else None
-        knobs = check_knobs(spec, chosen or known or default_knobs(spec))
+        wanted = chosen or known or {}
+        knobs = check_knobs(spec, wanted) if isinstance(spec, ConvSpec) else check_depthwise_knobs(spec, wanted)
         self.resolved[layer] = knobs
         return knobs
 
     def _depthwise(self, node: ir.Conv | ir.FloatConv) -> None:
-        if self.schedules.get(node.layer):
-            raise ConfigError(f"layer {node.layer!r} is a depthwise convolution, which has no knobs; give it none")
         name = self._value(node.inputs[0], node)
         source, layout = self.values.layouts[name], self.values.layouts[node.name]
         weight = node.weight.numpy()
@@ -268,12 +271,13 @@ class _Planner:
         bias = by_channel(node.bias, layout, np.float32 if dot == "fma" else np.int32)
         params = np.zeros(DEPTHWISE_PARAMS, np.int64)
         params[-1] = self.values.pads[node.name]
-        arguments: list[Any] = [name, pack_depthwise(spec, weight), bias]
+        knobs = self._knobs(node.layer, spec)
+        arguments: list[Any] = [name, pack_depthwise(spec, knobs, weight), bias]
         if epilogue == "requant":
             assert isinstance(node, ir.Conv)
             params[:4] = _requant_params(node)
             arguments.append(_requant_numbers(node, spec))
-        self._add((node.name,), None, spec, {}, (*arguments, params))
+        self._add((node.name,), node.layer, spec, knobs, (*arguments, params))
 
     def _output(self) -> None:
         last = self.graph.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images, random_schedules
 
 from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, default_knobs, knob_space, tiles
+from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, depthwise_knob_space
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
 from lightning_baqe.errors import BuildError, ConfigError
@@ -115,12 +117,28 @@ def test_depthwise_convolutions(channels: int, target: CpuTarget) -> None:
     assert_exact(compiled(graph, target), images(graph))
 
 
-def test_depthwise_convolutions_have_no_knobs() -> None:
+@pytest.mark.parametrize(("stride", "dilation", "kernel"), [(1, 1, 3), (2, 1, 3), (1, 2, 3), (2, 3, 5), (3, 1, 2)])
+def test_depthwise_knobs(stride: int, dilation: int, kernel: int, target: CpuTarget) -> None:
+    """Every tile and order computes the same; rows of a tile share what lies under several of them."""
+    maker = Maker(24, (15, 9), seed=stride)
+    padding = (kernel - 1) * dilation
+    name = maker.conv(out=24, kernel=kernel, padding=padding, stride=stride, dilation=dilation, groups=24)
+    graph = maker.graph()
+    spec = next(c.spec for c in make_plan(graph, target).calls if isinstance(c.spec, DepthwiseSpec))
+    space = depthwise_knob_space(spec)
+    assert len(space["tile"]) > 5
+    for tile, order in zip(random.Random(1).sample(space["tile"], 4), space["order"] * 2, strict=True):
+        assert_exact(compiled(graph, target, {name: {"tile": tile, "order": order}}), images(graph))
+
+
+def test_depthwise_knobs_that_do_not_exist() -> None:
     maker = Maker(16, 5)
     name = maker.conv(out=16, groups=16)
-    with pytest.raises(ConfigError, match=f"{name}.*depthwise"):
-        make_plan(maker.graph(), get_target(), {name: {"unroll": 1}})
-    assert make_plan(maker.graph(), get_target(), {name: {}}).schedules == {}
+    for knobs in ({"unroll": 1}, {"tile": "1x9"}, {"order": "rows"}):
+        with pytest.raises(ConfigError, match="depthwise"):
+            make_plan(maker.graph(), get_target(), {name: knobs})
+    default = make_plan(maker.graph(), get_target()).schedules[name]
+    assert make_plan(maker.graph(), get_target(), {name: default}).schedules == {name: default}
 
 
 @pytest.mark.parametrize("limits", [UINT8, INT8, WIDE])
