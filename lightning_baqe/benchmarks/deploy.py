@@ -5,6 +5,8 @@ has threads. The engines take turns in short bursts, round after round, so that 
 it for all; the physical floor (multiply-accumulates over what the arithmetic reaches in registers) is measured in the
 same rounds. Every engine's logits are compared with those of the float network; :mod:`.engines` lists the engines.
 
+``--layers`` puts our kernels beside what OpenVINO and ONNX Runtime say of theirs, timed in the same rounds.
+
 With ``--json FILE`` every network's figures are written as soon as they are there; the same command goes on with the
 networks that are missing.
 """
@@ -26,6 +28,7 @@ from rich.table import Table
 
 from lightning_baqe.benchmarks.engine_runs import EngineResult, ModelRun, RunOptions, run_model
 from lightning_baqe.benchmarks.engines import ENGINES, engine_name, missing_packages
+from lightning_baqe.benchmarks.layer_tables import kind_rows, layer_rows, print_layers
 from lightning_baqe.deploy.device import code_digest, device_info, versions
 from lightning_baqe.errors import BaqeError, ConfigError
 
@@ -144,6 +147,23 @@ def show(console: Console, model: str, figures: dict[str, Any]) -> None:
     for engine, reason in figures["left_out"].items():
         console.print(f"{engine} is left out: {reason}", markup=False)
     print_rows(console, f"{model}, {figures['size']}x{figures['size']}", figures["rows"])
+    for table in figures["layers"]:
+        title = f"{model}, {table['threads']} thread(s), each kernel in its place in the network"
+        print_layers(console, title, table["layers"])
+        print_layers(console, f"{title}, by kind", table["kinds"])
+
+
+def layer_figures(run: ModelRun) -> list[dict[str, Any]]:
+    """The layers' tables, for each number of threads and kind of arithmetic; ours first."""
+    tables = []
+    for threads, profiles in run.profiles.items():
+        for is_float in (False, True):
+            alike = {engine: rows for engine, rows in profiles.items() if engine.endswith("fp32") == is_float}
+            if alike:
+                ours_first = dict(sorted(alike.items(), key=lambda item: not item[0].startswith("ours")))
+                rows, kinds = layer_rows(ours_first, run.layers), kind_rows(ours_first, run.layers)
+                tables.append({"threads": threads, "layers": rows, "kinds": kinds, "profiles": ours_first})
+    return tables
 
 
 def figures_of(run: ModelRun) -> dict[str, Any]:
@@ -152,6 +172,7 @@ def figures_of(run: ModelRun) -> dict[str, Any]:
         "size": run.size,
         "rows": summarize(run.results),
         "left_out": run.left_out,
+        "layers": layer_figures(run),
         "raw": [asdict(result) for result in run.results],
     }
 
@@ -166,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--burst-s", type=float, default=0.5, help="seconds of one engine's turn")
     parser.add_argument("--size", type=int, help="of the image; each network's own if left out")
     parser.add_argument("--bits", type=Path, help="bit-config of ours-mixed, for networks with these layers")
+    parser.add_argument("--layers", action="store_true", help="also every layer beside the peers' own profiles")
     parser.add_argument("--json", type=Path, help="keep all figures here, and go on with what is there")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or min(options.threads) < 1:
@@ -191,9 +213,8 @@ def _installed(console: Console, engines: list[str]) -> tuple[str, ...]:
 
 def _run(console: Console, options: argparse.Namespace, engines: tuple[str, ...]) -> None:
     threads = tuple(sorted(set(options.threads)))
-    how = RunOptions(
-        engines, threads, options.rounds, options.burst_s, options.size, options.bits and str(options.bits)
-    )
+    bits = None if options.bits is None else str(options.bits)
+    how = RunOptions(engines, threads, options.rounds, options.burst_s, options.size, bits, options.layers)
     info = device_info(max(threads))
     console.print(f"{info['cpu']}; {' '.join(info['flags'])}; batch 1, {options.rounds} rounds")
     packages = versions() | {name: _version(name) for name in _PEER_PACKAGES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 CALIBRATION_IMAGES, PROBE_IMAGES = 8, 4
+WARM_UP, FEWEST, PROFILED_RUNS = 3, 5, 40
 INPUT, OUTPUT = "x", "y"
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -44,17 +46,15 @@ class Prepared:
         run: one float32 image ``(1, 3, size, size)`` to logits ``(1, classes)``.
         info: what the table tells of it.
         channels_last: it wants the image's memory in the order height, width, channels.
-        profile: runs the network on an image and notes what each of its kernels takes.
-        profiled: what was noted, kernels in the order of execution: ``{"name", "names", "op", "us"}``, the median of
-            all runs.
+        profile: runs the network on an image for so many seconds, with a clock around each kernel; kernels in the order
+            of execution: ``{"name", "names", "op", "us"}``, the mean of these runs.
         exactness: checks its integer arithmetic: ``{"check", "elements", "differing", "largest"}``.
     """
 
     run: Run
     info: dict[str, Any] = field(default_factory=dict)
     channels_last: bool = False
-    profile: Callable[[np.ndarray], None] | None = None
-    profiled: Callable[[], list[dict[str, Any]]] | None = None
+    profile: Callable[[np.ndarray, float], list[dict[str, Any]]] | None = None
     exactness: Callable[[], list[dict[str, Any]]] | None = None
 
 
@@ -70,3 +70,14 @@ def calibration_images(size: int) -> np.ndarray:
 def probe_images(size: int) -> np.ndarray:
     """Other random images, that no engine is calibrated on."""
     return _images(PROBE_IMAGES, size, 2)
+
+
+def timed(run: Callable[[], Any], seconds: float, most: int | None = None) -> list[float]:
+    """Microseconds of each run, as many as fit, :data:`FEWEST` at least."""
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while (time.perf_counter() - begin < seconds and len(samples) != most) or len(samples) < FEWEST:
+        start = time.perf_counter_ns()
+        run()
+        samples.append((time.perf_counter_ns() - start) / 1e3)
+    return samples

@@ -19,6 +19,7 @@ import torch
 
 from lightning_baqe.benchmarks.engine_inputs import EngineRequest, probe_images
 from lightning_baqe.benchmarks.engines import agreement, command
+from lightning_baqe.benchmarks.layer_tables import Layer, assign, median_rows, network_layers
 from lightning_baqe.benchmarks.networks import default_size, export_onnx, random_network
 from lightning_baqe.benchmarks.peak import peak_gmacs
 from lightning_baqe.deploy.target import get_target
@@ -87,6 +88,7 @@ class RunOptions:
         burst_s: seconds of one turn of one engine.
         size: of the square image; None for each network's own.
         bits: file with the bit-config of ``ours-mixed``, or None.
+        layers: also time every kernel of every engine that can, in bursts of their own.
     """
 
     engines: tuple[str, ...]
@@ -95,6 +97,7 @@ class RunOptions:
     burst_s: float = 0.5
     size: int | None = None
     bits: str | None = None
+    layers: bool = False
 
 
 @dataclass
@@ -105,11 +108,15 @@ class ModelRun:
         size: of its image.
         results: by thread count, engines in the order of the options.
         left_out: ``{engine: reason}``.
+        layers: of the network, with ``RunOptions.layers``.
+        profiles: rows of :func:`lightning_baqe.benchmarks.layer_tables.assign` by thread count and engine.
     """
 
     size: int
     results: list[EngineResult] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    profiles: dict[int, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
 
 
 class EngineProcess:
@@ -161,6 +168,9 @@ class EngineProcess:
         return self.answer()
 
 
+_Pair = tuple[EngineResult, EngineProcess]
+
+
 def usable_cores() -> list[int]:
     """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -192,7 +202,9 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
         export_onnx(network, onnx, run.size)
         with torch.no_grad():
             reference = network(torch.from_numpy(probe_images(run.size))).numpy()
-        pairs: list[tuple[EngineResult, EngineProcess]] = []
+        if options.layers:
+            run.layers = network_layers(network, onnx, run.size)
+        pairs: list[_Pair] = []
         for threads in options.threads:
             for engine in options.engines:
                 if engine in run.left_out:
@@ -211,18 +223,32 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
                 result.info = ready["info"]
                 result.agreement = agreement(np.array(ready["logits"]), reference)
                 pairs.append((result, process))
+        bursts: dict[tuple[int, str], list[list[dict[str, Any]]]] = {}
         for turn in range(options.rounds):
             report(f"{model}: round {turn + 1} of {options.rounds}")
             _round(pairs, turn, options.burst_s)
+            if options.layers:
+                for result, process in _turned(pairs, turn):
+                    bursts.setdefault((result.threads, result.engine), []).append(
+                        process.ask({"profile_s": options.burst_s})["kernels"]
+                    )
+        for (threads, engine), profiles in bursts.items():
+            if profiles[0]:
+                run.profiles.setdefault(threads, {})[engine] = assign(median_rows(profiles), run.layers)
         run.results = [result for result, _ in pairs]
     return run
 
 
-def _round(pairs: list[tuple[EngineResult, EngineProcess]], turn: int, burst_s: float) -> None:
+def _turned(pairs: list[_Pair], turn: int) -> list[_Pair]:
+    """Another one begins in each round, so that none is always the first."""
+    start = turn % max(len(pairs), 1)
+    return pairs[start:] + pairs[:start]
+
+
+def _round(pairs: list[_Pair], turn: int, burst_s: float) -> None:
     """One burst of each engine, and the floors of the arithmetic of ours."""
     peaks: dict[Arithmetic, float] = {}
-    for index in range(len(pairs)):
-        result, process = pairs[(index + turn) % len(pairs)]  # nobody always runs after the same neighbour
+    for result, process in _turned(pairs, turn):
         result.rounds_us.append(statistics.median(process.ask({"burst_s": burst_s})["samples_us"]))
         if not result.is_peer:
             floor_us = 0.0

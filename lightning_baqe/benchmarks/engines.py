@@ -17,16 +17,23 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_baqe.benchmarks import peers
-from lightning_baqe.benchmarks.engine_inputs import EngineRequest, Prepared, calibration_images, probe_images
+from lightning_baqe.benchmarks.engine_inputs import (
+    WARM_UP,
+    EngineRequest,
+    Prepared,
+    calibration_images,
+    probe_images,
+    timed,
+)
 from lightning_baqe.errors import ConfigError
 
 PACKAGES = {"openvino": ("openvino", "nncf"), "onnxruntime": ("onnxruntime", "onnx"), "inductor-int8": ("torchao",)}
@@ -92,7 +99,7 @@ def ours(request: EngineRequest) -> Prepared:
     import torch
 
     import lightning_baqe as baqe
-    from lightning_baqe.benchmarks.layers import kernel_table
+    from lightning_baqe.benchmarks.layers import KernelProfile
     from lightning_baqe.benchmarks.networks import load_network
     from lightning_baqe.deploy.conv_template import ConvSpec
     from lightning_baqe.errors import BuildError
@@ -119,7 +126,14 @@ def ours(request: EngineRequest) -> Prepared:
         "size_bytes": graph.size_bytes,
         "work": [{"dot": dot, "chain": chain, "macs": macs} for (dot, chain), macs in work.items()],
     }
-    return Prepared(artifact.run_array, info, profiled=lambda: kernel_table(artifact.plan))
+    layers = {node.name: node.layer for node in graph if hasattr(node, "layer")}
+    kernels = cache(lambda: KernelProfile(artifact.plan, graph.input_shape))
+
+    def profile(image: np.ndarray, seconds: float) -> list[dict[str, Any]]:
+        rows = kernels().profile(image, seconds)
+        return [{**row, "names": [layers.get(name, name) for name in row["names"]]} for row in rows]
+
+    return Prepared(artifact.run_array, info, profile=profile)
 
 
 def prepare(request: EngineRequest) -> Prepared:
@@ -138,7 +152,14 @@ def agreement(logits: np.ndarray, reference: np.ndarray) -> float:
 
 
 def serve(request: EngineRequest, cores: list[int]) -> None:
-    """Prepare, then answer requests, a JSON object a line: ``{"burst_s": t}`` with latencies, ``{"layers": true}``."""
+    """Prepare, then answer requests, a JSON object a line.
+
+    | request | answer |
+    | --- | --- |
+    | | once, when the engine is ready: ``{"info", "logits"}`` of the probe images |
+    | ``{"burst_s": t}`` | ``{"samples_us"}``: latencies of runs for so long |
+    | ``{"profile_s": t}`` | ``{"kernels"}``: see :class:`Prepared`; none from an engine that has no profile |
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print is not an answer
     if hasattr(os, "sched_setaffinity"):
@@ -157,18 +178,12 @@ def serve(request: EngineRequest, cores: list[int]) -> None:
     answer({"info": engine.info, "logits": logits})
     for line in sys.stdin:
         asked = json.loads(line)
-        if "layers" in asked:
-            answer({"layers": engine.profiled() if engine.profiled is not None else []})
-            continue
-        for _ in range(3):
-            engine.run(image)
-        samples: list[float] = []
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < asked["burst_s"] or len(samples) < 5:
-            start = time.perf_counter_ns()
-            engine.run(image)
-            samples.append((time.perf_counter_ns() - start) / 1e3)
-        answer({"samples_us": samples})
+        if "burst_s" in asked:
+            for _ in range(WARM_UP):
+                engine.run(image)
+            answer({"samples_us": timed(partial(engine.run, image), asked["burst_s"])})
+        else:
+            answer({"kernels": engine.profile(image, asked["profile_s"]) if engine.profile is not None else []})
 
 
 def command(request: EngineRequest, cores: list[int]) -> list[str]:

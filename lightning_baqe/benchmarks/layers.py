@@ -1,62 +1,98 @@
-"""What each kernel of a plan takes, alone."""
+"""What each kernel of a plan takes, in its place in the network."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm.target import Target
 
+from lightning_baqe.benchmarks.engine_inputs import PROFILED_RUNS, WARM_UP, timed
 from lightning_baqe.deploy.compiler import result_type
-from lightning_baqe.deploy.conv_template import ConvSpec
-from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.kernels import Call, Plan
 from lightning_baqe.deploy.layout import Layout
 
 
-def kernel_table(plan: Plan) -> list[dict[str, Any]]:
-    """Latency of every kernel call of a plan, each alone and on zeros.
+class KernelProfile:
+    """The kernels of a plan, called one by one in the network's order, each with a clock around it.
 
-    Returns:
-        ``{"nodes", "kernel", "knobs", "macs", "latency_us"}`` in order.
+    So each finds the caches as its predecessors leave them, as in the profiles of other engines. Buffers are used again
+    once nothing reads them any more.
+
+    Args:
+        plan: the kernels.
+        input_shape: ``(channels, height, width)``.
     """
-    functions = {call.key: call.function().with_attr("global_symbol", call.key) for call in plan.calls}
-    library = tvm.compile(tvm.IRModule(functions), target=Target(plan.target.tvm))
-    taken: dict[str, float] = {}
-    rows = []
-    for call in plan.calls:
-        if call.key not in taken:
-            timer = library.mod.time_evaluator(call.key, tvm.cpu(), number=1, repeat=7, min_repeat_ms=5)
-            taken[call.key] = timer(*_arguments(call, plan)).median * 1e6
-        rows.append(
+
+    def __init__(self, plan: Plan, input_shape: tuple[int, ...]) -> None:
+        self.plan = plan
+        kernels = {call.key: call.function().with_attr("global_symbol", call.key) for call in plan.calls}
+        self._library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.target.tvm))
+        self._image = tvm.runtime.empty((1, *input_shape), "float32")
+        self._steps = [
+            (self._library.mod[call.key], arguments)
+            for call, arguments in zip(plan.calls, self._all_arguments(), strict=True)
+        ]
+        self._samples_us: list[list[float]] = [[] for _ in plan.calls]
+
+    def _all_arguments(self) -> list[list[Any]]:
+        last_use = {name: at for at, call in enumerate(self.plan.calls) for name in _values(call)}
+        free: dict[tuple[int, str], list[Any]] = {}
+        held: dict[str, Any] = {}
+        everything = []
+        for at, call in enumerate(self.plan.calls):
+            kind = result_type(call, self.plan)
+            shape, dtype = tuple(int(extent) for extent in kind.shape), str(kind.dtype)
+            spare = free.get((int(np.prod(shape)), dtype))
+            result = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
+            arguments = [
+                tvm.runtime.tensor(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else held.get(a, self._image)
+                for a in call.arguments
+            ]
+            everything.append([*arguments, result])
+            held[call.result] = result
+            for name in _values(call):
+                if last_use[name] == at and name in held:
+                    layout: Layout = self.plan.layouts[name]
+                    free.setdefault((layout.length, layout.dtype), []).append(held.pop(name))
+        return everything
+
+    def run(self, image: np.ndarray) -> np.ndarray:
+        """Call all kernels on a float32 image ``(1, channels, height, width)``, note what each takes, and return
+        the output."""
+        self._image.copyfrom(image)
+        clock = time.perf_counter_ns
+        for samples, (kernel, arguments) in zip(self._samples_us, self._steps, strict=True):
+            start = clock()
+            kernel(*arguments)
+            samples.append((clock() - start) / 1e3)
+        return np.asarray(self._steps[-1][1][-1].numpy())
+
+    def profile(self, image: np.ndarray, seconds: float) -> list[dict[str, Any]]:
+        """Run for so many seconds, after warming up.
+
+        Returns:
+            in order: ``{"name": kernel, "names": the graph's nodes that it computes, "op", "us": mean, "knobs"}``.
+        """
+        for _ in range(WARM_UP):
+            self.run(image)
+        for samples in self._samples_us:
+            samples.clear()
+        timed(lambda: self.run(image), seconds, most=PROFILED_RUNS)
+        return [
             {
-                "nodes": list(call.nodes),
-                "kernel": call.key,
+                "name": call.key,
+                "names": list(call.nodes),
+                "op": call.key.rpartition("_")[0],
+                "us": statistics.mean(samples),
                 "knobs": dict(call.knobs),
-                "macs": _macs(call),
-                "latency_us": taken[call.key],
             }
-        )
-    return rows
+            for call, samples in zip(self.plan.calls, self._samples_us, strict=True)
+        ]
 
 
-def _arguments(call: Call, plan: Plan) -> list[Any]:
-    arguments = []
-    for argument in call.arguments:
-        if isinstance(argument, np.ndarray):
-            arguments.append(tvm.runtime.tensor(np.ascontiguousarray(argument)))
-        elif argument in plan.layouts:
-            layout: Layout = plan.layouts[argument]
-            arguments.append(tvm.runtime.tensor(np.zeros(layout.length, layout.dtype)))
-        else:  # the network's input
-            result = plan.layouts[call.result]
-            image = np.zeros((1, result.channels, result.height, result.width), np.float32)
-            arguments.append(tvm.runtime.tensor(image))
-    out = result_type(call, plan)
-    shape = tuple(int(extent) for extent in out.shape)
-    return [*arguments, tvm.runtime.tensor(np.zeros(shape, str(out.dtype)))]
-
-
-def _macs(call: Call) -> int:
-    return call.spec.macs if isinstance(call.spec, ConvSpec | DepthwiseSpec) else 0
+def _values(call: Call) -> set[str]:
+    return {argument for argument in call.arguments if isinstance(argument, str)}

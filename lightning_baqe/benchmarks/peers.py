@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_baqe.benchmarks.engine_inputs import INPUT, EngineRequest, Prepared, calibration_images
+from lightning_baqe.benchmarks.engine_inputs import (
+    INPUT,
+    PROFILED_RUNS,
+    WARM_UP,
+    EngineRequest,
+    Prepared,
+    calibration_images,
+    timed,
+)
 
 
 def openvino(request: EngineRequest, integer: bool) -> Prepared:
@@ -38,28 +48,102 @@ def openvino(request: EngineRequest, integer: bool) -> Prepared:
         inference.infer()
         return np.asarray(inference.get_output_tensor().data)
 
-    return Prepared(run)
+    def profile(x: np.ndarray, seconds: float) -> list[dict[str, Any]]:
+        # A model's counters cannot be set back: each burst has a model of its own.
+        return _openvino_rows(ov.Core().compile_model(model, "CPU", {**options, "PERF_COUNT": True}), x, seconds)
+
+    return Prepared(run, profile=profile)
+
+
+def _openvino_rows(compiled: Any, image: np.ndarray, seconds: float) -> list[dict[str, Any]]:
+    """The mean time of each node of a model that was compiled with PERF_COUNT, without warming up."""
+    fused = {}
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        names = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else ""
+        fused[node.get_friendly_name()] = [name for name in names.split(",") if name]
+    inference = compiled.create_infer_request()
+
+    def counters() -> dict[str, Any]:
+        executed = (node for node in inference.get_profiling_info() if node.status == node.Status.EXECUTED)
+        return {node.node_name: node for node in executed}
+
+    for _ in range(WARM_UP):
+        inference.infer([image])
+    before = counters()
+    runs = len(timed(lambda: inference.infer([image]), seconds, most=PROFILED_RUNS))
+    rows = []
+    for name, node in counters().items():
+        # They give the mean of all runs so far, in whole microseconds.
+        total_us = [
+            n.real_time.total_seconds() * 1e6 * count for n, count in ((node, WARM_UP + runs), (before[name], WARM_UP))
+        ]
+        rows.append(
+            {
+                "name": name,
+                "names": [name, *fused.get(name, [])],
+                "op": node.node_type,
+                "implementation": node.exec_type,
+                "us": max(0.0, total_us[0] - total_us[1]) / runs,
+            }
+        )
+    return rows
 
 
 def onnxruntime(request: EngineRequest, integer: bool, exact: bool = False) -> Prepared:
     """ONNX Runtime; integers by its static QDQ quantization, unsigned activations, signed weights by channel."""
-    import onnxruntime as ort
-
     path = request.onnx
     if integer:
         path = str(Path(request.onnx).with_suffix(f".{request.engine}.{request.threads}.onnx"))
         _quantize_onnx(request, path)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = request.threads, 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    if exact:  # no saturating int16 sums on CPUs without VNNI
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(path, request.threads, exact)
 
     def run(x: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(None, {INPUT: x})[0])
 
-    return Prepared(run)
+    def profile(x: np.ndarray, seconds: float) -> list[dict[str, Any]]:
+        # The file is written when profiling ends, and it ends once: each burst has a session of its own.
+        profiled = onnxruntime_session(path, request.threads, exact, profile=f"{path}.profile")
+        for _ in range(WARM_UP):
+            profiled.run(None, {INPUT: x})
+        timed(lambda: profiled.run(None, {INPUT: x}), seconds, most=PROFILED_RUNS)
+        return onnxruntime_rows(json.loads(Path(profiled.end_profiling()).read_text()))
+
+    return Prepared(run, profile=profile)
+
+
+def onnxruntime_session(path: str, threads: int, exact: bool, profile: str | None = None) -> Any:
+    """A session on the CPU with all optimizations.
+
+    Args:
+        path: of the model.
+        threads: of the inference.
+        exact: no saturating int16 sums on CPUs without VNNI.
+        profile: how the name of the profile's file starts; None for no profile.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime_rows(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean time of each node over the runs of a profile, without warming up, in the order of execution."""
+    taken_us: dict[tuple[str, str], list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            key = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
+            taken_us.setdefault(key, []).append(event["dur"])
+    return [
+        {"name": name, "names": [name], "op": op, "us": statistics.mean(taken[WARM_UP:])}
+        for (name, op), taken in taken_us.items()
+    ]
 
 
 def _quantize_onnx(request: EngineRequest, path: str) -> None:

@@ -14,11 +14,20 @@ from small_graphs import Maker, compiled
 from torch import nn
 
 from lightning_baqe.benchmarks import deploy, engine_runs, engines
-from lightning_baqe.benchmarks.engine_inputs import EngineRequest
+from lightning_baqe.benchmarks.engine_inputs import WARM_UP, EngineRequest
 from lightning_baqe.benchmarks.engine_runs import EngineResult, ModelRun, RunOptions
-from lightning_baqe.benchmarks.layers import kernel_table
-from lightning_baqe.benchmarks.networks import default_size, library_of
+from lightning_baqe.benchmarks.layer_tables import (
+    Layer,
+    assign,
+    kind_rows,
+    layer_rows,
+    median_rows,
+    network_layers,
+)
+from lightning_baqe.benchmarks.layers import KernelProfile
+from lightning_baqe.benchmarks.networks import default_size, export_onnx, library_of
 from lightning_baqe.benchmarks.peak import peak_gmacs
+from lightning_baqe.benchmarks.peers import onnxruntime_rows, onnxruntime_session
 from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.quantization.config import BitConfig, LayerBits
@@ -136,12 +145,67 @@ def test_peaks_are_plausible(path: str, dot: str, chain: int) -> None:
     assert 1.0 < peak_gmacs(get_target(path), dot, chain, seconds=0.02) < 5000
 
 
-def test_every_kernel_has_a_row() -> None:
+def test_kernels_one_by_one_compute_the_network() -> None:
     maker = Maker(16, 8)
-    maker.conv(maker.conv(out=16, groups=16, padding=1), out=32, padding=1, limits=None)
+    maker.conv(maker.conv(maker.conv(out=16, groups=16, padding=1), out=16, padding=1), out=32, limits=None)
     graph = maker.graph()
     artifact = compiled(graph, get_target())
-    rows = kernel_table(artifact.plan)
-    assert [row["nodes"][-1] for row in rows] == [call.result for call in artifact.plan.calls]
-    assert sum(row["macs"] for row in rows) == graph.macs
-    assert all(row["latency_us"] > 0 for row in rows)
+    kernels = KernelProfile(artifact.plan, graph.input_shape)
+    for seed in range(2):  # the second finds buffers that the first has used
+        image = np.random.default_rng(seed).standard_normal((1, *graph.input_shape), np.float32)
+        assert np.array_equal(kernels.run(image).ravel(), artifact.run_array(image).ravel())
+    rows = kernels.profile(image, 0.001)
+    assert [row["names"][-1] for row in rows] == [call.result for call in artifact.plan.calls]
+    assert all(row["us"] > 0 for row in rows)
+
+
+def small_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.Conv2d(8, 8, (1, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    ).eval()  # fmt: skip
+
+
+def test_onnxruntime_profile_is_matched_to_the_layers(tmp_path: Path) -> None:
+    network, file = small_network(), tmp_path / "network.onnx"
+    export_onnx(network, file, 16)
+    layers = network_layers(network, file, 16)
+    assert [(layer.name, layer.kind) for layer in layers] == [
+        ("0", "stem"), ("3", "depthwise"), ("5", "1x1"), ("6", "3x3"), ("8", "other conv"), ("11", "linear"),
+    ]  # fmt: skip
+    assert [layer.macs for layer in layers] == [
+        256 * 8 * 27, 64 * 8 * 9, 64 * 8 * 8, 36 * 8 * 8 * 9, 24 * 8 * 8 * 3, 40,
+    ]  # fmt: skip
+    session = onnxruntime_session(str(file), 1, exact=False, profile=str(tmp_path / "profile"))
+    for _ in range(WARM_UP + 2):
+        session.run(None, {"x": np.zeros((1, 3, 16, 16), np.float32)})
+    rows = assign(onnxruntime_rows(json.loads(Path(session.end_profiling()).read_text())), layers)
+    kinds = {row["op"]: row["kind"] for row in rows if row["layer"] is None}
+    assert kinds["MaxPool"] == "pool"
+    by_layer = layer_rows({"onnxruntime-fp32": rows}, layers)
+    assert all(row["us"]["onnxruntime-fp32"] is not None for row in by_layer)
+    by_kind = kind_rows({"onnxruntime-fp32": rows}, layers)
+    assert by_kind[-1]["us"]["onnxruntime-fp32"] == pytest.approx(sum(row["us"] for row in rows))
+    assert sum(r["us"]["onnxruntime-fp32"] for r in by_kind[:-1]) == pytest.approx(sum(row["us"] for row in rows))
+
+
+def test_profiles_name_layers_in_several_ways() -> None:
+    layers = [Layer("conv1", "stem", 10, {"/conv1/Conv", "/relu/Relu"}), Layer("conv10", "1x1", 5, {"/conv1/Conv_1"})]
+    rows = [
+        {"name": "quantize", "names": ["quantize"], "op": "Subgraph", "us": 1.0},
+        {"name": "a", "names": ["a", "/relu/Relu/fq_output_0"], "op": "Convolution", "us": 4.0},
+        {"name": "/conv1/Conv_acdb_", "names": ["/conv1/Conv_acdb_"], "op": "Reorder", "us": 2.0},
+        {"name": "b", "names": ["/conv1/Conv_1/WithoutBiases"], "op": "Convolution", "us": 8.0},
+        {"name": "c", "names": ["conv10"], "op": "conv", "us": 16.0},
+        {"name": "d", "names": ["mean"], "op": "ReduceMean", "us": 32.0},
+    ]
+    assigned = assign(rows, layers)
+    assert [row["layer"] for row in assigned] == [None, "conv1", None, "conv10", "conv10", None]
+    assert [row["kind"] for row in assigned] == ["input", "stem", "rest", "1x1", "1x1", "pool"]
+    assert [row["us"] for row in layer_rows({"e": assigned}, layers)] == [{"e": 4.0}, {"e": 24.0}]
+
+
+def test_two_layers_that_share_a_kernel_keep_their_own_medians() -> None:
+    bursts = [[{"name": "k", "us": first}, {"name": "k", "us": 10 * first}] for first in (3.0, 1.0, 2.0)]
+    assert [row["us"] for row in median_rows(bursts)] == [2.0, 20.0]
