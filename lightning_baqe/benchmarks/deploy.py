@@ -6,6 +6,7 @@ it for all; the physical floor (multiply-accumulates over what the arithmetic re
 same rounds. Every engine's logits are compared with those of the float network; :mod:`.engines` lists the engines.
 
 ``--layers`` puts our kernels beside what OpenVINO and ONNX Runtime say of theirs, timed in the same rounds.
+``--exact`` counts how many results of the engines' integer arithmetic are wrong (:mod:`.saturation`).
 
 With ``--json FILE`` every network's figures are written as soon as they are there; the same command goes on with the
 networks that are missing.
@@ -151,6 +152,21 @@ def show(console: Console, model: str, figures: dict[str, Any]) -> None:
         title = f"{model}, {table['threads']} thread(s), each kernel in its place in the network"
         print_layers(console, title, table["layers"])
         print_layers(console, f"{title}, by kind", table["kinds"])
+    if any(figures["exactness"].values()):
+        print_exactness(console, model, figures["exactness"])
+
+
+def print_exactness(console: Console, model: str, checks: dict[str, list[dict[str, Any]]]) -> None:
+    """Print how many elements of each engine's results are wrong."""
+    table = Table(title=f"{model}: how exact the integer arithmetic is")
+    for heading in ("engine", "check", "elements", "wrong", "share", "largest"):
+        table.add_column(heading, justify="left" if heading in ("engine", "check") else "right")
+    for engine, rows in checks.items():
+        for row in rows:
+            share = row["differing"] / row["elements"]
+            counts = (str(row["elements"]), str(row["differing"]), f"{share:.3%}", f"{row['largest']:.2%}")
+            table.add_row(engine, row["check"], *counts)
+    console.print(table)
 
 
 def layer_figures(run: ModelRun) -> list[dict[str, Any]]:
@@ -173,6 +189,7 @@ def figures_of(run: ModelRun) -> dict[str, Any]:
         "rows": summarize(run.results),
         "left_out": run.left_out,
         "layers": layer_figures(run),
+        "exactness": run.exactness,
         "raw": [asdict(result) for result in run.results],
     }
 
@@ -188,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="of the image; each network's own if left out")
     parser.add_argument("--bits", type=Path, help="bit-config of ours-mixed, for networks with these layers")
     parser.add_argument("--layers", action="store_true", help="also every layer beside the peers' own profiles")
+    parser.add_argument("--exact", action="store_true", help="also count how often 8-bit sums saturate")
     parser.add_argument("--json", type=Path, help="keep all figures here, and go on with what is there")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or min(options.threads) < 1:
@@ -214,7 +232,9 @@ def _installed(console: Console, engines: list[str]) -> tuple[str, ...]:
 def _run(console: Console, options: argparse.Namespace, engines: tuple[str, ...]) -> None:
     threads = tuple(sorted(set(options.threads)))
     bits = None if options.bits is None else str(options.bits)
-    how = RunOptions(engines, threads, options.rounds, options.burst_s, options.size, bits, options.layers)
+    how = RunOptions(
+        engines, threads, options.rounds, options.burst_s, options.size, bits, options.layers, options.exact
+    )
     info = device_info(max(threads))
     console.print(f"{info['cpu']}; {' '.join(info['flags'])}; batch 1, {options.rounds} rounds")
     packages = versions() | {name: _version(name) for name in _PEER_PACKAGES}

@@ -48,7 +48,7 @@ class Prepared:
         channels_last: it wants the image's memory in the order height, width, channels.
         profile: runs the network on an image for so many seconds, with a clock around each kernel; kernels in the order
             of execution: ``{"name", "names", "op", "us"}``, the mean of these runs.
-        exactness: checks its integer arithmetic: ``{"check", "elements", "differing", "largest"}``.
+        exactness: checks its integer arithmetic, see :func:`lightning_baqe.benchmarks.saturation.difference`.
     """
 
     run: Run

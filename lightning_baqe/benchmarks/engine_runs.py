@@ -89,6 +89,7 @@ class RunOptions:
         size: of the square image; None for each network's own.
         bits: file with the bit-config of ``ours-mixed``, or None.
         layers: also time every kernel of every engine that can, in bursts of their own.
+        exact: also check the engines' integer arithmetic, see :mod:`lightning_baqe.benchmarks.saturation`.
     """
 
     engines: tuple[str, ...]
@@ -98,6 +99,7 @@ class RunOptions:
     size: int | None = None
     bits: str | None = None
     layers: bool = False
+    exact: bool = False
 
 
 @dataclass
@@ -110,6 +112,7 @@ class ModelRun:
         left_out: ``{engine: reason}``.
         layers: of the network, with ``RunOptions.layers``.
         profiles: rows of :func:`lightning_baqe.benchmarks.layer_tables.assign` by thread count and engine.
+        exactness: rows of :func:`lightning_baqe.benchmarks.saturation.difference` by engine.
     """
 
     size: int
@@ -117,6 +120,7 @@ class ModelRun:
     left_out: dict[str, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     profiles: dict[int, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    exactness: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 class EngineProcess:
@@ -235,6 +239,11 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
         for (threads, engine), profiles in bursts.items():
             if profiles[0]:
                 run.profiles.setdefault(threads, {})[engine] = assign(median_rows(profiles), run.layers)
+        if options.exact:
+            report(f"{model}: checks of the integer arithmetic")
+            for result, process in pairs:
+                if result.threads == options.threads[0]:
+                    run.exactness[result.engine] = process.ask({"exact": True})["exactness"]
         run.results = [result for result, _ in pairs]
     return run
 

@@ -34,6 +34,7 @@ from lightning_baqe.benchmarks.engine_inputs import (
     probe_images,
     timed,
 )
+from lightning_baqe.benchmarks.saturation import difference
 from lightning_baqe.errors import ConfigError
 
 PACKAGES = {"openvino": ("openvino", "nncf"), "onnxruntime": ("onnxruntime", "onnx"), "inductor-int8": ("torchao",)}
@@ -108,11 +109,12 @@ def ours(request: EngineRequest) -> Prepared:
     images = torch.from_numpy(calibration_images(request.size))
     bits = bit_config(request.engine, network, request.bits)
     quantized = baqe.quantize(network, bits, example_input=images)
-    if not request.engine.endswith("fp32"):
+    is_integer = not request.engine.endswith("fp32")
+    if is_integer:
         baqe.calibrate(quantized, [images])
     graph = baqe.lower(quantized, example_input=images[:1])
     artifact = baqe.build(graph, threads=request.threads)
-    if not request.engine.endswith("fp32") and not torch.equal(artifact.run(images[:1]), graph.run(images[:1])):
+    if is_integer and not torch.equal(artifact.run(images[:1]), graph.run(images[:1])):
         raise BuildError("the compiled network differs from its integer graph")
     work: dict[tuple[str, int], int] = {}
     for call in artifact.plan.calls:
@@ -133,7 +135,12 @@ def ours(request: EngineRequest) -> Prepared:
         rows = kernels().profile(image, seconds)
         return [{**row, "names": [layers.get(name, name) for name in row["names"]]} for row in rows]
 
-    return Prepared(artifact.run_array, info, profile=profile)
+    def exactness() -> list[dict[str, Any]]:
+        probes = torch.from_numpy(probe_images(request.size))
+        logits, exact = artifact.run(probes).numpy(), graph.run(probes).numpy()
+        return [difference("this network, logits, against the integer graph", logits, exact)]
+
+    return Prepared(artifact.run_array, info, profile=profile, exactness=exactness if is_integer else None)
 
 
 def prepare(request: EngineRequest) -> Prepared:
@@ -159,6 +166,7 @@ def serve(request: EngineRequest, cores: list[int]) -> None:
     | | once, when the engine is ready: ``{"info", "logits"}`` of the probe images |
     | ``{"burst_s": t}`` | ``{"samples_us"}``: latencies of runs for so long |
     | ``{"profile_s": t}`` | ``{"kernels"}``: see :class:`Prepared`; none from an engine that has no profile |
+    | ``{"exact": true}`` | ``{"exactness"}``: see :class:`Prepared`; none from an engine that has no such check |
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print is not an answer
@@ -182,6 +190,8 @@ def serve(request: EngineRequest, cores: list[int]) -> None:
             for _ in range(WARM_UP):
                 engine.run(image)
             answer({"samples_us": timed(partial(engine.run, image), asked["burst_s"])})
+        elif "exact" in asked:
+            answer({"exactness": engine.exactness() if engine.exactness is not None else []})
         else:
             answer({"kernels": engine.profile(image, asked["profile_s"]) if engine.profile is not None else []})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from lightning_baqe.benchmarks.engine_inputs import (
     EngineRequest,
     Prepared,
     calibration_images,
+    probe_images,
     timed,
 )
+from lightning_baqe.benchmarks.saturation import check_convolution, check_onnxruntime
 
 
 def openvino(request: EngineRequest, integer: bool) -> Prepared:
@@ -52,7 +54,14 @@ def openvino(request: EngineRequest, integer: bool) -> Prepared:
         # A model's counters cannot be set back: each burst has a model of its own.
         return _openvino_rows(ov.Core().compile_model(model, "CPU", {**options, "PERF_COUNT": True}), x, seconds)
 
-    return Prepared(run, profile=profile)
+    def open_model(path: str) -> Callable[[np.ndarray], np.ndarray]:
+        opened = ov.Core().compile_model(ov.convert_model(path), "CPU", options).create_infer_request()
+        return lambda x: np.asarray(opened.infer([x])[0])
+
+    def exactness() -> list[dict[str, Any]]:
+        return [check_convolution(open_model)]
+
+    return Prepared(run, profile=profile, exactness=exactness if integer else None)
 
 
 def _openvino_rows(compiled: Any, image: np.ndarray, seconds: float) -> list[dict[str, Any]]:
@@ -109,7 +118,16 @@ def onnxruntime(request: EngineRequest, integer: bool, exact: bool = False) -> P
         timed(lambda: profiled.run(None, {INPUT: x}), seconds, most=PROFILED_RUNS)
         return onnxruntime_rows(json.loads(Path(profiled.end_profiling()).read_text()))
 
-    return Prepared(run, profile=profile)
+    def open_model(file: str) -> Callable[[np.ndarray], np.ndarray]:
+        opened = onnxruntime_session(file, request.threads, exact)
+        return lambda x: np.asarray(opened.run(None, {INPUT: x})[0])
+
+    def exactness() -> list[dict[str, Any]]:
+        convolution = check_convolution(open_model)
+        own = [] if exact else check_onnxruntime(path, probe_images(request.size), request.threads)
+        return [convolution, *own]
+
+    return Prepared(run, profile=profile, exactness=exactness if integer else None)
 
 
 def onnxruntime_session(path: str, threads: int, exact: bool, profile: str | None = None) -> Any:

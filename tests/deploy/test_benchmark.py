@@ -28,6 +28,7 @@ from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.benchmarks.networks import default_size, export_onnx, library_of
 from lightning_baqe.benchmarks.peak import peak_gmacs
 from lightning_baqe.benchmarks.peers import onnxruntime_rows, onnxruntime_session
+from lightning_baqe.benchmarks.saturation import check_convolution, difference
 from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.quantization.config import BitConfig, LayerBits
@@ -209,3 +210,38 @@ def test_profiles_name_layers_in_several_ways() -> None:
 def test_two_layers_that_share_a_kernel_keep_their_own_medians() -> None:
     bursts = [[{"name": "k", "us": first}, {"name": "k", "us": 10 * first}] for first in (3.0, 1.0, 2.0)]
     assert [row["us"] for row in median_rows(bursts)] == [2.0, 20.0]
+
+
+def test_exact_mode_of_onnxruntime_computes_the_exact_convolution() -> None:
+    def open_model(path: str) -> Any:
+        session = onnxruntime_session(path, 1, exact=True)
+        return lambda x: session.run(None, {"x": x})[0]
+
+    row = check_convolution(open_model)
+    assert row["differing"] == row["largest"] == 0
+    assert row["elements"] == 4 * 64 * 16 * 16
+
+
+def test_saturating_sums_of_pairs_are_found() -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    def open_model(path: str) -> Any:
+        constants = {value.name: numpy_helper.to_array(value) for value in onnx.load(path).graph.initializer}
+        weights = constants["w"][:, :, 0, 0].astype(np.int64)
+
+        def run(x: np.ndarray) -> np.ndarray:  # vpmaddubsw: sums of two neighbouring channels' products in int16
+            products = weights[:, :, None, None] * x[0].astype(np.int64)[None]
+            pairs = np.clip(products[:, ::2] + products[:, 1::2], -(2**15), 2**15 - 1)
+            step = float(constants["step"])
+            return (np.clip(np.rint(pairs.sum(1) / step), -128, 127) * step)[None]
+
+        return run
+
+    row = check_convolution(open_model)
+    assert 0.01 < row["differing"] / row["elements"] < 0.9
+
+
+def test_differences_are_counted() -> None:
+    row = difference("x", np.array([1.0, 2.0, -3.5, 4.0]), np.array([1.0, 2.0, -4.0, 4.0]))
+    assert (row["elements"], row["differing"], row["largest"]) == (4, 1, 0.125)
