@@ -15,8 +15,10 @@ networks that are missing.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import statistics
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -70,7 +72,7 @@ def summarize(results: list[EngineResult]) -> list[dict[str, Any]]:
             ratios = [ours / theirs for ours, theirs in zip(result.rounds_us, best.rounds_us, strict=True)]
             row["ratio_range"] = [min(ratios), max(ratios)]
         if result.floor_us:
-            row["floor_us"] = sorted(result.floor_us)[len(result.floor_us) // 2]
+            row["floor_us"] = statistics.median(result.floor_us)
             row["floor_share"] = row["floor_us"] / result.latency_us
         rows.append(row)
     return rows
@@ -230,6 +232,8 @@ def _installed(console: Console, engines: list[str]) -> tuple[str, ...]:
 
 
 def _run(console: Console, options: argparse.Namespace, engines: tuple[str, ...]) -> None:
+    if options.layers and importlib.util.find_spec("onnx") is None:
+        raise ConfigError(f"--layers finds the peers' names of a layer by the onnx package: run `{INSTALL}`")
     threads = tuple(sorted(set(options.threads)))
     bits = None if options.bits is None else str(options.bits)
     how = RunOptions(

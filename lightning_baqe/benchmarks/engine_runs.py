@@ -203,7 +203,8 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
         report(f"{model}: the float network")
         network = random_network(model, run.size)
         torch.save(network.state_dict(), weights)
-        export_onnx(network, onnx, run.size)
+        if options.layers or any(not engine.startswith("ours") for engine in options.engines):
+            export_onnx(network, onnx, run.size)
         with torch.no_grad():
             reference = network(torch.from_numpy(probe_images(run.size))).numpy()
         if options.layers:
