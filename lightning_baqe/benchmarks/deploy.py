@@ -88,7 +88,7 @@ def print_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None
         if threads > counts[0]:
             headings.append(f"speed-up on {counts[0]}")
         for heading in headings:
-            table.add_column(heading, justify="left" if heading == "engine" else "right")
+            table.add_column(heading, justify="left" if heading == "engine" else "right", no_wrap=heading == "engine")
         for row in (row for row in rows if row["threads"] == threads):
             low_high = row.get("ratio_range")
             cells = [
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or min(options.threads) < 1:
         parser.error("--rounds and --threads are at least 1")
-    console = Console(width=140 if not Console().is_terminal else None)
+    console = Console(width=150 if not Console().is_terminal else None)
     try:
         engines = [engine_name(engine) for engine in dict.fromkeys(options.engines)]
         _run(console, options, _installed(console, engines))
