@@ -23,13 +23,14 @@ ORDER = (
     ("errors",),
     ("quantization", "search", "data"),
     ("integer", "allocation", "latency", "supernet"),
-    ("deploy", "report_figures", "report"),
+    ("deploy", "report_figures", "report", "records"),
     ("tasks",),
     ("callbacks",),
     ("train", "benchmarks", "recipes"),
 )
 RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
 BESIDE = {
+    ("records", "deploy"),
     ("report", "deploy"),
     ("report", "report_figures"),
     ("report_figures", "deploy"),

@@ -120,7 +120,7 @@ def measure_quietly(
     assert best is not None
     if records is not None:
         samples = list(best.samples_us)
-        records.add_model(artifact.plan.digest, artifact.threads, samples, best.latency_us, best.device)
+        records.add_model(artifact.plan.digest, artifact.threads, samples, best.latency_us)
     return best
 
 

@@ -198,5 +198,5 @@ def measure(
         samples = worker(loaded.threads).ask(request, timeout_s)["samples_us"]
     latency_us = statistics.median(samples)
     if records is not None:
-        records.add_model(loaded.plan.digest, loaded.threads, samples, latency_us, info)
+        records.add_model(loaded.plan.digest, loaded.threads, samples, latency_us)
     return Measurement(latency_us, tuple(samples), info)
