@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from lightning_baqe.callbacks.host import Host
 from lightning_baqe.callbacks.progress import SearchProgress
 from lightning_baqe.callbacks.study import SearchStudy, bits_entry
+from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
 from lightning_baqe.deploy.records import Records
@@ -27,7 +28,7 @@ from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
-from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature
+from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature, layers
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.search.sampler import BaqeSampler, Mode
@@ -77,6 +78,7 @@ class BayesianSearch(pl.Callback):
         storage: an Optuna storage URL; None: SQLite in the run folder.
         max_failures: give up after so many failed trials.
         target, threads: what is compiled for.
+        device: what the device has kernels for; no layer is offered other bits. None: everything that ``target`` has.
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
@@ -111,6 +113,7 @@ class BayesianSearch(pl.Callback):
         max_failures: int = 20,
         target: str = "native",
         threads: int = 1,
+        device: DeviceDescription | None = None,
         measurement: MeasureOptions | None = None,
         calibration_batches: int = 8,
         activation_range: str = "mse",
@@ -139,7 +142,7 @@ class BayesianSearch(pl.Callback):
         self.bit_choices, self.baselines, self.search_schedules = tuple(bit_choices), tuple(baselines), schedules
         self.mode, self.n_initial, self.pool_size, self.seed = mode, n_initial, pool_size, seed
         self.sampler, self.storage, self.max_failures = sampler, storage, max_failures
-        self.target, self.threads = get_target(target), threads
+        self.target, self.threads, self.device = get_target(target), threads, device
         self.measurement = measurement or MeasureOptions()
         self.calibration_batches, self.tune_s = calibration_batches, tune_s
         self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
@@ -148,6 +151,24 @@ class BayesianSearch(pl.Callback):
         self._planned: tuple[int, ...] = ()
         self._closed = False
         self.gave_up: str | None = None
+
+    def check_bits(self, network: torch.nn.Module) -> dict[str, tuple[int, ...]] | None:
+        """Check that the device has kernels for what this search will try.
+
+        Args:
+            network: the float classifier, trained or not.
+
+        Returns:
+            ``{layer: the bits of bit_choices that it may have}`` of the layers that are searched; None: all.
+
+        Raises:
+            ConfigError: names the layer and the bits that it could have.
+        """
+        if self.device is None:
+            return None
+        for bits in (FLOAT_BITS, 8, *self.baselines):
+            self.device.check_bits(network, BitConfig.uniform(network, bits, bits))
+        return self.device.choices(network, self.bit_choices, layers(network)[1:-1])
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
@@ -173,6 +194,7 @@ class BayesianSearch(pl.Callback):
         self._original = self.host.float_network
         self._float = copy.deepcopy(self._original).cpu()
         self._calibration = self.host.training_images(self.calibration_batches)
+        self._supported = self.check_bits(self._float)
         example = self.example_input if self.example_input is not None else self._calibration[0][:1]
         self._example = example.detach().cpu()
         if not self.host.is_leader:
@@ -265,7 +287,9 @@ class BayesianSearch(pl.Callback):
                 self.progress.say(f"tuning kernels of {bits} bit")
                 tune(graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records)
         chosen = {bits: graphs[bits] for bits in self.bit_choices}
-        return NetworkSpace.of(chosen, base, self.target, self.threads, self.search_schedules, self.records)
+        return NetworkSpace.of(
+            chosen, base, self.target, self.threads, self.search_schedules, self.records, self._supported
+        )
 
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
         return quantize(self._float, bits, self._example, activation_range=self.activation_range)

@@ -19,7 +19,7 @@ from datetime import datetime
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,7 +33,9 @@ from lightning_baqe.errors import BaqeError, ConfigError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from torch import nn
 
+    from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel
     from lightning_baqe.tasks import ImageClassifier
 
@@ -283,8 +285,10 @@ def make(node: DictConfig, **more: Any) -> Any:
         raise ConfigError(f"{target} needs a package that is not installed ({error}): pip install {name}") from error
 
 
-def _prepare(cfg: DictConfig, run_dir: Path) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
-    """The data module, the task over a trained float network, and what makes Trainers."""
+def _prepare(
+    cfg: DictConfig, run_dir: Path, check: Callable[[nn.Module], None]
+) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
+    """The data module, the task over a trained float network, and what makes Trainers; first the network is checked."""
     import pytorch_lightning as pl
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
@@ -293,6 +297,7 @@ def _prepare(cfg: DictConfig, run_dir: Path) -> tuple[Any, ImageClassifier, Call
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = make(cfg.data)
     net = make(cfg.model, num_classes=datamodule.num_classes)
+    check(net)
     task = make(cfg.task, net=net, num_classes=datamodule.num_classes)
     trainer = make(cfg.trainer, logger=make(cfg.logger) if cfg.logger else False)
     make(cfg.pretrain)(task, datamodule, run_dir / "checkpoints" / "float.ckpt", trainer=trainer)
@@ -305,8 +310,10 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
     Raises:
         BaqeError: whatever went wrong on purpose.
     """
-    datamodule, task, make_trainer = _prepare(cfg, run_dir)
-    search = make(cfg.search, run_dir=run_dir, example_input=datamodule.example_input)
+    search = make(cfg.search, run_dir=run_dir)
+    search.device.check_here()
+    datamodule, task, make_trainer = _prepare(cfg, run_dir, search.check_bits)
+    search.example_input = datamodule.example_input
     # The search has a bar of its own, over trials.
     trainer = make_trainer(
         max_epochs=-1, callbacks=[search], enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
@@ -324,6 +331,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
         BaqeError: whatever went wrong on purpose.
     """
     from lightning_baqe.callbacks import Distillation
+    from lightning_baqe.deploy.description import DeviceDescription
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel, check_options, quantize
@@ -334,20 +342,16 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     check_options(**options)
     callbacks = _batch_norm_callbacks(cfg)
     distillation = Distillation(weight=cfg.qat.distillation, temperature=cfg.qat.temperature)
-    datamodule, task, make_trainer = _prepare(cfg, run_dir)
+    device = DeviceDescription.of(cast("dict[str, Any]", OmegaConf.to_container(cfg.deploy)))
+    device.check_here()
+    datamodule, task, make_trainer = _prepare(
+        cfg, run_dir, lambda network: device.check_bits(network, _bits(cfg, network))
+    )
     example, net = datamodule.example_input, task.net.cpu()
     if distillation.weight > 0:
         distillation.teacher = net
         callbacks.append(distillation)
-    if cfg.bits.file is not None:
-        try:
-            bits = BitConfig.from_json(Path(cfg.bits.file).expanduser())
-        except OSError as error:
-            raise ConfigError(
-                f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file."
-            ) from error
-    else:
-        bits = BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
+    bits = _bits(cfg, net)
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
 
     start = time.perf_counter()
@@ -358,6 +362,17 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     seconds = {"train": time.perf_counter() - start}
     _write_single(cfg, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
     _close(run_dir)
+
+
+def _bits(cfg: DictConfig, network: nn.Module) -> BitConfig:
+    from lightning_baqe.quantization.config import BitConfig
+
+    if cfg.bits.file is None:
+        return BitConfig.uniform(network, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
+    try:
+        return BitConfig.from_json(Path(cfg.bits.file).expanduser())
+    except OSError as error:
+        raise ConfigError(f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file.") from error
 
 
 def _batch_norm_callbacks(cfg: DictConfig) -> list[pl.Callback]:

@@ -280,6 +280,25 @@ def test_wrong_options_are_refused_before_any_training(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["recipe=qat", "bits.weight=4"], "'conv2.0' (convolution) has weights of [8, 32] bit, not [4]"),
+        (["recipe=qat_search", "search.baselines=[8,4]"], "'conv2.0' (convolution) has weights of [8, 32] bit, not"),
+        (["recipe=qat_search", "search.baselines=[8]", "search.bit_choices=[4]"], "has none of [4], but [8, 32]"),
+        (["recipe=qat", "deploy.instructions=[amx_of_the_future]"], "it lacks amx_of_the_future"),
+        (["recipe=qat_search", "deploy.version=2"], "deploy.version is 2"),
+    ],
+)
+def test_what_the_device_does_not_have_is_refused_before_any_training(
+    options: list[str], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    widths = [f"deploy.bits.convolution.{what}=[8,32]" for what in ("weight", "activation")]
+    assert main([*options, *SMALLEST, *widths, f"run_dir={tmp_path}/run"]) == 1
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_qat_with_frozen_batch_norms(fold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_baqe.callbacks import FreezeBatchNorm

@@ -45,6 +45,7 @@ class NetworkSpace:
         threads: int = 1,
         schedules: bool = True,
         records: Records | None = None,
+        supported: Mapping[str, tuple[int, ...]] | None = None,
     ) -> NetworkSpace:
         """The space of a network.
 
@@ -54,10 +55,13 @@ class NetworkSpace:
             target, threads: what the kernels are compiled for.
             schedules: False leaves all knobs at their best known values.
             records: where best known knobs are looked up.
+            supported: ``{layer: bits that the device has kernels for}``; None: all.
         """
         layers = list(base)
         followers = {name for group in base.ties for name in group[1:]}
         choices = {name: tuple(graphs) for name in layers[1:-1] if name not in followers}
+        if supported is not None:
+            choices = {name: _supported(found, name, base, supported) for name, found in choices.items()}
         best = (lambda spec: records.best_knobs(spec, target)) if records is not None else None
         defaults: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in layers}
         offered: dict[str, dict[str, list[Any]]] = {name: {} for name in layers}
@@ -168,3 +172,17 @@ class NetworkSpace:
             if len(points) == n:
                 break
         return points
+
+
+def _supported(
+    choices: tuple[int, ...], layer: str, base: BitConfig, supported: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Those choices that the layer, and all that are tied to it, have kernels for."""
+    group = next((group for group in base.ties if layer in group), (layer,))
+    found = tuple(bits for bits in choices if all(bits in supported[name] for name in group))
+    if not found:
+        raise ConfigError(
+            f"the layers {list(group)} share their bits, but the device has kernels for none of {list(choices)} in all "
+            f"of them: { {name: list(supported[name]) for name in group} }"
+        )
+    return found

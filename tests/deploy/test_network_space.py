@@ -93,3 +93,15 @@ def test_without_schedules_only_bits_are_searched(target: CpuTarget) -> None:
     assert schedules["4"] == space.defaults["4"][32]
     with pytest.raises(ConfigError, match="the point lacks"):
         space.point({"2/bits": 4})
+
+
+def test_only_supported_bits_are_searched(target: CpuTarget) -> None:
+    found, base = graphs()
+    space = NetworkSpace.of(found, base, target, supported={"2": (8, 32), "4": (32,)})
+    assert space.bit_choices == {"2": (8, 32), "4": (32,)}
+    assert all(point["4/bits"] == 32 for point in space.candidates(10, np.random.default_rng(0)))
+    found, base = graphs(ties=(("2", "4"),))
+    tied = NetworkSpace.of(found, base, target, supported={"2": (8, 32), "4": (4, 32)})
+    assert tied.bit_choices == {"2": (32,)}
+    with pytest.raises(ConfigError, match=r"\['2', '4'\] share their bits"):
+        NetworkSpace.of(found, base, target, supported={"2": (8,), "4": (4,)})
