@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import pytorch_lightning as pl
@@ -21,6 +21,7 @@ from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
 from lightning_baqe.deploy.records import Records
+from lightning_baqe.deploy.rewards import PAPER_CHOICES, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import get_target
 from lightning_baqe.deploy.tuner import tune
@@ -70,7 +71,8 @@ class BayesianSearch(pl.Callback):
         steps_per_trial: training steps of each epoch; None leaves the trainer's ``limit_train_batches``.
         example_input: a batch ``(n, channels, height, width)``; None takes one from the training loader.
         run_dir: the run folder; None: ``outputs/bayesian_search`` in the trainer's default root.
-        bit_choices: of every layer but the first and the last, which stay at 8.
+        bit_choices: of every layer but the first and the last, which stay at 8. ``auto``: BAQE's 4, 8 and 32 in mode
+            ``paper``, else what the device rewards (:func:`~lightning_baqe.deploy.rewards.default_bit_choices`).
         baselines: uniform bit-widths evaluated first, outside the trials.
         schedules: whether kernel knobs are searched, too.
         mode: of :class:`~lightning_baqe.search.BaqeSampler`; ``n_initial``, ``pool_size``, ``seed`` likewise.
@@ -101,7 +103,7 @@ class BayesianSearch(pl.Callback):
         steps_per_trial: int | None = None,
         example_input: torch.Tensor | None = None,
         run_dir: str | Path | None = None,
-        bit_choices: Sequence[int] = (4, 8, 32),
+        bit_choices: Sequence[int] | Literal["auto"] = "auto",
         baselines: Sequence[int] = (8, 4),
         schedules: bool = True,
         mode: Mode = "paper",
@@ -130,6 +132,9 @@ class BayesianSearch(pl.Callback):
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+        self.auto_bits = bit_choices == "auto"
+        if bit_choices == "auto":
+            bit_choices = PAPER_CHOICES if mode == "paper" else WIDTHS
         for what, widths in (("bit_choices", bit_choices), ("baselines", baselines)):
             wrong = [bits for bits in widths if bits != FLOAT_BITS and not 2 <= bits <= 8]
             if wrong or len(set(widths)) < len(widths) or (what == "bit_choices" and not widths):
@@ -286,10 +291,20 @@ class BayesianSearch(pl.Callback):
             if self._tuning_s > 0:
                 self.progress.say(f"tuning kernels of {bits} bit")
                 tune(graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records)
-        chosen = {bits: graphs[bits] for bits in self.bit_choices}
+        chosen = {bits: graphs[bits] for bits in self._offered(graphs)}
         return NetworkSpace.of(
             chosen, base, self.target, self.threads, self.search_schedules, self.records, self._supported
         )
+
+    def _offered(self, graphs: Mapping[int, IntegerGraph]) -> tuple[int, ...]:
+        """The bits to choose from; keeps what the device rewards for the report."""
+        rewards: Rewards | None = None
+        if REFERENCE in graphs:
+            integer = {bits: graph for bits, graph in graphs.items() if bits != FLOAT_BITS}
+            rewards = rewards_of(integer, self.target, self.threads, self.records)
+            self.study.set_rewards(rewards.summary())
+        measured = not getattr(self.host.trainer, "fast_dev_run", False)  # which tunes nothing
+        return default_bit_choices(rewards, self.mode) if self.auto_bits and measured else self.bit_choices
 
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
         return quantize(self._float, bits, self._example, activation_range=self.activation_range)

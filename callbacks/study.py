@@ -20,6 +20,7 @@ from lightning_baqe.deploy.run_folder import (
     FLOAT,
     REFERENCE_POINT,
     RESULT,
+    REWARDS,
     TEST,
     objectives,
     summarise,
@@ -153,6 +154,10 @@ class SearchStudy:
     def set_float(self, result: dict[str, Any]) -> None:
         """Keep the float model's figures."""
         self._study.set_user_attr(FLOAT, result)
+
+    def set_rewards(self, rewards: Mapping[str, Any]) -> None:
+        """Keep what each bit-width buys on the device, a :meth:`~lightning_baqe.deploy.rewards.Rewards.summary`."""
+        self._study.set_user_attr(REWARDS, dict(rewards))
 
     def add_baseline(self, entry: dict[str, Any]) -> None:
         """Keep a baseline's entry."""

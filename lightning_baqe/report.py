@@ -166,9 +166,10 @@ def _header(summary: Summary, title: str) -> str:
         "device": f"{escaped(device, 'cpu')}, {escaped(device, 'cores')} cores"
         + ("" if threads is None else f", measured on {html.escape(str(threads))} thread{'s' * (threads != 1)}"),
         "instructions": " ".join(f"<code>{flag}</code>" for flag in flags) or "–",
+        "bits here": html.escape((summary.get("rewards") or {}).get("line", "")),
         "versions": ", ".join(html.escape(f"{name} {version}") for name, version in versions.items()) or "–",
     }
-    facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items())
+    facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items() if value)
     return f"<header><h1>{title}</h1><dl>{facts}</dl></header>"
 
 

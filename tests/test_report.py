@@ -77,6 +77,14 @@ def test_every_pareto_point_is_in_table_and_charts(tmp_path: Path, sample_summar
     )
 
 
+def test_what_the_device_rewards(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
+    line = "4 bit buys 1.50x the speed & 0.50x the size"
+    page = page_of(sample_summary | {"rewards": {"line": line}}, tmp_path)
+    assert f"<dt>bits here</dt><dd>{html.escape(line)}</dd>" in page
+    for nothing in (None, {"line": ""}):
+        assert "bits here" not in page_of(sample_summary | {"rewards": nothing}, tmp_path)
+
+
 def test_failures_are_listed_with_their_reasons(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
     page = page_of(sample_summary, tmp_path)
     assert "Failed trials (2)" in page

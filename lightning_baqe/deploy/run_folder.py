@@ -17,7 +17,7 @@ from lightning_baqe.search.pareto import hypervolume, pareto_mask
 
 OBJECTIVES = ("error", "latency", "size")
 REFERENCE_POINT = (1.0, 1.5, 1.1)
-RESULT, FLOAT, BASELINES, TEST = "result", "float", "baselines", "test_accuracy"
+RESULT, FLOAT, BASELINES, TEST, REWARDS = "result", "float", "baselines", "test_accuracy", "rewards"
 _STATES = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running", TrialState.FAIL: "failed"}
 _EMPTY: dict[str, Any] = {
     "accuracy": None,
@@ -42,7 +42,7 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
     """The content of ``summary.json``.
 
     Args:
-        study: of the search; its user attributes hold the float model and the baselines.
+        study: of the search; its user attributes hold the float model, the baselines and what the device rewards.
         about: recipe, model, dataset, device, versions.
     """
     attributes = study.user_attrs
@@ -76,6 +76,7 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
         "reference_point": list(REFERENCE_POINT),
         "hypervolume": found,
         "baselines_hypervolume": level,
+        "rewards": attributes.get(REWARDS),
         "trials": trials,
     }
     for entry in entries:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
 from lightning_baqe.callbacks import search as search_module
+from lightning_baqe.deploy.rewards import KernelReward, Rewards
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
 
 Make = Callable[..., Any]
@@ -252,3 +253,32 @@ def test_another_space_or_network_in_the_same_folder(foreign: Make, search: Make
     module.body.classifier.head = torch.nn.Linear(16, 7)
     with pytest.raises(ConfigError, match="float weights of another network"):
         fit(module, search(), digits)
+
+
+def test_auto_bits_are_what_the_device_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    def known(graphs: Any, *_: Any) -> Rewards:
+        times = {bits: float(bits == 8) + 1.0 for bits in graphs}
+        return Rewards(
+            "made up", tuple(sorted(graphs)), (KernelReward(("x",), None, 1, times),), dict.fromkeys(graphs, 1.0)
+        )
+
+    monkeypatch.setattr(search_module, "rewards_of", known)
+    options = {"trials": 1, "n_initial": 1, "baselines": ()}
+    fit(foreign(), search(mode="beyond", **options), digits)
+    summary = summary_of(tmp_path / "run")
+    assert {bits for trial in summary["trials"] for bits, _ in trial["bits"].values()} <= {4, 7, 8}
+    assert summary["rewards"]["widths"]["4"]["speedup"] == 2.0
+    assert "4 bit buys 2.00x the speed" in summary["rewards"]["line"]
+    fit(foreign(), search(run_dir=tmp_path / "paper", **options), digits)
+    widths = summary_of(tmp_path / "paper")["rewards"]["widths"]
+    assert set(widths) == {"4", "8"}  # BAQE's 4, 8 and 32
+
+
+def test_auto_bits_without_tuning(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    options = {"mode": "beyond", "trials": 1, "n_initial": 1, "baselines": ()}
+    with pytest.raises(ConfigError, match="tune first"):
+        fit(foreign(), search(**options), digits)
+    fit(foreign(), search(run_dir=tmp_path / "dev", **options), digits, fast_dev_run=True, max_epochs=1)
+    assert [e["state"] for e in summary_of(tmp_path / "dev")["trials"]] == ["complete"]

@@ -1,0 +1,135 @@
+"""What a device rewards: the latency and storage that each bit-width buys, kernel by kernel.
+
+    python -m lightning_baqe.benchmarks.rewards --model resnet18 [--target avx2]
+
+Every kernel of the network is measured with a few knobs at each bit-width, as far as the records lack them: all but
+the first and the last layer at these bits in weights and inputs. Weights are random, and without a trained network's
+outliers: chains of int16 sums depend on the weights at hand, so that a trained network may do a little better or worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lightning_baqe.benchmarks.networks import calibrated, settled_network
+from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.device import device_info
+from lightning_baqe.deploy.records import Records
+from lightning_baqe.deploy.rewards import GAIN, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
+from lightning_baqe.deploy.target import CpuTarget, get_target
+from lightning_baqe.deploy.tuner import tune
+from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.integer.lowering import lower
+from lightning_baqe.quantization.config import BitConfig
+
+
+def graphs_at(name: str, library: str, size: int, widths: Sequence[int]) -> dict[int, IntegerGraph]:
+    """A network with random weights at each bit-width, first and last layer at 8 bit."""
+    module, images = settled_network(name, library, size)
+    return {bits: lower(calibrated(module, BitConfig.uniform(module, bits, bits), images)) for bits in widths}
+
+
+def measure_missing(
+    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, candidates: int, records: Records
+) -> None:
+    """Measure each kernel with so many knobs at each bit-width; what is in the records is not measured again."""
+    with Progress(console=Console(stderr=True)) as progress:
+        for bits, graph in graphs.items():
+            bar = _Bar(progress, f"kernels of {bits} bit")
+            tune(graph, target, threads, candidates, records=records, progress=bar.advance)
+            bar.close()
+
+
+class _Bar:
+    """Counts what was measured; how much there is to measure shows only as it goes."""
+
+    def __init__(self, progress: Progress, text: str) -> None:
+        self._progress, self._task = progress, progress.add_task(text, total=None)
+
+    def advance(self, *_: object) -> None:
+        self._progress.advance(self._task)
+
+    def close(self) -> None:
+        self._progress.update(self._task, total=1, completed=1)
+
+
+def shape_text(spec: ConvSpec) -> str:
+    """``64->64 3x3/1 56x56``: channels, window, stride, output."""
+    source, result = spec.source, spec.result
+    window = "x".join(map(str, spec.kernel))
+    return f"{source.channels}->{result.channels} {window}/{spec.stride[0]} {result.height}x{result.width}"
+
+
+def table(rewards: Rewards) -> Table:
+    """One row a kernel, then the network."""
+    widths = [bits for bits in rewards.widths if bits != REFERENCE]
+    found = Table(title=f"Speed at each bit-width over 8 bit ({rewards.path}); '=': the same instructions")
+    for column, side in (("kernel", "left"), ("layers", "right"), ("us at 8 bit", "right")):
+        found.add_column(column, justify=side)  # type: ignore[arg-type]
+    for bits in widths:
+        found.add_column(f"{bits} bit", justify="right")
+    for kernel in rewards.kernels:
+        ratios = ["=" if bits in kernel.same else _ratio(kernel.speedup(bits)) for bits in widths]
+        reference = kernel.latency_us.get(REFERENCE)
+        found.add_row(
+            shape_text(kernel.spec), str(len(kernel.layers)), "-" if reference is None else f"{reference:.1f}", *ratios
+        )
+    found.add_section()
+    layers = str(sum(len(kernel.layers) for kernel in rewards.kernels))
+    found.add_row("all of them, by time", layers, "", *(_ratio(rewards.speedup(bits)) for bits in widths))
+    found.add_row("the network's size", "", "", *(f"{rewards.storage[bits]:.2f}x" for bits in widths))
+    return found
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--library", default="torchvision")
+    parser.add_argument("--size", type=int, default=224, help="of the image")
+    parser.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--candidates", type=int, default=3, help="knobs of each kernel")
+    parser.add_argument("--target", default="native")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--database", type=Path, metavar="records.db", help="default: the user's")
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    try:
+        _check_widths(options.bits)
+        target, records = get_target(options.target), Records(options.database)
+        graphs = graphs_at(options.model, options.library, options.size, sorted({*options.bits, REFERENCE}))
+        measure_missing(graphs, target, options.threads, options.candidates, records)
+        rewards = rewards_of(graphs, target, options.threads, records)
+        info: dict[str, Any] = device_info(options.threads)
+        console.print(f"{info['cpu']}, {options.model}, image {graphs[REFERENCE].input_shape[-1]}", markup=False)
+        console.print(table(rewards))
+        for what, counts in (("with size as an objective", True), ("for accuracy and latency alone", False)):
+            choices = ", ".join(map(str, default_bit_choices(rewards, "beyond", counts)))
+            console.print(f"A search {what} offers {choices} bit (a width buys latency from {GAIN:g}x on).")
+    except BaqeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_widths(widths: Sequence[int]) -> None:
+    wrong = [bits for bits in widths if not 2 <= bits <= REFERENCE]
+    if wrong:
+        raise ConfigError(f"--bits are 2..{REFERENCE}, got {wrong}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""What a device rewards: from the records, what each bit-width buys in latency, kernel by kernel.
+
+Fewer bits always buy storage: an artifact's weights are packed to their bits, 5 bits take 5/8 of 8 bits
+(:attr:`IntegerGraph.size_bytes` counts them so). Latency they buy only where the arithmetic has a faster way for them:
+on a CPU with VNNI all widths run the same instructions, on one with AVX2 alone fewer bits allow longer chains of int16
+sums (:mod:`lightning_baqe.deploy.dot`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.deploy.records import Records, canonical, code_key
+from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.integer.graph import IntegerGraph
+
+REFERENCE = 8
+PAPER_CHOICES = (4, 8, 32)
+WIDTHS = (4, 5, 6, 7, 8)
+GAIN = 1.05
+
+
+@dataclass(frozen=True)
+class KernelReward:
+    """One kernel of a network at several bit-widths.
+
+    Args:
+        layers: that call it.
+        spec: of the kernel at 8 bit.
+        macs: of one call.
+        latency_us: ``{bits: best known latency}``; bits that were not measured are missing.
+        same: bits whose fastest code is, instruction for instruction, that of 8 bit.
+    """
+
+    layers: tuple[str, ...]
+    spec: ConvSpec
+    macs: int
+    latency_us: Mapping[int, float]
+    same: tuple[int, ...] = ()
+
+    def speedup(self, bits: int) -> float | None:
+        """Latency at 8 bit over latency at these bits; None where one is unknown."""
+        if REFERENCE not in self.latency_us or bits not in self.latency_us:
+            return None
+        return self.latency_us[REFERENCE] / self.latency_us[bits]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What bit-widths buy for one network on one device.
+
+    Args:
+        path: of the target's arithmetic.
+        widths: that were compared, ascending.
+        kernels: those whose bits differ, most work first.
+        storage: ``{bits: bytes of the network over those at 8 bit}``.
+    """
+
+    path: str
+    widths: tuple[int, ...]
+    kernels: tuple[KernelReward, ...]
+    storage: Mapping[int, float]
+
+    def speedup(self, bits: int) -> float | None:
+        """Over all layers whose kernels are known at both: time at 8 bit over time at these bits; None: none is known.
+
+        Sums of latencies, not means of ratios: a kernel counts as much as it takes.
+        """
+        known = [k for k in self.kernels if k.speedup(bits) is not None]
+        if not known:
+            return None
+        reference, found = (sum(len(k.layers) * k.latency_us[b] for k in known) for b in (REFERENCE, bits))
+        return reference / found
+
+    def coverage(self, bits: int) -> float:
+        """Share of the multiply-accumulates whose kernels are known at both, 0..1."""
+        total = sum(len(k.layers) * k.macs for k in self.kernels)
+        return sum(len(k.layers) * k.macs for k in self.kernels if k.speedup(bits) is not None) / max(total, 1)
+
+    @property
+    def line(self) -> str:
+        """One line for people; empty where no latency is known."""
+        parts = []
+        for bits in self.widths:
+            speedup = self.speedup(bits)
+            if bits != REFERENCE and speedup is not None:
+                speed = f"{speedup:.2f}x the speed" if abs(speedup - 1) >= GAIN - 1 else "no latency"
+                parts.append(f"{bits} bit buys {speed} and {self.storage[bits]:.2f}x the size")
+        return f"{'; '.join(parts)} (of 8 bit, {self.path})" if parts else ""
+
+    def summary(self) -> dict[str, Any]:
+        """As ``summary.json`` holds it."""
+        return {
+            "path": self.path,
+            "line": self.line,
+            "widths": {
+                str(bits): {"speedup": self.speedup(bits), "storage": self.storage[bits]} for bits in self.widths
+            },
+        }
+
+
+def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records) -> Rewards:
+    """What the records say of a network's kernels.
+
+    A record counts for every bit-width at which the template generates the same code: what is one program has one
+    latency, and no noise makes a difference.
+
+    Args:
+        graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
+        target, threads: what the kernels are compiled for.
+        records: where latencies are looked up; nothing is measured.
+
+    Raises:
+        ConfigError: the network at 8 bit is missing.
+    """
+    if REFERENCE not in graphs:
+        raise ConfigError(f"rewards compare with {REFERENCE} bit; got graphs at {sorted(graphs)}: add {REFERENCE}")
+    widths = tuple(sorted(graphs))
+    specs = {bits: _specs(graphs[bits], target, threads) for bits in widths}
+    groups: dict[tuple[ConvSpec, ...], list[str]] = {}
+    for layer in specs[REFERENCE]:
+        searched = all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths)
+        if searched:
+            groups.setdefault(tuple(specs[b][layer] for b in widths), []).append(layer)
+    kernels = [_kernel(dict(zip(widths, key, strict=True)), layers, target, records) for key, layers in groups.items()]
+    size = graphs[REFERENCE].size_bytes
+    return Rewards(
+        target.path,
+        widths,
+        tuple(sorted(kernels, key=lambda k: -len(k.layers) * k.macs)),
+        {bits: graphs[bits].size_bytes / size for bits in widths},
+    )
+
+
+def _specs(graph: IntegerGraph, target: CpuTarget, threads: int) -> dict[str, ConvSpec]:
+    plan = make_plan(graph, target, None, threads)
+    return {call.layer: call.spec for call in plan.calls if call.layer and isinstance(call.spec, ConvSpec)}
+
+
+def _kernel(specs: Mapping[int, ConvSpec], layers: Sequence[str], target: CpuTarget, records: Records) -> KernelReward:
+    by_code: dict[str, float] = {}
+    knobs: set[str] = set()
+    for spec in set(specs.values()):
+        for record in records.kernels(spec, target):
+            if record.error is None and record.exact is not False and record.latency_us is not None:
+                text = canonical(record.knobs)
+                code = code_key(spec, text) or ""
+                by_code[code] = min(record.latency_us, by_code.get(code, record.latency_us))
+                knobs.add(text)
+    best = {bits: _fastest(spec, knobs, by_code) for bits, spec in specs.items()}
+    known = {bits: by_code[code] for bits, code in best.items() if code is not None}
+    same = tuple(bits for bits, code in best.items() if code is not None and code == best[REFERENCE])
+    return KernelReward(tuple(layers), specs[REFERENCE], specs[REFERENCE].macs, known, same)
+
+
+def _fastest(spec: ConvSpec, knobs: set[str], latency_us: Mapping[str, float]) -> str | None:
+    """The fastest measured code among what the knobs make of a spec."""
+    codes = {code for text in sorted(knobs) if (code := code_key(spec, text)) is not None and code in latency_us}
+    return min(codes, key=lambda code: (latency_us[code], code), default=None)
+
+
+def default_bit_choices(
+    rewards: Rewards | None, mode: str, size_counts: bool = True, gain: float = GAIN
+) -> tuple[int, ...]:
+    """The bits that a search should offer each layer, where nobody chose them.
+
+    Mode ``paper`` keeps BAQE's 4, 8 and 32. Otherwise, from wide to narrow, 8 bit is kept, and then each width that is
+    at least ``gain`` times as fast over the network as every wider one that is kept: it buys latency. A width that buys
+    none is smaller all the same, since artifacts are packed to the bit; but any size between those of two widths is
+    had by giving some layers the one and some the other, so that where size is an objective only the narrowest width
+    is kept for its storage, and those between are dropped: no faster, less accurate than the wider and larger than the
+    narrower one. Where size does not count it is dropped, too. 32 (float) is neither faster nor smaller and must be
+    asked for.
+
+    Args:
+        rewards: from :func:`rewards_of`; None is only good for the paper's mode.
+        mode: of the search.
+        size_counts: whether size is an objective.
+        gain: speedup from which a width buys latency; below, a figure is within the noise of a quiet machine.
+
+    Raises:
+        ConfigError: no rewards, or no latency is known at some width.
+    """
+    if mode == "paper":
+        return PAPER_CHOICES
+    if rewards is None:
+        raise ConfigError(f"bit choices of mode {mode!r} come from what the device rewards; got no rewards")
+    found = {bits: rewards.speedup(bits) for bits in rewards.widths}
+    unknown = [bits for bits, speedup in found.items() if speedup is None]
+    if unknown:
+        raise ConfigError(
+            f"no kernel is measured at {unknown} bit and at {REFERENCE}: tune first (python -m "
+            "lightning_baqe.benchmarks.rewards), or give bit_choices"
+        )
+    speedups = {bits: speedup for bits, speedup in found.items() if speedup is not None and bits <= REFERENCE}
+    kept = [REFERENCE]
+    for bits in sorted(set(speedups) - {REFERENCE}, reverse=True):
+        if all(speedups[bits] >= gain * speedups[wider] for wider in kept):
+            kept.append(bits)
+    if size_counts and min(speedups) not in kept:
+        kept.append(min(speedups))
+    return tuple(sorted(kept))
