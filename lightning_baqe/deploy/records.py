@@ -1,4 +1,4 @@
-"""The records database: every kernel and model that was ever measured here, in SQLite, safe with several processes.
+"""The records database: all kernels, models and peaks ever measured here, in SQLite, safe with several processes.
 
 A record's key holds all that can change its figure: the device, the versions of the toolchain, the target, the
 operator with its shapes, types and epilogue (the spec), its knobs, and the code itself: a digest of the TIR that the
@@ -12,6 +12,7 @@ database is never measured again.
 | toolchains | id | ``versions``: of TVM, its FFI and LLVM, as JSON |
 | kernels | device, toolchain, target, operator, spec, knobs, code | median and samples, whether exact, or the error |
 | models | device, toolchain, plan | median and samples; the plan's digest covers all code and what generated it |
+| peaks | device, toolchain, target, dot, chain, code | what one core's arithmetic reaches, GMAC/s |
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 
 import tvm
 
-from lightning_baqe.deploy.device import device_info, device_key, digest, toolchain
+from lightning_baqe.deploy.device import code_digest, device_info, device_key, digest, toolchain
 from lightning_baqe.deploy.kernels import Call, Spec
 from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.errors import BaqeError, ConfigError
@@ -41,6 +42,7 @@ from lightning_baqe.errors import BaqeError, ConfigError
 VERSION = 2
 KERNEL_KEY = ("device", "toolchain", "target", "operator", "spec", "knobs", "code")
 MODEL_KEY = ("device", "toolchain", "plan")
+PEAK_KEY = ("device", "toolchain", "target", "dot", "chain", "code")
 FIGURES = ("latency_us", "samples_us", "exact", "error", "measured_at")
 _SCHEMA = (
     "CREATE TABLE devices (id TEXT PRIMARY KEY, info TEXT NOT NULL)",
@@ -54,6 +56,10 @@ _SCHEMA = (
         device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, plan TEXT NOT NULL,
         latency_us REAL NOT NULL, samples_us TEXT NOT NULL, measured_at REAL NOT NULL,
         PRIMARY KEY (device, toolchain, plan))""",
+    """CREATE TABLE peaks (
+        device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, target TEXT NOT NULL,
+        dot TEXT NOT NULL, chain INTEGER NOT NULL, code TEXT NOT NULL, gmacs REAL NOT NULL, measured_at REAL NOT NULL,
+        PRIMARY KEY (device, toolchain, target, dot, chain, code))""",
 )
 
 
@@ -190,6 +196,23 @@ class Records:
             row = connection.execute(query, key).fetchone()
         return (row[0], json.loads(row[1])) if row else None
 
+    def add_peak(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
+        """Keep what one core's arithmetic reaches in registers, 1e9 multiply-accumulates a second."""
+        if not (math.isfinite(gmacs) and gmacs > 0):
+            raise ConfigError(f"a peak is a finite positive number of GMAC/s, got {gmacs}")
+        row = (*_peak_key(target, dot, chain), gmacs, time.time())
+        with self.transaction() as connection:
+            _know(connection, device_info(1))
+            connection.execute(f"INSERT OR REPLACE INTO peaks VALUES ({_marks(row)})", row)
+
+    def peak(self, target: CpuTarget, dot: str, chain: int) -> float | None:
+        """The kept peak in GMAC/s, None if it was never measured with the code there is now."""
+        where = " AND ".join(f"{name} = ?" for name in PEAK_KEY)
+        with self.reading() as connection:
+            query = f"SELECT gmacs FROM peaks WHERE {where}"
+            row = connection.execute(query, _peak_key(target, dot, chain)).fetchone()
+        return row[0] if row else None
+
     def _current(
         self, spec: Spec, target: CpuTarget, condition: str = "1", values: tuple[Any, ...] = ()
     ) -> Iterator[KernelRecord]:
@@ -238,6 +261,10 @@ def canonical(value: Mapping[str, Any]) -> str:
         ValueError: it holds a number that is not finite.
     """
     return json.dumps(dict(value), sort_keys=True, allow_nan=False)
+
+
+def _peak_key(target: CpuTarget, dot: str, chain: int) -> tuple[Any, ...]:
+    return device_key(device_info(1)), digest(toolchain()), canonical(target.tvm), dot, chain, code_digest()
 
 
 def _threads(spec: Spec) -> int:

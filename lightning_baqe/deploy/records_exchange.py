@@ -9,6 +9,7 @@ filtered by lines. Kernels and models name their device and toolchain by id; the
 | toolchain | id, versions |
 | kernel | device, toolchain, target, operator, spec, knobs, code, latency_us, samples_us, exact, error, measured_at |
 | model | device, toolchain, plan, latency_us, samples_us, measured_at |
+| peak | device, toolchain, target, dot, chain, code, gmacs, measured_at |
 
 Records of other devices are kept under their own device and never taken for this one's.
 """
@@ -16,8 +17,9 @@ Records of other devices are kept under their own device and never taken for thi
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from lightning_baqe.deploy.records import (
     FIGURES,
     KERNEL_KEY,
     MODEL_KEY,
+    PEAK_KEY,
     VERSION,
     KernelRecord,
     Records,
@@ -36,21 +39,26 @@ from lightning_baqe.deploy.records import (
 from lightning_baqe.errors import ConfigError, DataError
 
 _JSON_COLUMNS = ("info", "versions", "target", "spec", "knobs", "samples_us")
-_TABLES = {"device": "devices", "toolchain": "toolchains", "kernel": "kernels", "model": "models"}
+_TABLES = {"device": "devices", "toolchain": "toolchains", "kernel": "kernels", "model": "models", "peak": "peaks"}
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "device": ("id", "info"),
     "toolchain": ("id", "versions"),
     "kernel": (*KERNEL_KEY, *FIGURES),
     "model": (*MODEL_KEY, "latency_us", "samples_us", "measured_at"),
+    "peak": (*PEAK_KEY, "gmacs", "measured_at"),
 }
+_KEYS = {"device": ("id",), "toolchain": ("id",), "kernel": KERNEL_KEY, "model": MODEL_KEY, "peak": PEAK_KEY}
+_MEASURED = ("kernel", "model", "peak")
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("id", "device", "toolchain", "operator", "code", "plan"), (str,)),
+    **dict.fromkeys(("id", "device", "toolchain", "operator", "code", "plan", "dot"), (str,)),
     **dict.fromkeys(("info", "versions", "target", "spec", "knobs"), (dict,)),
     "latency_us": (int, float, type(None)),
     "samples_us": (list,),
     "exact": (bool, type(None)),
     "error": (str, type(None)),
     "measured_at": (int, float),
+    "chain": (int,),
+    "gmacs": (int, float),
 }
 _SCALARS = (str, int, float, bool)
 
@@ -97,7 +105,7 @@ def export_records(records: Records, path: Path, device: str | None = None) -> i
         device: only of devices that :func:`matching_devices` finds; None: of all.
 
     Returns:
-        how many kernels and models were written.
+        how many kernels, models and peaks were written.
 
     Raises:
         ConfigError: no such device.
@@ -105,14 +113,14 @@ def export_records(records: Records, path: Path, device: str | None = None) -> i
     devices = None if device is None else set(matching_devices(records, device))
     with records.reading() as connection:
         connection.execute("BEGIN")  # one state of the database, whoever writes meanwhile
-        rows = [row for kind in ("kernel", "model") for row in _rows(connection, kind)]
+        rows = [row for kind in _MEASURED for row in _rows(connection, kind)]
         rows = [row for row in rows if devices is None or row["device"] in devices]
         for kind in ("toolchain", "device"):
             used = {row[kind] for row in rows if kind in row}
             rows = [row for row in _rows(connection, kind) if row["id"] in used] + rows
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     replace_file(path, text.encode())
-    return sum(row["kind"] in ("kernel", "model") for row in rows)
+    return sum(row["kind"] in _MEASURED for row in rows)
 
 
 def import_records(records: Records, path: Path) -> Imported:
@@ -133,7 +141,7 @@ def import_records(records: Records, path: Path) -> Imported:
                 if row["kind"] == kind:
                     _insert(connection, row, "IGNORE")
         for number, row in rows:
-            if row["kind"] in ("kernel", "model"):
+            if row["kind"] in _MEASURED:
                 _check_references(connection, row, f"{path}, line {number}")
                 _merge(connection, row, done)
     return done
@@ -141,8 +149,7 @@ def import_records(records: Records, path: Path) -> Imported:
 
 def _rows(connection: sqlite3.Connection, kind: str) -> Iterator[dict[str, Any]]:
     columns = _COLUMNS[kind]
-    order = {"kernel": KERNEL_KEY, "model": MODEL_KEY}.get(kind, ("id",))
-    query = f"SELECT {', '.join(columns)} FROM {_TABLES[kind]} ORDER BY {', '.join(order)}"
+    query = f"SELECT {', '.join(columns)} FROM {_TABLES[kind]} ORDER BY {', '.join(_KEYS[kind])}"
     for values in connection.execute(query):
         row = {"kind": kind, "version": VERSION, **dict(zip(columns, values, strict=True))}
         for name in _JSON_COLUMNS:
@@ -167,7 +174,7 @@ def _values(row: Mapping[str, Any], columns: Iterable[str]) -> tuple[Any, ...]:
 
 def _merge(connection: sqlite3.Connection, row: dict[str, Any], done: Imported) -> None:
     kind = row["kind"]
-    key = KERNEL_KEY if kind == "kernel" else MODEL_KEY
+    key = _KEYS[kind]
     figures = [name for name in _COLUMNS[kind] if name not in key]
     where = " AND ".join(f"{name} = ?" for name in key)
     query = f"SELECT {', '.join(figures)} FROM {_TABLES[kind]} WHERE {where}"
@@ -180,7 +187,8 @@ def _merge(connection: sqlite3.Connection, row: dict[str, Any], done: Imported) 
         done.same += 1
         return
     here = dict(zip(figures, known, strict=True))
-    if here.get("exact") == 0 or len(json.loads(here["samples_us"])) >= len(row["samples_us"]):
+    samples = len(row.get("samples_us", ()))
+    if here.get("exact") == 0 or len(json.loads(here.get("samples_us", "[]"))) >= samples:
         done.kept += 1
         return
     _insert(connection, row, "REPLACE")
@@ -265,9 +273,20 @@ def _check_model(row: Mapping[str, Any]) -> None:
     check_latencies(row["latency_us"], row["samples_us"])
 
 
+def _check_peak(row: Mapping[str, Any]) -> None:
+    if not (math.isfinite(row["gmacs"]) and row["gmacs"] > 0):
+        raise ConfigError(f"gmacs is finite and positive, got {row['gmacs']}")
+
+
 def _check_samples(row: Mapping[str, Any]) -> None:
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in row["samples_us"]):
         raise ConfigError(f"samples_us are numbers, got {row['samples_us']!r}")
 
 
-_CHECKS = {"device": _check_device, "toolchain": _check_toolchain, "kernel": _check_kernel, "model": _check_model}
+_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {
+    "device": _check_device,
+    "toolchain": _check_toolchain,
+    "kernel": _check_kernel,
+    "model": _check_model,
+    "peak": _check_peak,
+}

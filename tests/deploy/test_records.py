@@ -226,3 +226,17 @@ def test_generator_sources_hold_every_template() -> None:
     assert {path.stem for path in folder.glob("*_template*.py")} <= names
     assert {"dot", "emit", "layout", "target", "plan"} <= names
     assert not {"records", "tuner", "measure"} & names
+
+
+def test_peaks(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert records.peak(TARGET, "vnni", 1) is None
+    records.add_peak(TARGET, "vnni", 1, 500.0)
+    records.add_peak(TARGET, "maddubs", 2, 100.0)
+    assert records.peak(TARGET, "vnni", 1) == 500.0
+    records.add_peak(TARGET, "vnni", 1, 510.0)
+    assert records.peak(TARGET, "vnni", 1) == 510.0
+    assert records.peak(get_target("avx2"), "maddubs", 2) is None
+    with pytest.raises(ConfigError, match="finite positive"):
+        records.add_peak(TARGET, "vnni", 1, 0.0)
+    monkeypatch.setattr("lightning_baqe.deploy.records.code_digest", lambda: "other sources")
+    assert records.peak(TARGET, "vnni", 1) is None

@@ -45,7 +45,7 @@ def _content(records: Records) -> dict[str, list[Any]]:
     with records.reading() as connection:
         return {
             table: sorted(connection.execute(f"SELECT * FROM {table}").fetchall(), key=repr)
-            for table in ("devices", "toolchains", "kernels", "models")
+            for table in ("devices", "toolchains", "kernels", "models", "peaks")
         }
 
 
@@ -65,6 +65,7 @@ def test_export_then_import_is_the_identity(
         _on(cpu, lambda record=record: first.add_kernel(SPEC, TARGET, record))  # type: ignore[misc]
     for plan, (latency_us, samples_us) in models.items():
         first.add_model(plan, 1, samples_us, latency_us)
+        first.add_peak(TARGET, plan, len(samples_us), latency_us)
     count = export_records(first, folder / "a.jsonl")
     done = import_records(second, folder / "a.jsonl")
     assert _content(second) == _content(first)
@@ -80,6 +81,7 @@ def exported(tmp_path: Path) -> Path:
     records.add_kernel(SPEC, TARGET, KernelRecord(KNOBS, 2.0, [2.0, 2.0, 3.0], True))
     records.add_kernel(SPEC, TARGET, KernelRecord({"tile": "1x1x2"}, None, [], None, "crashed"))
     records.add_model("plan", 1, [5.0], 5.0)
+    records.add_peak(TARGET, "vnni", 1, 500.0)
     export_records(records, tmp_path / "records.jsonl")
     return tmp_path / "records.jsonl"
 
@@ -89,7 +91,7 @@ def test_order_and_joining_do_not_matter(exported: Path, tmp_path: Path) -> None
     random.Random(0).shuffle(lines)
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines) + "\n\n")
     records = Records(tmp_path / "target.db")
-    assert import_records(records, tmp_path / "mixed.jsonl") == Imported(added=3, same=3)
+    assert import_records(records, tmp_path / "mixed.jsonl") == Imported(added=4, same=4)
     assert records.kernel(SPEC, TARGET, KNOBS) == KernelRecord(KNOBS, 2.0, [2.0, 2.0, 3.0], True)
 
 
@@ -145,6 +147,8 @@ WRONG: dict[str, tuple[str, Callable[[str], str], str]] = {
     "huge": ("model", lambda line: line.replace("5.0", "9" * 400), "too large"),
     "not a number": ("model", lambda line: line.replace("5.0", "NaN"), "NaN"),
     "sample of text": ("model", lambda line: _changed(line, samples_us=["1"]), "samples_us are numbers"),
+    "chain of text": ("peak", lambda line: _changed(line, chain="1"), "chain is int"),
+    "no peak": ("peak", lambda line: _changed(line, gmacs=0), "gmacs is finite and positive"),
     "nothing measured": ("kernel", lambda line: _changed(line, latency_us=None, error=None), "neither"),
     "knob of lists": ("kernel", lambda line: _changed(line, knobs={"tile": [1]}), "knobs are"),
     "lone surrogate": ("kernel", lambda line: _changed(line, operator="\ud800"), "surrogate"),
