@@ -324,6 +324,7 @@ class BayesianSearch(pl.Callback):
                 "latency_us": found.latency_us,
                 "size_bytes": found.size_bytes,
                 "spread": found.spread,
+                "noisy": found.noisy,
                 "schedules": found.schedules,
                 "seconds": found.seconds,
             }
@@ -405,7 +406,8 @@ class BayesianSearch(pl.Callback):
             self.measurement,
         )
         return {"accuracy": found.accuracy, "fake_quant_accuracy": fake, "latency_us": found.latency_us,
-                "size_bytes": found.size_bytes, "spread": found.spread, "schedules": found.schedules,
+                "size_bytes": found.size_bytes, "spread": found.spread, "noisy": found.noisy,
+                "schedules": found.schedules,
                 "differing_elements": sum(found.wrong.values()), "seconds": found.seconds}  # fmt: skip
 
     def _check_trained(self, module: pl.LightningModule) -> None:

@@ -418,6 +418,7 @@ def _write_single(
             "latency_us": found.latency_us,
             "size_bytes": found.size_bytes,
             "spread": found.spread,
+            "noisy": found.noisy,
             "schedules": found.schedules,
             "seconds": found.seconds,
         }

@@ -13,7 +13,7 @@ import torch
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.device import device_info
-from lightning_baqe.deploy.measure import Measurement, measure
+from lightning_baqe.deploy.measure import PRECISION, Measurement, measure
 from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import CpuTarget
@@ -30,7 +30,7 @@ class MeasureOptions:
     """How latency is measured.
 
     Args:
-        repeats, warmup, timeout_s: of :func:`lightning_baqe.measure`.
+        repeats, warmup, timeout_s, precision, limit_s: of :func:`lightning_baqe.measure`.
         max_spread: above this interquartile range over median the machine was noisy and the figure is taken again.
         attempts: how often at most; the quietest figure counts.
     """
@@ -38,6 +38,8 @@ class MeasureOptions:
     repeats: int = 50
     warmup: int = 10
     timeout_s: float = 60.0
+    precision: float | None = PRECISION
+    limit_s: float = 5.0
     max_spread: float = 0.05
     attempts: int = 3
 
@@ -55,6 +57,7 @@ class Evaluation:
         latency_us: median, microseconds.
         size_bytes: of the integer graph.
         spread: of the latency samples, interquartile range over median.
+        noisy: the 95 % interval of the median reaches further than 2 % from it.
         wrong: integer elements that differ from the interpreter on the checked images, by node; all 0.
         schedules: the knobs that every layer got.
         seconds: ``{"build", "evaluate", "measure"}``.
@@ -64,6 +67,7 @@ class Evaluation:
     latency_us: float
     size_bytes: int
     spread: float
+    noisy: bool
     wrong: dict[str, int]
     schedules: dict[str, dict[str, Any]]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -113,7 +117,15 @@ def measure_quietly(
             return found
     best: Measurement | None = None
     for _ in range(options.attempts):
-        again = measure(folder, "local", options.repeats, options.warmup, options.timeout_s)
+        again = measure(
+            folder,
+            "local",
+            options.repeats,
+            options.warmup,
+            options.timeout_s,
+            precision=options.precision,
+            limit_s=options.limit_s,
+        )
         best = again if best is None else min(best, again, key=lambda m: m.spread)
         if best.spread <= options.max_spread:
             break
@@ -166,4 +178,6 @@ def evaluate(
     if not best.latency_us > 0:
         raise MeasurementError(f"latency {best.latency_us} us is no figure; the clock of this machine is too coarse")
     seconds = {"build": built - start, "evaluate": checked - built, "measure": time.perf_counter() - checked}
-    return Evaluation(accuracy, best.latency_us, graph.size_bytes, best.spread, wrong, artifact.schedules, seconds)
+    return Evaluation(
+        accuracy, best.latency_us, graph.size_bytes, best.spread, best.noisy, wrong, artifact.schedules, seconds
+    )

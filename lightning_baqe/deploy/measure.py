@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.deploy.confidence import median_interval, relative_half_width
+from lightning_baqe.deploy.description import detected_caches
 from lightning_baqe.deploy.device import device_info
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.errors import ConfigError, MeasurementError
 
 START_TIMEOUT_S = 120.0
+PRECISION = 0.02
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,15 @@ class Measurement:
         samples_us: every sample in order.
         device: the fingerprint: CPU, flags, cores, threads.
         cached: whether it came from the records.
+        reference_us: of a fixed piece of work that was timed in between, once before every ten samples; it follows the
+            clock alone.
     """
 
     latency_us: float
     samples_us: tuple[float, ...]
     device: dict[str, Any]
     cached: bool = False
+    reference_us: tuple[float, ...] = ()
 
     @property
     def spread(self) -> float:
@@ -47,6 +53,24 @@ class Measurement:
             return 0.0
         low, _, high = statistics.quantiles(self.samples_us, n=4)
         return (high - low) / self.latency_us
+
+    @property
+    def interval_us(self) -> tuple[float, float]:
+        """95 % confidence interval of the median, see :func:`~lightning_baqe.deploy.confidence.median_interval`."""
+        return median_interval(self.samples_us)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the interval reaches further than 2 % from the median: the machine was noisy, or samples were few."""
+        return relative_half_width(self.samples_us, self.latency_us) > PRECISION
+
+    @property
+    def drift(self) -> float:
+        """How much slower the clock became: median of the reference's second half over that of its first, minus 1."""
+        half = len(self.reference_us) // 2
+        if half == 0:
+            return 0.0
+        return statistics.median(self.reference_us[-half:]) / statistics.median(self.reference_us[:half]) - 1.0
 
 
 class Worker:
@@ -168,16 +192,23 @@ def measure(
     warmup: int = 10,
     timeout_s: float = 60.0,
     records: Records | None = None,
+    precision: float | None = None,
+    limit_s: float = 10.0,
+    cold: bool = False,
 ) -> Measurement:
     """Latency of an artifact, batch 1.
 
     Args:
         artifact: an artifact, or its folder.
         device: ``local``.
-        repeats: samples.
+        repeats: samples; with ``precision``: at least so many.
         warmup: runs before the first sample.
         timeout_s: for the whole measurement.
         records: if given, code that was measured before is not measured again, and new figures are kept.
+        precision: such as 0.02: go on until half the 95 % interval of the median is at most this fraction of it. The
+            interval is looked at again and again, so that it holds a little less often than 95 %.
+        limit_s: stop all the same after so many seconds; the measurement then says that it is ``noisy``.
+        cold: fill the caches with something else before every image, as if the device did other work in between.
 
     Raises:
         ConfigError: an unknown device, or too many threads.
@@ -188,15 +219,30 @@ def measure(
     if repeats < 1 or warmup < 0:
         raise ConfigError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     loaded = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
+    if (precision is not None and not precision > 0) or not 0 < limit_s < timeout_s:
+        raise ConfigError(
+            f"precision must be positive and limit_s between 0 and timeout_s, got {precision}, {limit_s}, {timeout_s}"
+        )
     info = device_info(loaded.threads)
-    known = records.model(loaded.plan.digest, loaded.threads) if records is not None else None
+    key = f"{loaded.plan.digest}{' cold' if cold else ''}"
+    known = records.model(key, loaded.threads) if records is not None else None
     if known is not None:
         return Measurement(known[0], tuple(known[1]), info, cached=True)
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
         path = loaded.save(Path(folder) / "artifact") if isinstance(artifact, Artifact) else Path(artifact).resolve()
-        request = {"artifact": str(path), "repeats": repeats, "warmup": warmup}
-        samples = worker(loaded.threads).ask(request, timeout_s)["samples_us"]
+        request = {
+            "artifact": str(path), "repeats": repeats, "warmup": warmup, "precision": precision, "limit_s": limit_s,
+            "flush_bytes": flush_bytes() if cold else 0,
+        }  # fmt: skip
+        answer = worker(loaded.threads).ask(request, timeout_s)
+    samples = answer["samples_us"]
     latency_us = statistics.median(samples)
     if records is not None:
-        records.add_model(loaded.plan.digest, loaded.threads, samples, latency_us)
-    return Measurement(latency_us, tuple(samples), info)
+        records.add_model(key, loaded.threads, samples, latency_us)
+    return Measurement(latency_us, tuple(samples), info, reference_us=tuple(answer["reference_us"]))
+
+
+def flush_bytes() -> int:
+    """Enough to displace all that any cache holds: twice the largest one, or 64 MiB where nobody tells its size."""
+    caches = detected_caches()
+    return 2048 * max(caches.l1d_kib, caches.l2_kib, caches.l3_kib) or 64 * 2**20

@@ -40,7 +40,7 @@ def fake(latency_us: float, spread: float, count: int = 50) -> Measurement:
 
 def test_the_quiet_figure_counts_and_is_kept(artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [fake(200.0, 0.5), fake(100.0, 0.01)]
-    monkeypatch.setattr(module, "measure", lambda *args: answers.pop(0))
+    monkeypatch.setattr(module, "measure", lambda *args, **options: answers.pop(0))
     records, options = Records(tmp_path / "records.db"), MeasureOptions()
     assert measure_quietly(artifact, tmp_path, options, records).latency_us == 100.0
     again = measure_quietly(artifact, tmp_path, options, records)  # no answer is left: it must not measure
@@ -53,7 +53,7 @@ def test_a_noisy_or_thin_record_is_measured_again(
 ) -> None:
     records, options = Records(tmp_path / "records.db"), MeasureOptions(attempts=2)
     answers = [fake(200.0, 0.5), fake(150.0, 0.4)]
-    monkeypatch.setattr(module, "measure", lambda *args: answers.pop(0))
+    monkeypatch.setattr(module, "measure", lambda *args, **options: answers.pop(0))
     assert measure_quietly(artifact, tmp_path, options, records).latency_us == 150.0  # the less noisy of two
     answers = [fake(100.0, 0.0, count=10)]
     assert measure_quietly(artifact, tmp_path, MeasureOptions(repeats=10), records).latency_us == 100.0
