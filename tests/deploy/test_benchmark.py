@@ -18,7 +18,7 @@ from lightning_baqe.benchmarks.engine_inputs import EngineRequest
 from lightning_baqe.benchmarks.engine_runs import EngineResult, ModelRun, RunOptions
 from lightning_baqe.benchmarks.layers import kernel_table
 from lightning_baqe.benchmarks.networks import default_size, library_of
-from lightning_baqe.benchmarks.peak import peak_gmacs
+from lightning_baqe.deploy.peak import peak_gmacs
 from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.quantization.config import BitConfig, LayerBits

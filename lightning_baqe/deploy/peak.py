@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,18 @@ def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1) ->
         taken = timer(*(tvm.runtime.tensor(array) for array in (words, weights, out))).median
         best = max(best, macs / taken / 1e9)
     return best
+
+
+def pinned_peak_gmacs(target: CpuTarget, dot: str, chain: int, core: int) -> float:
+    """:func:`peak_gmacs`, measured on one core; where the system cannot pin, on any."""
+    if not hasattr(os, "sched_setaffinity"):
+        return peak_gmacs(target, dot, chain)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        return peak_gmacs(target, dot, chain)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _ones(library: Any, dot: str, chain: int, target: CpuTarget) -> np.ndarray:
