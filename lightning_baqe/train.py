@@ -33,14 +33,16 @@ from lightning_baqe.errors import BaqeError, ConfigError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from torch import nn
 
+    from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel
     from lightning_baqe.tasks import ImageClassifier
 
 RECIPES = "lightning_baqe.recipes"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # What a run may be resumed with in another way than it was begun: none of it changes what a trial means.
-MAY_CHANGE = ("run_dir", "logger", "trainer", "search.trials", "search.max_failures")
+MAY_CHANGE = ("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s")
 # Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
 _KNOWN_WARNINGS = (
     ".*does not have many workers",
@@ -339,15 +341,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     if distillation.weight > 0:
         distillation.teacher = net
         callbacks.append(distillation)
-    if cfg.bits.file is not None:
-        try:
-            bits = BitConfig.from_json(Path(cfg.bits.file).expanduser())
-        except OSError as error:
-            raise ConfigError(
-                f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file."
-            ) from error
-    else:
-        bits = BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
+    bits = _bits(cfg, net)
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
 
     start = time.perf_counter()
@@ -358,6 +352,18 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     seconds = {"train": time.perf_counter() - start}
     _write_single(cfg, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
     _close(run_dir)
+
+
+def _bits(cfg: DictConfig, net: nn.Module) -> BitConfig:
+    """The bit-config that ``cfg.bits`` names, from a file or uniform."""
+    from lightning_baqe.quantization.config import BitConfig
+
+    if cfg.bits.file is None:
+        return BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
+    try:
+        return BitConfig.from_json(Path(cfg.bits.file).expanduser())
+    except OSError as error:
+        raise ConfigError(f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file.") from error
 
 
 def _batch_norm_callbacks(cfg: DictConfig) -> list[pl.Callback]:
@@ -434,6 +440,51 @@ def _write_single(
     }
     write_summary(run_dir, summary)
     write_report(summary, run_dir / "report.html")
+
+
+def tune(cfg: DictConfig, run_dir: Path) -> None:
+    """Tune the kernels of a network with random weights, on which latency does not depend; what the records hold is
+    not measured again, so that a run that was interrupted goes on, in any run folder.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    import torch
+
+    from lightning_baqe.deploy import tune_report, tuner
+    from lightning_baqe.deploy.records import Records
+    from lightning_baqe.deploy.target import get_target
+    from lightning_baqe.integer.lowering import lower
+    from lightning_baqe.quantization.calibration import calibrate
+    from lightning_baqe.quantization.convert import quantize
+    from lightning_baqe.tasks.networks import settle
+
+    for name in ("candidates", "image_size", "num_classes"):
+        if not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise ConfigError(f"{name}={cfg[name]!r}, but a whole number of 1 or more is wanted: change {name}.")
+    if cfg.budget_s is not None and not (isinstance(cfg.budget_s, int | float) and cfg.budget_s >= 0):
+        raise ConfigError(f"budget_s={cfg.budget_s!r}, but seconds are wanted, or null for no limit: change budget_s.")
+    target, strategy = get_target(cfg.deploy.target), make(cfg.strategy)
+    console = Console(stderr=True, highlight=False)
+    torch.manual_seed(cfg.seed)
+    images = torch.randn(4, 3, cfg.image_size, cfg.image_size)
+    net = settle(make(cfg.model, num_classes=cfg.num_classes), images)
+    quantized = calibrate(quantize(net, _bits(cfg, net), example_input=images).eval(), [images])
+    graph = lower(quantized, example_input=images[:1])
+    with tune_report.TuneProgress(console) as bar:
+        result = tuner.tune(
+            graph, target, cfg.deploy.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update
+        )
+    about = {
+        "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,
+        "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},
+        "strategy": str(cfg.strategy._target_), "candidates": cfg.candidates,
+    }  # fmt: skip
+    path = tune_report.write_tuning(run_dir, result, about, cfg.deploy.threads)
+    output = Console(highlight=False, width=None if console.is_terminal else 160)
+    output.print(tune_report.tuning_table(result))
+    output.print(tune_report.tuning_line(result, cfg.budget_s), markup=False, soft_wrap=True)
+    output.print(f"Figures: {path}", markup=False, soft_wrap=True)
 
 
 def _close(run_dir: Path) -> None:

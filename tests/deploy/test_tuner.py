@@ -35,7 +35,7 @@ def graph() -> IntegerGraph:
     return maker.graph()
 
 
-@pytest.mark.parametrize("strategy", [Ranked(), SimulatedAnnealing(initial=4)])
+@pytest.mark.parametrize("strategy", [Ranked(), SimulatedAnnealing(initial=4)], ids=["ranked", "sa_xgb"])
 def test_tuning(graph: IntegerGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: Strategy) -> None:
     records = Records(tmp_path / "records.db")
     told: list[tuner.Step] = []
