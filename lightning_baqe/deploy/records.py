@@ -1,4 +1,4 @@
-"""The records database: all kernels, models and peaks ever measured here, in SQLite, safe with several processes.
+"""The records database: every kernel and model that was ever measured here, in SQLite, safe with several processes.
 
 A record's key holds all that can change its figure: the code (operator, shapes, types, epilogue, knobs, arithmetic,
 target CPU), the versions that generated it and the device's fingerprint. What is in the database is never measured
@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning_baqe.deploy.conv_template import ConvSpec
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.target import CpuTarget
-
-if TYPE_CHECKING:
-    from lightning_baqe.deploy.tunable import TunableSpec
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS kernels (
@@ -34,10 +32,6 @@ CREATE INDEX IF NOT EXISTS kernels_by_spec ON kernels (device, mcpu, spec);
 CREATE TABLE IF NOT EXISTS models (
     device TEXT NOT NULL, plan TEXT NOT NULL, latency_us REAL NOT NULL, samples_us TEXT NOT NULL, info TEXT NOT NULL,
     measured_at REAL NOT NULL, PRIMARY KEY (device, plan)
-);
-CREATE TABLE IF NOT EXISTS peaks (
-    device TEXT NOT NULL, mcpu TEXT NOT NULL, dot TEXT NOT NULL, chain INTEGER NOT NULL, gmacs REAL NOT NULL,
-    measured_at REAL NOT NULL, PRIMARY KEY (device, mcpu, dot, chain)
 );
 """
 
@@ -88,7 +82,7 @@ class Records:
         with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
             yield connection
 
-    def add_kernel(self, spec: TunableSpec, target: CpuTarget, record: KernelRecord) -> None:
+    def add_kernel(self, spec: ConvSpec, target: CpuTarget, record: KernelRecord) -> None:
         """Keep a kernel's measurement; an older one of the same code is replaced."""
         row = (
             fingerprint(spec.threads), target.mcpu, _spec_key(spec), kernel_key(spec, record.knobs),
@@ -98,7 +92,7 @@ class Records:
         with self._connection() as connection:
             connection.execute("INSERT OR REPLACE INTO kernels VALUES (?,?,?,?,?,?,?,?,?,?)", row)
 
-    def kernel(self, spec: TunableSpec, target: CpuTarget, knobs: Mapping[str, Any]) -> KernelRecord | None:
+    def kernel(self, spec: ConvSpec, target: CpuTarget, knobs: Mapping[str, Any]) -> KernelRecord | None:
         """A kernel's record, None if it was never measured."""
         query = "SELECT knobs, latency_us, samples_us, exact, error FROM kernels WHERE device=? AND mcpu=? AND kernel=?"
         with self._connection() as connection:
@@ -106,8 +100,8 @@ class Records:
             row = connection.execute(query, key).fetchone()
         return _record(row) if row else None
 
-    def kernels(self, spec: TunableSpec, target: CpuTarget) -> list[KernelRecord]:
-        """All records of one kernel, fastest first, failed ones last."""
+    def kernels(self, spec: ConvSpec, target: CpuTarget) -> list[KernelRecord]:
+        """All records of one convolution, fastest first, failed ones last."""
         query = (
             "SELECT knobs, latency_us, samples_us, exact, error FROM kernels WHERE device=? AND mcpu=? AND spec=? "
             "ORDER BY latency_us IS NULL, latency_us, kernel"
@@ -116,8 +110,8 @@ class Records:
             rows = connection.execute(query, (fingerprint(spec.threads), target.mcpu, _spec_key(spec))).fetchall()
         return [_record(row) for row in rows]
 
-    def best_knobs(self, spec: TunableSpec, target: CpuTarget) -> dict[str, Any] | None:
-        """The knobs of the fastest exact record of a kernel, None if there is none."""
+    def best_knobs(self, spec: ConvSpec, target: CpuTarget) -> dict[str, Any] | None:
+        """The knobs of the fastest exact record of a convolution, None if there is none."""
         for record in self.kernels(spec, target):
             if record.error is None and record.exact is not False:
                 return record.knobs
@@ -136,21 +130,8 @@ class Records:
             row = connection.execute(query, (fingerprint(threads), plan_digest)).fetchone()
         return (row[0], json.loads(row[1])) if row else None
 
-    def add_peak(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
-        """Keep what one core's arithmetic reaches, see :func:`lightning_baqe.deploy.peak.peak_gmacs`."""
-        row = (fingerprint(1), target.mcpu, dot, chain, gmacs, time.time())
-        with self._connection() as connection:
-            connection.execute("INSERT OR REPLACE INTO peaks VALUES (?,?,?,?,?,?)", row)
 
-    def peak(self, target: CpuTarget, dot: str, chain: int) -> float | None:
-        """The kept peak in GMAC/s, None if it was never measured."""
-        query = "SELECT gmacs FROM peaks WHERE device=? AND mcpu=? AND dot=? AND chain=?"
-        with self._connection() as connection:
-            row = connection.execute(query, (fingerprint(1), target.mcpu, dot, chain)).fetchone()
-        return row[0] if row else None
-
-
-def _spec_key(spec: TunableSpec) -> str:
+def _spec_key(spec: ConvSpec) -> str:
     return json.dumps(asdict(spec), sort_keys=True)
 
 

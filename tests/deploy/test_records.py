@@ -91,13 +91,3 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     records = Records(path)
     assert all(records.model(f"{name}-{i}", 1) == (float(i), [1.0] * 50) for name in "ab" for i in range(60))
-
-
-def test_peaks(records: Records) -> None:
-    assert records.peak(TARGET, "vnni", 1) is None
-    records.add_peak(TARGET, "vnni", 1, 500.0)
-    records.add_peak(TARGET, "maddubs", 2, 100.0)
-    assert records.peak(TARGET, "vnni", 1) == 500.0
-    records.add_peak(TARGET, "vnni", 1, 510.0)
-    assert records.peak(TARGET, "vnni", 1) == 510.0
-    assert records.peak(get_target("avx2"), "maddubs", 2) is None

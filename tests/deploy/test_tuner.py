@@ -17,6 +17,7 @@ import lightning_baqe as baqe
 from lightning_baqe.deploy import kernel_bench, tuner
 from lightning_baqe.deploy.conv_template import ConvSpec, default_knobs
 from lightning_baqe.deploy.kernels import kernel_key
+from lightning_baqe.deploy.peak import Peaks
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.strategies import Ranked, SimulatedAnnealing, Strategy, Tried
@@ -55,7 +56,7 @@ def test_tuning(graph: IntegerGraph, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert 0 < kernel.best_us <= kernel.default_us
         assert kernel.speedup >= 1
         assert kernel.gmacs == pytest.approx(kernel.spec.macs / kernel.best_us / 1e3)
-        assert kernel.peak_gmacs == records.peak(get_target(), kernel.spec.dot, kernel.spec.chain)
+        assert kernel.peak_gmacs == Peaks(records.path).get(get_target(), kernel.spec.dot, kernel.spec.chain)
         known = records.kernels(kernel.spec, get_target())
         assert all(record.exact for record in known)
         assert records.best_knobs(kernel.spec, get_target()) == kernel.knobs
