@@ -285,13 +285,17 @@ def make(node: DictConfig, **more: Any) -> Any:
         raise ConfigError(f"{target} needs a package that is not installed ({error}): pip install {name}") from error
 
 
+def _ignore_known_warnings() -> None:
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def _prepare(cfg: DictConfig, run_dir: Path) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
     """The data module, the task over a trained float network, and what makes Trainers."""
     import pytorch_lightning as pl
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    _ignore_known_warnings()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = make(cfg.data)
     net = make(cfg.model, num_classes=datamodule.num_classes)
@@ -464,6 +468,7 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
             raise ConfigError(f"{name}={cfg[name]!r}, but a whole number of 1 or more is wanted: change {name}.")
     if cfg.budget_s is not None and not (isinstance(cfg.budget_s, int | float) and cfg.budget_s >= 0):
         raise ConfigError(f"budget_s={cfg.budget_s!r}, but seconds are wanted, or null for no limit: change budget_s.")
+    _ignore_known_warnings()
     target, strategy = get_target(cfg.deploy.target), make(cfg.strategy)
     console = Console(stderr=True, highlight=False)
     torch.manual_seed(cfg.seed)

@@ -1,9 +1,9 @@
 """The process that measures: reads one request a line on standard input, answers with one line.
 
 Requests: ``{"artifact": folder, "repeats": n, "warmup": n}`` (whole model) or ``{"kernel": library, "arguments": npz,
-"repeats": n, "min_repeat_ms": n}`` (one kernel, see :mod:`lightning_baqe.deploy.tuner`; the answer says whether its
-result is ``exact``: equal, or close for floats). Answers: ``{"samples_us": [...]}`` or ``{"error": text}``. Pinned to
-its cores before TVM starts its threads; anything that native code prints goes to standard error.
+"repeats": n, "min_repeat_ms": n}`` (one kernel, see :mod:`lightning_baqe.deploy.kernel_bench`; the answer says whether
+its result is ``exact``: equal, or close for floats). Answers: ``{"samples_us": [...]}`` or ``{"error": text}``. Pinned
+to its cores before TVM starts its threads; anything that native code prints goes to standard error.
 """
 
 from __future__ import annotations
