@@ -364,6 +364,17 @@ def test_wrong_options_of_tune(option: str, wanted: str, tmp_path: Path, capsys:
     assert wanted in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", recipe_groups()["strategy"])
+def test_strategies_have_the_defaults_of_their_classes(name: str) -> None:
+    cfg = compose(["recipe=tune", f"strategy={name}", "seed=7"])
+    strategy = train.make(cfg.strategy)
+    assert strategy.seed == 7
+    for key, value in vars(type(strategy)(seed=7)).items():
+        if not key.startswith("_"):
+            written = getattr(strategy, key)
+            assert (tuple(written) if isinstance(written, list) else written) == value, key
+
+
 def test_tune_says_that_an_image_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe=tune", "model.name=alexnet", "image_size=16", f"run_dir={tmp_path}/run"]) == 1
     assert "does not run on images (4, 3, 16, 16)" in capsys.readouterr().err
