@@ -1,8 +1,11 @@
-"""Compile one kernel with several knobs, measure each in the measuring process, and check each result."""
+"""Compile one kernel with several knobs, measure each in the measuring process, and check each result.
+
+A kernel's figure is its fastest sample. Samples are short, so that some of them fall between the time slices of other
+processes: those, and clocks that go down, only ever add time, while a median tells how busy the machine was.
+"""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +23,7 @@ from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tunable import Sample, TunableSpec, template_of
 from lightning_baqe.errors import BuildError, MeasurementError
 
-REPEATS, MIN_REPEAT_MS = 7, 5
+REPEATS, MIN_REPEAT_MS = 16, 2
 CONFIRM_ROUNDS = 3
 TIMEOUT_S = 30.0
 
@@ -91,7 +94,7 @@ class KernelBench:
                     reasons[index] = "its result differs from the reference"
         found = []
         for index, knobs in enumerate(candidates):
-            latency = statistics.median(samples[index]) if samples[index] else None
+            latency = min(samples[index], default=None)
             record = KernelRecord(knobs, latency, samples[index], exact[index], reasons.get(index))
             self.records.add_kernel(self.spec, self.target, record)
             found.append(record)
