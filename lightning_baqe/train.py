@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 RECIPES = "lightning_baqe.recipes"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # What a run may be resumed with in another way than it was begun: none of it changes what a trial means.
-MAY_CHANGE = ("run_dir", "logger", "trainer", "search.trials", "search.max_failures")
+MAY_CHANGE = ("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s")
 # Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
 _KNOWN_WARNINGS = (
     ".*does not have many workers",
@@ -285,6 +285,11 @@ def make(node: DictConfig, **more: Any) -> Any:
         raise ConfigError(f"{target} needs a package that is not installed ({error}): pip install {name}") from error
 
 
+def _ignore_known_warnings() -> None:
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def _prepare(
     cfg: DictConfig, run_dir: Path, check: Callable[[nn.Module], None]
 ) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
@@ -292,8 +297,7 @@ def _prepare(
     import pytorch_lightning as pl
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    _ignore_known_warnings()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = make(cfg.data)
     net = make(cfg.model, num_classes=datamodule.num_classes)
@@ -364,11 +368,12 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     _close(run_dir)
 
 
-def _bits(cfg: DictConfig, network: nn.Module) -> BitConfig:
+def _bits(cfg: DictConfig, net: nn.Module) -> BitConfig:
+    """The bit-config that ``cfg.bits`` names, from a file or uniform."""
     from lightning_baqe.quantization.config import BitConfig
 
     if cfg.bits.file is None:
-        return BitConfig.uniform(network, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
+        return BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
     try:
         return BitConfig.from_json(Path(cfg.bits.file).expanduser())
     except OSError as error:
@@ -450,6 +455,52 @@ def _write_single(
     }
     write_summary(run_dir, summary)
     write_report(summary, run_dir / "report.html")
+
+
+def tune(cfg: DictConfig, run_dir: Path) -> None:
+    """Tune the kernels of a network with random weights, on which latency does not depend; what the records hold is
+    not measured again, so that a run that was interrupted goes on, in any run folder.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    import torch
+
+    from lightning_baqe.deploy import tune_report, tuner
+    from lightning_baqe.deploy.records import Records
+    from lightning_baqe.deploy.target import get_target
+    from lightning_baqe.integer.lowering import lower
+    from lightning_baqe.quantization.calibration import calibrate
+    from lightning_baqe.quantization.convert import quantize
+    from lightning_baqe.tasks.networks import settle
+
+    for name in ("candidates", "image_size", "num_classes"):
+        if not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise ConfigError(f"{name}={cfg[name]!r}, but a whole number of 1 or more is wanted: change {name}.")
+    if cfg.budget_s is not None and not (isinstance(cfg.budget_s, int | float) and cfg.budget_s >= 0):
+        raise ConfigError(f"budget_s={cfg.budget_s!r}, but seconds are wanted, or null for no limit: change budget_s.")
+    _ignore_known_warnings()
+    target, strategy = get_target(cfg.deploy.target), make(cfg.strategy)
+    console = Console(stderr=True, highlight=False)
+    torch.manual_seed(cfg.seed)
+    images = torch.randn(4, 3, cfg.image_size, cfg.image_size)
+    net = settle(make(cfg.model, num_classes=cfg.num_classes), images)
+    quantized = calibrate(quantize(net, _bits(cfg, net), example_input=images).eval(), [images])
+    graph = lower(quantized, example_input=images[:1])
+    with tune_report.TuneProgress(console) as bar:
+        result = tuner.tune(
+            graph, target, cfg.deploy.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update
+        )
+    about = {
+        "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,
+        "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},
+        "strategy": str(cfg.strategy._target_), "candidates": cfg.candidates,
+    }  # fmt: skip
+    path = tune_report.write_tuning(run_dir, result, about, cfg.deploy.threads)
+    output = Console(highlight=False, width=None if console.is_terminal else 160)
+    output.print(tune_report.tuning_table(result))
+    output.print(tune_report.tuning_line(result, cfg.budget_s), markup=False, soft_wrap=True)
+    output.print(f"Figures: {path}", markup=False, soft_wrap=True)
 
 
 def _close(run_dir: Path) -> None:

@@ -21,7 +21,7 @@ from lightning_baqe.train import compose, main, open_run, recipe_groups, resume_
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
-GROUPS = ("data", "deploy", "logger", "model", "recipe", "search", "task", "trainer")
+GROUPS = ("data", "deploy", "logger", "model", "recipe", "search", "strategy", "task", "trainer")
 
 
 def test_help_lists_every_choice_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +44,8 @@ def test_help_lists_every_choice_with_a_line(capsys: pytest.CaptureFixture[str])
         (["recipe=null"], ["There is no recipe"]),
         (["recipe=qat_search", "search=null"], ["There is no search", "bayesian"]),
         (["recipe=qat", "logger=null"], ["There is no logger", "none"]),
+        (["recipe=tune", "strategy=rankd"], ["There is no strategy 'rankd'", "'ranked'", "sa_xgb"]),
+        (["recipe=tune", "candidate=3"], ["There is no key 'candidate'", "'candidates'"]),
         (["recipe=qat", "data=digit"], ["There is no data 'digit'", "'digits'", "imagefolder"]),
         (["recipe=qat", "model=resnet19"], ["There is no model", "'resnet18'"]),
         (["recipe=qat", "pretrain.epoch=1"], ["There is no key 'pretrain.epoch'", "'pretrain.epochs'"]),
@@ -212,6 +214,7 @@ SMALLEST_OF = {
         *("search.steps_per_trial=2", "search.baselines=[8]", "search.calibration_batches=1"),
         *("search.n_initial=2", "search.pool_size=8", "search.tune_s=0"),
     ],
+    "tune": ["model._target_=smallest.network", "image_size=16", "num_classes=10", "candidates=2"],
 }
 
 
@@ -338,6 +341,62 @@ def test_qat_search_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixt
     assert [trial["latency_us"] for trial in second["trials"][:2]] == [trial["latency_us"] for trial in first["trials"]]
     assert len(second["trials"]) == 3
     assert second["recipe"] == "qat_search"
+
+
+def test_tune_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["recipe=tune", *SMALLEST_OF["tune"], f"run_dir={tmp_path}/run"]
+
+    def tuning(*more: str) -> dict[str, Any]:
+        assert main([*arguments, *more]) == 0
+        return json.loads((tmp_path / "run" / "tuning.json").read_text())
+
+    begun = tuning("budget_s=0")
+    assert (begun["measured"], begun["complete"]) == (0, False)
+    assert "the same command goes on" in capfd.readouterr().out
+    first = tuning()
+    output = capfd.readouterr()
+    assert "0 of them gave wrong results" in output.out
+    assert "GMAC/s" in output.err
+    assert (first["measured"], first["complete"]) == (sum(k["known"] for k in first["kernels"]), True)
+    assert sorted(layer for kernel in first["kernels"] for layer in kernel["layers"]) == [
+        "conv1.0", "conv2.0", "fc", "stem.0",
+    ]  # fmt: skip
+    assert all(kernel["best_us"] <= kernel["default_us"] and not kernel["inexact"] for kernel in first["kernels"])
+    assert first["default_us"] >= first["best_us"] > 0
+    second = tuning()
+    assert second["measured"] == 0
+    assert [k["best_us"] for k in second["kernels"]] == [k["best_us"] for k in first["kernels"]]
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ("candidates=0", "candidates=0"),
+        ("image_size=1.5", "image_size=1.5"),
+        ("budget_s=-1", "budget_s=-1"),
+        ("bits.weight=9", "9"),
+        ("deploy.target=nothing", "unknown target 'nothing'"),
+    ],
+)
+def test_wrong_options_of_tune(option: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=tune", *SMALLEST_OF["tune"], option, f"run_dir={tmp_path}/run"]) == 1
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipe_groups()["strategy"])
+def test_strategies_have_the_defaults_of_their_classes(name: str) -> None:
+    cfg = compose(["recipe=tune", f"strategy={name}", "seed=7"])
+    strategy = train.make(cfg.strategy)
+    assert strategy.seed == 7
+    for key, value in vars(type(strategy)(seed=7)).items():
+        if not key.startswith("_"):
+            written = getattr(strategy, key)
+            assert (tuple(written) if isinstance(written, list) else written) == value, key
+
+
+def test_tune_says_that_an_image_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=tune", "model.name=alexnet", "image_size=16", f"run_dir={tmp_path}/run"]) == 1
+    assert "does not run on images (4, 3, 16, 16)" in capsys.readouterr().err
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from lightning_baqe.benchmarks.engine_inputs import EngineRequest, probe_images
 from lightning_baqe.benchmarks.engines import agreement, command
 from lightning_baqe.benchmarks.layer_tables import Layer, assign, median_rows, network_layers
 from lightning_baqe.benchmarks.networks import default_size, export_onnx, random_network
-from lightning_baqe.benchmarks.peak import peak_gmacs
+from lightning_baqe.deploy.peak import pinned_peak_gmacs
 from lightning_baqe.deploy.target import get_target
 from lightning_baqe.errors import ConfigError, MeasurementError
 
@@ -265,18 +265,6 @@ def _round(pairs: list[_Pair], turn: int, burst_s: float) -> None:
             for work in result.info["work"]:
                 arithmetic = (work["dot"], work["chain"])
                 if arithmetic not in peaks:
-                    peaks[arithmetic] = peak_on(process.cores, arithmetic)
+                    peaks[arithmetic] = pinned_peak_gmacs(get_target(), *arithmetic, core=process.cores[-1])
                 floor_us += work["macs"] / (peaks[arithmetic] * result.threads) / 1e3
             result.floor_us.append(floor_us)
-
-
-def peak_on(cores: list[int], arithmetic: Arithmetic) -> float:
-    """:func:`peak_gmacs` of this CPU, measured on one of the cores."""
-    if not hasattr(os, "sched_setaffinity"):
-        return peak_gmacs(get_target(), *arithmetic)
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores[-1:])
-    try:
-        return peak_gmacs(get_target(), *arithmetic)
-    finally:
-        os.sched_setaffinity(0, before)

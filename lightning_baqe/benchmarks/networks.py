@@ -15,7 +15,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
-from lightning_baqe.tasks.networks import network
+from lightning_baqe.tasks.networks import network, settle
 
 BATCH = 4
 CLASSES = 1000
@@ -40,15 +40,12 @@ def settled_network(
     """
     torch.manual_seed(seed)
     module = network(name, num_classes, library)
-    module.train()
-    failure: Exception | None = None
+    failure: ConfigError | None = None
     for candidate in (size, *(larger for larger in SIZES if larger > size)):
         images = torch.randn(BATCH, 3, candidate, candidate)
         try:
-            with torch.no_grad():
-                module(images)
-                return module.eval(), images
-        except (RuntimeError, AssertionError, ValueError) as error:  # torch's and timm's complaints about sizes
+            return settle(module, images), images
+        except ConfigError as error:
             failure = failure or error
     raise ConfigError(f"{name} runs on no image of {size} to {SIZES[-1]} pixels: {failure}") from failure
 

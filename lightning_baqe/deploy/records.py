@@ -77,7 +77,7 @@ class KernelRecord:
 
     Args:
         knobs: its knobs.
-        latency_us: median, None if it failed.
+        latency_us: what knobs are ranked by, the tuner's is the fastest sample; None if it failed.
         samples_us: all samples.
         exact: whether its result was compared with the reference and equal.
         error: why it failed.

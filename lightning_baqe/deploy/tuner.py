@@ -3,44 +3,61 @@
 Each kernel is compiled here and measured in the measuring process, on random data, and its result is compared with a
 plain computation. What is in the records is not measured again.
 
-The lowest of several noisy figures is too low (the winner's curse), so that the winner is measured again, interleaved
-with the default knobs, until the fastest record is one that was confirmed so.
+A figure is the fastest of many short samples. Even so, the lowest of several noisy figures is too low (the winner's
+curse), so that the winner is measured again, interleaved with the default knobs, until the fastest record is one that
+was confirmed so.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tvm
-from tvm.target import Target
-
-from lightning_baqe.deploy.conv_template import ConvSpec, build_conv, check_knobs, default_knobs, knob_space
-from lightning_baqe.deploy.kernels import kernel_key
-from lightning_baqe.deploy.measure import worker
+from lightning_baqe.deploy.kernel_bench import KernelBench
+from lightning_baqe.deploy.peak import Peaks, pinned_peak_gmacs
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
-from lightning_baqe.deploy.sample import KernelSample, sample_kernel
+from lightning_baqe.deploy.strategies import KernelSpace, Ranked, Strategy
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
-from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
+from lightning_baqe.deploy.tunable import TunableSpec, as_tunable, kernel_space
+from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 
-REPEATS, MIN_REPEAT_MS = 7, 5
-CONFIRM_ROUNDS = 3
-TIMEOUT_S = 30.0
-Progress = Callable[[int, int, str], None]
+BATCH = 4  # proposals at a time: models are fitted once for each
+PEAK_ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the tuner just did.
+
+    Args:
+        done, total: candidates of this run; ``total`` shrinks where a kernel has fewer knobs than were asked for.
+        layer: the first that calls the kernel.
+        record: what was measured.
+        gmacs: 1e9 multiply-accumulates a second, None if it failed.
+        share: of the measured peak of all threads.
+    """
+
+    done: int
+    total: int
+    layer: str
+    record: KernelRecord
+    gmacs: float | None
+    share: float | None
+
+
+Progress = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
 class TunedKernel:
-    """What is known of one convolution's knobs.
+    """What is known of one kernel's knobs.
 
     Args:
         spec: the kernel.
@@ -48,14 +65,21 @@ class TunedKernel:
         default_us: latency with the default knobs, microseconds; None if it was not measured or failed.
         best_us: latency with the best knobs, at most ``default_us``; None if every candidate failed.
         knobs: the best ones.
+        peak_gmacs: what the arithmetic of all threads reaches in registers, in 1e9 multiply-accumulates a second; None
+            where nothing was ever measured.
+        known: candidates in the records, those of earlier runs included.
+        inexact: how many of them gave a wrong result.
         measured, failed: candidates of this run.
     """
 
-    spec: ConvSpec
+    spec: TunableSpec
     layers: tuple[str, ...]
     default_us: float | None
     best_us: float | None
     knobs: dict[str, Any] | None
+    peak_gmacs: float | None
+    known: int = 0
+    inexact: int = 0
     measured: int = 0
     failed: int = 0
 
@@ -64,13 +88,23 @@ class TunedKernel:
         """Default over best; 1.0 where one is unknown."""
         return self.default_us / self.best_us if self.default_us and self.best_us else 1.0
 
+    @property
+    def gmacs(self) -> float | None:
+        """1e9 multiply-accumulates a second with the best knobs."""
+        return self.spec.macs / self.best_us / 1e3 if self.best_us else None
+
+    @property
+    def share(self) -> float | None:
+        """Of the peak; above 1 only where the machine was busy whenever the peak was measured."""
+        return self.gmacs / self.peak_gmacs if self.gmacs and self.peak_gmacs else None
+
 
 @dataclass(frozen=True)
 class TuneResult:
     """A tuning run.
 
     Args:
-        kernels: one entry for each distinct convolution, most work first.
+        kernels: one entry for each distinct kernel with knobs, most work first.
         seconds: wall clock.
         complete: whether every kernel now has its number of candidates; False where the budget ended it.
     """
@@ -78,6 +112,11 @@ class TuneResult:
     kernels: tuple[TunedKernel, ...]
     seconds: float
     complete: bool
+
+    @property
+    def measured(self) -> int:
+        """Candidates that this run measured."""
+        return sum(kernel.measured for kernel in self.kernels)
 
     @property
     def default_us(self) -> float:
@@ -97,24 +136,26 @@ def tune(
     candidates: int = 8,
     budget_s: float | None = None,
     records: Records | None = None,
-    seed: int = 0,
+    strategy: Strategy | None = None,
     progress: Progress | None = None,
 ) -> TuneResult:
-    """Measure knobs of a network's dense convolutions and matrix products; :func:`build` then takes the best.
+    """Measure knobs of a network's kernels; :func:`build` then takes the best.
 
-    Every record is written as soon as it is measured; failures are kept with their reason and not tried again.
+    Half of the candidates are spread evenly over the kernels, half by their share of the network's
+    multiply-accumulates; each kernel gets its default first. Every record is written as soon as it is measured;
+    failures are kept with their reason and not tried again.
 
     Args:
         graph: whose kernels.
         target, threads: as :func:`lightning_baqe.build` will get them.
-        candidates: knobs to know of each kernel: the default, best-ranked tiles, random ones.
+        candidates: knobs to know of each kernel, on average.
         budget_s: stop proposing after so many seconds; confirming the winners comes on top. None: no limit.
         records: the database; by default the user's.
-        seed: of random knobs.
-        progress: called with (candidates done, candidates to do, a line of text) after each measurement.
+        strategy: proposes the knobs; by default :class:`~lightning_baqe.deploy.strategies.Ranked`.
+        progress: called after each measurement.
 
     Raises:
-        ConfigError: candidates below 1.
+        ConfigError: candidates below 1, or more threads than cores.
         BuildError: a target that this CPU does not run, or an operator without a kernel.
     """
     if candidates < 1:
@@ -124,154 +165,147 @@ def tune(
         raise BuildError(f"this CPU does not run {chosen.path} code ({chosen.mcpu}): tune on a machine that does")
     started = time.monotonic()
     known = records if records is not None else Records()
-    layers: dict[ConvSpec, list[str]] = {}
-    for call in make_plan(graph, chosen, None, threads).calls:
-        if isinstance(call.spec, ConvSpec) and call.layer is not None:
-            layers.setdefault(call.spec, []).append(call.layer)
-    specs = sorted(layers, key=lambda spec: -spec.macs * len(layers[spec]))
+    layers = tunable_layers(graph, chosen, threads)
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
-        benches = [_Bench(spec, chosen, known, Path(folder) / str(i)) for i, spec in enumerate(specs)]
-        missing = {b.spec: list(_proposals(b, candidates, seed)) for b in benches}
-        total, done, complete = sum(map(len, missing.values())), 0, True
-        for turn in range(candidates):  # the kernels take turns, so that a budget serves all of them
-            for bench in benches:
-                if turn >= len(missing[bench.spec]):
-                    continue
-                if budget_s is not None and time.monotonic() - started > budget_s:
-                    complete = False
-                    continue
-                record = bench.measure(missing[bench.spec][turn])
-                done += 1
-                if progress is not None:
-                    figure = record.error or f"{record.latency_us:.1f} us"
-                    progress(done, total, f"{layers[bench.spec][0]} {_text(record.knobs)}: {figure}")
-        for bench in benches:
-            bench.confirm()
-        kernels = tuple(bench.summary(tuple(layers[bench.spec])) for bench in benches)
+        states = [
+            _Kernel(KernelBench(spec, chosen, known, Path(folder) / str(i)), names)
+            for i, (spec, names) in enumerate(layers.items())
+        ]
+        deadline = None if budget_s is None else started + budget_s
+        complete = _Run(states, strategy or Ranked(), candidates, deadline, progress).measure()
+        for state in states:
+            state.bench.confirm()
+        kernels = tuple(state.summary() for state in states)
     return TuneResult(kernels, time.monotonic() - started, complete)
 
 
-def _text(knobs: dict[str, Any]) -> str:
-    return " ".join(str(value) for value in knobs.values())
+def tunable_layers(graph: IntegerGraph, target: CpuTarget, threads: int = 1) -> dict[TunableSpec, tuple[str, ...]]:
+    """The distinct kernels with knobs and the layers that call them, most work first."""
+    layers: dict[TunableSpec, list[str]] = {}
+    for call in make_plan(graph, target, None, threads).calls:
+        spec = as_tunable(call.spec)
+        if spec is not None and call.layer is not None:
+            layers.setdefault(spec, []).append(call.layer)
+    return {spec: tuple(layers[spec]) for spec in sorted(layers, key=lambda spec: -spec.macs * len(layers[spec]))}
 
 
-@dataclass(eq=False)
-class _Bench:
-    """Compiles and measures the candidates of one kernel."""
+def allotment(work: Sequence[float], total: int) -> list[int]:
+    """How many of ``total`` candidates each kernel gets: one, then by D'Hondt's method, half evenly, half by work."""
+    weights = _weights(work)
+    counts = [1] * len(work)
+    for _ in range(total - len(work)):
+        counts[max(range(len(work)), key=lambda i: weights[i] / (counts[i] + 1))] += 1
+    return counts
 
-    spec: ConvSpec
-    target: CpuTarget
-    records: Records
-    folder: Path
-    measured: int = 0
-    failed: int = 0
-    _sample: KernelSample | None = None
-    _confirmed: dict[str, KernelRecord] = field(default_factory=dict)
+
+def _weights(work: Sequence[float]) -> list[float]:
+    return [1 / len(work) + one / sum(work) for one in work]
+
+
+class _Kernel:
+    """One kernel of a run."""
+
+    def __init__(self, bench: KernelBench, layers: tuple[str, ...]) -> None:
+        self.bench, self.layers = bench, layers
+        self.space: KernelSpace = kernel_space(bench.spec)
+        self.tried = bench.tried()
+        self.wanted = 0
+        self._peaks = Peaks(bench.records.path)
+        self._dot = (bench.spec.dot, getattr(bench.spec, "chain", 1))
 
     @property
-    def default(self) -> dict[str, Any]:
-        return check_knobs(self.spec, default_knobs(self.spec))
+    def peak_gmacs(self) -> float | None:
+        """Of all threads, as the records know it."""
+        peak = self._peaks.get(self.bench.target, *self._dot)
+        return peak * self.bench.spec.threads if peak else None
+
+    @property
+    def work(self) -> float:
+        return float(self.bench.spec.macs * len(self.layers))
 
     def measure(self, knobs: dict[str, Any]) -> KernelRecord:
-        """Measure one candidate and keep its record."""
-        self.measured += 1
-        try:
-            answer = self._ask(knobs)
-        except (BuildError, MeasurementError) as error:
-            self.failed += 1
-            record = KernelRecord(knobs, None, [], None, str(error))
-        else:
-            samples = answer["samples_us"]
-            reason = None if answer["exact"] else "its result differs from the reference"
-            self.failed += reason is not None
-            record = KernelRecord(knobs, statistics.median(samples), samples, answer["exact"], reason)
-        self.records.add_kernel(self.spec, self.target, record)
+        record = self.bench.measure(knobs)
+        self.tried = self.bench.tried()
+        gmacs = self.gmacs(record)
+        for _ in range(PEAK_ATTEMPTS):
+            # A kernel above the peak says that the machine was busy when the peak was measured.
+            if self.peak_gmacs is not None and self.peak_gmacs >= (gmacs or 0.0):
+                break
+            self._measure_peak()
         return record
 
-    def confirm(self) -> None:
-        """Measure the fastest and the default again, in turns, until the fastest record is a confirmed one."""
-        default = self.records.kernel(self.spec, self.target, self.default)
-        if not self.measured or default is None or default.error is not None:
-            return
-        while True:
-            best = self.records.best_knobs(self.spec, self.target)
-            if best is None or kernel_key(self.spec, best) in self._confirmed:
-                return
-            pair = [self.default] if best == self.default else [self.default, best]
-            samples: list[list[float]] = [[] for _ in pair]
-            for _ in range(CONFIRM_ROUNDS):
-                for index, knobs in enumerate(pair):
-                    try:
-                        samples[index] += self._ask(knobs)["samples_us"]
-                    except (BuildError, MeasurementError) as error:
-                        self.records.add_kernel(self.spec, self.target, KernelRecord(knobs, None, [], None, str(error)))
-                        return
-            for knobs, figures in zip(pair, samples, strict=True):
-                record = KernelRecord(knobs, statistics.median(figures), figures, True)
-                self._confirmed[kernel_key(self.spec, knobs)] = record
-                self.records.add_kernel(self.spec, self.target, record)
+    def gmacs(self, record: KernelRecord) -> float | None:
+        """1e9 multiply-accumulates a second of a record; None if it failed."""
+        works = record.latency_us is not None and record.error is None
+        return self.bench.spec.macs / record.latency_us / 1e3 if works and record.latency_us else None
 
-    def summary(self, layers: tuple[str, ...]) -> TunedKernel:
+    def _measure_peak(self) -> None:
+        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+        peak = pinned_peak_gmacs(self.bench.target, *self._dot, core=usable[-1], fastest=True)
+        self._peaks.add(self.bench.target, *self._dot, peak)
+
+    def summary(self) -> TunedKernel:
         """What the records now say."""
-        default = self.records.kernel(self.spec, self.target, self.default)
-        good = [r for r in self.records.kernels(self.spec, self.target) if r.error is None and r.exact is not False]
-        default_us = default.latency_us if default is not None and default.error is None else None
+        bench = self.bench
+        found = bench.records.kernels(bench.spec, bench.target)
+        good = [record for record in found if record.error is None and record.exact is not False]
+        default_us = next((record.latency_us for record in good if record.knobs == bench.default), None)
         best_us, knobs = (good[0].latency_us, good[0].knobs) if good else (None, None)
-        return TunedKernel(self.spec, layers, default_us, best_us, knobs, self.measured, self.failed)
-
-    def _ask(self, knobs: dict[str, Any]) -> dict[str, Any]:
-        library, arguments = self._prepared(knobs)
-        request = {
-            "kernel": str(library),
-            "arguments": str(arguments),
-            "repeats": REPEATS,
-            "min_repeat_ms": MIN_REPEAT_MS,
-        }
-        return worker(self.spec.threads).ask(request, TIMEOUT_S)
-
-    def _prepared(self, knobs: dict[str, Any]) -> tuple[Path, Path]:
-        """The compiled kernel and its arguments, as files; made once."""
-        key = kernel_key(self.spec, knobs)
-        library, arguments = self.folder / f"{key}.so", self.folder / f"{key}.npz"
-        if not library.exists():
-            if self._sample is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._sample = sample_kernel(self.spec)
-            arrays = {f"a{i}": array for i, array in enumerate(self._sample.arguments(knobs))}
-            np.savez(arguments, result=self._sample.result, **arrays)  # type: ignore[arg-type]
-            compile_kernel(self.spec, self.target, knobs, library)
-        return library, arguments
+        return TunedKernel(
+            bench.spec, self.layers, default_us, best_us, knobs, self.peak_gmacs, len(found),
+            sum(record.exact is False for record in found), bench.measured, bench.failed,
+        )  # fmt: skip
 
 
-def compile_kernel(spec: ConvSpec, target: CpuTarget, knobs: dict[str, Any], path: Path) -> None:
-    """Compile one kernel into a library with the function ``main``.
+class _Run:
+    """Lets the kernels take turns until each has its candidates or the time is up."""
 
-    Raises:
-        BuildError: TVM, LLVM or the linker refuses it.
-    """
-    function = build_conv(spec, tuple(sorted(knobs.items()))).with_attr("global_symbol", "main")
-    try:
-        compiled = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
-        compiled.export_library(str(path))
-    except (tvm.TVMError, ValueError, RuntimeError) as error:
-        raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error
+    def __init__(
+        self,
+        kernels: list[_Kernel],
+        strategy: Strategy,
+        candidates: int,
+        deadline: float | None,
+        progress: Progress | None,
+    ) -> None:
+        self.kernels, self.strategy, self.deadline, self.progress = kernels, strategy, deadline, progress
+        self.done = 0
+        work = [kernel.work for kernel in kernels]
+        self.weights = dict(zip(kernels, _weights(work), strict=True))
+        for kernel, wanted in zip(kernels, allotment(work, candidates * len(kernels)), strict=True):
+            kernel.wanted = wanted
 
+    def measure(self) -> bool:
+        """Whether every kernel has its candidates."""
+        while True:
+            missing = [kernel for kernel in self.kernels if len(kernel.tried) < kernel.wanted]
+            if not missing:
+                return True
+            if self._late():
+                return False
+            kernel = max(missing, key=self._urgency)
+            count = min(BATCH, kernel.wanted - len(kernel.tried)) if kernel.tried else 1
+            others = [(other.space, other.tried) for other in self.kernels if other is not kernel]
+            proposed = self.strategy.propose(kernel.space, kernel.tried, count, others)
+            if len(proposed) < count:
+                kernel.wanted = len(kernel.tried) + len(proposed)
+            for knobs in proposed:
+                if self._late():
+                    return False
+                record = kernel.measure(knobs)
+                self.done += 1
+                self._tell(kernel, record)
 
-def _proposals(bench: _Bench, candidates: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Knobs to measure until so many are known: the default, best-ranked tiles, then random ones."""
-    spec = bench.spec
-    known = {kernel_key(spec, record.knobs) for record in bench.records.kernels(spec, bench.target)}
-    wanted = candidates - len(known)
-    rng = random.Random(f"{seed} {kernel_key(spec, {})}")
-    space = knob_space(spec)
-    ranked = [{**bench.default, "tile": tile} for tile in space["tile"]][: 1 + candidates // 2]
-    drawn = ({name: rng.choice(values) for name, values in space.items()} for _ in range(20 * candidates))
-    for proposal in (bench.default, *ranked, *drawn):
-        if wanted <= 0:
+    def _urgency(self, kernel: _Kernel) -> tuple[bool, float]:
+        return not kernel.tried, self.weights[kernel] / (len(kernel.tried) + 1)
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _tell(self, kernel: _Kernel, record: KernelRecord) -> None:
+        if self.progress is None:
             return
-        knobs = check_knobs(spec, proposal)
-        key = kernel_key(spec, knobs)
-        if key not in known:
-            known.add(key)
-            wanted -= 1
-            yield knobs
+        left = sum(max(0, one.wanted - len(one.tried)) for one in self.kernels)
+        gmacs = kernel.gmacs(record)
+        share = gmacs / kernel.peak_gmacs if gmacs and kernel.peak_gmacs else None
+        self.progress(Step(self.done, self.done + left, kernel.layers[0], record, gmacs, share))

@@ -6,7 +6,7 @@
 after ``repeats`` samples it goes on until the interval of the median is as narrow as ``precision`` (null: it does \
 not), or the limit; with ``flush_bytes`` every image meets cold caches |
 | ``{"kernel": library, "arguments": npz, "repeats": n, "min_repeat_ms": n}`` | one kernel, see \
-:mod:`lightning_baqe.deploy.tuner` |
+:mod:`lightning_baqe.deploy.kernel_bench` |
 
 Answers: ``{"samples_us": [...]}`` with ``reference_us`` for a model, and for a kernel whether its result is ``exact``
 (equal, or close for floats); or ``{"error": text}``. Pinned to its cores before TVM starts its threads; anything that

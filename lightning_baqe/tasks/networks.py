@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 
+import torch
 import torchvision
 from torch import nn
 
@@ -54,6 +55,25 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
     if "aux_logits" in parameters:
         options["aux_logits"] = False
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def settle(module: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Show a network with random weights some images, so that its batch norms pass on values of a usual size.
+
+    Args:
+        module: changed in place, then in eval mode.
+        images: ``(n, channels, height, width)``.
+
+    Raises:
+        ConfigError: the network does not run on images of this size.
+    """
+    module.train()
+    try:
+        with torch.no_grad():
+            module(images)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch's and timm's complaints about sizes
+        raise ConfigError(f"the network does not run on images {tuple(images.shape)}: {error}") from error
+    return module.eval()
 
 
 def _check_name(name: str, library: str, known: list[str]) -> None:

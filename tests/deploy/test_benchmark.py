@@ -26,9 +26,9 @@ from lightning_baqe.benchmarks.layer_tables import (
 )
 from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.benchmarks.networks import default_size, export_onnx, library_of
-from lightning_baqe.benchmarks.peak import peak_gmacs
 from lightning_baqe.benchmarks.peers import onnxruntime_rows, onnxruntime_session
 from lightning_baqe.benchmarks.saturation import check_convolution, difference
+from lightning_baqe.deploy.peak import peak_gmacs
 from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.quantization.config import BitConfig, LayerBits

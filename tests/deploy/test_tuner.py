@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_graphs import INT8, WIDE, Maker
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy import tuner
+from lightning_baqe.deploy import kernel_bench, tuner
 from lightning_baqe.deploy.conv_template import ConvSpec, default_knobs
 from lightning_baqe.deploy.kernels import kernel_key
+from lightning_baqe.deploy.peak import Peaks
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
+from lightning_baqe.deploy.strategies import Ranked, SimulatedAnnealing, Strategy, Tried
 from lightning_baqe.deploy.target import can_run, get_target
+from lightning_baqe.deploy.tunable import kernel_space
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
 from lightning_baqe.integer.graph import IntegerGraph
 
@@ -28,34 +36,58 @@ def graph() -> IntegerGraph:
     return maker.graph()
 
 
-def test_tuning(graph: IntegerGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", [Ranked(), SimulatedAnnealing(initial=4)], ids=["ranked", "sa_xgb"])
+def test_tuning(graph: IntegerGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: Strategy) -> None:
     records = Records(tmp_path / "records.db")
-    told: list[tuple[int, int, str]] = []
-    first = tuner.tune(graph, candidates=3, records=records, progress=lambda *told_: told.append(told_))
+    told: list[tuner.Step] = []
+    first = tuner.tune(graph, candidates=3, records=records, strategy=strategy, progress=told.append)
     assert first.complete
     assert sorted(layer for kernel in first.kernels for layer in kernel.layers) == ["a", "b", "c"]
-    assert [done for done, _, _ in told] == list(range(1, 10))
+    assert [step.done for step in told] == list(range(1, 10))
+    assert {step.total for step in told} == {9}
+    assert {step.layer for step in told[:3]} == {"a", "b", "c"}  # the defaults
+    assert all(step.gmacs and step.share and step.share > 0 for step in told)
+    assert first.measured == 9
     for kernel in first.kernels:
-        assert (kernel.measured, kernel.failed) == (3, 0)
+        assert kernel.measured == kernel.known >= 1
+        assert (kernel.failed, kernel.inexact) == (0, 0)
         assert kernel.default_us is not None
         assert kernel.best_us is not None
         assert 0 < kernel.best_us <= kernel.default_us
         assert kernel.speedup >= 1
+        assert kernel.gmacs == pytest.approx(kernel.spec.macs / kernel.best_us / 1e3)
+        assert kernel.peak_gmacs == Peaks(records.path).get(get_target(), kernel.spec.dot, kernel.spec.chain)
         known = records.kernels(kernel.spec, get_target())
-        assert len(known) == 3
         assert all(record.exact for record in known)
         assert records.best_knobs(kernel.spec, get_target()) == kernel.knobs
     assert baqe.build(graph, records=records).schedules["a"] == next(
         kernel.knobs for kernel in first.kernels if kernel.layers == ("a",)
     )
 
-    def refuse(threads: int) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(tuner, "worker", refuse)
-    second = tuner.tune(graph, candidates=3, records=records)
-    assert [kernel.measured for kernel in second.kernels] == [0, 0, 0]
-    assert second.best_us == pytest.approx(first.best_us)
+    monkeypatch.setattr(kernel_bench, "worker", refuse)
+    monkeypatch.setattr(tuner, "pinned_peak_gmacs", refuse)
+    second = tuner.tune(graph, candidates=3, records=records, strategy=strategy)
+    assert second.measured == 0
+    assert second.best_us == first.best_us
+    assert [kernel.share for kernel in second.kernels] == [kernel.share for kernel in first.kernels]
+
+
+def test_heavy_kernels_get_more_candidates() -> None:
+    assert tuner.allotment([1.0, 1.0, 1.0], 9) == [3, 3, 3]
+    assert tuner.allotment([1e9, 1.0], 16) == [12, 4]  # 8 evenly, 8 by work
+    assert tuner.allotment([5.0, 3.0, 2.0], 3) == [1, 1, 1]
+    assert tuner.allotment([], 0) == []
+
+
+@given(work=st.lists(st.floats(1.0, 1e12), min_size=1, max_size=20), each=st.integers(1, 20))
+def test_an_allotment_is_complete_and_ordered(work: list[float], each: int) -> None:
+    counts = tuner.allotment(sorted(work), each * len(work))
+    assert sum(counts) == each * len(work)
+    assert all(b >= a - 1 for a, b in pairwise(counts))  # equals get as many, up to the last one
+    assert min(counts) >= max(1, (each - 1) // 2)
 
 
 @pytest.mark.parametrize("path", ["avx2", "portable"])
@@ -98,7 +130,7 @@ class _Fake:
         figure = self.lucky_us.pop(key, self.true_us[key])
         if figure < 0:
             raise MeasurementError("crashed")
-        return {"samples_us": [figure] * 3, "exact": figure != 13.0}
+        return {"samples_us": [figure] * kernel_bench.REPEATS, "exact": figure != 13.0}
 
 
 @pytest.fixture
@@ -108,16 +140,21 @@ def one(monkeypatch: pytest.MonkeyPatch) -> tuple[IntegerGraph, ConvSpec]:
     graph = maker.graph()
     spec = make_plan(graph, get_target()).calls[1].spec
     assert isinstance(spec, ConvSpec)
-    monkeypatch.setattr(tuner, "compile_kernel", lambda spec, target, knobs, path: path.write_text(""))
+    monkeypatch.setattr(kernel_bench, "compile_kernel", lambda spec, target, knobs, path: path.write_text(""))
     return graph, spec
 
 
-def _fake(spec: ConvSpec, monkeypatch: pytest.MonkeyPatch, true: list[float], lucky: dict[int, float]) -> list[str]:
-    bench = tuner._Bench(spec, get_target(), Records("empty.db"), Path())
-    keys = [kernel_key(spec, knobs) for knobs in tuner._proposals(bench, len(true), 0)]
+def _fake(
+    spec: ConvSpec, monkeypatch: pytest.MonkeyPatch, true: list[float], lucky: dict[int, float]
+) -> tuple[list[str], _Fake]:
+    """Keys of the candidates in the order in which they are proposed, and the process."""
+    batches = [Ranked().propose(kernel_space(spec), [], 1)]
+    tried = [Tried(batches[0][0], true[0])]
+    batches.append(Ranked().propose(kernel_space(spec), tried, len(true) - 1))
+    keys = [kernel_key(spec, knobs) for batch in batches for knobs in batch]
     fake = _Fake(dict(zip(keys, true, strict=True)), {keys[i]: value for i, value in lucky.items()})
-    monkeypatch.setattr(tuner, "worker", lambda threads: fake)
-    return keys
+    monkeypatch.setattr(kernel_bench, "worker", lambda threads: fake)
+    return keys, fake
 
 
 def test_a_lucky_figure_does_not_win(
@@ -136,7 +173,7 @@ def test_a_true_winner_wins(
 ) -> None:
     graph, spec = one
     monkeypatch.chdir(tmp_path)
-    keys = _fake(spec, monkeypatch, [10.0, 8.0, 9.0, 14.0], lucky={2: 1.0})
+    keys, _ = _fake(spec, monkeypatch, [10.0, 8.0, 9.0, 14.0], lucky={2: 1.0})
     (kernel,) = tuner.tune(graph, candidates=4, records=Records(tmp_path / "records.db")).kernels
     assert (kernel.default_us, kernel.best_us) == (10.0, 8.0)
     assert kernel_key(spec, kernel.knobs or {}) == keys[1]
@@ -153,6 +190,56 @@ def test_failures_are_kept_with_their_reason(
     assert (kernel.measured, kernel.failed, kernel.best_us) == (4, 2, 10.0)
     reasons = {record.error for record in records.kernels(spec, get_target())}
     assert reasons == {None, "crashed", "its result differs from the reference"}
+
+
+def test_what_a_killed_run_did_not_confirm_is_confirmed_by_the_next(
+    one: tuple[IntegerGraph, ConvSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, spec = one
+    records = Records(tmp_path / "records.db")
+    _, fake = _fake(spec, monkeypatch, [10.0, 12.0, 11.0, 14.0], lucky={1: 5.0})
+
+    def killed(self: kernel_bench.KernelBench) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_bench.KernelBench, "confirm", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tuner.tune(graph, candidates=4, records=records)
+    assert [record.latency_us for record in records.kernels(spec, get_target())] == [5.0, 10.0, 11.0, 14.0]
+    asked = len(fake.asked)
+    (kernel,) = tuner.tune(graph, candidates=4, records=records).kernels
+    assert kernel.best_us == 10.0
+    assert kernel.measured == 0
+    assert len(fake.asked) > asked
+    asked = len(fake.asked)
+    tuner.tune(graph, candidates=4, records=records)
+    assert len(fake.asked) == asked
+
+
+def test_a_winner_that_fails_when_it_is_confirmed_loses(
+    one: tuple[IntegerGraph, ConvSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, spec = one
+    _fake(spec, monkeypatch, [10.0, -1.0, 8.0, 13.0], lucky={1: 5.0, 3: 6.0})
+    (kernel,) = tuner.tune(graph, candidates=4, records=Records(tmp_path / "records.db")).kernels
+    assert (kernel.best_us, kernel.inexact) == (8.0, 1)
+
+
+def test_a_space_that_ends(one: tuple[IntegerGraph, ConvSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, spec = one
+    _, fake = _fake(spec, monkeypatch, [10.0] * 4, lucky={})
+    monkeypatch.setattr(fake, "true_us", defaultdict(lambda: 10.0))
+    monkeypatch.setattr(kernel_bench, "CONFIRM_ROUNDS", 1)
+    space = kernel_space(spec)
+    values = {knob: [value] for knob, value in space.default.items()} | {"tile": ["1x1x1", "2x1x1"]}
+    small = dataclasses.replace(space, values=values)
+    monkeypatch.setattr(tuner, "kernel_space", lambda spec: small)
+    told: list[tuner.Step] = []
+    result = tuner.tune(graph, candidates=9, records=Records(tmp_path / "records.db"), progress=told.append)
+    assert result.complete
+    assert result.measured == 3  # and the default, which is another
+    assert (told[-1].done, told[-1].total) == (3, 3)
 
 
 def test_wrong_arguments(graph: IntegerGraph, monkeypatch: pytest.MonkeyPatch) -> None:

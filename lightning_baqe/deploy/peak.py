@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as B
 
+from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.deploy.dot import quad_of, step
 from lightning_baqe.deploy.target import CpuTarget
 
@@ -56,7 +62,7 @@ def _peak_library(target: CpuTarget, dot: str, chain: int, accumulators: int) ->
     return library, macs
 
 
-def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1) -> float:
+def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1, fastest: bool = False) -> float:
     """Multiply-accumulates per second, in 1e9, that the arithmetic of a dot reaches on cached data.
 
     The best of several numbers of accumulators, each the median of many runs.
@@ -65,6 +71,8 @@ def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1) ->
         target: which instructions.
         dot, chain: see :mod:`lightning_baqe.deploy.dot`.
         seconds: to spend.
+        fastest: take the fastest of many short runs instead of the median of a few long ones: what the machine can do,
+            not what it does while it is busy.
     """
     best = 0.0
     for accumulators in (4, 8, 12, 16) if target.registers == 32 else (4, 6, 8, 10):
@@ -73,10 +81,60 @@ def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1) ->
         function = library.mod
         weights = _ones(library, dot, chain, target)
         out = np.zeros(accumulators * target.lanes, np.float32 if dot == "fma" else np.int32)
-        timer = function.time_evaluator("main", tvm.cpu(), number=1, repeat=5, min_repeat_ms=int(seconds * 50))
-        taken = timer(*(tvm.runtime.tensor(array) for array in (words, weights, out))).median
+        repeat, length_ms = (25, int(seconds * 10)) if fastest else (5, int(seconds * 50))
+        timer = function.time_evaluator("main", tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=length_ms)
+        times = timer(*(tvm.runtime.tensor(array) for array in (words, weights, out)))
+        taken = times.min if fastest else times.median
         best = max(best, macs / taken / 1e9)
     return best
+
+
+def pinned_peak_gmacs(target: CpuTarget, dot: str, chain: int, core: int, fastest: bool = False) -> float:
+    """:func:`peak_gmacs`, measured on one core; where the system cannot pin, on any."""
+    if not hasattr(os, "sched_setaffinity"):
+        return peak_gmacs(target, dot, chain, fastest=fastest)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        return peak_gmacs(target, dot, chain, fastest=fastest)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Peaks:
+    """Peaks that were measured on this device, in a table of the records database.
+
+    Args:
+        path: of the database.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with closing(sqlite3.connect(path, timeout=30)) as connection, connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS peaks (device TEXT NOT NULL, mcpu TEXT NOT NULL, dot TEXT NOT NULL, "
+                "chain INTEGER NOT NULL, gmacs REAL NOT NULL, PRIMARY KEY (device, mcpu, dot, chain))"
+            )
+
+    def get(self, target: CpuTarget, dot: str, chain: int) -> float | None:
+        """GMAC/s of one core, the highest of those measured; None if there is none."""
+        query = "SELECT gmacs FROM peaks WHERE device=? AND mcpu=? AND dot=? AND chain=?"
+        with closing(sqlite3.connect(self.path, timeout=30)) as connection:
+            row = connection.execute(query, (_device(), target.mcpu, dot, chain)).fetchone()
+        return row[0] if row else None
+
+    def add(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
+        """Keep a measured peak, if it is the highest."""
+        row = (_device(), target.mcpu, dot, chain, gmacs)
+        with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+            connection.execute(
+                "INSERT INTO peaks VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET gmacs = max(gmacs, excluded.gmacs)", row
+            )
+
+
+def _device() -> str:
+    info = {name: device_info()[name] for name in ("cpu", "machine", "flags_digest")}
+    return json.dumps([info, versions()["apache-tvm"]], sort_keys=True)
 
 
 def _ones(library: Any, dot: str, chain: int, target: CpuTarget) -> np.ndarray:

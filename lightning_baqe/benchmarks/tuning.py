@@ -1,0 +1,420 @@
+"""What tuning brings, and what it costs: ``python -m lightning_baqe.benchmarks.tuning --model resnet18``.
+
+1. Each strategy tunes every kernel of the network from nothing, in a records database of its own, with the same number
+   of candidates. A second run with the first strategy's records says how much it measures (nothing).
+2. Every kernel with its default knobs, with each strategy's winner and with random knobs, measured in turns: figures
+   that were chosen for being low are not compared, fresh ones are.
+3. BAQE's Table X: latency of the whole network with default and with tuned knobs, in turns. The defaults are those that
+   ship, chosen by the templates' cost estimates.
+4. Seconds of a full build of another network from records, in a fresh process.
+
+Everything measured is kept in a folder; the same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lightning_baqe.benchmarks.networks import calibrated, settled_network
+from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.device import device_info, fingerprint, versions
+from lightning_baqe.deploy.front import replace_file
+from lightning_baqe.deploy.kernel_bench import KernelBench
+from lightning_baqe.deploy.kernels import kernel_key
+from lightning_baqe.deploy.measure import worker
+from lightning_baqe.deploy.records import KernelRecord, Records
+from lightning_baqe.deploy.strategies import DeepKernel, Random, Ranked, SimulatedAnnealing, Strategy
+from lightning_baqe.deploy.target import get_target
+from lightning_baqe.deploy.tunable import kernel_space
+from lightning_baqe.deploy.tune_report import TuneProgress, kernel_entry, knobs_text
+from lightning_baqe.deploy.tuner import TuneResult, tunable_layers, tune
+from lightning_baqe.errors import ConfigError, MeasurementError
+from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.integer.lowering import lower
+from lightning_baqe.quantization.config import BitConfig
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "ranked": Ranked,
+    "random": Random,
+    "sa_xgb": SimulatedAnnealing,
+    "dkl_gp": DeepKernel,
+}
+MODEL_REPEATS, MODEL_WARMUP, MODEL_TIMEOUT_S = 10, 3, 120.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What may not change while a folder is filled.
+
+    Args:
+        model, size: torchvision's name, and the side of the image in pixels.
+        bits: of weights and activations of all layers but the first and the last, which have 8.
+        target, threads: compiled for.
+        random: how many random knobs each kernel is measured with.
+        seed: of weights, strategies and random knobs.
+    """
+
+    model: str
+    size: int
+    bits: int
+    target: str
+    threads: int
+    random: int
+    seed: int
+
+    def graph(self, model: str | None = None) -> IntegerGraph:
+        """The lowered network, random weights."""
+        network, images = settled_network(model or self.model, size=self.size, seed=self.seed, num_classes=1000)
+        return lower(calibrated(network, BitConfig.uniform(network, self.bits, self.bits), images), images[:1])
+
+
+class Rows:
+    """A file with one JSON object a line, on the disk before the next is measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.all: list[dict[str, Any]] = []
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            self.all = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
+            replace_file(path, "".join(line for line in lines if line.endswith("\n")).encode())
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.all.append(row)
+
+
+def open_folder(folder: Path, setup: Setup) -> None:
+    """Make the folder, or go on in one that was begun with the same setup on the same device and templates.
+
+    Raises:
+        ConfigError: it was begun with another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "setup.json"
+    wanted = {**asdict(setup), "fingerprint": fingerprint(setup.threads)}
+    if not path.exists():
+        replace_file(path, json.dumps(wanted, indent=1).encode())
+        return
+    found = json.loads(path.read_text())
+    different = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
+    if different:
+        raise ConfigError(f"{folder} was begun with another setup ({'; '.join(different)}): give another --folder.")
+
+
+def records_of(folder: Path, strategy: str) -> Records:
+    """The database of one strategy."""
+    return Records(folder / f"records_{strategy}.db")
+
+
+def run_strategy(
+    name: str, graph: IntegerGraph, setup: Setup, candidates: int, folder: Path, console: Console
+) -> TuneResult:
+    """Tune all kernels with one strategy; its seconds are kept, those of an interrupted run as well."""
+    rows, started = Rows(folder / "runs.jsonl"), time.monotonic()
+    result: TuneResult | None = None
+    try:
+        with TuneProgress(console) as bar:
+            strategy, known = STRATEGIES[name](setup.seed), records_of(folder, name)
+            result = tune(graph, setup.target, setup.threads, candidates, None, known, strategy, bar.update)
+    finally:
+        measured = None if result is None else result.measured
+        row = {"strategy": name, "candidates": candidates, "seconds": time.monotonic() - started, "measured": measured}
+        rows.add(row)
+    return result
+
+
+def compare_kernels(
+    graph: IntegerGraph, setup: Setup, strategies: list[str], folder: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Each kernel's default, winners and random knobs, measured in turns.
+
+    Returns:
+        for each kernel ``{"kernel", "layers", "macs", "default", "winners", "random"}``: figures are ``{"knobs",
+        "latency_us", "samples_us", "error"}``, winners by strategy.
+    """
+    target = get_target(setup.target)
+    rows = Rows(folder / "compare.jsonl")
+    layers = tunable_layers(graph, target, setup.threads)
+    wanted = {
+        kernel_key(spec, {}): {name: records_of(folder, name).best_knobs(spec, target) for name in strategies}
+        for spec in layers
+    }
+    done = {row["kernel"]: row for row in rows.all}  # the last row of a kernel is the newest
+    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        for spec, names in track(layers.items(), "compare kernels", console=console, total=len(layers)):
+            key = kernel_key(spec, {})
+            if key in done and {n: w["knobs"] for n, w in done[key]["winners"].items()} == wanted[key]:
+                continue
+            bench = KernelBench(spec, target, Records(folder / "compare.db"), Path(place) / key)
+            row = {"kernel": key, "layers": list(names), "macs": spec.macs}
+            rows.add(row | _compared(bench, wanted[key], setup))
+    newest = {row["kernel"]: row for row in rows.all}
+    return [newest[key] for key in wanted]
+
+
+def _compared(bench: KernelBench, winners: dict[str, dict[str, Any] | None], setup: Setup) -> dict[str, Any]:
+    default, *others = Random(setup.seed + 1).propose(kernel_space(bench.spec), [], 1 + setup.random)
+    chosen = {name: knobs or default for name, knobs in winners.items()}
+    distinct = {kernel_key(bench.spec, knobs): knobs for knobs in (default, *chosen.values(), *others)}
+    figures = dict(zip(distinct, map(_figure, bench.interleaved(list(distinct.values()))), strict=True))
+    return {
+        "default": figures[kernel_key(bench.spec, default)],
+        "winners": {name: figures[kernel_key(bench.spec, knobs)] for name, knobs in chosen.items()},
+        "random": [figures[kernel_key(bench.spec, knobs)] for knobs in others],
+    }
+
+
+def _figure(record: KernelRecord) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in ("knobs", "latency_us", "samples_us", "error")}
+
+
+def table_x(graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, folder: Path) -> dict[str, Any]:
+    """Whole-network latency with default and with tuned knobs, in turns; each pair of figures is kept.
+
+    Returns:
+        ``{"default_us", "tuned_us", "ratio", "ratio_range", "fastest_us", "exact", "rounds"}``: medians over the
+        rounds of each one's fastest inference, and of their ratios; the fastest inference of all rounds.
+    """
+    rows = Rows(folder / f"table_x_{strategy}.jsonl")
+    artifacts = {
+        "default": build(graph, setup.target, "default", setup.threads),
+        "tuned": build(graph, setup.target, None, setup.threads, records_of(folder, strategy)),
+    }
+    digest = artifacts["tuned"].plan.digest
+    image = torch.randn(1, *graph.input_shape, generator=torch.Generator().manual_seed(setup.seed))
+    reference = graph.run(image)
+    exact = {name: bool(torch.equal(artifact.run(image), reference)) for name, artifact in artifacts.items()}
+    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        saved = {name: str(artifact.save(Path(place) / name)) for name, artifact in artifacts.items()}
+        while sum(row["tuned"] == digest for row in rows.all) < rounds:
+            samples = {name: _burst(path, setup.threads) for name, path in saved.items()}
+            rows.add({"tuned": digest, "samples_us": samples})
+    pairs = [
+        tuple(min(row["samples_us"][name]) for name in ("default", "tuned"))
+        for row in rows.all
+        if row["tuned"] == digest
+    ]
+    ratios = [default / tuned for default, tuned in pairs]
+    return {
+        "default_us": statistics.median(default for default, _ in pairs),
+        "tuned_us": statistics.median(tuned for _, tuned in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "fastest_us": [min(default for default, _ in pairs), min(tuned for _, tuned in pairs)],
+        "exact": exact,
+        "rounds": len(pairs),
+    }
+
+
+def _burst(path: str, threads: int) -> list[float]:
+    request = {"artifact": path, "repeats": MODEL_REPEATS, "warmup": MODEL_WARMUP}
+    samples: list[float] = worker(threads).ask(request, MODEL_TIMEOUT_S)["samples_us"]
+    return samples
+
+
+def rebuild_seconds(setup: Setup, model: str, records: Path) -> dict[str, float]:
+    """Seconds to lower and to build a network from records, in a fresh process that has compiled nothing yet."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_rebuild, setup, model, records).result()
+
+
+def _rebuild(setup: Setup, model: str, records: Path) -> dict[str, float]:
+    graph = setup.graph(model)
+    known = Records(records)
+    started = time.perf_counter()
+    artifact = build(graph, setup.target, None, setup.threads, known)
+    return {"build_s": time.perf_counter() - started, "kernels": float(len({c.key for c in artifact.plan.calls}))}
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table: microseconds with default, tuned and random knobs, and ratios to the default.
+
+    The first strategy's winner is the tuned one. Random knobs that failed are counted, not averaged.
+
+    Raises:
+        MeasurementError: a kernel's default or winner failed.
+    """
+    found = []
+    for row in rows:
+        tuned = {name: winner["latency_us"] for name, winner in row["winners"].items()}
+        default = row["default"]["latency_us"]
+        if default is None or None in tuned.values():
+            raise MeasurementError(f"the kernel of {row['layers'][0]} failed in the comparison: {row}")
+        at_random = sorted(r["latency_us"] for r in row["random"] if r["error"] is None)
+        found.append(
+            {
+                "layers": row["layers"],
+                "macs": row["macs"],
+                "default_us": default,
+                "tuned_us": tuned,
+                "random_us": at_random,
+                "random_median_us": statistics.median(at_random) if at_random else None,
+                "random_failed": sum(r["error"] is not None for r in row["random"]),
+                "knobs": next(iter(row["winners"].values()))["knobs"],
+            }
+        )
+    return found
+
+
+def total(rows: list[dict[str, Any]], of: str, strategy: str | None = None) -> float:
+    """Sum over all layers of one of the figures of :func:`summarize`."""
+    return sum(len(row["layers"]) * (row[of][strategy] if strategy else row[of] or 0.0) for row in rows)
+
+
+def print_kernels(console: Console, title: str, rows: list[dict[str, Any]], shares: dict[str, float | None]) -> None:
+    """Print the table of default, tuned and random knobs."""
+    table = Table(title=title)
+    for name in ("layers", "MMAC", "default us", "tuned us", "speedup", "GMAC/s", "of peak", "random us: best",
+                 "median", "worst", "median / default", "tuned knobs"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("layers", "tuned knobs") else "right")
+    for row in rows:
+        tuned, at_random = next(iter(row["tuned_us"].values())), row["random_us"]
+        gmacs = row["macs"] / tuned / 1e3
+        peak = shares.get(row["layers"][0])
+        more = f" +{len(row['layers']) - 1}" if len(row["layers"]) > 1 else ""
+        spread = [f"{at_random[0]:.1f}", f"{row['random_median_us']:.1f}", f"{at_random[-1]:.1f}"] if at_random else []
+        ratio = [f"{row['random_median_us'] / row['default_us']:.2f}"] if at_random else []
+        table.add_row(
+            row["layers"][0] + more, f"{row['macs'] / 1e6:.1f}", f"{row['default_us']:.1f}", f"{tuned:.1f}",
+            f"{row['default_us'] / tuned:.2f}", f"{gmacs:.0f}", f"{gmacs / peak:.0%}" if peak else "",
+            *(spread + ratio or [""] * 4), knobs_text(row["knobs"]),
+        )  # fmt: skip
+    first = next(iter(rows[0]["tuned_us"]))
+    default, tuned = total(rows, "default_us"), total(rows, "tuned_us", first)
+    at_random = total(rows, "random_median_us")
+    table.add_section()
+    table.add_row("all layers", "", f"{default:.0f}", f"{tuned:.0f}", f"{default / tuned:.2f}", "", "", "",
+                  f"{at_random:.0f}", "", f"{at_random / default:.2f}", "")  # fmt: skip
+    console.print(table)
+
+
+def print_strategies(console: Console, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
+    """Print what each strategy's winners take, measured in turns, and what it took to find them."""
+    table = Table(title="strategies at equal numbers of candidates; all layers")
+    for name in ("strategy", "winners us", "default / winners", "best on kernels", "tuning s"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for entry in strategies_of(rows, runs):
+        table.add_row(
+            entry["strategy"], f"{entry['winners_us']:.0f}", f"{entry['ratio']:.3f}", str(entry["best_on"]),
+            f"{entry['seconds']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def strategies_of(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each strategy: sum of its winners, ratio to the default, kernels on which none is faster, seconds."""
+    default = total(rows, "default_us")
+    return [
+        {
+            "strategy": name,
+            "winners_us": total(rows, "tuned_us", name),
+            "ratio": default / total(rows, "tuned_us", name),
+            "best_on": sum(row["tuned_us"][name] == min(row["tuned_us"].values()) for row in rows),
+            "seconds": sum(run["seconds"] for run in runs if run["strategy"] == name),
+        }
+        for name in rows[0]["tuned_us"]
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="torchvision's name")
+    parser.add_argument("--size", type=int, default=224, help="of the image")
+    parser.add_argument("--bits", type=int, default=8, help="of weights and activations")
+    parser.add_argument("--target", default="native")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--strategies", nargs="+", default=["ranked"], choices=list(STRATEGIES), metavar="STRATEGY",
+                        help=f"out of {', '.join(STRATEGIES)}; the first is the tuned one of all tables")  # fmt: skip
+    parser.add_argument("--candidates", type=int, default=16, help="of each kernel, on average")
+    parser.add_argument("--random", type=int, default=8, help="random knobs that each kernel is compared with")
+    parser.add_argument("--rounds", type=int, default=10, help="of the whole network")
+    parser.add_argument("--rebuild", default="resnet50", help="the network that is built from records; empty: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks/tuning"), help="for all that is kept")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name in ("candidates", "random", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is at least 1")
+    setup = Setup(options.model, options.size, options.bits, options.target, options.threads, options.random,
+                  options.seed)  # fmt: skip
+    console, folder = Console(width=170 if not Console().is_terminal else None, highlight=False), options.folder
+    open_folder(folder, setup)
+    info = device_info(setup.threads)
+    console.print(f"{info['cpu']}; {' '.join(info['flags'])}; batch 1, {setup.threads} thread(s)")
+    graph = setup.graph()
+    results = {
+        name: run_strategy(name, graph, setup, options.candidates, folder, console) for name in options.strategies
+    }
+    first = options.strategies[0]
+    again = run_strategy(first, graph, setup, options.candidates, folder, console)
+    rows = summarize(compare_kernels(graph, setup, options.strategies, folder, console))
+    runs = Rows(folder / "runs.jsonl").all
+    title = f"{setup.model}, {setup.bits} bit, {setup.size} px: kernels in turns, tuned by {first}"
+    print_kernels(console, title, rows, {kernel.layers[0]: kernel.peak_gmacs for kernel in results[first].kernels})
+    print_strategies(console, rows, runs)
+    inexact = {name: sum(kernel.inexact for kernel in result.kernels) for name, result in results.items()}
+    tried = {name: sum(kernel.known for kernel in result.kernels) for name, result in results.items()}
+    console.print(f"candidates tried: {tried}; of them with a wrong result: {inexact}")
+    console.print(f"second run of {first}: {again.measured} measurements, {again.seconds:.1f} s")
+    whole = table_x(graph, setup, first, options.rounds, folder)
+    low, high = whole["ratio_range"]
+    console.print(
+        f"Table X: {setup.model} {whole['default_us'] / 1e3:.3f} ms with default knobs, {whole['tuned_us'] / 1e3:.3f} "
+        f"ms with tuned ones: x{whole['ratio']:.3f} ({low:.3f} to {high:.3f} in {whole['rounds']} rounds); fastest "
+        f"{whole['fastest_us'][0] / 1e3:.3f} and {whole['fastest_us'][1] / 1e3:.3f} ms; exact: {whole['exact']}",
+        soft_wrap=True,
+    )
+    rebuilt = None
+    if options.rebuild:
+        other = setup.graph(options.rebuild)
+        tune(other, setup.target, setup.threads, 1, None, records_of(folder, first), STRATEGIES[first](setup.seed))
+        rebuilt = rebuild_seconds(setup, options.rebuild, records_of(folder, first).path)
+        console.print(
+            f"build of {options.rebuild} from records: {rebuilt['build_s']:.1f} s, "
+            f"{rebuilt['kernels']:.0f} distinct kernels"
+        )
+    content = {
+        "setup": asdict(setup),
+        "device": info,
+        "versions": versions(),
+        "candidates": options.candidates,
+        "kernels": rows,
+        "tuned": {name: [kernel_entry(kernel) for kernel in result.kernels] for name, result in results.items()},
+        "strategies": strategies_of(rows, runs),
+        "runs": runs,
+        "second_run": {"measured": again.measured, "seconds": again.seconds},
+        "table_x": whole,
+        "rebuild": rebuilt,
+    }
+    replace_file(folder / "tuning.json", json.dumps(content, indent=1).encode())
+    console.print(f"All figures: {folder}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

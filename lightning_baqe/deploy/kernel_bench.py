@@ -1,0 +1,157 @@
+"""Compile one kernel with several knobs, measure each in the measuring process, and check each result.
+
+A kernel's figure is its fastest sample. Samples are short, so that some of them fall between the time slices of other
+processes: those, and clocks that go down, only ever add time, while a median tells how busy the machine was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.target import Target
+
+from lightning_baqe.deploy.kernels import kernel_key
+from lightning_baqe.deploy.measure import worker
+from lightning_baqe.deploy.records import KernelRecord, Records
+from lightning_baqe.deploy.strategies import Tried
+from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.tunable import Sample, TunableSpec, template_of
+from lightning_baqe.errors import BuildError, MeasurementError
+
+REPEATS, MIN_REPEAT_MS = 16, 2
+CONFIRM_ROUNDS = 3
+TIMEOUT_S = 30.0
+
+
+@dataclass(eq=False)
+class KernelBench:
+    """Compiles and measures the candidates of one kernel. Every figure is in the records before the next is taken.
+
+    Args:
+        spec: the kernel.
+        target: compiled for.
+        records: where figures are kept.
+        folder: for compiled kernels and their arguments.
+        measured, failed: candidates so far.
+    """
+
+    spec: TunableSpec
+    target: CpuTarget
+    records: Records
+    folder: Path
+    measured: int = 0
+    failed: int = 0
+    _sample: Sample | None = None
+    _confirmed: set[str] = field(default_factory=set)
+
+    @property
+    def default(self) -> dict[str, Any]:
+        """The shipped knobs."""
+        template = template_of(self.spec)
+        return template.check_knobs(self.spec, template.default_knobs(self.spec))
+
+    def tried(self) -> list[Tried]:
+        """All that the records hold of this kernel."""
+        return [
+            Tried(record.knobs, record.latency_us if _good(record) else None)
+            for record in self.records.kernels(self.spec, self.target)
+        ]
+
+    def measure(self, knobs: dict[str, Any]) -> KernelRecord:
+        """Measure one candidate and keep its record; a failure is a record with its reason."""
+        (record,) = self._rounds([knobs], 1)
+        self.measured += 1
+        self.failed += record.error is not None
+        return record
+
+    def interleaved(self, candidates: Sequence[dict[str, Any]]) -> list[KernelRecord]:
+        """Measure several candidates in turns, so that a clock that drifts does so for all; keeps their records."""
+        found = self._rounds(candidates, CONFIRM_ROUNDS)
+        self._confirmed.update(kernel_key(self.spec, knobs) for knobs in candidates)
+        return found
+
+    def _rounds(self, candidates: Sequence[dict[str, Any]], rounds: int) -> list[KernelRecord]:
+        samples: list[list[float]] = [[] for _ in candidates]
+        exact: list[bool | None] = [None] * len(candidates)
+        reasons: dict[int, str] = {}
+        for _ in range(rounds):
+            for index, knobs in enumerate(candidates):
+                if index in reasons:
+                    continue
+                try:
+                    answer = self._ask(knobs)
+                except (BuildError, MeasurementError) as error:
+                    reasons[index] = str(error)
+                    continue
+                samples[index] += answer["samples_us"]
+                exact[index] = answer["exact"]
+                if not answer["exact"]:
+                    reasons[index] = "its result differs from the reference"
+        found = []
+        for index, knobs in enumerate(candidates):
+            latency = min(samples[index], default=None)
+            record = KernelRecord(knobs, latency, samples[index], exact[index], reasons.get(index))
+            self.records.add_kernel(self.spec, self.target, record)
+            found.append(record)
+        return found
+
+    def confirm(self) -> None:
+        """Measure the fastest and the default again, in turns, until the fastest record is a confirmed one."""
+        default = self.records.kernel(self.spec, self.target, self.default)
+        while default is not None and default.error is None:
+            best = next((r for r in self.records.kernels(self.spec, self.target) if _good(r)), None)
+            if best is None or self._is_confirmed(best):
+                return
+            pair = [self.default] if best.knobs == self.default else [self.default, best.knobs]
+            default = self.interleaved(pair)[0]
+
+    def _is_confirmed(self, record: KernelRecord) -> bool:
+        """Whether a record was taken in turns, by this run or, as its many samples tell, by an earlier one."""
+        taken = len(record.samples_us) >= CONFIRM_ROUNDS * REPEATS
+        return taken or kernel_key(self.spec, record.knobs) in self._confirmed
+
+    def _ask(self, knobs: dict[str, Any]) -> dict[str, Any]:
+        library, arguments = self._prepared(knobs)
+        request = {
+            "kernel": str(library),
+            "arguments": str(arguments),
+            "repeats": REPEATS,
+            "min_repeat_ms": MIN_REPEAT_MS,
+        }
+        return worker(self.spec.threads).ask(request, TIMEOUT_S)
+
+    def _prepared(self, knobs: dict[str, Any]) -> tuple[Path, Path]:
+        """The compiled kernel and its arguments, as files; made once."""
+        key = kernel_key(self.spec, knobs)
+        library, arguments = self.folder / f"{key}.so", self.folder / f"{key}.npz"
+        if not library.exists():
+            if self._sample is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._sample = template_of(self.spec).sample(self.spec)
+            arrays = {f"a{i}": array for i, array in enumerate(self._sample.arguments(knobs))}
+            np.savez(arguments, result=self._sample.result, **arrays)  # type: ignore[arg-type]
+            compile_kernel(self.spec, self.target, knobs, library)
+        return library, arguments
+
+
+def _good(record: KernelRecord) -> bool:
+    return record.error is None and record.exact is not False
+
+
+def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], path: Path) -> None:
+    """Compile one kernel into a library with the function ``main``.
+
+    Raises:
+        BuildError: TVM, LLVM or the linker refuses it.
+    """
+    function = template_of(spec).build(spec, knobs).with_attr("global_symbol", "main")
+    try:
+        compiled = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
+        compiled.export_library(str(path))
+    except (tvm.TVMError, ValueError, RuntimeError) as error:
+        raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error

@@ -1,0 +1,99 @@
+"""Which kernels have knobs, and what the tuner needs of their schedule templates: the only place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from lightning_baqe.deploy.conv_template import (
+    ConvSpec,
+    build_conv,
+    check_knobs,
+    default_knobs,
+    knob_space,
+    tile_cost,
+    tiles,
+)
+from lightning_baqe.deploy.kernels import Spec, kernel_key
+from lightning_baqe.deploy.sample import sample_kernel
+from lightning_baqe.deploy.strategies import KernelSpace
+
+Knobs = Mapping[str, Any]
+TunableSpec = ConvSpec
+
+
+class Sample(Protocol):
+    """Random data for one kernel."""
+
+    @property
+    def result(self) -> np.ndarray:
+        """What the kernel must write."""
+
+    def arguments(self, knobs: Knobs) -> list[np.ndarray]:
+        """Its arguments but the result, for these knobs."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A schedule template with knobs. Each function takes the kernel's spec first.
+
+    Args:
+        knob_space: all values of each knob, best guess first.
+        default_knobs: the shipped ones.
+        check_knobs: knobs with the defaults for missing ones, in canonical form; ConfigError if they cannot be.
+        cost: of knobs, estimated, in any positive unit.
+        build: the kernel's TIR function.
+        sample: random data and the right result.
+    """
+
+    knob_space: Callable[[Any], Mapping[str, list[Any]]]
+    default_knobs: Callable[[Any], dict[str, Any]]
+    check_knobs: Callable[[Any, Knobs], dict[str, Any]]
+    cost: Callable[[Any, Knobs], float]
+    build: Callable[[Any, Knobs], Any]
+    sample: Callable[[Any], Sample]
+
+
+_TEMPLATES: dict[type, Template] = {
+    ConvSpec: Template(
+        knob_space=lambda spec: knob_space(spec, limit=len(tiles(spec))),
+        default_knobs=default_knobs,
+        check_knobs=check_knobs,
+        cost=lambda spec, knobs: _conv_cost(spec, knobs["tile"]),
+        build=lambda spec, knobs: build_conv(spec, tuple(sorted(knobs.items()))),
+        sample=sample_kernel,
+    ),
+}
+
+
+def _conv_cost(spec: ConvSpec, tile: str) -> float:
+    oct_, oht, owt = map(int, tile.split("x"))
+    return tile_cost(spec, (oct_, oht, owt))
+
+
+def as_tunable(spec: Spec) -> TunableSpec | None:
+    """The spec itself if its kernel has knobs, else None."""
+    return spec if isinstance(spec, TunableSpec) else None
+
+
+def template_of(spec: TunableSpec) -> Template:
+    """The template of a kernel with knobs."""
+    return _TEMPLATES[type(spec)]
+
+
+def kernel_space(spec: TunableSpec) -> KernelSpace:
+    """A kernel's knobs as strategies see them."""
+    template = template_of(spec)
+    source, result = spec.source, spec.result
+    sizes = (source.channels, result.channels, result.height, result.width, *spec.kernel, *spec.stride, spec.macs)
+    return KernelSpace(
+        name=kernel_key(spec, {}),
+        values=template.knob_space(spec),
+        default=template.check_knobs(spec, template.default_knobs(spec)),
+        check=lambda knobs: template.check_knobs(spec, knobs),
+        cost=lambda knobs: template.cost(spec, knobs),
+        context=tuple(float(np.log2(size)) for size in sizes),
+    )
