@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import sqlite3
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +13,6 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as B
 
-from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.deploy.dot import quad_of, step
 from lightning_baqe.deploy.target import CpuTarget
 
@@ -99,42 +94,6 @@ def pinned_peak_gmacs(target: CpuTarget, dot: str, chain: int, core: int, fastes
         return peak_gmacs(target, dot, chain, fastest=fastest)
     finally:
         os.sched_setaffinity(0, before)
-
-
-class Peaks:
-    """Peaks that were measured on this device, in a table of the records database.
-
-    Args:
-        path: of the database.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with closing(sqlite3.connect(path, timeout=30)) as connection, connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS peaks (device TEXT NOT NULL, mcpu TEXT NOT NULL, dot TEXT NOT NULL, "
-                "chain INTEGER NOT NULL, gmacs REAL NOT NULL, PRIMARY KEY (device, mcpu, dot, chain))"
-            )
-
-    def get(self, target: CpuTarget, dot: str, chain: int) -> float | None:
-        """GMAC/s of one core, the highest of those measured; None if there is none."""
-        query = "SELECT gmacs FROM peaks WHERE device=? AND mcpu=? AND dot=? AND chain=?"
-        with closing(sqlite3.connect(self.path, timeout=30)) as connection:
-            row = connection.execute(query, (_device(), target.mcpu, dot, chain)).fetchone()
-        return row[0] if row else None
-
-    def add(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
-        """Keep a measured peak, if it is the highest."""
-        row = (_device(), target.mcpu, dot, chain, gmacs)
-        with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
-            connection.execute(
-                "INSERT INTO peaks VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET gmacs = max(gmacs, excluded.gmacs)", row
-            )
-
-
-def _device() -> str:
-    info = {name: device_info()[name] for name in ("cpu", "machine", "flags_digest")}
-    return json.dumps([info, versions()["apache-tvm"]], sort_keys=True)
 
 
 def _ones(library: Any, dot: str, chain: int, target: CpuTarget) -> np.ndarray:

@@ -197,13 +197,17 @@ class Records:
         return (row[0], json.loads(row[1])) if row else None
 
     def add_peak(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
-        """Keep what one core's arithmetic reaches in registers, 1e9 multiply-accumulates a second."""
+        """Keep what one core's arithmetic reaches in registers, 1e9 multiply-accumulates a second, if it is the most.
+
+        Busy machines and slow clocks only ever lower it.
+        """
         if not (math.isfinite(gmacs) and gmacs > 0):
             raise ConfigError(f"a peak is a finite positive number of GMAC/s, got {gmacs}")
         row = (*_peak_key(target, dot, chain), gmacs, time.time())
         with self.transaction() as connection:
             _know(connection, device_info(1))
-            connection.execute(f"INSERT OR REPLACE INTO peaks VALUES ({_marks(row)})", row)
+            keep = "ON CONFLICT DO UPDATE SET gmacs = excluded.gmacs WHERE excluded.gmacs > gmacs"
+            connection.execute(f"INSERT INTO peaks VALUES ({_marks(row)}) {keep}", row)
 
     def peak(self, target: CpuTarget, dot: str, chain: int) -> float | None:
         """The kept peak in GMAC/s, None if it was never measured with the code there is now."""

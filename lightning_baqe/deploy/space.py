@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from lightning_baqe.deploy.conv_template import ConvSpec, knob_space
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.tunable import as_tunable, template_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.quantization.config import BitConfig, LayerBits
@@ -68,16 +68,17 @@ class NetworkSpace:
         for graph in graphs.values():
             plan = make_plan(graph, target, None, threads, best)
             for call in plan.calls:
-                if call.layer is None or not isinstance(call.spec, ConvSpec):
+                spec = as_tunable(call.spec)
+                if call.layer is None or spec is None:
                     continue
                 bits = graph.bits[call.layer][1]
                 if call.layer not in choices and call.layer not in followers and bits != base[call.layer].activation:
                     continue  # the first or the last layer, at bits that it never gets
                 default = plan.schedules[call.layer]
                 defaults[call.layer][bits] = default
-                for knob, values in knob_space(call.spec, limit=TILES).items():
+                for knob, values in template_of(spec).knob_space(spec).items():
                     found = offered[call.layer].setdefault(knob, [])
-                    found.extend(value for value in (default[knob], *values) if value not in found)
+                    found.extend(value for value in (default[knob], *values[:TILES]) if value not in found)
         knobs = {
             layer: {knob: tuple(found) for knob, found in space.items() if len(found) > 1}
             for layer, space in offered.items()

@@ -17,12 +17,20 @@ from lightning_baqe.deploy.conv_template import (
     tile_cost,
     tiles,
 )
+from lightning_baqe.deploy.depthwise_template import (
+    DepthwiseSpec,
+    build_depthwise,
+    check_depthwise_knobs,
+    default_depthwise_knobs,
+    depthwise_cost,
+    depthwise_knob_space,
+)
 from lightning_baqe.deploy.kernels import Spec, kernel_key
 from lightning_baqe.deploy.sample import sample_kernel
 from lightning_baqe.deploy.strategies import KernelSpace
 
 Knobs = Mapping[str, Any]
-TunableSpec = ConvSpec
+TunableSpec = ConvSpec | DepthwiseSpec
 
 
 class Sample(Protocol):
@@ -66,12 +74,25 @@ _TEMPLATES: dict[type, Template] = {
         build=lambda spec, knobs: build_conv(spec, tuple(sorted(knobs.items()))),
         sample=sample_kernel,
     ),
+    DepthwiseSpec: Template(
+        knob_space=depthwise_knob_space,
+        default_knobs=default_depthwise_knobs,
+        check_knobs=check_depthwise_knobs,
+        cost=lambda spec, knobs: _depthwise_cost(spec, knobs["tile"]),
+        build=lambda spec, knobs: build_depthwise(spec, tuple(sorted(knobs.items()))),
+        sample=sample_kernel,
+    ),
 }
 
 
 def _conv_cost(spec: ConvSpec, tile: str) -> float:
     oct_, oht, owt = map(int, tile.split("x"))
     return tile_cost(spec, (oct_, oht, owt))
+
+
+def _depthwise_cost(spec: DepthwiseSpec, tile: str) -> float:
+    height, width = map(int, tile.split("x"))
+    return depthwise_cost(spec, (height, width))
 
 
 def as_tunable(spec: Spec) -> TunableSpec | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_baqe.deploy.kernel_bench import KernelBench
-from lightning_baqe.deploy.peak import Peaks, pinned_peak_gmacs
+from lightning_baqe.deploy.peak import pinned_peak_gmacs
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.strategies import KernelSpace, Ranked, Strategy
@@ -210,13 +210,12 @@ class _Kernel:
         self.space: KernelSpace = kernel_space(bench.spec)
         self.tried = bench.tried()
         self.wanted = 0
-        self._peaks = Peaks(bench.records.path)
         self._dot = (bench.spec.dot, getattr(bench.spec, "chain", 1))
 
     @property
     def peak_gmacs(self) -> float | None:
         """Of all threads, as the records know it."""
-        peak = self._peaks.get(self.bench.target, *self._dot)
+        peak = self.bench.records.peak(self.bench.target, *self._dot)
         return peak * self.bench.spec.threads if peak else None
 
     @property
@@ -242,7 +241,7 @@ class _Kernel:
     def _measure_peak(self) -> None:
         usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
         peak = pinned_peak_gmacs(self.bench.target, *self._dot, core=usable[-1], fastest=True)
-        self._peaks.add(self.bench.target, *self._dot, peak)
+        self.bench.records.add_peak(self.bench.target, *self._dot, peak)
 
     def summary(self) -> TunedKernel:
         """What the records now say."""

@@ -12,9 +12,9 @@ import torch
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.compiler import compile_plan
-from lightning_baqe.deploy.conv_template import ConvSpec, knob_space, tiles
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run
+from lightning_baqe.deploy.tunable import as_tunable, template_of
 from lightning_baqe.deploy.verify import FLOAT_TOLERANCE, float_errors, verify
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.dyadic import Dyadic
@@ -333,9 +333,9 @@ def random_schedules(graph: IntegerGraph, target: CpuTarget, seed: int) -> dict[
     rng = random.Random(seed)
     found = {}
     for call in make_plan(graph, target).calls:
-        if isinstance(call.spec, ConvSpec) and call.layer is not None:
-            space = knob_space(call.spec)
-            space["tile"] = ["x".join(map(str, tile)) for tile in tiles(call.spec)]
+        spec = as_tunable(call.spec)
+        if spec is not None and call.layer is not None:
+            space = template_of(spec).knob_space(spec)
             found[call.layer] = {name: rng.choice(values) for name, values in space.items()}
     return found
 

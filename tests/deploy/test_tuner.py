@@ -16,8 +16,8 @@ from small_graphs import INT8, WIDE, Maker
 import lightning_baqe as baqe
 from lightning_baqe.deploy import kernel_bench, tuner
 from lightning_baqe.deploy.conv_template import ConvSpec, default_knobs
+from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.kernels import kernel_key
-from lightning_baqe.deploy.peak import Peaks
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.strategies import Ranked, SimulatedAnnealing, Strategy, Tried
@@ -34,6 +34,24 @@ def graph() -> IntegerGraph:
     b = maker.conv(out=32, kernel=1, limits=WIDE, name="b")
     maker.conv(maker.requantize(maker.add(a, b, WIDE), (0, 255)), out=10, kernel=10, limits=None, name="c")
     return maker.graph()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "float"])
+def test_depthwise_kernels(tmp_path: Path, dtype: str) -> None:
+    """They are tuned and checked as the others are."""
+    maker = Maker(24, 9)
+    source = "x"
+    if dtype == "int8":
+        source = maker.requantize(source, INT8)
+    if dtype == "float":
+        maker.float_conv(maker.dequantize(source), 24, padding=1, groups=24, relu=True)
+    else:
+        maker.conv(source, out=24, padding=1, stride=2, groups=24)
+        maker.conv(out=24, padding=1, groups=24, limits=None)
+    result = tuner.tune(maker.graph(), candidates=4, records=Records(tmp_path / "records.db"))
+    assert result.measured == 4 * len(result.kernels) > 0
+    assert all(isinstance(kernel.spec, DepthwiseSpec) for kernel in result.kernels)
+    assert [(kernel.failed, kernel.inexact) for kernel in result.kernels] == [(0, 0)] * len(result.kernels)
 
 
 @pytest.mark.parametrize("strategy", [Ranked(), SimulatedAnnealing(initial=4)], ids=["ranked", "sa_xgb"])
@@ -56,7 +74,7 @@ def test_tuning(graph: IntegerGraph, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert 0 < kernel.best_us <= kernel.default_us
         assert kernel.speedup >= 1
         assert kernel.gmacs == pytest.approx(kernel.spec.macs / kernel.best_us / 1e3)
-        assert kernel.peak_gmacs == Peaks(records.path).get(get_target(), kernel.spec.dot, kernel.spec.chain)
+        assert kernel.peak_gmacs == records.peak(get_target(), kernel.spec.dot, kernel.spec.chain)
         known = records.kernels(kernel.spec, get_target())
         assert all(record.exact for record in known)
         assert records.best_knobs(kernel.spec, get_target()) == kernel.knobs
