@@ -36,7 +36,7 @@ from lightning_baqe.deploy.device import device_info, fingerprint, versions
 from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.deploy.kernel_bench import KernelBench
 from lightning_baqe.deploy.kernels import kernel_key
-from lightning_baqe.deploy.measure import worker
+from lightning_baqe.deploy.measure import measure
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.strategies import DeepKernel, Random, Ranked, SimulatedAnnealing, Strategy
 from lightning_baqe.deploy.target import get_target
@@ -207,7 +207,7 @@ def table_x(graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, folde
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
         saved = {name: str(artifact.save(Path(place) / name)) for name, artifact in artifacts.items()}
         while sum(row["tuned"] == digest for row in rows.all) < rounds:
-            samples = {name: _burst(path, setup.threads) for name, path in saved.items()}
+            samples = {name: _burst(path) for name, path in saved.items()}
             rows.add({"tuned": digest, "samples_us": samples})
     pairs = [
         tuple(min(row["samples_us"][name]) for name in ("default", "tuned"))
@@ -226,10 +226,8 @@ def table_x(graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, folde
     }
 
 
-def _burst(path: str, threads: int) -> list[float]:
-    request = {"artifact": path, "repeats": MODEL_REPEATS, "warmup": MODEL_WARMUP}
-    samples: list[float] = worker(threads).ask(request, MODEL_TIMEOUT_S)["samples_us"]
-    return samples
+def _burst(path: str) -> list[float]:
+    return list(measure(path, repeats=MODEL_REPEATS, warmup=MODEL_WARMUP, timeout_s=MODEL_TIMEOUT_S).samples_us)
 
 
 def rebuild_seconds(setup: Setup, model: str, records: Path) -> dict[str, float]:
