@@ -88,7 +88,7 @@ def test_from_end_to_end_and_again(
         raise AssertionError("measured again")
 
     monkeypatch.setattr("lightning_baqe.deploy.kernel_bench.worker", refuse)
-    monkeypatch.setattr(tuning, "worker", refuse)
+    monkeypatch.setattr(tuning, "measure", refuse)
     tuning.main(command)
     second = json.loads((tmp_path / "folder" / "tuning.json").read_text())
     assert (second["kernels"], second["table_x"]) == (first["kernels"], first["table_x"])
