@@ -125,7 +125,7 @@ class TestRunFolder:
         [
             ("model=resnet34", "model.name: 'resnet18' there, 'resnet34' here"),
             ("data=glyphs", "data._target_"),
-            ("search.bit_choices=[2,8]", r"search.bit_choices: \[4, 8, 32\] there, \[2, 8\] here"),
+            ("search.bit_choices=[2,8]", r"search.bit_choices: 'auto' there, \[2, 8\] here"),
             ("seed=1", "seed: 0 there, 1 here"),
             ("+model.zero_init_residual=true", "model.zero_init_residual: nothing there, True here"),
         ],

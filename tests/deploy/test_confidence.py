@@ -35,6 +35,10 @@ def test_ranks_are_those_of_the_definition(count: int, level: float, rng: object
     assert median_interval(values, level) == wanted
 
 
+def test_a_tail_that_is_met_exactly() -> None:
+    assert median_interval([3.0, 1.0], level=0.5) == (1.0, 3.0)  # both below, or both above: a quarter each
+
+
 @pytest.mark.parametrize(("count", "rank"), [(6, 1), (9, 2), (12, 3), (20, 6), (30, 10), (50, 18), (70, 27), (100, 40)])
 def test_tabulated_ranks(count: int, rank: int) -> None:
     """At 95 %, as tables of the sign test have them."""

@@ -9,7 +9,7 @@ import pytest
 from small_graphs import Maker
 
 from lightning_baqe.benchmarks import rewards
-from lightning_baqe.deploy import tuner
+from lightning_baqe.deploy import kernel_bench
 from lightning_baqe.integer.graph import IntegerGraph
 
 
@@ -32,7 +32,7 @@ def test_what_is_missing_is_measured_once(
     first = capsys.readouterr().out
     assert "16->32 3x3/1 8x8" in first
     assert "with size as an objective offers 4, 8 bit" in first
-    monkeypatch.setattr(tuner, "worker", lambda threads: pytest.fail("measured again"))
+    monkeypatch.setattr(kernel_bench, "worker", lambda threads: pytest.fail("measured again"))
     assert rewards.main(arguments) == 0
     assert capsys.readouterr().out == first
 
