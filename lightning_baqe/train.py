@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import nn
 
+    from lightning_baqe.deploy.description import DeviceDescription
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel
     from lightning_baqe.tasks import ImageClassifier
@@ -335,7 +336,6 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
         BaqeError: whatever went wrong on purpose.
     """
     from lightning_baqe.callbacks import Distillation
-    from lightning_baqe.deploy.description import DeviceDescription
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel, check_options, quantize
@@ -346,8 +346,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     check_options(**options)
     callbacks = _batch_norm_callbacks(cfg)
     distillation = Distillation(weight=cfg.qat.distillation, temperature=cfg.qat.temperature)
-    device = DeviceDescription.of(cast("dict[str, Any]", OmegaConf.to_container(cfg.deploy)))
-    device.check_here()
+    device = _device(cfg)
     datamodule, task, make_trainer = _prepare(
         cfg, run_dir, lambda network: device.check_bits(network, _bits(cfg, network))
     )
@@ -366,6 +365,15 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     seconds = {"train": time.perf_counter() - start}
     _write_single(cfg, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
     _close(run_dir)
+
+
+def _device(cfg: DictConfig) -> DeviceDescription:
+    """The device that ``cfg.deploy`` describes, which this machine can compile for and run."""
+    from lightning_baqe.deploy.description import DeviceDescription
+
+    device = DeviceDescription.of(cast("dict[str, Any]", OmegaConf.to_container(cfg.deploy)))
+    device.check_here()
+    return device
 
 
 def _bits(cfg: DictConfig, net: nn.Module) -> BitConfig:
@@ -480,23 +488,26 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     if cfg.budget_s is not None and not (isinstance(cfg.budget_s, int | float) and cfg.budget_s >= 0):
         raise ConfigError(f"budget_s={cfg.budget_s!r}, but seconds are wanted, or null for no limit: change budget_s.")
     _ignore_known_warnings()
-    target, strategy = get_target(cfg.deploy.target), make(cfg.strategy)
+    device, strategy = _device(cfg), make(cfg.strategy)
+    target = get_target(device.target)
     console = Console(stderr=True, highlight=False)
     torch.manual_seed(cfg.seed)
     images = torch.randn(4, 3, cfg.image_size, cfg.image_size)
-    net = settle(make(cfg.model, num_classes=cfg.num_classes), images)
-    quantized = calibrate(quantize(net, _bits(cfg, net), example_input=images).eval(), [images])
+    net = make(cfg.model, num_classes=cfg.num_classes)
+    bits = _bits(cfg, net)
+    device.check_bits(net, bits)
+    quantized = calibrate(quantize(settle(net, images), bits, example_input=images).eval(), [images])
     graph = lower(quantized, example_input=images[:1])
     with tune_report.TuneProgress(console) as bar:
         result = tuner.tune(
-            graph, target, cfg.deploy.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update
+            graph, target, device.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update
         )
     about = {
         "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,
         "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},
         "strategy": str(cfg.strategy._target_), "candidates": cfg.candidates,
     }  # fmt: skip
-    path = tune_report.write_tuning(run_dir, result, about, cfg.deploy.threads)
+    path = tune_report.write_tuning(run_dir, result, about, device.threads)
     output = Console(highlight=False, width=None if console.is_terminal else 160)
     output.print(tune_report.tuning_table(result))
     output.print(tune_report.tuning_line(result, cfg.budget_s), markup=False, soft_wrap=True)

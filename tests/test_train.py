@@ -376,6 +376,8 @@ def test_tune_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixture[st
         ("budget_s=-1", "budget_s=-1"),
         ("bits.weight=9", "9"),
         ("deploy.target=nothing", "unknown target 'nothing'"),
+        ("deploy.bits.linear.weight=[32]", "(linear) has weights of [32] bit, not [8]"),
+        ("deploy.threads=4096", "threads"),
     ],
 )
 def test_wrong_options_of_tune(option: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
