@@ -77,6 +77,11 @@ class DepthwiseSpec:
     vbmi: bool = False
 
     @property
+    def chain(self) -> int:
+        """Steps that are added in 16 bits, as in :mod:`lightning_baqe.deploy.dot`: one alone."""
+        return 1
+
+    @property
     def taps(self) -> int:
         """Rows of the window that one word holds."""
         return TAPS[self.dot]

@@ -20,8 +20,8 @@ from tvm.tirx.script.builder import ir as B
 from lightning_baqe.deploy.emit import cast, halves, splat
 
 PACKED = 4  # vectors of 32-bit results that become one of bytes
-_PACKSSDW = {4: "llvm.x86.sse2.packssdw.128", 8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}
-_PACKUSWB = {4: "llvm.x86.sse2.packuswb.128", 8: "llvm.x86.avx2.packuswb", 16: "llvm.x86.avx512.packuswb.512"}
+_PACKSSDW = {8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}
+_PACKUSWB = {8: "llvm.x86.avx2.packuswb", 16: "llvm.x86.avx512.packuswb.512"}
 
 
 def requant_numbers(multipliers: np.ndarray, fractions: np.ndarray, shift: int, stored: int, lanes: int) -> np.ndarray:
@@ -102,6 +102,7 @@ def packed_bytes(values: Sequence[Any], zero_point: Any, low: Any, high: Any, la
 
     Args:
         zero_point, low, high: int64 scalars, 0..255.
+        lanes: 8 or 16, of each vector.
     """
     words = []
     for first, second in zip(values[::2], values[1::2], strict=True):
@@ -111,8 +112,6 @@ def packed_bytes(values: Sequence[Any], zero_point: Any, low: Any, high: Any, la
     result = _intrinsic(_PACKUSWB[lanes], *words, dtype=f"uint8x{4 * lanes}")
     bounds = (T.broadcast(T.Cast("uint8", bound), 4 * lanes) for bound in (low, high))
     result = T.min(T.max(result, next(bounds)), next(bounds))
-    if lanes == 4:
-        return result
     quads = lanes // 4  # of bytes, of one vector: one in each 128 bits
     order = [j * 4 + vector for vector in range(4) for j in range(quads)]
     moved = T.Shuffle([T.reinterpret(result, dtype=f"int32x{lanes}")], order)

@@ -210,7 +210,7 @@ class _Kernel:
         self.space: KernelSpace = kernel_space(bench.spec)
         self.tried = bench.tried()
         self.wanted = 0
-        self._dot = (bench.spec.dot, getattr(bench.spec, "chain", 1))
+        self._dot = (bench.spec.dot, bench.spec.chain)
 
     @property
     def peak_gmacs(self) -> float | None:
