@@ -63,7 +63,7 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...]) -> Any:
     try:
         with tvm.transform.PassContext(opt_level=3):
             return relax.build(module, target=Target(plan.target.tvm), relax_pipeline="default_build")
-    except (tvm.TVMError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise BuildError(f"TVM cannot compile the network for {plan.target.mcpu}: {error}") from error
 
 

@@ -14,12 +14,15 @@ Knobs (in BAQE's terms, section III-B):
 | --- | --- | --- |
 | tile | ``"oct x oht x owt"`` | tile sizes over output channels (in register widths), height and width |
 | order | ``channels``, ``pixels`` | the outermost loop: a block's weights stay in cache, or a tile's inputs |
-| unroll | 1, 2, 4 | steps of the reduction in one loop body |
+| unroll | 1, 2, 4 | steps of the reduction in one loop body; of a chain, in pairs |
 | weights | ``bytes``, ``packed`` | 4-bit weights widened to bytes on load of the artifact, or expanded in registers |
+| reduction | ``window``, ``channels/64`` | outermost in the sum: rows of the window, or tiles of 64 channels |
+| intrinsic | ``on``, ``off`` | the dot-product instructions, or plain 32-bit arithmetic |
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -31,7 +34,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
-from lightning_baqe.deploy.dot import quad_of, step
+from lightning_baqe.deploy.dot import pair_products, quad_of, step, widened_sum
 from lightning_baqe.deploy.emit import fill_halo, prefetch, tile_loops, tile_start
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.requantize import (
@@ -46,6 +49,8 @@ from lightning_baqe.errors import ConfigError
 
 Knobs = Mapping[str, Any]
 LINE = 64  # bytes of a cache line
+CHANNEL_TILES = (16, 32, 64, 128, 256)
+CHOICES = {"order": ("channels", "pixels"), "weights": ("bytes", "packed"), "intrinsic": ("on", "off")}
 FETCHED_AHEAD = 2**17  # bytes of weights; fewer stay in the second-level cache from one inference to the next
 PARAMS = ("shift", "zero_point", "low", "high", "m_conv", "m_residual", "add_shift", "add_offset", "add_zero_point",
           "add_low", "add_high", "pad")  # fmt: skip
@@ -125,19 +130,20 @@ class ConvSpec:
             return min(block * self.lanes // outer * inner, self.source.stored - self.span)
         return T.min(T.floordiv(block * self.lanes, outer) * inner, self.source.stored - self.span)
 
-    @property
-    def segments(self) -> int:
-        """Contiguous runs of input values under the window."""
-        return self.kernel[0] if self.whole_rows else self.kernel[0] * self.kernel[1]
+    def segments(self, inner: int = 0) -> int:
+        """Contiguous runs of input values under the window; ``inner``: input channels of a tile, 0 for no tiles."""
+        height, width = self.kernel
+        if inner:
+            return self.span // inner * height * width
+        return height if self.whole_rows else height * width
 
-    @property
-    def run(self) -> int:
+    def run(self, inner: int = 0) -> int:
         """Values in one run."""
-        return self.span * (self.kernel[1] if self.whole_rows else 1)
+        return inner or self.span * (self.kernel[1] if self.whole_rows else 1)
 
-    def steps(self, packed: bool) -> int:
+    def steps(self, packed: bool, inner: int = 0) -> int:
         """Quads of one run, rounded up to whole groups."""
-        quads = -(-self.run // quad_of(self.dot))
+        quads = -(-self.run(inner) // quad_of(self.dot))
         return -(-quads // self.group(packed)) * self.group(packed)
 
     def group(self, packed: bool) -> int:
@@ -150,6 +156,38 @@ class ConvSpec:
         out = self.result
         inner = self.source.channels // self.groups
         return out.channels * out.height * out.width * inner * self.kernel[0] * self.kernel[1]
+
+
+def channel_tiles(spec: ConvSpec) -> list[int]:
+    """Tiles of input channels that an outer loop of the sum may take: whole ones, and more than one of them."""
+    if spec.groups > 1 or spec.kernel == (1, 1):  # of one pixel, the order is the same
+        return []
+    return [inner for inner in CHANNEL_TILES if inner < spec.source.stored and spec.source.stored % inner == 0]
+
+
+def inner_channels(knobs: Knobs) -> int:
+    """Input channels of a tile, 0 where the window's rows are the outer loop."""
+    return 0 if knobs["reduction"] == "window" else int(knobs["reduction"].removeprefix("channels/"))
+
+
+def with_intrinsic(spec: ConvSpec, knobs: Knobs) -> ConvSpec:
+    """The spec whose dot product the knobs ask for."""
+    return spec if knobs["intrinsic"] == "on" else dataclasses.replace(spec, dot="portable", chain=1)
+
+
+def _keeps_groups(spec: ConvSpec, packed: bool, inner: int) -> bool:
+    """Whether tiles of input channels leave every group whole: its sum was proven exact as it is."""
+    group = spec.group(packed) * quad_of(spec.dot)
+    return inner % group == 0 and spec.source.stored % group == 0
+
+
+def _unrolls(spec: ConvSpec, packed: bool, inner: int, unroll: int) -> bool:
+    """Whether an unroll factor divides its loop: over the pairs of a chain, without one over groups."""
+    if unroll == 1:
+        return True
+    if spec.dot == "maddubs" and spec.chain > 1:
+        return spec.chain % (2 * unroll) == 0
+    return spec.steps(packed, inner) // spec.group(packed) % unroll == 0
 
 
 def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
@@ -173,15 +211,17 @@ def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
         limit: how many tiles to offer, by estimated cost.
     """
     ranked = sorted(tiles(spec), key=lambda tile: (tile_cost(spec, tile), tile))
-    groups = spec.steps(False) // spec.group(False)
     space: dict[str, list[Any]] = {
         "tile": ["x".join(map(str, tile)) for tile in ranked[:limit]],
         "order": ["channels", "pixels"],
-        "unroll": [u for u in (1, 2, 4) if groups % u == 0],
+        "unroll": [u for u in (1, 2, 4) if _unrolls(spec, False, 0, u)],
         "weights": ["bytes"],
     }
     if spec.weight_bits <= 4 and spec.dot in ("vnni", "maddubs"):
         space["weights"].append("packed")
+    inner = [tile for tile in channel_tiles(spec) if _keeps_groups(spec, False, tile)]
+    space["reduction"] = ["window", *(f"channels/{tile}" for tile in inner)]
+    space["intrinsic"] = ["on"] if spec.dot in ("fma", "portable") else ["on", "off"]
     return space
 
 
@@ -190,24 +230,32 @@ def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
     oct_, oht, owt = tile
     pixels = oht * owt
     passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
-    multiplies = {"maddubs": 1.0 + 2.0 / spec.chain, "madd16": 4.0, "portable": 2.0}.get(spec.dot, 1.0) * oct_ * pixels
-    # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
     outer = spec.result.channels // spec.groups
     shared = 1 if spec.groups == 1 or outer % (oct_ * spec.lanes) == 0 else oct_  # blocks of one group read the same
-    loads = oct_ + pixels * shared
-    return passes * (max(multiplies, 8.0) + (2.0 if spec.dot == "portable" else 0.1) * loads)
+    words, vectors = pixels * shared, oct_ * pixels
+    if spec.dot == "maddubs":  # products and int16 sums; once a chain, the widening
+        spilled = max(0, vectors + oct_ + 3 - spec.registers)
+        return passes * (vectors * (2.0 + 3.0 / spec.chain) + 0.5 * (oct_ + words) + 2.0 * spilled)
+    if spec.dot == "madd16":  # two products, two sums; each word becomes two vectors of int16
+        spilled = max(0, vectors + 2 * oct_ + 4 - spec.registers)
+        return passes * (vectors * 4.0 + oct_ + 3.0 * words + 2.0 * spilled)
+    multiplies = (2.0 if spec.dot == "portable" else 1.0) * vectors
+    # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
+    return passes * (max(multiplies, 8.0) + (2.0 if spec.dot == "portable" else 0.1) * (oct_ + words))
 
 
 def default_knobs(spec: ConvSpec) -> dict[str, Any]:
     """Good knobs without tuning."""
     space = knob_space(spec, limit=1)
-    unroll = 2 if 2 in space["unroll"] else 1
-    return {"tile": space["tile"][0], "order": "channels", "unroll": unroll, "weights": "bytes"}
+    # Of madd16, a second step in one body wants more registers than there are.
+    unroll = 2 if 2 in space["unroll"] and spec.dot != "madd16" else 1
+    fixed = {"order": "channels", "weights": "bytes", "reduction": "window", "intrinsic": "on"}
+    return {"tile": space["tile"][0], "unroll": unroll, **fixed}
 
 
 def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
-    """Knobs with the default for each one missing; ``unroll`` and ``weights`` fall to the next value that this kernel
-    has, because the same knobs serve a layer at every bit-width.
+    """Knobs with the default for each one missing; all but ``tile`` and ``order`` fall to the next value that this
+    kernel has, because the same knobs serve a layer at every bit-width.
 
     Raises:
         ConfigError: an unknown knob, or a tile that does not fit.
@@ -224,20 +272,36 @@ def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
             f"{spec.result.height}x{spec.result.width} pixels and {spec.registers} registers; choose one of "
             f"{sorted(allowed)}"
         )
-    if full["order"] not in ("channels", "pixels") or full["weights"] not in ("bytes", "packed"):
-        raise ConfigError(f"order is channels or pixels and weights is bytes or packed, got {full}")
+    for knob, values in CHOICES.items():
+        if full[knob] not in values:
+            raise ConfigError(f"{knob} is {' or '.join(values)}, got {full[knob]!r}")
+    orders = ["window", *(f"channels/{tile}" for tile in channel_tiles(spec))]
+    if full["reduction"] not in orders:
+        raise ConfigError(
+            f"reduction {full['reduction']!r} does not fit {spec.source.stored} stored input channels and a window of "
+            f"{spec.kernel[0]}x{spec.kernel[1]}; choose one of {orders}"
+        )
+    if spec.dot in ("fma", "portable"):
+        full["intrinsic"] = "on"
+    spec = with_intrinsic(spec, full)
     if full["weights"] == "packed" and (spec.weight_bits > 4 or spec.dot not in ("vnni", "maddubs")):
         full["weights"] = "bytes"
-    groups = spec.steps(full["weights"] == "packed") // spec.group(full["weights"] == "packed")
+    packed = full["weights"] == "packed"
+    if full["reduction"] != "window" and not _keeps_groups(spec, packed, inner_channels(full)):
+        full["reduction"] = "window"
     if full["unroll"] not in (1, 2, 4):
         raise ConfigError(f"unroll is 1, 2 or 4, got {full['unroll']!r}")
-    while groups % full["unroll"]:
+    while not _unrolls(spec, packed, inner_channels(full), full["unroll"]):
         full["unroll"] //= 2
     return full
 
 
-def weight_quads(spec: ConvSpec, weight: np.ndarray) -> np.ndarray:
-    """Weights ``(out, in / groups, kh, kw)`` by channel, run and quad: ``(stored out, segments, quads, quad)``."""
+def weight_quads(spec: ConvSpec, weight: np.ndarray, channels: int = 0) -> np.ndarray:
+    """Weights ``(out, in / groups, kh, kw)`` by channel, run and quad: ``(stored out, segments, quads, quad)``.
+
+    Args:
+        channels: input channels of a tile, if tiles are the outer loop of the sum.
+    """
     quad = quad_of(spec.dot)
     out, inner, kh, kw = weight.shape
     full = np.zeros((spec.result.stored, kh, kw, spec.span), dtype=weight.dtype)
@@ -247,27 +311,30 @@ def weight_quads(spec: ConvSpec, weight: np.ndarray) -> np.ndarray:
         for channel in range(out):
             first = channel // (out // spec.groups) * inner - spec.first_channel(channel // spec.lanes)
             full[channel, :, :, first : first + inner] = weight[channel].transpose(1, 2, 0)
-    runs = full.reshape(spec.result.stored, spec.segments, spec.run)
-    quads = -(-spec.run // quad)
-    padded = np.zeros((spec.result.stored, spec.segments, quads * quad), dtype=weight.dtype)
-    padded[:, :, : spec.run] = runs
-    return padded.reshape(spec.result.stored, spec.segments, quads, quad)
+    if channels:
+        tiled = full.reshape(spec.result.stored, kh * kw, spec.span // channels, channels)
+        full = tiled.transpose(0, 2, 1, 3)
+    segments, run = spec.segments(channels), spec.run(channels)
+    quads = -(-run // quad)
+    padded = np.zeros((spec.result.stored, segments, quads * quad), dtype=weight.dtype)
+    padded[:, :, :run] = full.reshape(spec.result.stored, segments, run)
+    return padded.reshape(spec.result.stored, segments, quads, quad)
 
 
 def pack_weights(spec: ConvSpec, knobs: Knobs, weight: np.ndarray) -> np.ndarray:
     """Weights in the order in which the kernel reads them, flat."""
-    packed = knobs["weights"] == "packed"
-    quads = weight_quads(spec, weight)
-    steps = spec.steps(packed)
+    spec, packed, inner = with_intrinsic(spec, knobs), knobs["weights"] == "packed", inner_channels(knobs)
+    quads = weight_quads(spec, weight, inner)
+    segments, steps = spec.segments(inner), spec.steps(packed, inner)
     full = np.zeros((*quads.shape[:2], steps, quads.shape[3]), dtype=weight.dtype)
     full[:, :, : quads.shape[2]] = quads
-    blocks = full.reshape(spec.blocks, spec.lanes, spec.segments, steps, -1).transpose(0, 2, 3, 1, 4)
+    blocks = full.reshape(spec.blocks, spec.lanes, segments, steps, -1).transpose(0, 2, 3, 1, 4)
     if spec.dot == "fma":
         return np.ascontiguousarray(blocks, dtype=np.float32).ravel()
     if spec.dot == "madd16":  # (lanes, 4) -> even pair of every lane, then odd pair
         return np.ascontiguousarray(np.stack([blocks[..., 0::2], blocks[..., 1::2]], axis=3), dtype=np.int16).ravel()
     if packed:  # the nibbles of one byte belong to two consecutive quads, offset by 8
-        shifted = np.ascontiguousarray(blocks).reshape(spec.blocks, spec.segments, steps // 2, 2, spec.lanes * 4) + 8
+        shifted = np.ascontiguousarray(blocks).reshape(spec.blocks, segments, steps // 2, 2, spec.lanes * 4) + 8
         return np.ascontiguousarray(shifted[..., 0, :] | (shifted[..., 1, :] << 4)).astype(np.uint8).ravel()
     return np.ascontiguousarray(blocks, dtype=np.int8).ravel()
 
@@ -305,13 +372,55 @@ def _load_weights(spec: ConvSpec, packed: bool, weights: Any, quad: Any, index: 
 
 
 def _reduce(spec: ConvSpec, packed: bool, acc: Any, source: Any, weights: Any, offset: Any, quad: Any) -> Any:
-    """The accumulators after one group of quads, as one expression."""
-    for first in range(0, spec.group(packed), spec.chain):
-        indices = range(first, first + spec.chain)
-        words = [_load_words(spec, source, offset + index * quad_of(spec.dot)) for index in indices]
-        vectors = [w for index in indices for w in _load_weights(spec, packed, weights, quad, index)]
-        acc = step(spec.dot, spec.lanes, acc, words, vectors)
+    """The accumulators after one group of quads, none of them in a chain, as one expression."""
+    for index in range(spec.group(packed)):
+        word = _load_words(spec, source, offset + index * quad_of(spec.dot))
+        acc = step(spec.dot, spec.lanes, acc, [word], _load_weights(spec, packed, weights, quad, index))
     return acc
+
+
+def _add_chains(
+    spec: ConvSpec, packed: bool, unroll: int, acc: Any, source: Any, weights: Any, offsets: Any, quads: Any
+) -> None:
+    """Emit one group of quads in chains of int16 sums.
+
+    All sums of the tile grow together, quad by quad: one after the other, each would want its weights again, and all of
+    them would be kept in registers that there are not.
+
+    Args:
+        acc: ``{(row, column, block): buffer}``.
+        unroll: of the loop over a chain, in pairs of quads.
+        offsets: ``{(row, column): of the first input value}``.
+        quads: ``{block: the first quad}``.
+    """
+    wide = 2 * spec.lanes
+    halves = T.ramp(0, 1, wide)
+    sums = {at: B.alloc_buffer((wide,), "int16") for at in acc}
+    body = min(spec.chain, 2 * unroll)
+    for first in range(0, spec.group(packed), spec.chain):
+        for at in acc:
+            B.buffer_store(sums[at], T.broadcast(T.int16(0), wide), [halves])
+        with B.serial(spec.chain // body) as part:
+            for index in range(body):
+                at_quad = part * body + first
+                vectors = {
+                    c: B.Bind(_load_weights(spec, packed, weights, quad + at_quad, index)[0])
+                    for c, quad in quads.items()
+                }
+                for (h, w), offset in offsets.items():
+                    word = _load_words(spec, source, offset + (at_quad + index) * quad_of(spec.dot))
+                    word = B.Bind(word)
+                    for c, vector in vectors.items():
+                        total = sums[h, w, c][halves] + pair_products(word, vector, spec.lanes)
+                        B.buffer_store(sums[h, w, c], total, [halves])
+        for at, buffer in acc.items():
+            vector = T.ramp(0, 1, spec.lanes)
+            B.buffer_store(buffer, widened_sum(buffer[vector], sums[at][halves], spec.lanes), [vector])
+
+
+def _readers_of_one(spec: ConvSpec, blocks: int) -> list[list[int]]:
+    """The blocks of a tile, by those that read the same input channels for sure."""
+    return [list(range(blocks))] if spec.groups == 1 else [[block] for block in range(blocks)]
 
 
 def _param(params: Any, name: str) -> Any:
@@ -362,6 +471,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     Numbers are those of :func:`~lightning_baqe.deploy.requantize.requant_numbers`.
     """
     knobs = check_knobs(spec, dict(knobs_items))
+    spec, inner = with_intrinsic(spec, knobs), inner_channels(knobs)
     oct_, oht, owt = map(int, knobs["tile"].split("x"))
     packed, unroll = knobs["weights"] == "packed", knobs["unroll"]
     lanes = spec.lanes
@@ -372,10 +482,11 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     has_residual = spec.residual is not None
     is_float = spec.dot == "fma"
     kind = "float32" if is_float else "int32"
-    quad, group, steps = quad_of(spec.dot), spec.group(packed), spec.steps(packed)
-    outer = steps // (group * unroll)
-    segments, row_segments = spec.segments, spec.whole_rows
-    kw = spec.kernel[1]
+    quad, group, steps = quad_of(spec.dot), spec.group(packed), spec.steps(packed, inner)
+    chained = spec.dot == "maddubs" and spec.chain > 1
+    outer = steps // (group if chained else group * unroll)
+    segments = spec.segments(inner)
+    kh, kw = spec.kernel
     sh, sw = spec.stride
     start = source.origin(spec.top, spec.left)
     channel_tiles, row_tiles, column_tiles = -(-spec.blocks // oct_), -(-result.height // oht), -(-result.width // owt)
@@ -394,8 +505,12 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     row_dilation, column_dilation = spec.dilation
 
     def segment_offset(segment: Any) -> Any:
-        if row_segments:
-            return segment * (row_dilation * source.row)
+        if inner:
+            tap = T.floormod(segment, kh * kw)
+            return T.floordiv(segment, kh * kw) * inner + tap_offset(tap)
+        return segment * (row_dilation * source.row) if spec.whole_rows else tap_offset(segment)
+
+    def tap_offset(segment: Any) -> Any:
         return T.floordiv(segment, kw) * (row_dilation * source.row) + T.floormod(segment, kw) * (
             column_dilation * source.stored
         )
@@ -425,12 +540,27 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
                     line = (block + oct_) * (block_length * itemsize // LINE) + done * fetches
                     for index in range(fetches):
                         prefetch(W, T.min((line + index) * (LINE // itemsize), T.int32(weights_length - 1)))
-                for u, (h, w, c) in itertools.product(range(unroll), tile):
+
+                def offset_of(h: int, w: int, c: int, groups: Any, s: Any = s) -> Any:
                     offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored) + segment_offset(s)
-                    offset = offset + spec.first_channel(block + c) + (r * unroll + u) * (group * quad)
-                    position = ((block + c) * segments + s) * steps + (r * unroll + u) * group
-                    total = _reduce(spec, packed, acc[h, w, c][vector], X, W, offset, position)
-                    B.buffer_store(acc[h, w, c], total, [vector])
+                    return offset + spec.first_channel(block + c) + groups * (group * quad)
+
+                def quad_index(c: int, groups: Any, s: Any = s) -> Any:
+                    return ((block + c) * segments + s) * steps + groups * group
+
+                if chained:
+                    for blocks in _readers_of_one(spec, oct_):
+                        offsets = {(h, w): offset_of(h, w, blocks[0], r) for h in range(oht) for w in range(owt)}
+                        part = {at: buffer for at, buffer in acc.items() if at[2] in blocks}
+                        quads = {c: quad_index(c, r) for c in blocks}
+                        _add_chains(spec, packed, unroll, part, X, W, offsets, quads)
+                else:
+                    for u, (h, w, c) in itertools.product(range(unroll), tile):
+                        groups = r * unroll + u
+                        total = _reduce(
+                            spec, packed, acc[h, w, c][vector], X, W, offset_of(h, w, c, groups), quad_index(c, groups)
+                        )
+                        B.buffer_store(acc[h, w, c], total, [vector])
             if spec.epilogue.startswith("requant"):
                 values, places = [], []
                 for h, w, c in tile:

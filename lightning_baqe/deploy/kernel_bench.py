@@ -153,5 +153,5 @@ def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], 
     try:
         compiled = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
         compiled.export_library(str(path))
-    except (tvm.TVMError, ValueError, RuntimeError) as error:
+    except (RuntimeError, ValueError) as error:
         raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error

@@ -76,7 +76,10 @@ class NetworkSpace:
                     continue  # the first or the last layer, at bits that it never gets
                 default = plan.schedules[call.layer]
                 defaults[call.layer][bits] = default
-                for knob, values in template_of(spec).knob_space(spec).items():
+                template = template_of(spec)
+                for knob, values in template.knob_space(spec).items():
+                    if knob in template.unsearched:
+                        continue
                     found = offered[call.layer].setdefault(knob, [])
                     found.extend(value for value in (default[knob], *values[:TILES]) if value not in found)
         knobs = {

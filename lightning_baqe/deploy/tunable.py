@@ -16,6 +16,7 @@ from lightning_baqe.deploy.conv_template import (
     knob_space,
     tile_cost,
     tiles,
+    with_intrinsic,
 )
 from lightning_baqe.deploy.depthwise_template import (
     DepthwiseSpec,
@@ -55,6 +56,8 @@ class Template:
         cost: of knobs, estimated, in any positive unit.
         build: the kernel's TIR function.
         sample: random data and the right result.
+        unsearched: knobs that a search over networks leaves as they are, because no device rewards another value; the
+            tuner tries them.
     """
 
     knob_space: Callable[[Any], Mapping[str, list[Any]]]
@@ -63,6 +66,7 @@ class Template:
     cost: Callable[[Any, Knobs], float]
     build: Callable[[Any, Knobs], Any]
     sample: Callable[[Any], Sample]
+    unsearched: frozenset[str] = frozenset()
 
 
 _TEMPLATES: dict[type, Template] = {
@@ -70,9 +74,10 @@ _TEMPLATES: dict[type, Template] = {
         knob_space=lambda spec: knob_space(spec, limit=len(tiles(spec))),
         default_knobs=default_knobs,
         check_knobs=check_knobs,
-        cost=lambda spec, knobs: _conv_cost(spec, knobs["tile"]),
+        cost=lambda spec, knobs: _conv_cost(with_intrinsic(spec, knobs), knobs["tile"]),
         build=lambda spec, knobs: build_conv(spec, tuple(sorted(knobs.items()))),
         sample=sample_kernel,
+        unsearched=frozenset({"intrinsic"}),
     ),
     DepthwiseSpec: Template(
         knob_space=depthwise_knob_space,

@@ -52,7 +52,7 @@ def spec(request: pytest.FixtureRequest) -> ConvSpec:
 def test_weights_are_packed_without_loss(spec: ConvSpec) -> None:
     weight = np.random.default_rng(0).integers(-8, 8, (24, 20, 3, 3))
     quads = weight_quads(spec, weight)
-    assert quads.shape[:2] == (spec.result.stored, spec.segments)
+    assert quads.shape[:2] == (spec.result.stored, spec.segments())
     assert quads.sum() == weight.sum()
     values = pack_weights(spec, check_knobs(spec, {"weights": "bytes"}), weight)
     assert values.sum() == weight.sum()
@@ -64,7 +64,7 @@ def test_weights_are_packed_without_loss(spec: ConvSpec) -> None:
 
 
 def test_wide_dilation_has_more_segments(spec: ConvSpec) -> None:
-    assert spec.segments == 3
+    assert spec.segments() == 3
     dilated = dataclasses.replace(spec, dilation=(1, 2))
-    assert dilated.segments == 9
-    assert dilated.run * 3 == spec.run
+    assert dilated.segments() == 9
+    assert dilated.run() * 3 == spec.run()
