@@ -146,10 +146,13 @@ class Artifact:
         found: dict[str, list[np.ndarray]] = {}
         for image in images:
             results = vm[ALL](tvm.runtime.tensor(image[None]), *self._constants)
+            buffers = {}
             for call, value in zip(self.plan.calls, results, strict=True):
-                layout = self.plan.layouts.get(call.result)
-                array = value.numpy() if layout is None else layout.unpack(value.numpy())
-                found.setdefault(call.result, []).append(array[0] if layout is None else array)
+                buffers[self.plan.buffer(call.result)] = value.numpy()
+                if call.result not in self.plan.layouts:
+                    found.setdefault(call.result, []).append(value.numpy()[0])
+            for name, layout in self.plan.layouts.items():
+                found.setdefault(name, []).append(layout.unpack(buffers[self.plan.buffer(name)]))
         values: dict[str, torch.Tensor] = {}
         shapes = {node.name: node.type.shape for node in self.graph}
         for name, arrays in found.items():

@@ -16,6 +16,7 @@ from lightning_baqe.deploy.conv_template import ConvSpec
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records, canonical, code_key
 from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.tunable import as_tunable
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 
@@ -139,7 +140,8 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: i
 
 def _specs(graph: IntegerGraph, target: CpuTarget, threads: int) -> dict[str, ConvSpec]:
     plan = make_plan(graph, target, None, threads)
-    return {call.layer: call.spec for call in plan.calls if call.layer and isinstance(call.spec, ConvSpec)}
+    specs = ((call.layer, as_tunable(call.spec)) for call in plan.calls)
+    return {layer: spec for layer, spec in specs if layer and isinstance(spec, ConvSpec)}
 
 
 def _kernel(specs: Mapping[int, ConvSpec], layers: Sequence[str], target: CpuTarget, records: Records) -> KernelReward:
