@@ -188,6 +188,7 @@ class Artifact:
                 "target": vars(self.target),
                 "threads": self.threads,
                 "schedules": self.schedules,
+                "fuse_residual": self.plan.fuse_residual,
                 "plan": self.plan.digest,
                 "device": device_info(self.threads),
                 "versions": versions(),
@@ -221,7 +222,8 @@ class Artifact:
                 f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again"
             )
         graph = cls.load_graph(folder)
-        plan = make_plan(graph, CpuTarget(**manifest["target"]), manifest["schedules"], manifest["threads"])
+        target, fuse_residual = CpuTarget(**manifest["target"]), manifest.get("fuse_residual", True)
+        plan = make_plan(graph, target, manifest["schedules"], manifest["threads"], fuse_residual=bool(fuse_residual))
         if plan.digest != manifest["plan"]:
             raise BuildError(
                 f"{folder} was built by other templates (versions {manifest['versions']}); build its graph again: "

@@ -96,6 +96,7 @@ class Plan:
         layouts: of every value but the network's input and output.
         buffers: ``{value: the value whose buffer it lies in}``, of those that have none of their own.
         schedules: the knobs that every tunable layer got.
+        fuse_residual: whether kernels of convolutions may end with a residual sum.
     """
 
     calls: tuple[Call, ...]
@@ -104,6 +105,7 @@ class Plan:
     schedules: dict[str, dict[str, Any]]
     target: CpuTarget
     threads: int
+    fuse_residual: bool = True
 
     def buffer(self, name: str) -> str:
         """The value whose buffer a value lies in: itself, or a concatenation."""

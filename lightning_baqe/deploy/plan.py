@@ -56,6 +56,7 @@ def make_plan(
     threads: int = 1,
     best: BestKnobs | None = None,
     fuse: bool = True,
+    fuse_residual: bool = True,
 ) -> Plan:
     """Plan all kernels of a graph.
 
@@ -66,6 +67,7 @@ def make_plan(
         threads: of every convolution.
         best: looks up the best known knobs of a kernel.
         fuse: False keeps every node's value (for debugging).
+        fuse_residual: whether a convolution's kernel may end with a residual sum; else sums have kernels of their own.
 
     Raises:
         ConfigError: a schedule names an unknown layer or knob.
@@ -79,7 +81,7 @@ def make_plan(
             raise ConfigError(
                 f"schedules name the layer {name!r}, which the graph does not have; near: {near or layers}"
             )
-    return _Planner(graph, target, schedules, threads, best, fuse).plan()
+    return _Planner(graph, target, schedules, threads, best, fuse, fuse_residual).plan()
 
 
 class _Planner:
@@ -91,11 +93,13 @@ class _Planner:
         threads: int,
         best: BestKnobs | None,
         fuse: bool,
+        fuse_residual: bool,
     ) -> None:
         self.graph, self.target, self.threads = graph, target, threads
         self.schedules, self.best = schedules, best
         self.values = Values(graph)
-        self.fused = self._fused_adds() if fuse else {}
+        self.fuse_residual = fuse_residual
+        self.fused = self._fused_adds() if fuse and fuse_residual else {}
         if fuse:
             slices = find_slices(self.values, target.vbmi)
             self.values.share(slices.places, slices.halos)
@@ -137,7 +141,10 @@ class _Planner:
             else:
                 self._emit(node)
         self._output()
-        return Plan(tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.target, self.threads)
+        return Plan(
+            tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.target, self.threads,
+            self.fuse_residual,
+        )  # fmt: skip
 
     def _value(self, name: str, reader: ir.Node) -> str:
         """The value that a node reads: packed, or copied with another halo, before its first reader."""

@@ -105,7 +105,9 @@ class Rewards:
         }
 
 
-def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records) -> Rewards:
+def rewards_of(
+    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records, fuse_residual: bool = True
+) -> Rewards:
     """What the records say of a network's kernels.
 
     A record counts for every bit-width at which the template generates the same code: what is one program has one
@@ -113,7 +115,7 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: i
 
     Args:
         graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
-        target, threads: what the kernels are compiled for.
+        target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
         records: where latencies are looked up; nothing is measured.
 
     Raises:
@@ -122,7 +124,7 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: i
     if REFERENCE not in graphs:
         raise ConfigError(f"rewards compare with {REFERENCE} bit; got graphs at {sorted(graphs)}: add {REFERENCE}")
     widths = tuple(sorted(graphs))
-    specs = {bits: _specs(graphs[bits], target, threads) for bits in widths}
+    specs = {bits: _specs(graphs[bits], target, threads, fuse_residual) for bits in widths}
     groups: dict[tuple[ConvSpec, ...], list[str]] = {}
     for layer in specs[REFERENCE]:
         searched = all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths)
@@ -138,8 +140,8 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: i
     )
 
 
-def _specs(graph: IntegerGraph, target: CpuTarget, threads: int) -> dict[str, ConvSpec]:
-    plan = make_plan(graph, target, None, threads)
+def _specs(graph: IntegerGraph, target: CpuTarget, threads: int, fuse_residual: bool) -> dict[str, ConvSpec]:
+    plan = make_plan(graph, target, None, threads, fuse_residual=fuse_residual)
     specs = ((call.layer, as_tunable(call.spec)) for call in plan.calls)
     return {layer: spec for layer, spec in specs if layer and isinstance(spec, ConvSpec)}
 
