@@ -80,7 +80,8 @@ class BayesianSearch(pl.Callback):
         storage: an Optuna storage URL; None: SQLite in the run folder.
         max_failures: give up after so many failed trials.
         target, threads: what is compiled for.
-        device: what the device has kernels for; no layer is offered other bits. None: everything that ``target`` has.
+        device: what the device has kernels for: no layer is offered other bits, and residual sums are fused where it
+            says so. None: everything that ``target`` has.
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
@@ -148,6 +149,7 @@ class BayesianSearch(pl.Callback):
         self.mode, self.n_initial, self.pool_size, self.seed = mode, n_initial, pool_size, seed
         self.sampler, self.storage, self.max_failures = sampler, storage, max_failures
         self.target, self.threads, self.device = get_target(target), threads, device
+        self.fuse_residual = device is None or device.fuse_residual
         self.measurement = measurement or MeasureOptions()
         self.calibration_batches, self.tune_s = calibration_batches, tune_s
         self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
@@ -278,6 +280,7 @@ class BayesianSearch(pl.Callback):
             "schedules": self.search_schedules,
             "activation_range": self.activation_range,
             "target": vars(self.target),
+            "fuse_residual": self.fuse_residual,
             "device": fingerprint(self.threads),
         }
 
@@ -290,18 +293,22 @@ class BayesianSearch(pl.Callback):
             graphs[bits] = lower(model)
             if self._tuning_s > 0:
                 self.progress.say(f"tuning kernels of {bits} bit")
-                tune(graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records)
+                tune(
+                    graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records,
+                    fuse_residual=self.fuse_residual,
+                )  # fmt: skip
         chosen = {bits: graphs[bits] for bits in self._offered(graphs)}
         return NetworkSpace.of(
-            chosen, base, self.target, self.threads, self.search_schedules, self.records, self._supported
-        )
+            chosen, base, self.target, self.threads, self.search_schedules, self.records, self._supported,
+            self.fuse_residual,
+        )  # fmt: skip
 
     def _offered(self, graphs: Mapping[int, IntegerGraph]) -> tuple[int, ...]:
         """The bits to choose from; keeps what the device rewards for the report."""
         rewards: Rewards | None = None
         if REFERENCE in graphs:
             integer = {bits: graph for bits, graph in graphs.items() if bits != FLOAT_BITS}
-            rewards = rewards_of(integer, self.target, self.threads, self.records)
+            rewards = rewards_of(integer, self.target, self.threads, self.records, self.fuse_residual)
             self.study.set_rewards(rewards.summary())
         measured = not getattr(self.host.trainer, "fast_dev_run", False)  # which tunes nothing
         return default_bit_choices(rewards, self.mode) if self.auto_bits and measured else self.bit_choices
@@ -316,8 +323,9 @@ class BayesianSearch(pl.Callback):
         model = quantize(self._float, bits, self._example).eval()
         folder = self.run_dir / "artifacts" / "float"
         found = evaluate(
-            model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement
-        )
+            model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement,
+            self.fuse_residual,
+        )  # fmt: skip
         self.study.set_float(
             {
                 "accuracy": found.accuracy,
@@ -404,6 +412,7 @@ class BayesianSearch(pl.Callback):
             self.threads,
             self.records,
             self.measurement,
+            self.fuse_residual,
         )
         return {"accuracy": found.accuracy, "fake_quant_accuracy": fake, "latency_us": found.latency_us,
                 "size_bytes": found.size_bytes, "spread": found.spread, "noisy": found.noisy,

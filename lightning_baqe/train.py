@@ -363,7 +363,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer, callbacks)
     assert isinstance(task.net, QuantizedModel)
     seconds = {"train": time.perf_counter() - start}
-    _write_single(cfg, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
+    _write_single(cfg, device, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
     _close(run_dir)
 
 
@@ -404,6 +404,7 @@ def _batch_norm_callbacks(cfg: DictConfig) -> list[pl.Callback]:
 
 def _write_single(
     cfg: DictConfig,
+    device: DeviceDescription,
     run_dir: Path,
     datamodule: Any,
     reference: QuantizedModel,
@@ -424,7 +425,10 @@ def _write_single(
         folder = run_dir / "artifacts" / name
         options = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
         batches = datamodule.val_dataloader()
-        found = evaluate(model, batches, folder, cfg.deploy.target, threads=cfg.deploy.threads, options=options)
+        found = evaluate(
+            model, batches, folder, device.target, threads=device.threads, options=options,
+            fuse_residual=device.fuse_residual,
+        )  # fmt: skip
         return {
             "accuracy": found.accuracy,
             "test_accuracy": deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader()),
@@ -500,8 +504,9 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     graph = lower(quantized, example_input=images[:1])
     with tune_report.TuneProgress(console) as bar:
         result = tuner.tune(
-            graph, target, device.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update
-        )
+            graph, target, device.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update,
+            device.fuse_residual,
+        )  # fmt: skip
     about = {
         "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,
         "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},

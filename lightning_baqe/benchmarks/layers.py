@@ -39,26 +39,34 @@ class KernelProfile:
         self._samples_us: list[list[float]] = [[] for _ in plan.calls]
 
     def _all_arguments(self) -> list[list[Any]]:
-        last_use = {name: at for at, call in enumerate(self.plan.calls) for name in _values(call)}
+        last_use = {name: at for at, call in enumerate(self.plan.calls) for name in self._buffers(call)}
         free: dict[tuple[int, str], list[Any]] = {}
         held: dict[str, Any] = {}
         everything = []
         for at, call in enumerate(self.plan.calls):
             kind = result_type(call, self.plan)
             shape, dtype = tuple(int(extent) for extent in kind.shape), str(kind.dtype)
+            target = self.plan.buffer(call.result)
             spare = free.get((int(np.prod(shape)), dtype))
-            result = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
+            if target not in held:
+                held[target] = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
             arguments = [
-                tvm.runtime.tensor(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else held.get(a, self._image)
+                tvm.runtime.tensor(np.ascontiguousarray(a))
+                if isinstance(a, np.ndarray)
+                else held.get(self.plan.buffer(a), self._image)
                 for a in call.arguments
             ]
-            everything.append([*arguments, result])
-            held[call.result] = result
-            for name in _values(call):
+            everything.append([*arguments, held[target]])
+            for name in self._buffers(call):
                 if last_use[name] == at and name in held:
                     layout: Layout = self.plan.layouts[name]
                     free.setdefault((layout.length, layout.dtype), []).append(held.pop(name))
         return everything
+
+    def _buffers(self, call: Call) -> set[str]:
+        """Buffers that a call reads, and a shared one that it writes to."""
+        read = {self.plan.buffer(argument) for argument in call.arguments if isinstance(argument, str)}
+        return read | ({self.plan.buffer(call.result)} if call.result in self.plan.buffers else set())
 
     def run(self, image: np.ndarray) -> np.ndarray:
         """Call all kernels on a float32 image ``(1, channels, height, width)``, note what each takes, and return
@@ -92,7 +100,3 @@ class KernelProfile:
             }
             for call, samples in zip(self.plan.calls, self._samples_us, strict=True)
         ]
-
-
-def _values(call: Call) -> set[str]:
-    return {argument for argument in call.arguments if isinstance(argument, str)}

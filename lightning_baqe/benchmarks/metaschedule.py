@@ -200,7 +200,7 @@ def _tune(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Pat
     os.environ["TVM_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
     try:
         return _searched(spec, target, trials, seed, folder)
-    except (tvm.TVMError, ValueError, RuntimeError) as error:  # TVM's own errors do not travel between processes
+    except (RuntimeError, ValueError) as error:  # TVM's own errors do not travel between processes
         raise BuildError(f"MetaSchedule failed, see {folder / 'printed.txt'}: {error}") from None
 
 

@@ -110,7 +110,8 @@ class ConvSpec:
     @property
     def whole_rows(self) -> bool:
         """Whether a row of the window is one run of input values."""
-        return self.dilation[1] == 1 and self.groups == 1
+        neighbours = self.kernel[1] == 1 or not self.source.shared
+        return self.dilation[1] == 1 and self.groups == 1 and neighbours
 
     @property
     def span(self) -> int:
@@ -512,7 +513,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
 
     def tap_offset(segment: Any) -> Any:
         return T.floordiv(segment, kw) * (row_dilation * source.row) + T.floormod(segment, kw) * (
-            column_dilation * source.stored
+            column_dilation * source.pitch
         )
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
@@ -542,7 +543,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
                         prefetch(W, T.min((line + index) * (LINE // itemsize), T.int32(weights_length - 1)))
 
                 def offset_of(h: int, w: int, c: int, groups: Any, s: Any = s) -> Any:
-                    offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored) + segment_offset(s)
+                    offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.pitch) + segment_offset(s)
                     return offset + spec.first_channel(block + c) + groups * (group * quad)
 
                 def quad_index(c: int, groups: Any, s: Any = s) -> Any:
@@ -565,8 +566,8 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
                 values, places = [], []
                 for h, w, c in tile:
                     channel = (block + c) * lanes
-                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + channel
-                    other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.stored + channel
+                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.pitch + channel
+                    other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.pitch + channel
                     extra = R[T.ramp(other, 1, lanes)] if has_residual else None
                     values.append(_int32_results(spec, acc[h, w, c][vector], M, block + c, extra, P))
                     places.append(((h, w), to))
@@ -578,7 +579,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
                         B.buffer_store(Y, T.Cast(f"{result.dtype}x{lanes}", value), [T.ramp(to, 1, lanes)])
             else:
                 for h, w, c in tile:
-                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + (block + c) * lanes
+                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.pitch + (block + c) * lanes
                     total = acc[h, w, c][vector]
                     if spec.epilogue == "float_relu":
                         total = T.max(total, T.broadcast(T.float32(0), lanes))

@@ -105,7 +105,9 @@ class Rewards:
         }
 
 
-def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records) -> Rewards:
+def rewards_of(
+    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records, fuse_residual: bool = True
+) -> Rewards:
     """What the records say of a network's kernels.
 
     A record counts for every bit-width at which the template generates the same code: what is one program has one
@@ -113,14 +115,15 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: i
 
     Args:
         graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
-        target, threads: what the kernels are compiled for.
+        target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
         records: where latencies are looked up; nothing is measured.
 
     Raises:
         ConfigError: the network at 8 bit is missing.
     """
     kernels = [
-        _kernel(kernel.specs, kernel.layers, target, records) for kernel in searched_kernels(graphs, target, threads)
+        _kernel(kernel.specs, kernel.layers, target, records)
+        for kernel in searched_kernels(graphs, target, threads, fuse_residual)
     ]
     size = graphs[REFERENCE].size_bytes
     return Rewards(
@@ -144,13 +147,15 @@ class SearchedKernel:
     specs: Mapping[int, TunableSpec]
 
 
-def searched_kernels(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int) -> list[SearchedKernel]:
+def searched_kernels(
+    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, fuse_residual: bool = True
+) -> list[SearchedKernel]:
     """The distinct kernels, dense and depthwise, of the layers whose bits a search chooses: those that each graph has
     at its own bits.
 
     Args:
         graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
-        target, threads: what the kernels are compiled for.
+        target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
 
     Raises:
         ConfigError: the network at 8 bit is missing.
@@ -158,7 +163,7 @@ def searched_kernels(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thre
     if REFERENCE not in graphs:
         raise ConfigError(f"rewards compare with {REFERENCE} bit; got graphs at {sorted(graphs)}: add {REFERENCE}")
     widths = tuple(sorted(graphs))
-    specs = {bits: _specs(graphs[bits], target, threads) for bits in widths}
+    specs = {bits: _specs(graphs[bits], target, threads, fuse_residual) for bits in widths}
     groups: dict[tuple[TunableSpec, ...], list[str]] = {}
     for layer in specs[REFERENCE]:
         searched = all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths)
@@ -167,9 +172,9 @@ def searched_kernels(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thre
     return [SearchedKernel(tuple(layers), dict(zip(widths, key, strict=True))) for key, layers in groups.items()]
 
 
-def _specs(graph: IntegerGraph, target: CpuTarget, threads: int) -> dict[str, TunableSpec]:
+def _specs(graph: IntegerGraph, target: CpuTarget, threads: int, fuse_residual: bool) -> dict[str, TunableSpec]:
     found = {}
-    for call in make_plan(graph, target, None, threads).calls:
+    for call in make_plan(graph, target, None, threads, fuse_residual=fuse_residual).calls:
         spec = as_tunable(call.spec)
         if spec is not None and call.layer:
             found[call.layer] = spec

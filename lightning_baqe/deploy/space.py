@@ -46,13 +46,14 @@ class NetworkSpace:
         schedules: bool = True,
         records: Records | None = None,
         supported: Mapping[str, tuple[int, ...]] | None = None,
+        fuse_residual: bool = True,
     ) -> NetworkSpace:
         """The space of a network.
 
         Args:
             graphs: ``{bits: the network at these bits}``, one for each choice of the layers between first and last.
             base: bits of the first and the last layer, which are not searched.
-            target, threads: what the kernels are compiled for.
+            target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
             schedules: False leaves all knobs at their best known values.
             records: where best known knobs are looked up.
             supported: ``{layer: bits that the device has kernels for}``; None: all.
@@ -66,7 +67,7 @@ class NetworkSpace:
         defaults: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in layers}
         offered: dict[str, dict[str, list[Any]]] = {name: {} for name in layers}
         for graph in graphs.values():
-            plan = make_plan(graph, target, None, threads, best)
+            plan = make_plan(graph, target, None, threads, best, fuse_residual=fuse_residual)
             for call in plan.calls:
                 spec = as_tunable(call.spec)
                 if call.layer is None or spec is None:

@@ -26,12 +26,11 @@ from lightning_baqe.deploy.depthwise_template import (
     depthwise_cost,
     depthwise_knob_space,
 )
-from lightning_baqe.deploy.kernels import Spec, kernel_key
+from lightning_baqe.deploy.kernels import Spec, TunableSpec, alone, kernel_key
 from lightning_baqe.deploy.sample import sample_kernel
 from lightning_baqe.deploy.strategies import KernelSpace
 
 Knobs = Mapping[str, Any]
-TunableSpec = ConvSpec | DepthwiseSpec
 
 
 class Sample(Protocol):
@@ -101,8 +100,8 @@ def _depthwise_cost(spec: DepthwiseSpec, tile: str) -> float:
 
 
 def as_tunable(spec: Spec) -> TunableSpec | None:
-    """The spec itself if its kernel has knobs, else None."""
-    return spec if isinstance(spec, TunableSpec) else None
+    """The spec if its kernel has knobs, on buffers of its own, as kernels are measured and kept; else None."""
+    return alone(spec) if isinstance(spec, TunableSpec) else None
 
 
 def template_of(spec: TunableSpec) -> Template:

@@ -28,6 +28,18 @@ def test_unpack_finds_every_value(channels: int, height: int, width: int, halo: 
     assert layout.length == (height + 2 * halo) * (width + 2 * halo) * layout.stored + SLACK
 
 
+@given(st.integers(0, 2), st.sampled_from([(0, 16), (16, 5), (32, 48)]))
+def test_a_part_is_found_in_the_whole(halo: int, part: tuple[int, int]) -> None:
+    whole = Layout(96, 3, 2, 96, halo, "int32")
+    values = np.arange(whole.length, dtype=np.int32)
+    first, count = part
+    inside = whole.part(first, count)
+    assert (inside.unpack(values) == whole.unpack(values)[first : first + count]).all()
+    assert (inside.part(0, 3).unpack(values) == whole.unpack(values)[first : first + 3]).all()
+    assert (inside.length, inside.row, inside.pitch) == (whole.length, whole.row, 96)
+    assert inside.alone == Layout(count, 3, 2, stored_channels(count), halo, "int32")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "dtype"),
     [(0, 255, "uint8"), (0, 3, "uint8"), (-1, 3, "int8"), (-128, 127, "int8"), (-129, 0, "int32"), (0, 256, "int32")],
