@@ -51,7 +51,7 @@ from lightning_baqe.benchmarks.metaschedule_workload import (
     workload_result,
 )
 from lightning_baqe.benchmarks.rows import Rows
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.dot import step
 from lightning_baqe.deploy.kernel_bench import CONFIRM_ROUNDS, KernelBench, Turns, ask_kernel, in_turns, save_arguments
 from lightning_baqe.deploy.kernels import kernel_key

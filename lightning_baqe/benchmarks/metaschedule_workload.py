@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
-from lightning_baqe.deploy.conv_template import PARAMS, ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import PARAMS
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.sample import KernelSample
 from lightning_baqe.errors import ConfigError

@@ -35,7 +35,7 @@ from lightning_baqe.benchmarks.metaschedule import compare, metaschedule_table
 from lightning_baqe.benchmarks.networks import calibrated, settled_network
 from lightning_baqe.benchmarks.rows import Rows
 from lightning_baqe.deploy.build import build
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.device import device_info, fingerprint, versions
 from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.deploy.kernel_bench import KernelBench

@@ -8,25 +8,13 @@ A block of a grouped convolution takes only the channels of its own groups; dept
 
 Kernels are emitted with TVM's IR builder: TVMScript's parser would take 40 times as long, most of a build.
 
-Knobs (in BAQE's terms, section III-B):
-
-| knob | values | meaning |
-| --- | --- | --- |
-| tile | ``"oct x oht x owt"`` | tile sizes over output channels (in register widths), height and width |
-| order | ``channels``, ``pixels`` | the outermost loop: a block's weights stay in cache, or a tile's inputs |
-| unroll | 1, 2, 4 | steps of the reduction in one loop body; of a chain, in pairs |
-| weights | ``bytes``, ``packed`` | 4-bit weights widened to bytes on load of the artifact, or expanded in registers |
-| reduction | ``window``, ``channels/64`` | outermost in the sum: rows of the window, or tiles of 64 channels |
-| intrinsic | ``on``, ``off`` | the dot-product instructions, or plain 32-bit arithmetic |
+Its knobs are those of :mod:`lightning_baqe.deploy.conv_knobs`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,9 +22,11 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
+from lightning_baqe.deploy.conv_knobs import check_knobs, inner_channels, with_intrinsic
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_weights import weight_dtype
 from lightning_baqe.deploy.dot import pair_products, quad_of, step, widened_sum
 from lightning_baqe.deploy.emit import fill_halo, prefetch, tile_loops, tile_start
-from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.requantize import (
     clipped,
     cut,
@@ -45,306 +35,11 @@ from lightning_baqe.deploy.requantize import (
     requantized_wide,
     store_bytes,
 )
-from lightning_baqe.errors import ConfigError
 
-Knobs = Mapping[str, Any]
 LINE = 64  # bytes of a cache line
-CHANNEL_TILES = (16, 32, 64, 128, 256)
-CHOICES = {"order": ("channels", "pixels"), "weights": ("bytes", "packed"), "intrinsic": ("on", "off")}
 FETCHED_AHEAD = 2**17  # bytes of weights; fewer stay in the second-level cache from one inference to the next
 PARAMS = ("shift", "zero_point", "low", "high", "m_conv", "m_residual", "add_shift", "add_offset", "add_zero_point",
           "add_low", "add_high", "pad")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ConvSpec:
-    """Everything that a kernel's code depends on, knobs apart. Numbers such as scales are data, not code.
-
-    Args:
-        dot, chain: see :mod:`lightning_baqe.deploy.dot`.
-        lanes, registers: of the target.
-        source, result: layouts of input and output; the output's channels are stored.
-        kernel, stride, dilation: ``(height, width)``.
-        top, left: padding before the first row and column.
-        epilogue: ``acc`` (int32 accumulators), ``requant``, ``requant_add``, ``float``, ``float_relu``.
-        narrow: the requantized value fits 32 bits before it is clipped.
-        residual: layout of the other operand of a fused residual sum.
-        narrow_add: the residual sum fits 32 bits.
-        weight_bits: that storage needs, 4 or 8: the code for 3 bits is that for 4, and measured once. 32 = float.
-        threads: that share the tiles.
-        groups: of channels; of more than one, a block reads ``span`` channels of each pixel.
-        high: the shift of the requantization is 32 or more.
-    """
-
-    dot: str
-    chain: int
-    lanes: int
-    registers: int
-    source: Layout
-    result: Layout
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    top: int
-    left: int
-    epilogue: str
-    narrow: bool = True
-    residual: Layout | None = None
-    narrow_add: bool = True
-    weight_bits: int = 8
-    threads: int = 1
-    groups: int = 1
-    high: bool = False
-
-    @property
-    def blocks(self) -> int:
-        """Register-wide blocks of output channels."""
-        return self.result.stored // self.lanes
-
-    @property
-    def packs_bytes(self) -> bool:
-        """Whether results are requantized to unsigned bytes, four vectors at a time."""
-        packs = self.epilogue.startswith("requant") and self.result.dtype == "uint8" and self.dot != "portable"
-        return packs and (self.narrow or self.high or self.residual is not None)
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether a row of the window is one run of input values."""
-        neighbours = self.kernel[1] == 1 or not self.source.shared
-        return self.dilation[1] == 1 and self.groups == 1 and neighbours
-
-    @property
-    def span(self) -> int:
-        """Neighbouring input channels that a block reads: those of all groups that it has a channel of."""
-        if self.groups == 1:
-            return self.source.stored
-        inner, outer = self.source.channels // self.groups, self.result.channels // self.groups
-        ends = [min(first + self.lanes, self.result.channels) for first in range(0, self.result.channels, self.lanes)]
-        return max(-(-end // outer) - b * self.lanes // outer for b, end in enumerate(ends)) * inner
-
-    def first_channel(self, block: Any) -> Any:
-        """The first input channel that a block reads; a number, or an expression of one."""
-        if self.groups == 1:
-            return 0
-        inner, outer = self.source.channels // self.groups, self.result.channels // self.groups
-        if isinstance(block, int):
-            return min(block * self.lanes // outer * inner, self.source.stored - self.span)
-        return T.min(T.floordiv(block * self.lanes, outer) * inner, self.source.stored - self.span)
-
-    def segments(self, inner: int = 0) -> int:
-        """Contiguous runs of input values under the window; ``inner``: input channels of a tile, 0 for no tiles."""
-        height, width = self.kernel
-        if inner:
-            return self.span // inner * height * width
-        return height if self.whole_rows else height * width
-
-    def run(self, inner: int = 0) -> int:
-        """Values in one run."""
-        return inner or self.span * (self.kernel[1] if self.whole_rows else 1)
-
-    def steps(self, packed: bool, inner: int = 0) -> int:
-        """Quads of one run, rounded up to whole groups."""
-        quads = -(-self.run(inner) // quad_of(self.dot))
-        return -(-quads // self.group(packed)) * self.group(packed)
-
-    def group(self, packed: bool) -> int:
-        """Quads that one step of the inner loop takes."""
-        return max(self.chain, 2 if packed else 1)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of the logical convolution."""
-        out = self.result
-        inner = self.source.channels // self.groups
-        return out.channels * out.height * out.width * inner * self.kernel[0] * self.kernel[1]
-
-
-def channel_tiles(spec: ConvSpec) -> list[int]:
-    """Tiles of input channels that an outer loop of the sum may take: whole ones, and more than one of them."""
-    if spec.groups > 1 or spec.kernel == (1, 1):  # of one pixel, the order is the same
-        return []
-    return [inner for inner in CHANNEL_TILES if inner < spec.source.stored and spec.source.stored % inner == 0]
-
-
-def inner_channels(knobs: Knobs) -> int:
-    """Input channels of a tile, 0 where the window's rows are the outer loop."""
-    return 0 if knobs["reduction"] == "window" else int(knobs["reduction"].removeprefix("channels/"))
-
-
-def with_intrinsic(spec: ConvSpec, knobs: Knobs) -> ConvSpec:
-    """The spec whose dot product the knobs ask for."""
-    return spec if knobs["intrinsic"] == "on" else dataclasses.replace(spec, dot="portable", chain=1)
-
-
-def _keeps_groups(spec: ConvSpec, packed: bool, inner: int) -> bool:
-    """Whether tiles of input channels leave every group whole: its sum was proven exact as it is."""
-    group = spec.group(packed) * quad_of(spec.dot)
-    return inner % group == 0 and spec.source.stored % group == 0
-
-
-def _unrolls(spec: ConvSpec, packed: bool, inner: int, unroll: int) -> bool:
-    """Whether an unroll factor divides its loop: over the pairs of a chain, without one over groups."""
-    if unroll == 1:
-        return True
-    if spec.dot == "maddubs" and spec.chain > 1:
-        return spec.chain % (2 * unroll) == 0
-    return spec.steps(packed, inner) // spec.group(packed) % unroll == 0
-
-
-def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
-    """Every tile that fits the registers: accumulators, one weight vector a channel block, one input word."""
-    found = []
-    for oct_ in (1, 2, 3, 4, 6, 8):
-        for oht in (1, 2, 4):
-            for owt in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14):
-                if oct_ > spec.blocks or oht > spec.result.height or owt > spec.result.width:
-                    continue
-                if oct_ * oht * owt + oct_ + 1 <= spec.registers:
-                    found.append((oct_, oht, owt))
-    return found
-
-
-def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
-    """The values of each knob, best guess first.
-
-    Args:
-        spec: the kernel.
-        limit: how many tiles to offer, by estimated cost.
-    """
-    ranked = sorted(tiles(spec), key=lambda tile: (tile_cost(spec, tile), tile))
-    space: dict[str, list[Any]] = {
-        "tile": ["x".join(map(str, tile)) for tile in ranked[:limit]],
-        "order": ["channels", "pixels"],
-        "unroll": [u for u in (1, 2, 4) if _unrolls(spec, False, 0, u)],
-        "weights": ["bytes"],
-    }
-    if spec.weight_bits <= 4 and spec.dot in ("vnni", "maddubs"):
-        space["weights"].append("packed")
-    inner = [tile for tile in channel_tiles(spec) if _keeps_groups(spec, False, tile)]
-    space["reduction"] = ["window", *(f"channels/{tile}" for tile in inner)]
-    space["intrinsic"] = ["on"] if spec.dot in ("fma", "portable") else ["on", "off"]
-    return space
-
-
-def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
-    """Estimated cycles of one pass over the output: multiply steps against loads, recomputed edges counted."""
-    oct_, oht, owt = tile
-    pixels = oht * owt
-    passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
-    outer = spec.result.channels // spec.groups
-    shared = 1 if spec.groups == 1 or outer % (oct_ * spec.lanes) == 0 else oct_  # blocks of one group read the same
-    words, vectors = pixels * shared, oct_ * pixels
-    if spec.dot == "maddubs":  # products and int16 sums; once a chain, the widening
-        spilled = max(0, vectors + oct_ + 3 - spec.registers)
-        return passes * (vectors * (2.0 + 3.0 / spec.chain) + 0.5 * (oct_ + words) + 2.0 * spilled)
-    if spec.dot == "madd16":  # two products, two sums; each word becomes two vectors of int16
-        spilled = max(0, vectors + 2 * oct_ + 4 - spec.registers)
-        return passes * (vectors * 4.0 + oct_ + 3.0 * words + 2.0 * spilled)
-    multiplies = (2.0 if spec.dot == "portable" else 1.0) * vectors
-    # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
-    return passes * (max(multiplies, 8.0) + (2.0 if spec.dot == "portable" else 0.1) * (oct_ + words))
-
-
-def default_knobs(spec: ConvSpec) -> dict[str, Any]:
-    """Good knobs without tuning."""
-    space = knob_space(spec, limit=1)
-    # Of madd16, a second step in one body wants more registers than there are.
-    unroll = 2 if 2 in space["unroll"] and spec.dot != "madd16" else 1
-    fixed = {"order": "channels", "weights": "bytes", "reduction": "window", "intrinsic": "on"}
-    return {"tile": space["tile"][0], "unroll": unroll, **fixed}
-
-
-def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
-    """Knobs with the default for each one missing; all but ``tile`` and ``order`` fall to the next value that this
-    kernel has, because the same knobs serve a layer at every bit-width.
-
-    Raises:
-        ConfigError: an unknown knob, or a tile that does not fit.
-    """
-    full = default_knobs(spec)
-    unknown = set(knobs) - set(full)
-    if unknown:
-        raise ConfigError(f"unknown knob {sorted(unknown)}; a convolution has {sorted(full)}")
-    full.update(knobs)
-    allowed = {"x".join(map(str, tile)) for tile in tiles(spec)}
-    if full["tile"] not in allowed:
-        raise ConfigError(
-            f"tile {full['tile']!r} does not fit {spec.blocks} blocks of {spec.lanes} channels, "
-            f"{spec.result.height}x{spec.result.width} pixels and {spec.registers} registers; choose one of "
-            f"{sorted(allowed)}"
-        )
-    for knob, values in CHOICES.items():
-        if full[knob] not in values:
-            raise ConfigError(f"{knob} is {' or '.join(values)}, got {full[knob]!r}")
-    orders = ["window", *(f"channels/{tile}" for tile in channel_tiles(spec))]
-    if full["reduction"] not in orders:
-        raise ConfigError(
-            f"reduction {full['reduction']!r} does not fit {spec.source.stored} stored input channels and a window of "
-            f"{spec.kernel[0]}x{spec.kernel[1]}; choose one of {orders}"
-        )
-    if spec.dot in ("fma", "portable"):
-        full["intrinsic"] = "on"
-    spec = with_intrinsic(spec, full)
-    if full["weights"] == "packed" and (spec.weight_bits > 4 or spec.dot not in ("vnni", "maddubs")):
-        full["weights"] = "bytes"
-    packed = full["weights"] == "packed"
-    if full["reduction"] != "window" and not _keeps_groups(spec, packed, inner_channels(full)):
-        full["reduction"] = "window"
-    if full["unroll"] not in (1, 2, 4):
-        raise ConfigError(f"unroll is 1, 2 or 4, got {full['unroll']!r}")
-    while not _unrolls(spec, packed, inner_channels(full), full["unroll"]):
-        full["unroll"] //= 2
-    return full
-
-
-def weight_quads(spec: ConvSpec, weight: np.ndarray, channels: int = 0) -> np.ndarray:
-    """Weights ``(out, in / groups, kh, kw)`` by channel, run and quad: ``(stored out, segments, quads, quad)``.
-
-    Args:
-        channels: input channels of a tile, if tiles are the outer loop of the sum.
-    """
-    quad = quad_of(spec.dot)
-    out, inner, kh, kw = weight.shape
-    full = np.zeros((spec.result.stored, kh, kw, spec.span), dtype=weight.dtype)
-    if spec.groups == 1:
-        full[:out, :, :, :inner] = weight.transpose(0, 2, 3, 1)
-    else:
-        for channel in range(out):
-            first = channel // (out // spec.groups) * inner - spec.first_channel(channel // spec.lanes)
-            full[channel, :, :, first : first + inner] = weight[channel].transpose(1, 2, 0)
-    if channels:
-        tiled = full.reshape(spec.result.stored, kh * kw, spec.span // channels, channels)
-        full = tiled.transpose(0, 2, 1, 3)
-    segments, run = spec.segments(channels), spec.run(channels)
-    quads = -(-run // quad)
-    padded = np.zeros((spec.result.stored, segments, quads * quad), dtype=weight.dtype)
-    padded[:, :, :run] = full.reshape(spec.result.stored, segments, run)
-    return padded.reshape(spec.result.stored, segments, quads, quad)
-
-
-def pack_weights(spec: ConvSpec, knobs: Knobs, weight: np.ndarray) -> np.ndarray:
-    """Weights in the order in which the kernel reads them, flat."""
-    spec, packed, inner = with_intrinsic(spec, knobs), knobs["weights"] == "packed", inner_channels(knobs)
-    quads = weight_quads(spec, weight, inner)
-    segments, steps = spec.segments(inner), spec.steps(packed, inner)
-    full = np.zeros((*quads.shape[:2], steps, quads.shape[3]), dtype=weight.dtype)
-    full[:, :, : quads.shape[2]] = quads
-    blocks = full.reshape(spec.blocks, spec.lanes, segments, steps, -1).transpose(0, 2, 3, 1, 4)
-    if spec.dot == "fma":
-        return np.ascontiguousarray(blocks, dtype=np.float32).ravel()
-    if spec.dot == "madd16":  # (lanes, 4) -> even pair of every lane, then odd pair
-        return np.ascontiguousarray(np.stack([blocks[..., 0::2], blocks[..., 1::2]], axis=3), dtype=np.int16).ravel()
-    if packed:  # the nibbles of one byte belong to two consecutive quads, offset by 8
-        shifted = np.ascontiguousarray(blocks).reshape(spec.blocks, segments, steps // 2, 2, spec.lanes * 4) + 8
-        return np.ascontiguousarray(shifted[..., 0, :] | (shifted[..., 1, :] << 4)).astype(np.uint8).ravel()
-    return np.ascontiguousarray(blocks, dtype=np.int8).ravel()
-
-
-def weight_dtype(spec: ConvSpec, knobs: Knobs) -> str:
-    """Storage type of the packed weights."""
-    if knobs["weights"] == "packed":
-        return "uint8"
-    return {"fma": "float32", "madd16": "int16"}.get(spec.dot, "int8")
 
 
 def _load_words(spec: ConvSpec, source: Any, offset: Any) -> Any:

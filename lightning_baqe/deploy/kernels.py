@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.conv_template import ConvSpec, build_conv
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import build_conv
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, build_depthwise
 from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.layout import Layout

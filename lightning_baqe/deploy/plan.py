@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.conv_template import (
-    ConvSpec,
-    check_knobs,
-    pack_weights,
-    weight_quads,
-)
+from lightning_baqe.deploy.conv_knobs import check_knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_weights import pack_weights, weight_quads
 from lightning_baqe.deploy.depthwise_template import (
     DEPTHWISE_PARAMS,
     DepthwiseSpec,

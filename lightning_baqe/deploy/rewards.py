@@ -222,7 +222,7 @@ def fastest_codes(specs: Mapping[int, TunableSpec], target: CpuTarget, records: 
                 knobs.add(text)
     found = {}
     for bits, spec in specs.items():
-        codes = {}
+        codes: dict[str, str] = {}
         for text in sorted(knobs):
             generated = code_key(spec, text)
             if generated is not None and generated in by_code:

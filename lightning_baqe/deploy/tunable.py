@@ -8,16 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_baqe.deploy.conv_template import (
-    ConvSpec,
-    build_conv,
-    check_knobs,
-    default_knobs,
-    knob_space,
-    tile_cost,
-    tiles,
-    with_intrinsic,
-)
+from lightning_baqe.deploy.conv_knobs import check_knobs, default_knobs, knob_space, tile_cost, tiles, with_intrinsic
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import build_conv
 from lightning_baqe.deploy.depthwise_template import (
     DepthwiseSpec,
     build_depthwise,

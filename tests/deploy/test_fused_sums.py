@@ -13,7 +13,7 @@ from small_graphs import Maker, images
 from lightning_baqe.deploy import evaluate as evaluate_module
 from lightning_baqe.deploy.artifact import MANIFEST, Artifact
 from lightning_baqe.deploy.build import build
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.kernels import Plan
 from lightning_baqe.deploy.pixel_templates import PixelSpec
 from lightning_baqe.deploy.plan import make_plan

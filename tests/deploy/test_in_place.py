@@ -10,7 +10,7 @@ from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, image
 
 from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.deploy.artifact import Artifact
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.movement_templates import MoveSpec

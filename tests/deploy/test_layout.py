@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_graphs import Maker
 
-from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, pack_weights, weight_quads
+from lightning_baqe.deploy.conv_knobs import check_knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_weights import pack_weights, weight_quads
 from lightning_baqe.deploy.layout import SLACK, VECTOR, Layout, storage_dtype, stored_channels
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import get_target

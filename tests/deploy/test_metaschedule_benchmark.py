@@ -18,7 +18,7 @@ from tvm.target import Target
 from lightning_baqe.benchmarks import metaschedule, tuning
 from lightning_baqe.benchmarks.metaschedule import TENSORIZED, compare, metaschedule_table, space
 from lightning_baqe.benchmarks.metaschedule_workload import workload, workload_arguments, workload_result
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.kernel_bench import KernelBench
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.records import Records

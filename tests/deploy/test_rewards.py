@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, knob_space
+from lightning_baqe.deploy.conv_knobs import check_knobs, knob_space
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, default_depthwise_knobs
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records

@@ -12,7 +12,7 @@ from small_graphs import Maker
 
 from lightning_baqe.benchmarks import rewards
 from lightning_baqe.deploy import kernel_bench
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.records import Records

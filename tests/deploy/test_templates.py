@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images, random_schedules
 
-from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, default_knobs, knob_space, tiles
+from lightning_baqe.deploy.conv_knobs import check_knobs, default_knobs, knob_space, tiles
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, depthwise_knob_space
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
