@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lightning_baqe.benchmarks.networks import calibrated, settled_network
+from lightning_baqe.benchmarks.rows import Rows, begin
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.device import device_info, fingerprint, versions
 from lightning_baqe.deploy.front import replace_file
@@ -43,7 +43,7 @@ from lightning_baqe.deploy.target import get_target
 from lightning_baqe.deploy.tunable import kernel_space
 from lightning_baqe.deploy.tune_report import TuneProgress, kernel_entry, knobs_text
 from lightning_baqe.deploy.tuner import TuneResult, tunable_layers, tune
-from lightning_baqe.errors import ConfigError, MeasurementError
+from lightning_baqe.errors import MeasurementError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.config import BitConfig
@@ -83,42 +83,13 @@ class Setup:
         return lower(calibrated(network, BitConfig.uniform(network, self.bits, self.bits), images), images[:1])
 
 
-class Rows:
-    """A file with one JSON object a line, on the disk before the next is measured."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.all: list[dict[str, Any]] = []
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            self.all = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
-            replace_file(path, "".join(line for line in lines if line.endswith("\n")).encode())
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.all.append(row)
-
-
 def open_folder(folder: Path, setup: Setup) -> None:
     """Make the folder, or go on in one that was begun with the same setup on the same device and templates.
 
     Raises:
         ConfigError: it was begun with another.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "setup.json"
-    wanted = {**asdict(setup), "fingerprint": fingerprint(setup.threads)}
-    if not path.exists():
-        replace_file(path, json.dumps(wanted, indent=1).encode())
-        return
-    found = json.loads(path.read_text())
-    different = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
-    if different:
-        raise ConfigError(f"{folder} was begun with another setup ({'; '.join(different)}): give another --folder.")
+    begin(folder, {**asdict(setup), "fingerprint": fingerprint(setup.threads)})
 
 
 def records_of(folder: Path, strategy: str) -> Records:
