@@ -1,17 +1,26 @@
-"""Rows of a benchmark on disk, so that what was measured survives an interruption."""
+"""Files that benchmarks fill row by row, so that the same command goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_baqe.deploy.front import replace_file
+from lightning_baqe.errors import ConfigError
 
 
 class Rows:
-    """A file with one JSON object a line, on the disk before the next is measured."""
+    """A file with one JSON object a line, on the disk before the next is measured.
+
+    Args:
+        path: of the file; made with the first row.
+
+    Attributes:
+        all: every row, oldest first.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,3 +37,24 @@ class Rows:
             file.flush()
             os.fsync(file.fileno())
         self.all.append(row)
+
+
+def begin(folder: Path, setup: Mapping[str, Any]) -> None:
+    """Make the folder, or go on in one that was begun with the same setup.
+
+    Args:
+        folder: keeps `setup.json`.
+        setup: what may not change while the folder is filled; numbers, texts and lists.
+
+    Raises:
+        ConfigError: the folder was begun with another setup.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "setup.json"
+    if not path.exists():
+        replace_file(path, json.dumps(setup, indent=1).encode())
+        return
+    found = json.loads(path.read_text())
+    different = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in setup.items() if found.get(k) != v]
+    if different:
+        raise ConfigError(f"{folder} was begun with another setup ({'; '.join(different)}): give another --folder.")

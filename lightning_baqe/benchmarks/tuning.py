@@ -33,7 +33,7 @@ from rich.table import Table
 
 from lightning_baqe.benchmarks.metaschedule import compare, metaschedule_table
 from lightning_baqe.benchmarks.networks import calibrated, settled_network
-from lightning_baqe.benchmarks.rows import Rows
+from lightning_baqe.benchmarks.rows import Rows, begin
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.device import device_info, fingerprint, versions
@@ -47,7 +47,7 @@ from lightning_baqe.deploy.target import get_target
 from lightning_baqe.deploy.tunable import kernel_space
 from lightning_baqe.deploy.tune_report import TuneProgress, kernel_entry, knobs_text
 from lightning_baqe.deploy.tuner import TuneResult, tunable_layers, tune
-from lightning_baqe.errors import ConfigError, MeasurementError
+from lightning_baqe.errors import MeasurementError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.config import BitConfig
@@ -93,16 +93,7 @@ def open_folder(folder: Path, setup: Setup) -> None:
     Raises:
         ConfigError: it was begun with another.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "setup.json"
-    wanted = {**asdict(setup), "fingerprint": fingerprint(setup.threads)}
-    if not path.exists():
-        replace_file(path, json.dumps(wanted, indent=1).encode())
-        return
-    found = json.loads(path.read_text())
-    different = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in wanted.items() if found.get(k) != v]
-    if different:
-        raise ConfigError(f"{folder} was begun with another setup ({'; '.join(different)}): give another --folder.")
+    begin(folder, {**asdict(setup), "fingerprint": fingerprint(setup.threads)})
 
 
 def records_of(folder: Path, strategy: str) -> Records:

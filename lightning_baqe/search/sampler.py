@@ -12,9 +12,7 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
@@ -22,17 +20,16 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from optuna.search_space import intersection_search_space
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement
-from lightning_baqe.search.history import PHASE_KEY, POINT_KEY, History, signs
+from lightning_baqe.search.history import History, signs
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
 from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.study_sampler import StudySampler
 from lightning_baqe.search.surrogate import (
     ArdGP,
     ArdOptions,
@@ -44,12 +41,11 @@ from lightning_baqe.search.surrogate import (
 from lightning_baqe.search.ted import ted
 
 Mode = Literal["paper", "beyond"]
+Initial = Literal["ted", "random"]
 Phase = Literal["random", "ted", "bo", "given"]
 Candidates = Sequence[Mapping[str, Any]] | Callable[[int, np.random.Generator], list[dict[str, Any]]]
 
 _REFILLS = 10
-# Trials of one process propose one after the other, so that each sees the proposals of all others.
-_PROPOSING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -82,12 +78,13 @@ class SamplerOptions:
             )
 
 
-class BaqeSampler(BaseSampler):
+class BaqeSampler(StudySampler):
     """TED initial design, then Bayesian optimisation of the hypervolume over a pool. BAQE III-C to III-E.
 
     Phases of a trial, stored in its system attribute `"baqe:phase"` and read by `phase`:
     "random" while the search space is unknown (and for a space whose points were all tried); "ted" until each of the
-    first `n_initial` TED picks is in the study, and until two trials are complete; "bo" after that.
+    first `n_initial` TED picks is in the study, and until two trials are complete (with `initial="random"` these are
+    "random", too); "bo" after that.
 
     The study is the only memory: all randomness comes from (seed, trial number), so the same study gives the same
     proposal, in this process or in the next. Points of trials in any state, failed and running ones too, are not
@@ -105,12 +102,13 @@ class BaqeSampler(BaseSampler):
         candidates: the pool: parameter dicts, or a function (n, generator) -> dicts that must be deterministic;
             instead of the generic pool. They must hold every searched parameter. Once all were tried, a list is
             followed by generic candidates, a function is called again.
-        n_initial: TED picks; fewer where the pool is smaller.
+        n_initial: TED picks; fewer where the pool is smaller. 0 where the first points are given by hand.
         pool_size: size of the pool, where it is not a list.
         mu: regularisation of TED.
         reference_point: in the study's units, orientation and order; None derives one from the front at each trial
             (`default_reference_point`).
         options: the rest.
+        initial: "ted", or "random": the first points are random ones of the pool instead (BAQE's tables V and VI).
 
     Raises:
         ConfigError: an argument is out of range; on a proposal, candidates or the reference point do not fit the study.
@@ -127,85 +125,48 @@ class BaqeSampler(BaseSampler):
         mu: float = 0.1,
         reference_point: Sequence[float] | None = None,
         options: SamplerOptions | None = None,
+        initial: Initial = "ted",
     ) -> None:
         if mode not in get_args(Mode):
             raise ConfigError(f"mode={mode!r}; wanted one of {get_args(Mode)}")
-        if not isinstance(seed, int) or seed < 0:
-            raise ConfigError(f"seed={seed!r}; wanted a whole number of at least 0")
-        if n_initial < 1 or pool_size < n_initial or not mu > 0:
+        if initial not in get_args(Initial):
+            raise ConfigError(f"initial={initial!r}; wanted one of {get_args(Initial)}")
+        super().__init__(seed, search_space)
+        if n_initial < 0 or pool_size < max(n_initial, 1) or not mu > 0:
             raise ConfigError(
-                f"n_initial={n_initial}, pool_size={pool_size}, mu={mu}; wanted 1 <= n_initial <= pool_size and mu > 0"
+                f"n_initial={n_initial}, pool_size={pool_size}, mu={mu}; "
+                "wanted 0 <= n_initial <= pool_size, pool_size >= 1 and mu > 0"
             )
         if candidates is not None and not callable(candidates) and not candidates:
             raise ConfigError("candidates is an empty list; wanted parameter dicts, or None for the generic pool")
-        self.seed = seed
         self.mode: Mode = mode
-        self.search_space = None if search_space is None else dict(search_space)
         self.candidates = candidates
         self.n_initial = n_initial
         self.pool_size = pool_size
         self.mu = mu
         self.reference_point = None if reference_point is None else tuple(float(v) for v in reference_point)
         self.options = options or SamplerOptions()
+        self.initial: Initial = initial
         # A function of the arguments alone, kept to save time: space -> generation -> rows.
         self._pools: dict[tuple[tuple[str, str], ...], dict[int, Rows]] = {}
 
     def phase(self, study: Study, trial: FrozenTrial | Trial) -> Phase:
         """Which phase proposed a trial; "given" where it was enqueued, added by hand or proposed by another sampler."""
-        attributes = study._storage.get_trial_system_attrs(trial._trial_id)
-        return cast("Phase", attributes.get(PHASE_KEY, "given"))
+        return cast("Phase", super().phase(study, trial))
 
-    def reseed_rng(self) -> None:
-        """Nothing to do: trials of parallel workers differ by their numbers, and the sampler holds no generator."""
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The given space, or the parameters that all complete trials share; without those of a single value."""
-        space = self.search_space
-        if space is None:
-            space = intersection_search_space(study.get_trials(deepcopy=False))
-        return {name: space[name] for name in sorted(space) if not space[name].single()}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Draw one parameter at random, from (seed, trial number, name)."""
-        name = zlib.crc32(param_name.encode())
-        seed = int(np.random.SeedSequence([self.seed, 1, trial.number, name]).generate_state(1)[0])
-        return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Propose a point: see the class."""
-        if not search_space:
-            self._record(study, trial, PHASE_KEY, "random")
-            return {}
-        space = SearchSpace(search_space)
-        with _PROPOSING:
-            row, phase = self._propose(study, trial.number, space)
-            self._record(study, trial, PHASE_KEY, phase)
-            self._record(study, trial, POINT_KEY, dict(zip(space.names, row, strict=True)))
-        return space.external(row)
-
-    @staticmethod
-    def _record(study: Study, trial: FrozenTrial, key: str, value: Any) -> None:
-        # Optuna has no public setter for samplers; its own samplers do the same.
-        study._storage.set_trial_system_attr(trial._trial_id, key, value)
-
-    def _rng(self, *path: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *path])
-
-    def _propose(self, study: Study, number: int, space: SearchSpace) -> tuple[Key, Phase]:
+    def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, Phase]:
+        number = trial.number
         history = History.read(study, space, exclude=number)
         first_pool = self._pool(space, 0)
-        pick = self._ted_pick(space, first_pool, history, self.n_initial)
+        first: Phase = self.initial
+        pick = self._initial_pick(space, first_pool, history, self.n_initial)
         if pick is not None:
-            return pick, "ted"
+            return pick, first
         if len(history.rows) < 2:
-            # Too little to fit: many trials failed, or all are still running. Follow TED's order further.
-            pick = self._ted_pick(space, first_pool, history, self.n_initial + len(history.seen) + 1)
+            # Too little to fit: many trials failed, or all are still running. Follow the initial order further.
+            pick = self._initial_pick(space, first_pool, history, self.n_initial + len(history.seen) + 1)
             if pick is not None:
-                return pick, "ted"
+                return pick, first
         free = self._free_candidates(space, history)
         if not len(free):
             warnings.warn(
@@ -216,7 +177,7 @@ class BaqeSampler(BaseSampler):
             )
             return cast("Key", tuple(space.from_unit(self._rng(2, number).random((1, len(space.names))))[0])), "random"
         if len(history.rows) < 2:
-            return cast("Key", tuple(free[0].tolist())), "ted"
+            return cast("Key", tuple(free[0].tolist())), first
         return self._maximise_improvement(study, number, space, history, free), "bo"
 
     def _pool(self, space: SearchSpace, generation: int) -> Rows:
@@ -241,9 +202,12 @@ class BaqeSampler(BaseSampler):
                 raise ConfigError(f"candidates name {unknown[:5]}, which search_space does not; wanted the same names")
         return np.array([space.internal(point) for point in given], dtype=np.float64)
 
-    def _ted_pick(self, space: SearchSpace, pool: Rows, history: History, m: int) -> Key | None:
-        """The first of the m TED picks that no trial holds."""
-        for index in ted(space.encode(pool), min(m, len(pool)), self.mu).tolist():
+    def _initial_pick(self, space: SearchSpace, pool: Rows, history: History, m: int) -> Key | None:
+        """The first of the m initial points that no trial holds."""
+        m = min(m, len(pool))
+        random = self.initial == "random"
+        order = self._rng(5).permutation(len(pool))[:m] if random else ted(space.encode(pool), m, self.mu)
+        for index in order.tolist():
             key = tuple(pool[index].tolist())
             if key not in history.seen:
                 return key
@@ -264,7 +228,7 @@ class BaqeSampler(BaseSampler):
 
     def _maximise_improvement(self, study: Study, number: int, space: SearchSpace, history: History, free: Rows) -> Key:
         """Algorithm 2, lines 12 and 13."""
-        seed = int(np.random.SeedSequence([self.seed, 3, number]).generate_state(1)[0])
+        seed = self._derived(3, number)
         values, mean, scale = standardise(history.values)
         feasible = history.feasible
         # Constraints are scaled and not shifted: zero stays the border.

@@ -223,7 +223,7 @@ def test_candidates_and_reference_point_are_checked_against_the_study() -> None:
         ({"mode": "best"}, "mode='best'"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": None}, "seed=None"),
-        ({"n_initial": 0}, "n_initial=0"),
+        ({"n_initial": -1}, "n_initial=-1"),
         ({"n_initial": 20, "pool_size": 10}, "pool_size=10"),
         ({"candidates": []}, "empty list"),
     ],

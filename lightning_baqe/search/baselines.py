@@ -1,0 +1,220 @@
+"""What BAQE is compared with, as Optuna samplers that keep the same rules: see `StudySampler`.
+
+None of them proposes a point twice where the space has more, each follows the study's directions, and each knows the
+constraints of `trial.set_constraint` (`random_search` apart, which learns nothing).
+
+- `random_search`: uniform over the space. BAQE's first baseline.
+- `AnnealingSampler` in `annealing`: simulated annealing over boosted trees, AutoTVM's strategy. BAQE's second baseline.
+- `tpe`, `nsga2`, `gaussian_process`: Optuna's own.
+- `NoisyImprovementSampler` in `noisy_improvement`: plain ARD Gaussian processes and BoTorch's qLogNEHVI.
+- `BaqeSampler(initial="random")`: BAQE without TED.
+"""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.search.history import History
+from lightning_baqe.search.pool import spanning_rows, unseen
+from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.study_sampler import StudySampler
+
+_ATTEMPTS = 20  # draws of a point that was not tried yet, before the space is searched for one
+_DRAWS = 500
+
+
+def fresh_point(space: SearchSpace, history: History, rng: np.random.Generator) -> Key:
+    """A random point that no trial holds; any one, with a warning, where there is none left.
+
+    Warns:
+        UserWarning: all points were tried.
+    """
+    rows = unseen(space.from_unit(rng.random((_ATTEMPTS, len(space.names)))), history.seen)
+    if not len(rows):  # nearly used up: list what there is
+        rows = unseen(spanning_rows(space, max(_DRAWS, 2 * len(history.seen)), rng), history.seen)
+    if not len(rows):
+        warnings.warn(
+            f"all {len(history.seen)} points that the search could draw were tried; one is repeated at random. "
+            "Stop the study earlier or widen its search space.",
+            UserWarning,
+            stacklevel=2,
+        )
+        rows = space.from_unit(rng.random((1, len(space.names))))
+    return cast("Key", tuple(rows[0].tolist()))
+
+
+class OptunaSampler(StudySampler):
+    """A sampler of Optuna under the rules of `StudySampler`.
+
+    For each trial the sampler is made anew, from (seed, trial number), and so knows no more than the study does. Where
+    it proposes a point that was tried, it is asked again with another seed; after 20 times a random point is taken.
+
+    Args:
+        make: seed -> sampler.
+        seed: of everything, at least 0.
+        search_space: see `StudySampler`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        seed: int = 0,
+        search_space: Mapping[str, BaseDistribution] | None = None,
+    ) -> None:
+        super().__init__(seed, search_space)
+        self._make = make
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As the wrapped sampler does it."""
+        sampler = self._make(self._derived_by_name(1, trial.number, param_name))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, str]:
+        history = History.read(study, space, exclude=trial.number)
+        for attempt in range(_ATTEMPTS):
+            key = self._ask(self._make(self._derived(2, trial.number, attempt)), study, trial, space)
+            if key not in history.seen:
+                return key, "sampler"
+        return fresh_point(space, history, self._rng(3, trial.number)), "random"
+
+    @staticmethod
+    def _ask(sampler: BaseSampler, study: Study, trial: FrozenTrial, space: SearchSpace) -> Key:
+        distributions = {dimension.name: dimension.distribution for dimension in space.dimensions}
+        known = sampler.infer_relative_search_space(study, trial)
+        relative = {name: distributions[name] for name in distributions if name in known}
+        # Samplers of Optuna may draw from the global generators of the libraries that they use.
+        with torch.random.fork_rng(devices=[]):
+            params = sampler.sample_relative(study, trial, relative)
+            for name, distribution in distributions.items():
+                if name not in params:
+                    params[name] = sampler.sample_independent(study, trial, name, distribution)
+        return space.internal(params)
+
+
+def random_search(seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None) -> OptunaSampler:
+    """Uniform over the space, without repetition."""
+    return OptunaSampler(_random, seed, search_space)
+
+
+def tpe(
+    seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None, n_initial: int = 10
+) -> OptunaSampler:
+    """Tree-structured Parzen estimators with Optuna's settings, which follow the number of objectives.
+
+    Args:
+        seed, search_space: see `StudySampler`.
+        n_initial: random trials before the first model.
+    """
+    return OptunaSampler(partial(_tpe, n_initial), seed, search_space)
+
+
+def nsga2(
+    seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None, population: int = 10
+) -> OptunaSampler:
+    """NSGA-II with Optuna's operators.
+
+    Args:
+        seed, search_space: see `StudySampler`.
+        population: Optuna's 50 would leave a search of 40 trials at random; 10 gives it four generations.
+    """
+    return OptunaSampler(partial(_nsga2, population), seed, search_space)
+
+
+def gaussian_process(
+    seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None, n_initial: int = 10
+) -> OptunaSampler:
+    """Optuna's `GPSampler`: Matern GPs, log expected hypervolume improvement, mixed local search.
+
+    Args:
+        seed, search_space: see `StudySampler`.
+        n_initial: random trials before the first model.
+    """
+    return OptunaSampler(partial(_gaussian_process, n_initial), seed, search_space)
+
+
+# Functions of the module, so that samplers can be pickled.
+def _random(seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+def _tpe(n_initial: int, seed: int) -> BaseSampler:
+    return TPESampler(seed=seed, n_startup_trials=n_initial)
+
+
+def _nsga2(population: int, seed: int) -> BaseSampler:
+    return NSGAIISampler(seed=seed, population_size=population)
+
+
+def _gaussian_process(n_initial: int, seed: int) -> BaseSampler:
+    return GPSampler(seed=seed, n_startup_trials=n_initial, warn_independent_sampling=False)
+
+
+class PoolBaseline(StudySampler, abc.ABC):
+    """Random initial points, then proposals of a model.
+
+    Args:
+        seed, search_space: see `StudySampler`.
+        candidates: parameter dicts from which the initial points are drawn; None draws them from the whole space.
+        n_initial: complete trials before the first model, at least 2.
+
+    Raises:
+        ConfigError: n_initial is below 2; on a proposal, a candidate does not fit the space.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        search_space: Mapping[str, BaseDistribution] | None = None,
+        candidates: Sequence[Mapping[str, Any]] | None = None,
+        n_initial: int = 10,
+    ) -> None:
+        super().__init__(seed, search_space)
+        if n_initial < 2:
+            raise ConfigError(f"n_initial={n_initial}; wanted at least 2 trials to learn from")
+        self.candidates = candidates
+        self.n_initial = n_initial
+
+    def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, str]:
+        history = History.read(study, space, exclude=trial.number)
+        if len(history.rows) >= self.n_initial:
+            key = self._model_point(study, trial.number, space, history)
+            if key is not None:
+                return key, "model"
+        return self._random_point(trial.number, space, history), "random"
+
+    def _random_point(self, number: int, space: SearchSpace, history: History) -> Key:
+        pool = self._pool(space)
+        for index in self._rng(4).permutation(len(pool)):
+            key = cast("Key", tuple(pool[index].tolist()))
+            if key not in history.seen:
+                return key
+        return fresh_point(space, history, self._rng(5, number))
+
+    def _pool(self, space: SearchSpace) -> Rows:
+        rows = [space.internal(point) for point in self.candidates or ()]
+        return np.array(rows, dtype=np.float64).reshape(-1, len(space.names))
+
+    @abc.abstractmethod
+    def _model_point(self, study: Study, number: int, space: SearchSpace, history: History) -> Key | None:
+        """What a model of the history proposes: a point that no trial holds, or None where it finds none."""
+
+
+class PoolSearch(PoolBaseline):
+    """Random points of the pool, and nothing learned: what the pool alone brings."""
+
+    def _model_point(self, study: Study, number: int, space: SearchSpace, history: History) -> Key | None:
+        return None
