@@ -20,6 +20,7 @@ from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
+from lightning_baqe.deploy.knowledge import search_knowledge
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import PAPER_CHOICES, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
 from lightning_baqe.deploy.space import NetworkSpace
@@ -32,9 +33,12 @@ from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature, layers
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.observer import parse_range
+from lightning_baqe.quantization.sensitivity import layer_scores
+from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler, Mode
 
 TUNED = 4  # knobs that are tried for each kernel before the search
+SCORED = 64  # images that the layers' sensitivity is taken on
 
 
 @dataclass
@@ -74,7 +78,8 @@ class BayesianSearch(pl.Callback):
         bit_choices: of every layer but the first and the last, which stay at 8. ``auto``: BAQE's 4, 8 and 32 in mode
             ``paper``, else what the device rewards (:func:`~lightning_baqe.deploy.rewards.default_bit_choices`).
         baselines: uniform bit-widths evaluated first, outside the trials.
-        schedules: whether kernel knobs are searched, too.
+        schedules: whether mode ``paper`` searches kernel knobs, too; in mode ``beyond`` every layer gets the best known
+            ones for its bits.
         mode: of :class:`~lightning_baqe.search.BaqeSampler`; ``n_initial``, ``pool_size``, ``seed`` likewise.
         sampler: any Optuna sampler instead.
         storage: an Optuna storage URL; None: SQLite in the run folder.
@@ -230,6 +235,8 @@ class BayesianSearch(pl.Callback):
         self.study.drop_failed_baselines()
         if self.study.float_result is None:
             self._evaluate_float()
+        if isinstance(sampler, BaqeSampler) and sampler.mode == "beyond" and self._wanted > 1:
+            sampler.knowledge = self._knowledge()
         self.study.write()
         self.progress.update(self.study, "resumed" if self.study.done_count else "started")
         self._follow_or_stop()
@@ -284,13 +291,42 @@ class BayesianSearch(pl.Callback):
             "device": fingerprint(self.threads),
         }
 
+    def _uniform(self, bits: int) -> QuantizedModel:
+        """The untrained network with its searched layers at these bits."""
+        config = BitConfig.uniform(self._float, bits, bits)
+        return calibrate(self._quantize(config), self._calibration[:1])
+
+    def _knowledge(self) -> Knowledge:
+        """What is known before any trial; kept in the study."""
+        known = self.study.knowledge
+        if known is None:
+            assert self.study.float_result is not None
+            self.progress.say("measuring how sensitive the layers are")
+            models = {bits: self._uniform(bits) for bits in (*self._searched_bits(), FLOAT_BITS)}
+            images = self._calibration[0][:SCORED]
+            scores = {bits: layer_scores(model, images) for bits, model in models.items() if bits != FLOAT_BITS}
+            known = search_knowledge(
+                self.space,
+                {bits: lower(model) for bits, model in models.items()},
+                self.study.float_result,
+                self.target,
+                self.threads,
+                self.records,
+                scores,
+                self.fuse_residual,
+            )
+            self.study.set_knowledge(known)
+        return known
+
+    def _searched_bits(self) -> list[int]:
+        """All bits that some layer of the space may have, without float."""
+        return sorted({b for offered in self.space.bit_choices.values() for b in offered} - {FLOAT_BITS})
+
     def _make_space(self, base: BitConfig) -> NetworkSpace:
         """The space, from the network's kernels at every bit-width; they are tuned first."""
         graphs: dict[int, IntegerGraph] = {}
         for bits in sorted({*self.bit_choices, FLOAT_BITS}, reverse=True):
-            config = BitConfig.uniform(self._float, bits, bits)
-            model = calibrate(self._quantize(config), self._calibration[:1])
-            graphs[bits] = lower(model)
+            graphs[bits] = lower(self._uniform(bits))
             if self._tuning_s > 0:
                 self.progress.say(f"tuning kernels of {bits} bit")
                 tune(
@@ -298,8 +334,9 @@ class BayesianSearch(pl.Callback):
                     fuse_residual=self.fuse_residual,
                 )  # fmt: skip
         chosen = {bits: graphs[bits] for bits in self._offered(graphs)}
+        schedules = self.search_schedules and self.mode == "paper"
         return NetworkSpace.of(
-            chosen, base, self.target, self.threads, self.search_schedules, self.records, self._supported,
+            chosen, base, self.target, self.threads, schedules, self.records, self._supported,
             self.fuse_residual,
         )  # fmt: skip
 

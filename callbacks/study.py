@@ -30,9 +30,11 @@ from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.report import write_report
+from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
 
 OWNER, SPACE, CONDITIONS, PHASE, ATTEMPTS = "owner", "space", "conditions", "phase", "attempts"
+KNOWLEDGE = "knowledge"
 MAX_ATTEMPTS = 3  # of a point whose trials end with the process: perhaps because of it
 INTERRUPTED = "interrupted: the process ended in the middle of this trial"
 
@@ -110,6 +112,16 @@ class SearchStudy:
             if space.distributions.keys() <= trial.params.keys() and attempts < MAX_ATTEMPTS:
                 again = {PHASE: known.get("phase", "bo"), ATTEMPTS: attempts + 1}
                 self._study.enqueue_trial(trial.params, user_attrs=again)
+
+    @property
+    def knowledge(self) -> Knowledge | None:
+        """What the search knew when it began, None before :meth:`set_knowledge`."""
+        known = self._study.user_attrs.get(KNOWLEDGE)
+        return None if known is None else Knowledge.from_record(known)
+
+    def set_knowledge(self, knowledge: Knowledge) -> None:
+        """Keep what the search knows: a search that goes on believes what it began with."""
+        self._study.set_user_attr(KNOWLEDGE, knowledge.record())
 
     @property
     def float_result(self) -> dict[str, Any] | None:

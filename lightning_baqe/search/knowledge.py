@@ -61,6 +61,39 @@ class Knowledge:
     best: Mapping[str, Mapping[Any, Mapping[str, Any]]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it, for :meth:`from_record`; choices, which may be numbers, stand in pairs."""
+        return {
+            "objectives": [
+                None if entry is None else {**vars(entry), "terms": _pairs(entry.terms), "rest": list(entry.rest)}
+                for entry in self.objectives
+            ],
+            "best": _pairs(self.best),
+            "fixed": dict(self.fixed),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Knowledge:
+        """What a record holds."""
+        return cls(
+            [
+                None
+                if entry is None
+                else Sum(_unpaired(entry["terms"]), entry["offset"], entry["kind"], tuple(entry["rest"]))
+                for entry in record["objectives"]
+            ],
+            _unpaired(record["best"]),
+            record["fixed"],
+        )
+
+
+def _pairs(table: Mapping[str, Mapping[Any, Any]]) -> dict[str, list[list[Any]]]:
+    return {name: [[choice, value] for choice, value in choices.items()] for name, choices in table.items()}
+
+
+def _unpaired(table: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, dict[Any, Any]]:
+    return {name: {choice: value for choice, value in pairs} for name, pairs in table.items()}
+
 
 class BoundKnowledge:
     """Knowledge about one search space, on rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,12 @@ def test_several_proposals_at_once_differ_and_spread(knowledge: Knowledge) -> No
         study.tell(trial, [error(trial.params), latency(trial.params), size(trial.params)])
     asked = [study.ask(SPACE) for _ in range(4)]
     assert len({tuple(sorted(trial.params.items())) for trial in asked}) == 4
+
+
+def test_records_hold_everything(knowledge: Knowledge) -> None:
+    again = Knowledge.from_record(json.loads(json.dumps(knowledge.record())))
+    assert again == knowledge
+    assert again.record() == knowledge.record()
 
 
 def test_paper_mode_takes_no_knowledge(knowledge: Knowledge) -> None:
