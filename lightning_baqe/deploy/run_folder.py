@@ -42,7 +42,7 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
     """The content of ``summary.json``.
 
     Args:
-        study: of the search; its user attributes hold the float model, the baselines and what the device rewards.
+        study: of the search; its user attributes hold the float model, the baselines, and what the device rewards.
         about: recipe, model, dataset, device, versions.
     """
     attributes = study.user_attrs
@@ -90,8 +90,10 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json`` and ``pareto.csv``, and delete artifacts that are no longer on the front."""
     replace_file(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
     write_pareto_csv(summary, run_dir / "pareto.csv")
-    keep = {name for name, _ in pareto_entries(summary)} | {"float"}
-    folder = run_dir / "artifacts"
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir() and path.name not in keep:
-            shutil.rmtree(path)
+    keep = {name for name, _ in pareto_entries(summary)}
+    ended = {f"trial_{entry['number']}" for entry in summary["trials"] if entry["state"] != "running"}
+    ended |= {f"baseline_{entry['name']}" for entry in summary["baselines"]}
+    for name in ended - keep:  # what another worker builds at this moment stays
+        folder = run_dir / "artifacts" / name
+        if folder.is_dir():
+            shutil.rmtree(folder)

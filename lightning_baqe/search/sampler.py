@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from lightning_baqe.search.history import PHASE_KEY, POINT_KEY, History, signs
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
 from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.study_lock import lock_of
 from lightning_baqe.search.surrogate import (
     ArdGP,
     ArdOptions,
@@ -48,8 +48,6 @@ Phase = Literal["random", "ted", "bo", "given"]
 Candidates = Sequence[Mapping[str, Any]] | Callable[[int, np.random.Generator], list[dict[str, Any]]]
 
 _REFILLS = 10
-# Trials of one process propose one after the other, so that each sees the proposals of all others.
-_PROPOSING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ class BaqeSampler(BaseSampler):
 
     The study is the only memory: all randomness comes from (seed, trial number), so the same study gives the same
     proposal, in this process or in the next. Points of trials in any state, failed and running ones too, are not
-    proposed again. Workers in several processes may still propose one point at the same moment.
+    proposed again. Workers propose one after the other, also those in several processes that share an SQLite file or a
+    PostgreSQL database (:mod:`~lightning_baqe.search.study_lock`), so that no two get the same point.
 
     Objectives follow the study's directions. Constraints are those of `trial.set_constraint`: infeasible trials train
     the surrogate and are kept off the front. A complete trial with an infinite value is left out of the surrogate.
@@ -181,7 +180,7 @@ class BaqeSampler(BaseSampler):
             self._record(study, trial, PHASE_KEY, "random")
             return {}
         space = SearchSpace(search_space)
-        with _PROPOSING:
+        with lock_of(study):  # so that each sees the proposals of all others
             row, phase = self._propose(study, trial.number, space)
             self._record(study, trial, PHASE_KEY, phase)
             self._record(study, trial, POINT_KEY, dict(zip(space.names, row, strict=True)))
