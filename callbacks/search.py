@@ -20,6 +20,7 @@ from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
+from lightning_baqe.deploy.limits import Reach, read_limits
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import PAPER_CHOICES, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
 from lightning_baqe.deploy.space import NetworkSpace
@@ -88,6 +89,8 @@ class BayesianSearch(pl.Callback):
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
+        limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them: constraints that
+            steer the search. Those that no point can meet end it before the first trial.
         tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,
             so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.
@@ -97,6 +100,7 @@ class BayesianSearch(pl.Callback):
 
     Raises:
         ConfigError: on setup, an argument that cannot be right for this module or trainer.
+        InfeasibleError: before the first trial, a limit cannot be met; names the nearest value that can.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class BayesianSearch(pl.Callback):
         storage: str | None = None,
         study_name: str | None = None,
         max_failures: int = 20,
+        limits: Mapping[str, float | None] | None = None,
         target: str = "native",
         threads: int = 1,
         device: DeviceDescription | None = None,
@@ -152,6 +157,7 @@ class BayesianSearch(pl.Callback):
         self.bit_choices, self.baselines, self.search_schedules = tuple(bit_choices), tuple(baselines), schedules
         self.mode, self.n_initial, self.pool_size, self.seed = mode, n_initial, pool_size, seed
         self.sampler, self.storage, self.study_name, self.max_failures = sampler, storage, study_name, max_failures
+        self.limits = read_limits(limits)
         self.target, self.threads, self.device = get_target(target), threads, device
         self.measurement = measurement or MeasureOptions()
         self.calibration_batches, self.tune_s = calibration_batches, tune_s
@@ -242,6 +248,9 @@ class BayesianSearch(pl.Callback):
         self.study.drop_failed_baselines()
         if self.study.float_result is None:
             self._evaluate_float()
+        self.study.set_limits(self.limits)
+        if self.limits:
+            self._check_limits()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._running is None and not trainer.should_stop:
@@ -316,6 +325,19 @@ class BayesianSearch(pl.Callback):
             self.study.set_rewards(rewards.summary())
         measured = not getattr(self.host.trainer, "fast_dev_run", False)  # which tunes nothing
         return default_bit_choices(rewards, self.mode) if self.auto_bits and measured else self.bit_choices
+
+    def _check_limits(self) -> None:
+        """Show what can be reached; stop where a limit cannot be met at all."""
+        graphs = [
+            lower(calibrate(self._quantize(bits), self._calibration[:1]))
+            for bits in (self.space.extreme(min), BitConfig.uniform(self._float, 8, 8), self.space.extreme(max))
+        ]
+        reference = self.study.float_result
+        assert reference is not None
+        reach = Reach.of(graphs, self.target, self.threads, self.records, reference["accuracy"])
+        self.progress.show(reach.table(self.limits))
+        summary = self.study.summary()
+        reach.check(self.limits, summary["baselines"] + summary["trials"])
 
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
         return quantize(self._float, bits, self._example, activation_range=self.activation_range)

@@ -18,9 +18,11 @@ from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.deploy.evaluate import Batches, deployed_accuracy
 from lightning_baqe.deploy.front import pareto_entries
+from lightning_baqe.deploy.limits import violations
 from lightning_baqe.deploy.run_folder import (
     BASELINES,
     FLOAT,
+    LIMITS,
     REFERENCE_POINT,
     RESULT,
     REWARDS,
@@ -189,6 +191,20 @@ class SearchStudy:
         """Keep what each bit-width buys on the device, a :meth:`~lightning_baqe.deploy.rewards.Rewards.summary`."""
         self._study.set_user_attr(REWARDS, dict(rewards))
 
+    def set_limits(self, limits: Mapping[str, float]) -> None:
+        """Keep the limits: complete trials beyond them are infeasible to the sampler, and marked in the summary.
+
+        Raises:
+            ConfigError: trials were completed under other limits.
+        """
+        before = self._study.user_attrs.get(LIMITS, {})
+        if before != dict(limits) and self.complete_count:
+            raise ConfigError(
+                f"the study in {self.run_dir} has trials that were constrained by limits = {before}, now they are "
+                f"{dict(limits)}: use another run_dir, or the limits that it was begun with"
+            )
+        self._study.set_user_attr(LIMITS, dict(limits))
+
     def claim_baseline(self, names: Sequence[str]) -> str | None:
         """The first of the baselines that nobody has evaluated or evaluates; from now on this worker does."""
         with self.lock:
@@ -273,6 +289,8 @@ class SearchStudy:
             if values is None:
                 self._study.tell(trial, state=TrialState.FAIL)
             else:
+                for name, value in violations(entry, self._study.user_attrs.get(LIMITS, {})).items():
+                    trial.set_constraint(name, value)
                 self._study.tell(trial, list(values))
 
     def summary(self) -> dict[str, Any]:

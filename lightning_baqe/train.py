@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 RECIPES = "lightning_baqe.recipes"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # What a run may be resumed with in another way than it was begun: none of it changes what a trial means.
-MAY_CHANGE = ("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s")
+MAY_CHANGE = (
+    *("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s"),
+    "search.limits",  # checked by the search: not once a trial is complete
+)
 # Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
 _KNOWN_WARNINGS = (
     ".*does not have many workers",
