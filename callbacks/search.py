@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host
 from lightning_baqe.callbacks.progress import SearchProgress
+from lightning_baqe.callbacks.results import log_hypervolume, log_results
 from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
@@ -397,6 +398,7 @@ class BayesianSearch(pl.Callback):
         if self.host.is_leader:
             self._evaluate(running)
             self.study.write()
+            log_hypervolume(self.host.trainer.loggers, self.study.summary(), self.host.trainer.global_step)
             self.progress.update(self.study, "evaluated", advance=running.failure is None)
         self.host.barrier()
 
@@ -498,5 +500,7 @@ class BayesianSearch(pl.Callback):
                 )
             self.study.test_front(self.host.test_batches())
             self.study.write(report=True)
+            assert self.run_dir is not None
+            log_results(trainer.loggers, self.study.summary(), self.run_dir)
         self.study.close()
         self.progress.close()
