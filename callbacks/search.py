@@ -16,11 +16,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host
 from lightning_baqe.callbacks.progress import SearchProgress
+from lightning_baqe.callbacks.results import log_hypervolume, log_results
 from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
 from lightning_baqe.deploy.knowledge import search_knowledge
+from lightning_baqe.deploy.limits import Reach, read_limits
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import PAPER_CHOICES, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
 from lightning_baqe.deploy.space import NetworkSpace
@@ -39,6 +41,8 @@ from lightning_baqe.search.sampler import BaqeSampler, Mode
 
 TUNED = 4  # knobs that are tried for each kernel before the search
 SCORED = 64  # images that the layers' sensitivity is taken on
+WAIT_S = 1.0  # between looks at what other workers do
+_Plan = tuple[str, BitConfig, Any, optuna.Trial | None, str, float]
 
 
 @dataclass
@@ -82,7 +86,9 @@ class BayesianSearch(pl.Callback):
             ones for its bits.
         mode: of :class:`~lightning_baqe.search.BaqeSampler`; ``n_initial``, ``pool_size``, ``seed`` likewise.
         sampler: any Optuna sampler instead.
-        storage: an Optuna storage URL; None: SQLite in the run folder.
+        storage: URL of an SQLite file or a PostgreSQL database; None: SQLite in the run folder. Processes with the
+            same ``run_dir``, or the same storage and ``study_name``, share the trials among them.
+        study_name: of the study in the storage; None: the run folder's name.
         max_failures: give up after so many failed trials.
         target, threads: what is compiled for.
         device: what the device has kernels for: no layer is offered other bits, and residual sums are fused where it
@@ -90,6 +96,8 @@ class BayesianSearch(pl.Callback):
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
+        limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them: constraints that
+            steer the search. Those that no point can meet end it before the first trial.
         tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,
             so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.
@@ -99,6 +107,7 @@ class BayesianSearch(pl.Callback):
 
     Raises:
         ConfigError: on setup, an argument that cannot be right for this module or trainer.
+        InfeasibleError: before the first trial, a limit cannot be met; names the nearest value that can.
     """
 
     def __init__(
@@ -118,7 +127,9 @@ class BayesianSearch(pl.Callback):
         seed: int = 0,
         sampler: optuna.samplers.BaseSampler | None = None,
         storage: str | None = None,
+        study_name: str | None = None,
         max_failures: int = 20,
+        limits: Mapping[str, float | None] | None = None,
         target: str = "native",
         threads: int = 1,
         device: DeviceDescription | None = None,
@@ -152,7 +163,8 @@ class BayesianSearch(pl.Callback):
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.bit_choices, self.baselines, self.search_schedules = tuple(bit_choices), tuple(baselines), schedules
         self.mode, self.n_initial, self.pool_size, self.seed = mode, n_initial, pool_size, seed
-        self.sampler, self.storage, self.max_failures = sampler, storage, max_failures
+        self.sampler, self.storage, self.study_name, self.max_failures = sampler, storage, study_name, max_failures
+        self.limits = read_limits(limits)
         self.target, self.threads, self.device = get_target(target), threads, device
         self.fuse_residual = device is None or device.fuse_residual
         self.measurement = measurement or MeasureOptions()
@@ -160,6 +172,7 @@ class BayesianSearch(pl.Callback):
         self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
         self._records_path = records
         self._running: _Running | None = None
+        self._next: _Plan | None = None
         self._planned: tuple[int, ...] = ()
         self._closed = False
         self.gave_up: str | None = None
@@ -195,7 +208,7 @@ class BayesianSearch(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.run_dir is not None
-        self._running, self._closed, self.gave_up = None, False, None
+        self._running, self._next, self._closed, self.gave_up = None, None, False, None
         if getattr(trainer, "fast_dev_run", False):  # one epoch: one trial, nothing else
             self._wanted, self._planned, self._tuning_s = 1, (), 0.0
         else:
@@ -216,9 +229,17 @@ class BayesianSearch(pl.Callback):
         self._validation = self.host.validation_batches()
         about = {"recipe": self.recipe, "model": self.model_name or type(self._float).__name__,
                  "dataset": self.host.dataset_name}  # fmt: skip
-        self.study = SearchStudy(self.run_dir, self.storage, about, self.threads)
+        self.study = SearchStudy(self.run_dir, self.storage, about, self.threads, self.study_name)
         bar = self.show_progress and trainer.progress_bar_callback is None
         self.progress = SearchProgress(self._wanted + len(self._planned), bar, trainer.progress_bar_callback)
+        with self.study.lock:  # one worker prepares, the others wait and find everything there
+            self._prepare()
+        self.study.write()
+        self.progress.update(self.study, "resumed" if self.study.done_count else "started")
+        self._follow_or_stop()
+
+    def _prepare(self) -> None:
+        """Space, study and the float model's figures, each if it is not there yet."""
         known = self.study.known_space(self._conditions())
         base = BitConfig.uniform(self._float, 8, 8)
         self.space = self._make_space(base) if known is None else NetworkSpace.from_record(base, known)
@@ -237,9 +258,9 @@ class BayesianSearch(pl.Callback):
             self._evaluate_float()
         if isinstance(sampler, BaqeSampler) and sampler.mode == "beyond" and self._wanted > 1:
             sampler.knowledge = self._knowledge()
-        self.study.write()
-        self.progress.update(self.study, "resumed" if self.study.done_count else "started")
-        self._follow_or_stop()
+        self.study.set_limits(self.limits)
+        if self.limits:
+            self._check_limits()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._running is None and not trainer.should_stop:
@@ -350,6 +371,19 @@ class BayesianSearch(pl.Callback):
         measured = not getattr(self.host.trainer, "fast_dev_run", False)  # which tunes nothing
         return default_bit_choices(rewards, self.mode) if self.auto_bits and measured else self.bit_choices
 
+    def _check_limits(self) -> None:
+        """Show what can be reached; stop where a limit cannot be met at all."""
+        graphs = [
+            lower(calibrate(self._quantize(bits), self._calibration[:1]))
+            for bits in (self.space.extreme(min), BitConfig.uniform(self._float, 8, 8), self.space.extreme(max))
+        ]
+        reference = self.study.float_result
+        assert reference is not None
+        reach = Reach.of(graphs, self.target, self.threads, self.records, reference["accuracy"])
+        self.progress.show(reach.table(self.limits))
+        summary = self.study.summary()
+        reach.check(self.limits, summary["baselines"] + summary["trials"])
+
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
         return quantize(self._float, bits, self._example, activation_range=self.activation_range)
 
@@ -377,9 +411,7 @@ class BayesianSearch(pl.Callback):
 
     def _begin(self) -> None:
         """Install the next network: baselines first, then what the sampler proposes."""
-        plan: tuple[str, BitConfig, Any, optuna.Trial | None, str, float] | None = None
-        if self.host.is_leader:
-            plan = self._propose()
+        plan, self._next = self._next, None
         shared = self.host.broadcast(None if plan is None else (plan[1].to_json(), plan[0]))
         assert shared is not None
         bits = plan[1] if plan is not None else BitConfig.from_json(shared[0])
@@ -389,15 +421,19 @@ class BayesianSearch(pl.Callback):
         name, _, schedules, trial, phase, propose_s = plan or (shared[1], bits, "default", None, "", 0.0)
         self._running = _Running(name, bits, schedules, model, trial, phase, propose_s, started)
 
-    def _propose(self) -> tuple[str, BitConfig, Any, optuna.Trial | None, str, float]:
-        done = self.study.baseline_names
-        for bits in self._planned:
-            name = f"w{bits}a{bits}"
-            if name not in done:
-                self.progress.update(self.study, f"baseline {name}")
-                return name, BitConfig.uniform(self._float, bits, bits), "default", None, "baseline", 0.0
+    def _propose(self) -> _Plan | None:
+        """What this worker does next; None: other workers do all that is left."""
+        planned = {f"w{bits}a{bits}": bits for bits in self._planned}
+        name = self.study.claim_baseline(list(planned))
+        if name is not None:
+            self.progress.update(self.study, f"baseline {name}")
+            bits = planned[name]
+            return name, BitConfig.uniform(self._float, bits, bits), "default", None, "baseline", 0.0
         start = time.perf_counter()
-        trial, phase = self.study.ask(self.space)
+        asked = self.study.ask(self.space, self._wanted)
+        if asked is None:
+            return None
+        trial, phase = asked
         config, schedules = self.space.point(trial.params)
         self.progress.update(self.study, f"trial {trial.number}", phase)
         return f"trial_{trial.number}", config, schedules, trial, phase, time.perf_counter() - start
@@ -407,6 +443,7 @@ class BayesianSearch(pl.Callback):
         if self.host.is_leader:
             self._evaluate(running)
             self.study.write()
+            log_hypervolume(self.host.trainer.loggers, self.study.summary(), self.host.trainer.global_step)
             self.progress.update(self.study, "evaluated", advance=running.failure is None)
         self.host.barrier()
 
@@ -468,18 +505,26 @@ class BayesianSearch(pl.Callback):
 
     def _follow_or_stop(self) -> None:
         """End training where the search is done; all ranks agree."""
-        decision: tuple[bool, str | None] = (False, None)
-        if self.host.is_leader:
-            baselines = {f"w{bits}a{bits}" for bits in self._planned}
-            if self.study.complete_count >= self._wanted and baselines <= set(self.study.baseline_names):
-                decision = (True, None)
-            elif self.study.failed_count >= self.max_failures:
-                decision = (True, f"{self.study.failed_count} trials failed, the last with: {self.study.last_error}")
+        decision = self._decide() if self.host.is_leader else (False, None)
+        while self.host.is_leader and not decision[0] and (plan := self._propose()) is None:
+            self.progress.say("waiting for other workers")  # one of them may die, and leave its trial to this one
+            time.sleep(WAIT_S)
+            decision = self._decide()
+        self._next = plan if self.host.is_leader and not decision[0] else None
         stop, self.gave_up = self.host.broadcast(decision)
         if stop:
             self.host.trainer.should_stop = True
             if self.gave_up is not None and self.host.is_leader:
                 self.progress.warn(f"The search gave up: {self.gave_up}")
+
+    def _decide(self) -> tuple[bool, str | None]:
+        """Whether the search is over, and why if it gave up."""
+        baselines = {f"w{bits}a{bits}" for bits in self._planned}
+        if self.study.complete_count >= self._wanted and baselines <= set(self.study.baseline_names):
+            return True, None
+        if self.study.failed_count >= self.max_failures:
+            return True, f"{self.study.failed_count} trials failed, the last with: {self.study.last_error}"
+        return False, None
 
     def _close(self, trainer: pl.Trainer, test: bool = True) -> None:
         """Put the float network back; write the final summary and the report. Safe to call twice."""
@@ -487,8 +532,11 @@ class BayesianSearch(pl.Callback):
             return
         self._closed, self._running = True, None
         self.host.install_float(self._original)
-        if not self.host.is_leader or not hasattr(self, "space"):
+        if not self.host.is_leader or not hasattr(self, "study"):
             return
+        if self._next is not None and self._next[3] is not None:
+            self.study.give_back(self._next[3])
+        self._next = None
         self.study.write(report=True)  # what was found is safe before the test split is touched
         if test:
             if self.study.complete_count < self._wanted and self.gave_up is None:
@@ -498,4 +546,7 @@ class BayesianSearch(pl.Callback):
                 )
             self.study.test_front(self.host.test_batches())
             self.study.write(report=True)
+            assert self.run_dir is not None
+            log_results(trainer.loggers, self.study.summary(), self.run_dir)
+        self.study.close()
         self.progress.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,16 @@ class NetworkSpace:
             for knob in knobs:
                 schedules[layer][knob] = params[f"{layer}/{knob}"]
         return bits, schedules
+
+    def extreme(self, pick: Callable[[Sequence[int]], int]) -> BitConfig:
+        """The bits of a corner of the space.
+
+        Args:
+            pick: chooses from a layer's bits, such as ``min``.
+        """
+        params = {f"{layer}/bits": pick(bits) for layer, bits in self.bit_choices.items()}
+        knobs = {f"{layer}/{knob}": values[0] for layer, found in self.knobs.items() for knob, values in found.items()}
+        return self.point({**params, **knobs})[0]
 
     def _default(self, layer: str, bits: int) -> Mapping[str, Any]:
         known = self.defaults[layer]

@@ -95,7 +95,8 @@ class BaqeSampler(StudySampler):
 
     The study is the only memory: all randomness comes from (seed, trial number), so the same study gives the same
     proposal, in this process or in the next. Points of trials in any state, failed and running ones too, are not
-    proposed again. Workers in several processes may still propose one point at the same moment.
+    proposed again. Workers propose one after the other, also those in several processes that share an SQLite file or a
+    PostgreSQL database (:mod:`~lightning_baqe.search.study_lock`), so that no two get the same point.
 
     Objectives follow the study's directions. Constraints are those of `trial.set_constraint`: infeasible trials train
     the surrogate and are kept off the front. A complete trial with an infinite value is left out of the surrogate.
