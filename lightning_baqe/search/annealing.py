@@ -35,34 +35,33 @@ _RHO = 0.05  # ParEGO's weight of the sum
 
 @dataclass(frozen=True)
 class AnnealingOptions:
-    """AutoTVM's settings, but for `trees`: it stops early on batches of 64 trials, of which 40 have none.
+    """AutoTVM's settings, but for `trees` and `steps`, which are enough for some tens of trials.
 
     Attributes:
         chains: that anneal side by side.
         steps: of each chain; the temperature falls from 1 to 0.
-        patience: steps without a better point, after which the annealing ends.
         epsilon: share of random proposals.
         trees: of the model.
         depth: of a tree.
     """
 
     chains: int = 128
-    steps: int = 500
-    patience: int = 50
+    steps: int = 250
     epsilon: float = 0.05
     trees: int = 60
     depth: int = 3
 
     def __post_init__(self) -> None:
-        if min(self.chains, self.steps, self.patience, self.trees, self.depth) < 1 or not 0 <= self.epsilon <= 1:
+        if min(self.chains, self.steps, self.trees, self.depth) < 1 or not 0 <= self.epsilon <= 1:
             raise ConfigError(f"{self}; wanted whole numbers of at least 1, and epsilon in [0, 1]")
 
 
 class AnnealingSampler(PoolBaseline):
     """XGBoost ranks the trials by a random scalarisation; simulated annealing finds the point it ranks first.
 
-    AutoTVM proposes batches of 64 from one model; here each trial has its own model, which only helps. Infeasible
-    trials rank after all feasible ones, by how far they miss.
+    AutoTVM proposes batches of 64 from one model; here each trial has its own model, which only helps. AutoTVM's
+    chains go on where the last batch left them; here half of them start at trials of the study, which is the only
+    memory, and half at random. Infeasible trials rank after all feasible ones, by how far they miss.
 
     Args:
         seed, search_space, candidates, n_initial: see `PoolBaseline`.
@@ -88,7 +87,7 @@ class AnnealingSampler(PoolBaseline):
         model = _ranker(
             space.encode(history.rows).numpy(), ranks(history, weights), self._derived(7, number), self.options
         )
-        return _anneal(space, model, history.seen, rng, self.options)
+        return _anneal(space, model, history, rng, self.options)
 
 
 def ranks(history: History, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -134,7 +133,7 @@ def _ranker(
 def _anneal(
     space: SearchSpace,
     predict: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
-    seen: set[Key],
+    history: History,
     rng: np.random.Generator,
     options: AnnealingOptions,
 ) -> Key | None:
@@ -149,16 +148,15 @@ def _anneal(
             if scores[index] <= best[0]:
                 break
             key = cast("Key", tuple(rows[index].tolist()))
-            if key not in seen:
+            if key not in history.seen:
                 best = (float(scores[index]), key)
                 break
         return scores
 
     points = space.from_unit(rng.random((n, d)))
+    points[: n // 2] = history.rows[rng.integers(len(history.rows), size=n // 2)]
     energy = scored(points)
-    waited = 0
     for step in range(options.steps):
-        before = best[0]
         temperature = 1.0 - step / options.steps
         moved = points.copy()
         which = rng.integers(d, size=n)
@@ -166,7 +164,4 @@ def _anneal(
         reached = scored(moved)
         accepted = rng.random(n) < np.exp(np.minimum(0.0, (reached - energy) / (temperature + 1e-5)))
         points[accepted], energy[accepted] = moved[accepted], reached[accepted]
-        waited = 0 if best[0] > before else waited + 1
-        if waited >= options.patience:
-            break
     return best[1]

@@ -1,0 +1,134 @@
+"""One replay of one sampler on one problem, and the front that replays are judged by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from torch import Tensor
+
+from lightning_baqe.benchmarks.synthetic import problem_named
+from lightning_baqe.search import (
+    AnnealingSampler,
+    BaqeSampler,
+    NoisyImprovementSampler,
+    PoolSearch,
+    gaussian_process,
+    nsga2,
+    pareto_mask,
+    random_search,
+    tpe,
+)
+from lightning_baqe.search.evolution import evolve
+from lightning_baqe.search.problem import Problem
+
+POOL_SIZE = 500  # BAQE III-C
+Space = Mapping[str, BaseDistribution]
+Pool = Sequence[Mapping[str, Any]]
+
+# (seed, space, pool, initial points, reference point) -> sampler. Those of Optuna and random search know no pool.
+SAMPLERS: dict[str, Callable[[int, Space, Pool, int, Sequence[float]], BaseSampler]] = {
+    "random": lambda seed, space, pool, n, r: random_search(seed, space),
+    "random of the pool": lambda seed, space, pool, n, r: PoolSearch(seed, space, pool, max(n, 2)),
+    "SA+XGBoost": lambda seed, space, pool, n, r: AnnealingSampler(seed, space, pool, n),
+    "TPE": lambda seed, space, pool, n, r: tpe(seed, space, n),
+    "NSGA-II": lambda seed, space, pool, n, r: nsga2(seed, space, n),
+    "Optuna GP": lambda seed, space, pool, n, r: gaussian_process(seed, space, n),
+    "qLogNEHVI": lambda seed, space, pool, n, r: NoisyImprovementSampler(seed, space, pool, n, r),
+    "paper": lambda seed, space, pool, n, r: BaqeSampler(seed, "paper", space, pool, n, reference_point=r),
+    "paper without TED": lambda seed, space, pool, n, r: BaqeSampler(
+        seed, "paper", space, pool, n, reference_point=r, initial="random"
+    ),
+    "beyond": lambda seed, space, pool, n, r: BaqeSampler(seed, "beyond", space, pool, n, reference_point=r),
+    "beyond without TED": lambda seed, space, pool, n, r: BaqeSampler(
+        seed, "beyond", space, pool, n, reference_point=r, initial="random"
+    ),
+}
+
+
+def replay(problem: str, sampler: str, seed: int, trials: int, initial: int) -> dict[str, Any]:
+    """Run a sampler on a problem.
+
+    All samplers of a seed are given the same pool.
+
+    Args:
+        problem: name, for `problem_named`.
+        sampler: name, of `SAMPLERS`.
+        seed: of the sampler and of the pool.
+        trials: of the study.
+        initial: how many of them come before the first model.
+
+    Returns:
+        `{"values": one list of objectives a trial, "propose_s": processor seconds of each proposal, "seconds": what
+        each evaluation takes on the device}`.
+    """
+    of = problem_named(problem)
+    pool = of.candidates(POOL_SIZE, np.random.default_rng([seed, 0]))
+    made = SAMPLERS[sampler](seed, of.distributions, pool, initial, of.reference_point)
+    study = optuna.create_study(directions=["minimize"] * len(of.objectives), sampler=made)
+    values, propose_s, seconds = [], [], []
+    for _ in range(trials):
+        started = time.process_time()
+        trial = study.ask(dict(of.distributions))
+        propose_s.append(time.process_time() - started)
+        values.append([float(value) for value in of.evaluate(trial.params)])
+        seconds.append(float(of.seconds(trial.params)))
+        study.tell(trial, values[-1])
+    return {"values": values, "propose_s": propose_s, "seconds": seconds}
+
+
+def best_known_front(problem: Problem, runs: Sequence[Tensor], population: int, generations: int) -> Tensor:
+    """The non-dominated points of all runs and of a long NSGA-II.
+
+    Args:
+        problem: to evaluate.
+        runs: `n x m` each.
+        population, generations: of NSGA-II.
+
+    Returns:
+        `f x m`, distinct, minimised.
+    """
+    evolved = evolve(problem.distributions, problem.evaluate, population, generations, seed=0)
+    points = torch.unique(torch.cat([evolved, *runs]), dim=0)
+    return points[pareto_mask(points)]
+
+
+def proposing_seconds(layers: int, knobs: int, observed: int, mode: str, proposals: int) -> list[dict[str, float]]:
+    """What a proposal costs with a given number of observed trials, at random points of `Additive`.
+
+    Args:
+        layers, knobs: of the space.
+        observed: complete trials.
+        mode: a name of `SAMPLERS`.
+        proposals: how many are timed, each of another study.
+
+    Returns:
+        For each `{"cpu_s", "wall_s"}`.
+    """
+    of = problem_named(f"additive{layers}x{knobs}")
+    found = []
+    for seed in range(proposals):
+        pool = of.candidates(POOL_SIZE, np.random.default_rng([seed, 0]))
+        study = optuna.create_study(
+            directions=["minimize"] * len(of.objectives),
+            sampler=SAMPLERS[mode](seed, of.distributions, pool, min(10, observed), of.reference_point),
+        )
+        # The sampler's own initial points, which a real search has evaluated by then, and others of the pool.
+        for _ in range(min(10, observed)):
+            trial = study.ask(dict(of.distributions))
+            study.tell(trial, of.evaluate(trial.params))
+        seen = {tuple(sorted(trial.params.items())) for trial in study.trials}
+        rest = [point for point in pool if tuple(sorted(point.items())) not in seen]
+        for params in rest[: observed - len(study.trials)]:
+            distributions = dict(of.distributions)
+            study.add_trial(optuna.create_trial(params=params, distributions=distributions, values=of.evaluate(params)))
+        cpu, wall = time.process_time(), time.perf_counter()
+        study.ask(dict(of.distributions))
+        found.append({"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall})
+    return found
