@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,22 @@ class KernelProfile:
     Args:
         plan: the kernels.
         input_shape: ``(channels, height, width)``.
+        compiled: kernels of the same target by key, such as other plans left there; what is missing is added.
     """
 
-    def __init__(self, plan: Plan, input_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, plan: Plan, input_shape: tuple[int, ...], compiled: dict[str, Callable[..., Any]] | None = None
+    ) -> None:
         self.plan = plan
-        kernels = {call.key: call.function().with_attr("global_symbol", call.key) for call in plan.calls}
-        self._library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.target.tvm))
+        compiled = {} if compiled is None else compiled
+        missing = {call.key: call for call in plan.calls if call.key not in compiled}
+        if missing:
+            kernels = {key: call.function().with_attr("global_symbol", key) for key, call in missing.items()}
+            library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.target.tvm))
+            compiled.update({key: library.mod[key] for key in missing})  # each keeps its library alive
         self._image = tvm.runtime.empty((1, *input_shape), "float32")
         self._steps = [
-            (self._library.mod[call.key], arguments)
-            for call, arguments in zip(plan.calls, self._all_arguments(), strict=True)
+            (compiled[call.key], arguments) for call, arguments in zip(plan.calls, self._all_arguments(), strict=True)
         ]
         self._samples_us: list[list[float]] = [[] for _ in plan.calls]
 
@@ -78,6 +85,13 @@ class KernelProfile:
             kernel(*arguments)
             samples.append((clock() - start) / 1e3)
         return np.asarray(self._steps[-1][1][-1].numpy())
+
+    def calls(self) -> list[tuple[Call, list[np.ndarray]]]:
+        """Each call with its arguments as they are now, copied, the result last."""
+        return [
+            (call, [argument.numpy().copy() for argument in arguments])
+            for call, (_, arguments) in zip(self.plan.calls, self._steps, strict=True)
+        ]
 
     def profile(self, image: np.ndarray, seconds: float) -> list[dict[str, Any]]:
         """Run for so many seconds, after warming up.
