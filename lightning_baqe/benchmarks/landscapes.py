@@ -24,12 +24,15 @@ import torch
 from optuna.distributions import BaseDistribution
 from torch import nn
 
+from lightning_baqe.benchmarks.landscape_latency import TUNED
 from lightning_baqe.benchmarks.landscape_models import from_logit, from_record, logit
 from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
+from lightning_baqe.deploy.knowledge import best_schedules
 from lightning_baqe.deploy.run_folder import OBJECTIVES, REFERENCE_POINT
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
+from lightning_baqe.search.knowledge import Kind, Knowledge, Sum
 from lightning_baqe.tasks.networks import network
 
 FORMAT = 1
@@ -130,6 +133,7 @@ class Landscape:
         self._kernel_seconds = [float(kernel["seconds"]) for kernel in latency["kernels"]]
         self._pixels: Mapping[str, float] = latency["pixels"]
         self._correction, self._latency_spread = latency["correction"], float(latency["spread"])
+        self._scores: Mapping[str, Mapping[str, float]] = record.get("scores", {})
         self._accuracy = from_record(record["accuracy"]["model"])
         self._accuracy_spread = float(record["accuracy"]["spread"])
         self._layers = tuple(self.space.bit_choices)
@@ -170,6 +174,57 @@ class Landscape:
     def seconds(self, params: Mapping[str, Any]) -> float:
         """How long training, building and measuring a point takes on the CPU of the table."""
         return float(sum(self._seconds[part] for part in ("train", "build", "measure")))
+
+    def knowledge(self) -> Knowledge:
+        """What a search knows before any trial: sizes, the latencies of kernels that it tuned, sensitivities.
+
+        Knobs are the space's defaults: the best of the few that a search tries of each kernel before it begins.
+        """
+        offered, base = self.space.bit_choices, max(min(c) for c in self.space.bit_choices.values())
+        best, fixed = best_schedules(self.space)
+        plain = self._at(dict.fromkeys(offered, base))
+        smallest, total = self.size(plain), float(self._reference["latency_us"])
+        size: dict[str, dict[Any, float]] = {}
+        latency: dict[str, dict[Any, float]] = {}
+        for leader, choices in offered.items():
+            group = next((group for group in self.space.base.ties if leader in group), (leader,))
+            size[f"{leader}/bits"] = {
+                b: self.size(self._at({**dict.fromkeys(offered, base), leader: b})) - smallest for b in choices
+            }
+            latency[f"{leader}/bits"] = {
+                b: sum(self.kernel_latency_us(layer, b, self.space.defaults[layer][b]) for layer in group) / total
+                for b in choices
+            }
+        kernels, pixels = self.parts_us(plain)
+        searched = sum(choices[base] for choices in latency.values())
+        exact: Kind = "estimate" if any(FLOAT_BITS in choices for choices in offered.values()) else "exact"
+        scores = {
+            f"{leader}/bits": {b: self._scores[leader].get(str(b), 0.0) for b in choices}
+            for leader, choices in offered.items()
+            if leader in self._scores
+        }
+        return Knowledge(
+            [
+                Sum(scores, 0.0, "score", tuple(f"{leader}/bits" for leader in offered)),
+                Sum(latency, (kernels + pixels) / total - searched),
+                Sum(size, smallest, exact),
+            ],
+            best,
+            fixed,
+        )
+
+    def preparation_s(self) -> float:
+        """How long tuning every kernel at every bit-width took, as far as :meth:`knowledge` needs it."""
+        used = {self._kernel(layer, b) for layer, of in self.space.defaults.items() for b in of}
+        return TUNED * sum(self._kernel_seconds[index] for index in used)
+
+    def _at(self, bits: Mapping[str, int]) -> dict[str, Any]:
+        """The point with these bits and the best known knobs."""
+        best, fixed = best_schedules(self.space)
+        point: dict[str, Any] = {f"{layer}/bits": width for layer, width in bits.items()}
+        for layer, width in bits.items():
+            point.update(best[f"{layer}/bits"][width])
+        return point | fixed
 
     def error(self, params: Mapping[str, Any]) -> float:
         """1 - accuracy on the validation split, as the model of trained bit-configs predicts it; knobs do not count."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from torch import Tensor
 
@@ -27,28 +26,39 @@ from lightning_baqe.search import (
 )
 from lightning_baqe.search.evolution import evolve
 from lightning_baqe.search.problem import Problem
+from lightning_baqe.search.sampler import Initial, Mode
 
 POOL_SIZE = 500  # BAQE III-C
-Space = Mapping[str, BaseDistribution]
+INFORMED = "beyond"  # the sampler that is told what is known before any trial
 Pool = Sequence[Mapping[str, Any]]
+Maker = Callable[[int, Problem, Pool, int], BaseSampler]  # of seed, problem, pool and number of initial points
 
-# (seed, space, pool, initial points, reference point) -> sampler. Those of Optuna and random search know no pool.
-SAMPLERS: dict[str, Callable[[int, Space, Pool, int, Sequence[float]], BaseSampler]] = {
-    "random": lambda seed, space, pool, n, r: random_search(seed, space),
-    "random of the pool": lambda seed, space, pool, n, r: PoolSearch(seed, space, pool, max(n, 2)),
-    "SA+XGBoost": lambda seed, space, pool, n, r: AnnealingSampler(seed, space, pool, n),
-    "TPE": lambda seed, space, pool, n, r: tpe(seed, space, n),
-    "NSGA-II": lambda seed, space, pool, n, r: nsga2(seed, space, n),
-    "Optuna GP": lambda seed, space, pool, n, r: gaussian_process(seed, space, n),
-    "qLogNEHVI": lambda seed, space, pool, n, r: NoisyImprovementSampler(seed, space, pool, n, r),
-    "paper": lambda seed, space, pool, n, r: BaqeSampler(seed, "paper", space, pool, n, reference_point=r),
-    "paper without TED": lambda seed, space, pool, n, r: BaqeSampler(
-        seed, "paper", space, pool, n, reference_point=r, initial="random"
-    ),
-    "beyond": lambda seed, space, pool, n, r: BaqeSampler(seed, "beyond", space, pool, n, reference_point=r),
-    "beyond without TED": lambda seed, space, pool, n, r: BaqeSampler(
-        seed, "beyond", space, pool, n, reference_point=r, initial="random"
-    ),
+
+def _baqe(mode: Mode, initial: Initial = "ted", informed: bool = False) -> Maker:
+    def make(seed: int, of: Problem, pool: Pool, n: int) -> BaseSampler:
+        knowledge = of.knowledge() if informed else None
+        return BaqeSampler(
+            seed, mode, of.distributions, pool, n, reference_point=of.reference_point, initial=initial,
+            knowledge=knowledge,
+        )  # fmt: skip
+
+    return make
+
+
+# Those of Optuna and random search know no pool.
+SAMPLERS: dict[str, Maker] = {
+    "random": lambda seed, of, pool, n: random_search(seed, of.distributions),
+    "random of the pool": lambda seed, of, pool, n: PoolSearch(seed, of.distributions, pool, max(n, 2)),
+    "SA+XGBoost": lambda seed, of, pool, n: AnnealingSampler(seed, of.distributions, pool, n),
+    "TPE": lambda seed, of, pool, n: tpe(seed, of.distributions, n),
+    "NSGA-II": lambda seed, of, pool, n: nsga2(seed, of.distributions, n),
+    "Optuna GP": lambda seed, of, pool, n: gaussian_process(seed, of.distributions, n),
+    "qLogNEHVI": lambda seed, of, pool, n: NoisyImprovementSampler(seed, of.distributions, pool, n, of.reference_point),
+    "paper": _baqe("paper"),
+    "paper without TED": _baqe("paper", "random"),
+    "beyond without knowledge": _baqe("beyond"),
+    "beyond without TED": _baqe("beyond", "random", informed=True),
+    INFORMED: _baqe("beyond", informed=True),
 }
 
 
@@ -66,19 +76,22 @@ def replay(problem: str, sampler: str, seed: int, trials: int, initial: int) -> 
 
     Returns:
         `{"values": one list of objectives a trial, "propose_s": processor seconds of each proposal, "seconds": what
-        each evaluation takes on the device}`.
+        each evaluation takes on the device, the first with what preparing took}`.
     """
     of = problem_named(problem)
     pool = of.candidates(POOL_SIZE, np.random.default_rng([seed, 0]))
-    made = SAMPLERS[sampler](seed, of.distributions, pool, initial, of.reference_point)
+    made = SAMPLERS[sampler](seed, of, pool, initial)
     study = optuna.create_study(directions=["minimize"] * len(of.objectives), sampler=made)
-    values, propose_s, seconds = [], [], []
+    values: list[list[float]] = []
+    propose_s: list[float] = []
+    seconds: list[float] = []
     for _ in range(trials):
         started = time.process_time()
         trial = study.ask(dict(of.distributions))
         propose_s.append(time.process_time() - started)
         values.append([float(value) for value in of.evaluate(trial.params)])
-        seconds.append(float(of.seconds(trial.params)))
+        prepared = of.preparation_s() if not seconds and getattr(made, "knowledge", None) is not None else 0.0
+        seconds.append(prepared + float(of.seconds(trial.params)))
         study.tell(trial, values[-1])
     return {"values": values, "propose_s": propose_s, "seconds": seconds}
 
@@ -117,7 +130,7 @@ def proposing_seconds(layers: int, knobs: int, observed: int, mode: str, proposa
         pool = of.candidates(POOL_SIZE, np.random.default_rng([seed, 0]))
         study = optuna.create_study(
             directions=["minimize"] * len(of.objectives),
-            sampler=SAMPLERS[mode](seed, of.distributions, pool, min(10, observed), of.reference_point),
+            sampler=SAMPLERS[mode](seed, of, pool, min(10, observed)),
         )
         # The sampler's own initial points, which a real search has evaluated by then, and others of the pool.
         for _ in range(min(10, observed)):

@@ -27,6 +27,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search import spanning_pool
+from lightning_baqe.search.knowledge import Knowledge, Sum
 from lightning_baqe.search.problem import Problem
 
 BITS = (2, 4, 8)
@@ -90,6 +91,28 @@ class Additive:
 
     def seconds(self, params: Mapping[str, Any]) -> float:
         """0: nothing real is evaluated."""
+        return 0.0
+
+    def knowledge(self) -> Knowledge:
+        """Sizes, and latencies with the best knobs; of the error, that it depends on bits alone."""
+        names, slots = self._names[: self.layers], np.array(self._names[self.layers :]).reshape(self.layers, self.knobs)
+        best = {
+            name: {
+                b: {
+                    str(slot): KNOB_VALUES[round(float(self._best[place, layer, k]) * (len(KNOB_VALUES) - 1))]
+                    for k, slot in enumerate(slots[layer])
+                }
+                for place, b in enumerate(BITS)
+            }
+            for layer, name in enumerate(names)
+        }
+        latency = {name: {b: float(self._macs[i] * _RATE[b]) for b in BITS} for i, name in enumerate(names)}
+        size = {name: {b: float(self._weights[i] * b / 8) for b in BITS} for i, name in enumerate(names)}
+        error = Sum({}, 0.0, "score", tuple(names))
+        return Knowledge([error, Sum(latency), Sum(size, kind="exact")], best)
+
+    def preparation_s(self) -> float:
+        """0: nothing real is measured."""
         return 0.0
 
 

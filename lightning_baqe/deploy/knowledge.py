@@ -40,7 +40,8 @@ def search_knowledge(
         reference: ``latency_us`` and ``size_bytes`` of the float network.
         target, threads, fuse_residual: what the kernels are compiled for.
         records: of the kernels.
-        scores: ``{bits: {layer: sensitivity}}``, of any scale; None: nothing is known about the error.
+        scores: ``{bits: {layer: sensitivity}}``, of any scale; None: all that is known of the error is that it depends
+            on bits alone.
 
     Raises:
         ConfigError: a choice of the space has no graph.
@@ -51,17 +52,29 @@ def search_knowledge(
         raise ConfigError(f"the space offers {missing} bits, but there are graphs at {sorted(graphs)} alone")
     groups = {leader: _group(space, leader) for leader in space.bit_choices}
     names = tuple(f"{leader}/bits" for leader in space.bit_choices)
-    error = None
-    if scores is not None:
-        error = Sum(_terms(space, groups, {b: scores.get(b, {}) for b in choices}), 0.0, "score", names)
+    given = {b: (scores or {}).get(b, {}) for b in choices}
+    error = Sum(_terms(space, groups, given) if scores is not None else {}, 0.0, "score", names)
+    best, fixed = best_schedules(space)
+    latency = _latency(space, groups, graphs, reference, target, threads, records, fuse_residual)
+    return Knowledge([error, latency, _size(space, groups, graphs, reference)], best, fixed)
+
+
+def best_schedules(space: NetworkSpace) -> tuple[dict[str, dict[int, dict[str, Any]]], dict[str, Any]]:
+    """A space's default knobs as :class:`~lightning_baqe.search.knowledge.Knowledge` takes them.
+
+    Returns:
+        ``best``: ``{"<leader>/bits": {bits: {"<layer>/<knob>": value}}}`` of the searched layers and those tied to
+        them, and ``fixed``: of all others.
+    """
     best: dict[str, dict[int, dict[str, Any]]] = {}
     followed: set[str] = set()
     for leader, offered in space.bit_choices.items():
-        followed.update(groups[leader])
+        group = _group(space, leader)
+        followed.update(group)
         best[f"{leader}/bits"] = {
             bits: {
                 f"{layer}/{knob}": space.defaults[layer][bits][knob]
-                for layer in groups[leader]
+                for layer in group
                 for knob in space.knobs.get(layer, {})
                 if knob in space.defaults[layer].get(bits, {})
             }
@@ -73,8 +86,7 @@ def search_knowledge(
         if layer not in followed
         for knob in knobs
     }
-    latency = _latency(space, groups, graphs, reference, target, threads, records, fuse_residual)
-    return Knowledge([error, latency, _size(space, groups, graphs, reference)], best, fixed)
+    return best, fixed
 
 
 def _group(space: NetworkSpace, leader: str) -> tuple[str, ...]:

@@ -77,22 +77,25 @@ class InformedGP:
 
     @torch.no_grad()
     def posterior(self, x: Tensor, estimates: Tensor) -> Posterior:
-        """Predict at `q x d` points with `q x p` estimates; means in the units of y, outputs independent."""
+        """Predict at `q x d` points with `q x p` estimates; means in the units of y, outputs independent.
+
+        Where an estimate is NaN, the output is as far as is known a standard normal number.
+        """
         mean = torch.zeros(len(x), len(self._kinds), dtype=torch.float64)
         variance = torch.zeros_like(mean)
         for output, kind in enumerate(self._kinds):
             if kind is not None:
                 a, b = self._line[output]
                 mean[:, output] = a + b * estimates[:, output]
-            if kind == "exact":
-                continue
             model = self._models[output]
-            if model is None:
-                variance[:, output] = self._spread[output] ** 2
-            else:
+            if model is not None:
                 left = model.posterior(x[:, self._columns[output]])
                 mean[:, output] += left.mean[:, 0]
                 variance[:, output] = left.covariance[:, 0, 0]
+            elif kind != "exact":
+                variance[:, output] = self._spread[output] ** 2
+            unknown = mean[:, output].isnan()  # no estimate here: all that is known is how the output spreads
+            mean[unknown, output], variance[unknown, output] = 0.0, 1.0
         return Posterior(mean, torch.diag_embed(variance))
 
 

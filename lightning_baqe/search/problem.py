@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from optuna.distributions import BaseDistribution
 
+from lightning_baqe.search.knowledge import Knowledge
+
 
 class Problem(Protocol):
     """A search that can be replayed, without training or measuring.
@@ -32,3 +34,9 @@ class Problem(Protocol):
 
     def seconds(self, params: Mapping[str, Any]) -> float:
         """How long one real evaluation takes, proposing apart; 0 where it is no real one."""
+
+    def knowledge(self) -> Knowledge | None:
+        """What is known of points before any trial, as far as :meth:`preparation_s` pays for; None: nothing."""
+
+    def preparation_s(self) -> float:
+        """How long it takes to learn what is known: measuring kernels, for instance."""
