@@ -87,8 +87,9 @@ class SearchStudy:
         self.lock = study_lock(url, name)
         # Two processes that create the tables at once would collide, also those of two studies in one database.
         with study_lock(url, "tables"), self.lock:
+            self._storage = _open_storage(url)
             self._study = optuna.create_study(
-                study_name=name, storage=_open_storage(url), directions=["minimize"] * 3, load_if_exists=True
+                study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
             )
         self._worker = Worker(self._study)
         self._about = {**about, "device": device_info(threads), "versions": versions()}
@@ -128,6 +129,7 @@ class SearchStudy:
     def close(self) -> None:
         """Leave the study: this process is no worker of it any more."""
         self._worker.close()
+        self._storage.engine.dispose()
 
     def _reclaim(self, space: NetworkSpace) -> None:
         """Close the trials whose workers died and queue their points again. The lock is held, so none begins now."""

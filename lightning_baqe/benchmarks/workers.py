@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
@@ -148,9 +149,10 @@ def run(
     ]
     for worker in workers:
         worker.start()
-    victim, study = None, None
+    victim, study, database = None, None, None
     while any(worker.is_alive() for worker in workers):
-        study = study or (_study(storage) if kill else None)
+        database = database or _database(storage)
+        study = study or (_study(database) if kill and database is not None else None)
         if study is not None and victim is None:
             victim = _kill_one(study, trials // 4, workers)
         time.sleep(0.1)
@@ -158,18 +160,26 @@ def run(
     failed = [worker.exitcode for worker in workers if worker.exitcode and worker is not victim]
     if failed:
         raise BaqeError(f"{len(failed)} of {processes} workers failed by themselves, with {failed}")
-    return {"processes": processes, "killed": victim is not None, "seconds": seconds, **_look(folder, storage)}
+    assert database is not None
+    try:
+        return {"processes": processes, "killed": victim is not None, "seconds": seconds, **_look(folder, database)}
+    finally:
+        database.engine.dispose()  # psycopg warns of connections that nobody closed
 
 
-def _study(storage: str) -> optuna.Study | None:
-    """The workers' study, None as long as there is none."""
-    file = storage.removeprefix("sqlite:///")
-    if storage.startswith("sqlite:///") and not Path(file).exists():
+def _database(storage: str) -> RDBStorage | None:
+    """The database, None as long as an SQLite file is not there."""
+    if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).exists():
         return None
-    with study_lock(storage, "tables"):  # a worker may be creating the tables
-        if "workers" not in optuna.get_all_study_names(storage):
-            return None
-        return optuna.load_study(study_name="workers", storage=storage)
+    with study_lock(storage, "tables"):  # a worker may be creating them
+        return RDBStorage(storage)
+
+
+def _study(database: RDBStorage) -> optuna.Study | None:
+    """The workers' study, None as long as there is none."""
+    if "workers" not in [study.study_name for study in database.get_all_studies()]:
+        return None
+    return optuna.load_study(study_name="workers", storage=database)
 
 
 def _kill_one(study: optuna.Study, after: int, workers: Sequence[Any]) -> Any | None:
@@ -187,8 +197,8 @@ def _kill_one(study: optuna.Study, after: int, workers: Sequence[Any]) -> Any | 
     return None
 
 
-def _look(folder: Path, storage: str) -> dict[str, Any]:
-    trials = optuna.load_study(study_name="workers", storage=storage).get_trials(deepcopy=False)
+def _look(folder: Path, database: RDBStorage) -> dict[str, Any]:
+    trials = optuna.load_study(study_name="workers", storage=database).get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     interrupted = [t for t in trials if t.user_attrs.get(RESULT, {}).get("error") == INTERRUPTED]
     again = {trial.user_attrs[AGAIN] for trial in complete if AGAIN in trial.user_attrs}
