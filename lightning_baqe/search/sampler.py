@@ -24,10 +24,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement
+from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement, nondominated_cells
+from lightning_baqe.search.exact_improvement import log_expected_improvement
 from lightning_baqe.search.history import History, signs
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
+from lightning_baqe.search.refine import refine
 from lightning_baqe.search.space import Key, Rows, SearchSpace
 from lightning_baqe.search.study_sampler import StudySampler
 from lightning_baqe.search.surrogate import (
@@ -60,6 +62,7 @@ class SamplerOptions:
         children: candidates bred in each round of mode "beyond".
         rounds: first from the front, then from the best candidates of the rounds before.
         elite: how many best candidates are parents of the next round.
+        refined: best candidates that are moved uphill in their continuous parameters, if there are any.
     """
 
     deep_kernel: DeepKernelOptions = field(default_factory=DeepKernelOptions)
@@ -69,12 +72,14 @@ class SamplerOptions:
     children: int = 500
     rounds: int = 3
     elite: int = 20
+    refined: int = 10
 
     def __post_init__(self) -> None:
-        if min(self.n_samples, self.children, self.rounds, self.elite) < 1 or not self.share_concentration > 0:
+        counts = (self.n_samples, self.children, self.rounds, self.elite, self.refined)
+        if min(counts) < 1 or not self.share_concentration > 0:
             raise ConfigError(
                 f"n_samples={self.n_samples}, children={self.children}, rounds={self.rounds}, elite={self.elite}, "
-                f"share_concentration={self.share_concentration}; wanted all positive"
+                f"refined={self.refined}, share_concentration={self.share_concentration}; wanted all positive"
             )
 
 
@@ -242,9 +247,17 @@ class BaqeSampler(StudySampler):
             if self.mode == "paper"
             else ArdGP(x, y, self.options.ard, seed)
         )
+        cells = nondominated_cells(front, reference)
+
+        def log_score(x: torch.Tensor) -> torch.Tensor:
+            assert isinstance(model, ArdGP)
+            return log_expected_improvement(*model.moments(x), cells)
 
         def score(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             posterior = model.posterior(space.encode(rows))
+            if isinstance(model, ArdGP):
+                variance = posterior.covariance.diagonal(dim1=1, dim2=2)
+                return log_expected_improvement(posterior.mean, variance, cells), posterior.covariance
             improvement = expected_hypervolume_improvement(
                 posterior.mean,
                 posterior.covariance,
@@ -256,6 +269,7 @@ class BaqeSampler(StudySampler):
             )
             return improvement, posterior.covariance
 
+        first_free = free
         improvement, covariance = score(free)
         if self.mode == "beyond":
             rng = self._rng(4, number)
@@ -271,4 +285,13 @@ class BaqeSampler(StudySampler):
                     improvement, covariance = torch.cat([improvement, more[0]]), torch.cat([covariance, more[1]])
                 elite = improvement.argsort(descending=True, stable=True)[: self.options.elite]
                 parents = free[elite.numpy()]
+            # Half of the starts are of the spread pool, as bred candidates may all lie in one basin.
+            pool = improvement[: len(first_free)].argsort(descending=True, stable=True)[: self.options.refined // 2]
+            starts = torch.cat([elite[: self.options.refined - len(pool)], pool])
+            refined = unseen(
+                refine(space, free[starts.numpy()], log_score), history.seen | set(map(tuple, free.tolist()))
+            )
+            if len(refined):
+                free, improvement = np.concatenate([free, refined]), torch.cat([improvement, score(refined)[0]])
+            return cast("Key", tuple(free[int(improvement.argmax())].tolist()))
         return cast("Key", tuple(free[best_candidate(improvement, covariance)].tolist()))
