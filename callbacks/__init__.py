@@ -2,6 +2,7 @@
 
 from lightning_baqe.callbacks.distillation import Distillation
 from lightning_baqe.callbacks.freeze_batch_norm import FreezeBatchNorm
+from lightning_baqe.callbacks.pareto_checkpoint import ParetoCheckpoint
 from lightning_baqe.callbacks.search import BayesianSearch
 
-__all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm"]
+__all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm", "ParetoCheckpoint"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -76,6 +77,14 @@ class Host:
             ConfigError: the weights do not fit the network.
         """
         network = self.float_network
+        if self.is_leader and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(f".{os.getpid()}.tmp")
+            torch.save(network.state_dict(), scratch)
+            # Of two workers that begin at once the first one's weights are the run's.
+            with contextlib.suppress(FileExistsError):
+                os.link(scratch, path)
+            scratch.unlink()
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             before = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
@@ -92,11 +101,6 @@ class Host:
                     f"{type(self.module).__name__}.{self.network}: all its trials start from the same. Use another "
                     "run_dir to search from the new ones."
                 )
-        elif self.is_leader:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(f".{os.getpid()}.tmp")
-            torch.save(network.state_dict(), scratch)
-            os.replace(scratch, path)
 
     def install(self, model: nn.Module) -> None:
         """Put a network in the classifier's place, with new optimisers and schedulers for its parameters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytorch_lightning as pl
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -67,6 +67,10 @@ class SearchProgress:
     def warn(self, text: str) -> None:
         """Print a warning above the bar."""
         self._console.print(f"[yellow]{text}")
+
+    def show(self, what: RenderableType) -> None:
+        """Print above the bar, whether there is one or not."""
+        self._console.print(what)
 
     def close(self) -> None:
         """Leave the bar as it is."""

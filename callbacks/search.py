@@ -16,10 +16,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host
 from lightning_baqe.callbacks.progress import SearchProgress
+from lightning_baqe.callbacks.results import log_hypervolume, log_results
 from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
+from lightning_baqe.deploy.knowledge import search_knowledge
+from lightning_baqe.deploy.limits import Reach, read_limits
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import PAPER_CHOICES, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
 from lightning_baqe.deploy.space import NetworkSpace
@@ -32,9 +35,14 @@ from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature, layers
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.observer import parse_range
+from lightning_baqe.quantization.sensitivity import layer_scores
+from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler, Mode
 
 TUNED = 4  # knobs that are tried for each kernel before the search
+SCORED = 64  # images that the layers' sensitivity is taken on
+WAIT_S = 1.0  # between looks at what other workers do
+_Plan = tuple[str, BitConfig, Any, optuna.Trial | None, str, float]
 
 
 @dataclass
@@ -74,16 +82,22 @@ class BayesianSearch(pl.Callback):
         bit_choices: of every layer but the first and the last, which stay at 8. ``auto``: BAQE's 4, 8 and 32 in mode
             ``paper``, else what the device rewards (:func:`~lightning_baqe.deploy.rewards.default_bit_choices`).
         baselines: uniform bit-widths evaluated first, outside the trials.
-        schedules: whether kernel knobs are searched, too.
+        schedules: whether mode ``paper`` searches kernel knobs, too; in mode ``beyond`` every layer gets the best known
+            ones for its bits.
         mode: of :class:`~lightning_baqe.search.BaqeSampler`; ``n_initial``, ``pool_size``, ``seed`` likewise.
         sampler: any Optuna sampler instead.
-        storage: an Optuna storage URL; None: SQLite in the run folder.
+        storage: URL of an SQLite file or a PostgreSQL database; None: SQLite in the run folder. Processes with the
+            same ``run_dir``, or the same storage and ``study_name``, share the trials among them.
+        study_name: of the study in the storage; None: the run folder's name.
         max_failures: give up after so many failed trials.
         target, threads: what is compiled for.
-        device: what the device has kernels for; no layer is offered other bits. None: everything that ``target`` has.
+        device: what the device has kernels for: no layer is offered other bits, and residual sums are fused where it
+            says so. None: everything that ``target`` has.
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
+        limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them: constraints that
+            steer the search. Those that no point can meet end it before the first trial.
         tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,
             so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.
@@ -93,6 +107,7 @@ class BayesianSearch(pl.Callback):
 
     Raises:
         ConfigError: on setup, an argument that cannot be right for this module or trainer.
+        InfeasibleError: before the first trial, a limit cannot be met; names the nearest value that can.
     """
 
     def __init__(
@@ -112,7 +127,9 @@ class BayesianSearch(pl.Callback):
         seed: int = 0,
         sampler: optuna.samplers.BaseSampler | None = None,
         storage: str | None = None,
+        study_name: str | None = None,
         max_failures: int = 20,
+        limits: Mapping[str, float | None] | None = None,
         target: str = "native",
         threads: int = 1,
         device: DeviceDescription | None = None,
@@ -146,13 +163,16 @@ class BayesianSearch(pl.Callback):
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.bit_choices, self.baselines, self.search_schedules = tuple(bit_choices), tuple(baselines), schedules
         self.mode, self.n_initial, self.pool_size, self.seed = mode, n_initial, pool_size, seed
-        self.sampler, self.storage, self.max_failures = sampler, storage, max_failures
+        self.sampler, self.storage, self.study_name, self.max_failures = sampler, storage, study_name, max_failures
+        self.limits = read_limits(limits)
         self.target, self.threads, self.device = get_target(target), threads, device
+        self.fuse_residual = device is None or device.fuse_residual
         self.measurement = measurement or MeasureOptions()
         self.calibration_batches, self.tune_s = calibration_batches, tune_s
         self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
         self._records_path = records
         self._running: _Running | None = None
+        self._next: _Plan | None = None
         self._planned: tuple[int, ...] = ()
         self._closed = False
         self.gave_up: str | None = None
@@ -188,7 +208,7 @@ class BayesianSearch(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.run_dir is not None
-        self._running, self._closed, self.gave_up = None, False, None
+        self._running, self._next, self._closed, self.gave_up = None, None, False, None
         if getattr(trainer, "fast_dev_run", False):  # one epoch: one trial, nothing else
             self._wanted, self._planned, self._tuning_s = 1, (), 0.0
         else:
@@ -209,9 +229,17 @@ class BayesianSearch(pl.Callback):
         self._validation = self.host.validation_batches()
         about = {"recipe": self.recipe, "model": self.model_name or type(self._float).__name__,
                  "dataset": self.host.dataset_name}  # fmt: skip
-        self.study = SearchStudy(self.run_dir, self.storage, about, self.threads)
+        self.study = SearchStudy(self.run_dir, self.storage, about, self.threads, self.study_name)
         bar = self.show_progress and trainer.progress_bar_callback is None
         self.progress = SearchProgress(self._wanted + len(self._planned), bar, trainer.progress_bar_callback)
+        with self.study.lock:  # one worker prepares, the others wait and find everything there
+            self._prepare()
+        self.study.write()
+        self.progress.update(self.study, "resumed" if self.study.done_count else "started")
+        self._follow_or_stop()
+
+    def _prepare(self) -> None:
+        """Space, study and the float model's figures, each if it is not there yet."""
         known = self.study.known_space(self._conditions())
         base = BitConfig.uniform(self._float, 8, 8)
         self.space = self._make_space(base) if known is None else NetworkSpace.from_record(base, known)
@@ -228,9 +256,11 @@ class BayesianSearch(pl.Callback):
         self.study.drop_failed_baselines()
         if self.study.float_result is None:
             self._evaluate_float()
-        self.study.write()
-        self.progress.update(self.study, "resumed" if self.study.done_count else "started")
-        self._follow_or_stop()
+        if isinstance(sampler, BaqeSampler) and sampler.mode == "beyond" and self._wanted > 1:
+            sampler.knowledge = self._knowledge()
+        self.study.set_limits(self.limits)
+        if self.limits:
+            self._check_limits()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._running is None and not trainer.should_stop:
@@ -278,33 +308,81 @@ class BayesianSearch(pl.Callback):
             "schedules": self.search_schedules,
             "activation_range": self.activation_range,
             "target": vars(self.target),
+            "fuse_residual": self.fuse_residual,
             "device": fingerprint(self.threads),
         }
+
+    def _uniform(self, bits: int) -> QuantizedModel:
+        """The untrained network with its searched layers at these bits."""
+        config = BitConfig.uniform(self._float, bits, bits)
+        return calibrate(self._quantize(config), self._calibration[:1])
+
+    def _knowledge(self) -> Knowledge:
+        """What is known before any trial; kept in the study."""
+        known = self.study.knowledge
+        if known is None:
+            assert self.study.float_result is not None
+            self.progress.say("measuring how sensitive the layers are")
+            models = {bits: self._uniform(bits) for bits in (*self._searched_bits(), FLOAT_BITS)}
+            images = self._calibration[0][:SCORED]
+            scores = {bits: layer_scores(model, images) for bits, model in models.items() if bits != FLOAT_BITS}
+            known = search_knowledge(
+                self.space,
+                {bits: lower(model) for bits, model in models.items()},
+                self.study.float_result,
+                self.target,
+                self.threads,
+                self.records,
+                scores,
+                self.fuse_residual,
+            )
+            self.study.set_knowledge(known)
+        return known
+
+    def _searched_bits(self) -> list[int]:
+        """All bits that some layer of the space may have, without float."""
+        return sorted({b for offered in self.space.bit_choices.values() for b in offered} - {FLOAT_BITS})
 
     def _make_space(self, base: BitConfig) -> NetworkSpace:
         """The space, from the network's kernels at every bit-width; they are tuned first."""
         graphs: dict[int, IntegerGraph] = {}
         for bits in sorted({*self.bit_choices, FLOAT_BITS}, reverse=True):
-            config = BitConfig.uniform(self._float, bits, bits)
-            model = calibrate(self._quantize(config), self._calibration[:1])
-            graphs[bits] = lower(model)
+            graphs[bits] = lower(self._uniform(bits))
             if self._tuning_s > 0:
                 self.progress.say(f"tuning kernels of {bits} bit")
-                tune(graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records)
+                tune(
+                    graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records,
+                    fuse_residual=self.fuse_residual,
+                )  # fmt: skip
         chosen = {bits: graphs[bits] for bits in self._offered(graphs)}
+        schedules = self.search_schedules and self.mode == "paper"
         return NetworkSpace.of(
-            chosen, base, self.target, self.threads, self.search_schedules, self.records, self._supported
-        )
+            chosen, base, self.target, self.threads, schedules, self.records, self._supported,
+            self.fuse_residual,
+        )  # fmt: skip
 
     def _offered(self, graphs: Mapping[int, IntegerGraph]) -> tuple[int, ...]:
         """The bits to choose from; keeps what the device rewards for the report."""
         rewards: Rewards | None = None
         if REFERENCE in graphs:
             integer = {bits: graph for bits, graph in graphs.items() if bits != FLOAT_BITS}
-            rewards = rewards_of(integer, self.target, self.threads, self.records)
+            rewards = rewards_of(integer, self.target, self.threads, self.records, self.fuse_residual)
             self.study.set_rewards(rewards.summary())
         measured = not getattr(self.host.trainer, "fast_dev_run", False)  # which tunes nothing
         return default_bit_choices(rewards, self.mode) if self.auto_bits and measured else self.bit_choices
+
+    def _check_limits(self) -> None:
+        """Show what can be reached; stop where a limit cannot be met at all."""
+        graphs = [
+            lower(calibrate(self._quantize(bits), self._calibration[:1]))
+            for bits in (self.space.extreme(min), BitConfig.uniform(self._float, 8, 8), self.space.extreme(max))
+        ]
+        reference = self.study.float_result
+        assert reference is not None
+        reach = Reach.of(graphs, self.target, self.threads, self.records, reference["accuracy"])
+        self.progress.show(reach.table(self.limits))
+        summary = self.study.summary()
+        reach.check(self.limits, summary["baselines"] + summary["trials"])
 
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
         return quantize(self._float, bits, self._example, activation_range=self.activation_range)
@@ -316,8 +394,9 @@ class BayesianSearch(pl.Callback):
         model = quantize(self._float, bits, self._example).eval()
         folder = self.run_dir / "artifacts" / "float"
         found = evaluate(
-            model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement
-        )
+            model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement,
+            self.fuse_residual,
+        )  # fmt: skip
         self.study.set_float(
             {
                 "accuracy": found.accuracy,
@@ -332,9 +411,7 @@ class BayesianSearch(pl.Callback):
 
     def _begin(self) -> None:
         """Install the next network: baselines first, then what the sampler proposes."""
-        plan: tuple[str, BitConfig, Any, optuna.Trial | None, str, float] | None = None
-        if self.host.is_leader:
-            plan = self._propose()
+        plan, self._next = self._next, None
         shared = self.host.broadcast(None if plan is None else (plan[1].to_json(), plan[0]))
         assert shared is not None
         bits = plan[1] if plan is not None else BitConfig.from_json(shared[0])
@@ -344,15 +421,19 @@ class BayesianSearch(pl.Callback):
         name, _, schedules, trial, phase, propose_s = plan or (shared[1], bits, "default", None, "", 0.0)
         self._running = _Running(name, bits, schedules, model, trial, phase, propose_s, started)
 
-    def _propose(self) -> tuple[str, BitConfig, Any, optuna.Trial | None, str, float]:
-        done = self.study.baseline_names
-        for bits in self._planned:
-            name = f"w{bits}a{bits}"
-            if name not in done:
-                self.progress.update(self.study, f"baseline {name}")
-                return name, BitConfig.uniform(self._float, bits, bits), "default", None, "baseline", 0.0
+    def _propose(self) -> _Plan | None:
+        """What this worker does next; None: other workers do all that is left."""
+        planned = {f"w{bits}a{bits}": bits for bits in self._planned}
+        name = self.study.claim_baseline(list(planned))
+        if name is not None:
+            self.progress.update(self.study, f"baseline {name}")
+            bits = planned[name]
+            return name, BitConfig.uniform(self._float, bits, bits), "default", None, "baseline", 0.0
         start = time.perf_counter()
-        trial, phase = self.study.ask(self.space)
+        asked = self.study.ask(self.space, self._wanted)
+        if asked is None:
+            return None
+        trial, phase = asked
         config, schedules = self.space.point(trial.params)
         self.progress.update(self.study, f"trial {trial.number}", phase)
         return f"trial_{trial.number}", config, schedules, trial, phase, time.perf_counter() - start
@@ -362,6 +443,7 @@ class BayesianSearch(pl.Callback):
         if self.host.is_leader:
             self._evaluate(running)
             self.study.write()
+            log_hypervolume(self.host.trainer.loggers, self.study.summary(), self.host.trainer.global_step)
             self.progress.update(self.study, "evaluated", advance=running.failure is None)
         self.host.barrier()
 
@@ -404,6 +486,7 @@ class BayesianSearch(pl.Callback):
             self.threads,
             self.records,
             self.measurement,
+            self.fuse_residual,
         )
         return {"accuracy": found.accuracy, "fake_quant_accuracy": fake, "latency_us": found.latency_us,
                 "size_bytes": found.size_bytes, "spread": found.spread, "noisy": found.noisy,
@@ -422,18 +505,26 @@ class BayesianSearch(pl.Callback):
 
     def _follow_or_stop(self) -> None:
         """End training where the search is done; all ranks agree."""
-        decision: tuple[bool, str | None] = (False, None)
-        if self.host.is_leader:
-            baselines = {f"w{bits}a{bits}" for bits in self._planned}
-            if self.study.complete_count >= self._wanted and baselines <= set(self.study.baseline_names):
-                decision = (True, None)
-            elif self.study.failed_count >= self.max_failures:
-                decision = (True, f"{self.study.failed_count} trials failed, the last with: {self.study.last_error}")
+        decision = self._decide() if self.host.is_leader else (False, None)
+        while self.host.is_leader and not decision[0] and (plan := self._propose()) is None:
+            self.progress.say("waiting for other workers")  # one of them may die, and leave its trial to this one
+            time.sleep(WAIT_S)
+            decision = self._decide()
+        self._next = plan if self.host.is_leader and not decision[0] else None
         stop, self.gave_up = self.host.broadcast(decision)
         if stop:
             self.host.trainer.should_stop = True
             if self.gave_up is not None and self.host.is_leader:
                 self.progress.warn(f"The search gave up: {self.gave_up}")
+
+    def _decide(self) -> tuple[bool, str | None]:
+        """Whether the search is over, and why if it gave up."""
+        baselines = {f"w{bits}a{bits}" for bits in self._planned}
+        if self.study.complete_count >= self._wanted and baselines <= set(self.study.baseline_names):
+            return True, None
+        if self.study.failed_count >= self.max_failures:
+            return True, f"{self.study.failed_count} trials failed, the last with: {self.study.last_error}"
+        return False, None
 
     def _close(self, trainer: pl.Trainer, test: bool = True) -> None:
         """Put the float network back; write the final summary and the report. Safe to call twice."""
@@ -441,8 +532,11 @@ class BayesianSearch(pl.Callback):
             return
         self._closed, self._running = True, None
         self.host.install_float(self._original)
-        if not self.host.is_leader or not hasattr(self, "space"):
+        if not self.host.is_leader or not hasattr(self, "study"):
             return
+        if self._next is not None and self._next[3] is not None:
+            self.study.give_back(self._next[3])
+        self._next = None
         self.study.write(report=True)  # what was found is safe before the test split is touched
         if test:
             if self.study.complete_count < self._wanted and self.gave_up is None:
@@ -452,4 +546,7 @@ class BayesianSearch(pl.Callback):
                 )
             self.study.test_front(self.host.test_batches())
             self.study.write(report=True)
+            assert self.run_dir is not None
+            log_results(trainer.loggers, self.study.summary(), self.run_dir)
+        self.study.close()
         self.progress.close()

@@ -29,36 +29,55 @@ _OPERATORS = """
     SELECT operator, target, count(DISTINCT spec), sum(error IS NULL), sum(error IS NOT NULL), max(measured_at)
     FROM kernels WHERE device = ? AND toolchain = ? GROUP BY operator, target ORDER BY operator, target"""
 _MODELS = "SELECT count(*), max(measured_at) FROM models WHERE device = ? AND toolchain = ?"
+_PEAKS = """
+    SELECT target, dot, chain, gmacs, max(measured_at) FROM peaks WHERE device = ? AND toolchain = ?
+    GROUP BY target, dot, chain ORDER BY target, dot, chain"""  # SQLite: gmacs is of the row with the maximum
 _PAIRS = """
     SELECT DISTINCT d.id, d.info, t.id, t.versions FROM devices d, toolchains t WHERE EXISTS
         (SELECT 1 FROM kernels WHERE device = d.id AND toolchain = t.id
-         UNION ALL SELECT 1 FROM models WHERE device = d.id AND toolchain = t.id)
+         UNION ALL SELECT 1 FROM models WHERE device = d.id AND toolchain = t.id
+         UNION ALL SELECT 1 FROM peaks WHERE device = d.id AND toolchain = t.id)
     ORDER BY d.id, t.id"""
 
 
 def tables(records: Records) -> list[Table]:
-    """One table for each device and toolchain: operators with their numbers of kernels, and models."""
+    """For each device and toolchain one table of operators with their numbers of kernels, and models; and one of peaks.
+
+    A peak is what one core's arithmetic reaches, in 1e9 multiply-accumulates a second; of those that were measured by
+    several versions of this package the last one is shown. What is empty is left out.
+    """
     found = []
     with records.reading() as connection:
         for device, info, chain, versions in connection.execute(_PAIRS).fetchall():
-            about = json.loads(info)
+            about, key = json.loads(info), (device, chain)
             mark = ", this machine" if device == device_key(device_info(about["threads"])) else ""
             title = f"{about['cpu']}, {about['threads']} thread(s){mark}\n{device}; " + ", ".join(
                 f"{name} {version}" for name, version in json.loads(versions).items()
             )
-            table = Table(title=title, title_justify="left")
-            for column in ("operator", "target"):
-                table.add_column(column)
-            for column in ("shapes", "measured", "failed", "latest"):
-                table.add_column(column, justify="right")
-            for operator, target, shapes, good, bad, latest in connection.execute(_OPERATORS, (device, chain)):
-                names = " ".join(map(str, json.loads(target).values()))
-                table.add_row(operator, names, str(shapes), str(good), str(bad), _day(latest))
-            models, latest = connection.execute(_MODELS, (device, chain)).fetchone()
+            kernels = _table(title, ("operator", "target"), ("shapes", "measured", "failed", "latest"))
+            for operator, target, shapes, good, bad, latest in connection.execute(_OPERATORS, key):
+                kernels.add_row(operator, _names(target), str(shapes), str(good), str(bad), _day(latest))
+            models, latest = connection.execute(_MODELS, key).fetchone()
             if models:
-                table.add_row("whole models", "", "", str(models), "", _day(latest))
-            found.append(table)
+                kernels.add_row("whole models", "", "", str(models), "", _day(latest))
+            peaks = _table(f"{title}\npeaks of one core", ("arithmetic", "target"), ("chain", "GMAC/s", "latest"))
+            for target, dot, steps, gmacs, latest in connection.execute(_PEAKS, key):
+                peaks.add_row(dot, _names(target), str(steps), f"{gmacs:.1f}", _day(latest))
+            found += [table for table in (kernels, peaks) if table.row_count]
     return found
+
+
+def _table(title: str, texts: Sequence[str], figures: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in texts:
+        table.add_column(column)
+    for column in figures:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _names(target: str) -> str:
+    return " ".join(map(str, json.loads(target).values()))
 
 
 def _day(seconds: float) -> str:

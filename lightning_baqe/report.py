@@ -166,6 +166,7 @@ def _header(summary: Summary, title: str) -> str:
         "device": f"{escaped(device, 'cpu')}, {escaped(device, 'cores')} cores"
         + ("" if threads is None else f", measured on {html.escape(str(threads))} thread{'s' * (threads != 1)}"),
         "instructions": " ".join(f"<code>{flag}</code>" for flag in flags) or "–",
+        "limits": html.escape(", ".join(f"{name} {value:g}" for name, value in (summary.get("limits") or {}).items())),
         "bits here": html.escape((summary.get("rewards") or {}).get("line", "")),
         "versions": ", ".join(html.escape(f"{name} {version}") for name, version in versions.items()) or "–",
     }
@@ -232,6 +233,8 @@ def _pareto_table(summary: Summary) -> str:
         return '<p class="quiet">There is no Pareto point yet.</p>'
     header = ["point", "phase", "bits: mean (range)", "accuracy", "fake-quantized", "test accuracy"]
     header += ["latency", "speedup", "size", "smaller"]
+    limits = summary.get("limits")
+    header += ["within limits"] if limits else []
     rows = [
         [
             html.escape(name),
@@ -244,6 +247,7 @@ def _pareto_table(summary: Summary) -> str:
             speedup(reference.get("latency_us"), entry["latency_us"]),
             in_kilobytes(entry["size_bytes"]),
             speedup(reference.get("size_bytes"), entry["size_bytes"]),
+            *(["yes" if entry.get("feasible") else "no"] if limits else []),
         ]
         for name, entry in points
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 import logging
 import re
 import shlex
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 RECIPES = "lightning_baqe.recipes"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # What a run may be resumed with in another way than it was begun: none of it changes what a trial means.
-MAY_CHANGE = ("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s")
+MAY_CHANGE = (
+    *("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s"),
+    "search.limits",  # checked by the search: not once a trial is complete
+)
 # Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
 _KNOWN_WARNINGS = (
     ".*does not have many workers",
@@ -216,7 +220,7 @@ def open_run(cfg: DictConfig) -> Path:
 
     recipe = recipe_name(cfg)
     if cfg.run_dir is None:
-        run_dir = Path("outputs", recipe, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).absolute()
+        run_dir = _new_folder(Path("outputs", recipe, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).absolute())
     else:
         run_dir = Path(str(cfg.run_dir)).expanduser().absolute()
     cfg.run_dir = str(run_dir)
@@ -229,6 +233,24 @@ def open_run(cfg: DictConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written ({error}): give another run_dir.") from error
     return run_dir
+
+
+def _new_folder(path: Path) -> Path:
+    """Make a folder of this name, or with a number behind it: agents of a sweep may begin in the same second.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"run_dir={folder} cannot be made ({error}): give another run_dir.") from error
+        return folder
+    raise AssertionError("unreachable")
 
 
 def recipe_name(cfg: DictConfig) -> str:
@@ -363,7 +385,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer, callbacks)
     assert isinstance(task.net, QuantizedModel)
     seconds = {"train": time.perf_counter() - start}
-    _write_single(cfg, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
+    _write_single(cfg, device, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
     _close(run_dir)
 
 
@@ -404,6 +426,7 @@ def _batch_norm_callbacks(cfg: DictConfig) -> list[pl.Callback]:
 
 def _write_single(
     cfg: DictConfig,
+    device: DeviceDescription,
     run_dir: Path,
     datamodule: Any,
     reference: QuantizedModel,
@@ -424,7 +447,10 @@ def _write_single(
         folder = run_dir / "artifacts" / name
         options = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
         batches = datamodule.val_dataloader()
-        found = evaluate(model, batches, folder, cfg.deploy.target, threads=cfg.deploy.threads, options=options)
+        found = evaluate(
+            model, batches, folder, device.target, threads=device.threads, options=options,
+            fuse_residual=device.fuse_residual,
+        )  # fmt: skip
         return {
             "accuracy": found.accuracy,
             "test_accuracy": deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader()),
@@ -500,8 +526,9 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     graph = lower(quantized, example_input=images[:1])
     with tune_report.TuneProgress(console) as bar:
         result = tuner.tune(
-            graph, target, device.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update
-        )
+            graph, target, device.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update,
+            device.fuse_residual,
+        )  # fmt: skip
     about = {
         "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,
         "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},

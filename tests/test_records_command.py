@@ -8,6 +8,7 @@ import pytest
 
 from lightning_baqe.deploy.device import device_info
 from lightning_baqe.deploy.records import Records
+from lightning_baqe.deploy.target import get_target
 from lightning_baqe.records import main
 
 
@@ -24,6 +25,22 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "whole models" in shown
     assert "this machine" in shown
     assert there in shown.replace(" ", "")
+
+
+def test_peaks_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    database = str(tmp_path / "here.db")
+    records = Records(database)
+    records.add_peak(get_target("vnni512"), "vnni", 1, 508.25)
+    records.add_peak(get_target("avx2"), "maddubs", 8, 151.5)
+    assert main(["show", "--database", database]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.replace("│", " ").split() for line in shown.splitlines() if line.startswith("│")]
+    assert [row[:5] for row in rows] == [
+        ["vnni", "llvm", "cascadelake", "1", "508.2"],
+        ["maddubs", "llvm", "haswell", "8", "151.5"],
+    ]
+    assert "peaks of one core" in shown
+    assert "operator" not in shown  # no table of what there is none
 
 
 def test_errors_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def ours(request: EngineRequest) -> Prepared:
     import lightning_baqe as baqe
     from lightning_baqe.benchmarks.layers import KernelProfile
     from lightning_baqe.benchmarks.networks import load_network
-    from lightning_baqe.deploy.conv_template import ConvSpec
+    from lightning_baqe.deploy.conv_spec import ConvSpec
     from lightning_baqe.errors import BuildError
 
     network = load_network(request)

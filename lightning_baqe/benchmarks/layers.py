@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,40 +26,54 @@ class KernelProfile:
     Args:
         plan: the kernels.
         input_shape: ``(channels, height, width)``.
+        compiled: kernels of the same target by key, such as other plans left there; what is missing is added.
     """
 
-    def __init__(self, plan: Plan, input_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, plan: Plan, input_shape: tuple[int, ...], compiled: dict[str, Callable[..., Any]] | None = None
+    ) -> None:
         self.plan = plan
-        kernels = {call.key: call.function().with_attr("global_symbol", call.key) for call in plan.calls}
-        self._library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.target.tvm))
+        compiled = {} if compiled is None else compiled
+        missing = {call.key: call for call in plan.calls if call.key not in compiled}
+        if missing:
+            kernels = {key: call.function().with_attr("global_symbol", key) for key, call in missing.items()}
+            library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.target.tvm))
+            compiled.update({key: library.mod[key] for key in missing})  # each keeps its library alive
         self._image = tvm.runtime.empty((1, *input_shape), "float32")
         self._steps = [
-            (self._library.mod[call.key], arguments)
-            for call, arguments in zip(plan.calls, self._all_arguments(), strict=True)
+            (compiled[call.key], arguments) for call, arguments in zip(plan.calls, self._all_arguments(), strict=True)
         ]
         self._samples_us: list[list[float]] = [[] for _ in plan.calls]
 
     def _all_arguments(self) -> list[list[Any]]:
-        last_use = {name: at for at, call in enumerate(self.plan.calls) for name in _values(call)}
+        last_use = {name: at for at, call in enumerate(self.plan.calls) for name in self._buffers(call)}
         free: dict[tuple[int, str], list[Any]] = {}
         held: dict[str, Any] = {}
         everything = []
         for at, call in enumerate(self.plan.calls):
             kind = result_type(call, self.plan)
             shape, dtype = tuple(int(extent) for extent in kind.shape), str(kind.dtype)
+            target = self.plan.buffer(call.result)
             spare = free.get((int(np.prod(shape)), dtype))
-            result = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
+            if target not in held:
+                held[target] = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
             arguments = [
-                tvm.runtime.tensor(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else held.get(a, self._image)
+                tvm.runtime.tensor(np.ascontiguousarray(a))
+                if isinstance(a, np.ndarray)
+                else held.get(self.plan.buffer(a), self._image)
                 for a in call.arguments
             ]
-            everything.append([*arguments, result])
-            held[call.result] = result
-            for name in _values(call):
+            everything.append([*arguments, held[target]])
+            for name in self._buffers(call):
                 if last_use[name] == at and name in held:
                     layout: Layout = self.plan.layouts[name]
                     free.setdefault((layout.length, layout.dtype), []).append(held.pop(name))
         return everything
+
+    def _buffers(self, call: Call) -> set[str]:
+        """Buffers that a call reads, and a shared one that it writes to."""
+        read = {self.plan.buffer(argument) for argument in call.arguments if isinstance(argument, str)}
+        return read | ({self.plan.buffer(call.result)} if call.result in self.plan.buffers else set())
 
     def run(self, image: np.ndarray) -> np.ndarray:
         """Call all kernels on a float32 image ``(1, channels, height, width)``, note what each takes, and return
@@ -70,6 +85,13 @@ class KernelProfile:
             kernel(*arguments)
             samples.append((clock() - start) / 1e3)
         return np.asarray(self._steps[-1][1][-1].numpy())
+
+    def calls(self) -> list[tuple[Call, list[np.ndarray]]]:
+        """Each call with its arguments as they are now, copied, the result last."""
+        return [
+            (call, [argument.numpy().copy() for argument in arguments])
+            for call, (_, arguments) in zip(self.plan.calls, self._steps, strict=True)
+        ]
 
     def profile(self, image: np.ndarray, seconds: float) -> list[dict[str, Any]]:
         """Run for so many seconds, after warming up.
@@ -92,7 +114,3 @@ class KernelProfile:
             }
             for call, samples in zip(self.plan.calls, self._samples_us, strict=True)
         ]
-
-
-def _values(call: Call) -> set[str]:
-    return {argument for argument in call.arguments if isinstance(argument, str)}

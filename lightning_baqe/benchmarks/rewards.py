@@ -2,15 +2,20 @@
 
     python -m lightning_baqe.benchmarks.rewards --model resnet18 [--target avx2]
 
-Every kernel of the network is measured with a few knobs at each bit-width, as far as the records lack them: all but
-the first and the last layer at these bits in weights and inputs. Weights are random, and without a trained network's
-outliers: chains of int16 sums depend on the weights at hand, so that a trained network may do a little better or worse.
+Every kernel of the network, dense or depthwise, is measured with a few knobs at each bit-width, as far as the records
+lack them: all but the first and the last layer at these bits in weights and inputs. Then the fastest codes of all
+bit-widths of a kernel are measured once more in turns, and the table is of these figures: a clock that drifted from one
+bit-width to the next does not decide between them. The records keep them, and a second run measures nothing.
+
+Weights are random, and without a trained network's outliers: chains of int16 sums depend on the weights at hand, so
+that a trained network may do a little better or worse.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +25,30 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_baqe.benchmarks.networks import calibrated, settled_network
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.device import device_info
+from lightning_baqe.deploy.kernel_bench import REPEATS, KernelBench, interleaved
 from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.rewards import GAIN, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
+from lightning_baqe.deploy.rewards import (
+    GAIN,
+    REFERENCE,
+    WIDTHS,
+    Fastest,
+    Rewards,
+    default_bit_choices,
+    fastest_codes,
+    rewards_of,
+    searched_kernels,
+)
 from lightning_baqe.deploy.target import CpuTarget, get_target
+from lightning_baqe.deploy.tunable import TunableSpec
 from lightning_baqe.deploy.tuner import tune
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.config import BitConfig
+
+ROUNDS = 8  # of a comparison; more than the tuner's, so that the number of samples tells which figures are of one
 
 
 def graphs_at(name: str, library: str, size: int, widths: Sequence[int]) -> dict[int, IntegerGraph]:
@@ -49,6 +68,31 @@ def measure_missing(
             bar.close()
 
 
+def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records) -> None:
+    """Measure the fastest codes of each kernel, one for each bit-width with a code of its own, in turns.
+
+    A figure that was chosen for being low goes up when it is taken again, and then another code may be the fastest:
+    goes on until all that are the fastest were compared so. Where one code serves all there is nothing to compare.
+    """
+    with Progress(console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as folder:
+        bar = _Bar(progress, "bit-widths in turns")
+        for number, kernel in enumerate(searched_kernels(graphs, target, threads)):
+            benches: dict[TunableSpec, KernelBench] = {}
+            while True:
+                fastest = fastest_codes(kernel.specs, target, records)
+                codes: dict[str, Fastest] = {}
+                for bits in sorted(fastest, reverse=True):
+                    codes.setdefault(fastest[bits].code, fastest[bits])
+                if len(codes) < 2 or all(one.samples >= ROUNDS * REPEATS for one in codes.values()):
+                    break
+                for one in codes.values():
+                    place = Path(folder) / f"{number}_{len(benches)}"
+                    benches.setdefault(one.spec, KernelBench(one.spec, target, records, place))
+                interleaved([(benches[one.spec], one.knobs) for one in codes.values()], ROUNDS)
+                bar.advance()
+        bar.close()
+
+
 class _Bar:
     """Counts what was measured; how much there is to measure shows only as it goes."""
 
@@ -62,11 +106,14 @@ class _Bar:
         self._progress.update(self._task, total=1, completed=1)
 
 
-def shape_text(spec: ConvSpec) -> str:
-    """``64->64 3x3/1 56x56``: channels, window, stride, output."""
+def shape_text(spec: TunableSpec) -> str:
+    """``64->64 3x3/1 56x56``: channels, window, stride, output; then ``depthwise``, or the number of groups."""
     source, result = spec.source, spec.result
     window = "x".join(map(str, spec.kernel))
-    return f"{source.channels}->{result.channels} {window}/{spec.stride[0]} {result.height}x{result.width}"
+    text = f"{source.channels}->{result.channels} {window}/{spec.stride[0]} {result.height}x{result.width}"
+    if isinstance(spec, DepthwiseSpec):
+        return f"{text} depthwise"
+    return text if spec.groups == 1 else f"{text} {spec.groups} groups"
 
 
 def table(rewards: Rewards) -> Table:
@@ -112,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target, records = get_target(options.target), Records(options.database)
         graphs = graphs_at(options.model, options.library, options.size, sorted({*options.bits, REFERENCE}))
         measure_missing(graphs, target, options.threads, options.candidates, records)
+        compare_widths(graphs, target, options.threads, records)
         rewards = rewards_of(graphs, target, options.threads, records)
         info: dict[str, Any] = device_info(options.threads)
         console.print(f"{info['cpu']}, {options.model}, image {graphs[REFERENCE].input_shape[-1]}", markup=False)

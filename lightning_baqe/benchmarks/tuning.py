@@ -7,6 +7,8 @@
 3. BAQE's Table X: latency of the whole network with default and with tuned knobs, in turns. The defaults are those that
    ship, chosen by the templates' cost estimates.
 4. Seconds of a full build of another network from records, in a fresh process.
+5. With ``--metaschedule TRIALS``: the kernels with most work once more by TVM's own tuner, MetaSchedule, measured in
+   turns with ours (:mod:`lightning_baqe.benchmarks.metaschedule`). It takes minutes a kernel.
 
 Everything measured is kept in a folder; the same command goes on where it was interrupted.
 """
@@ -29,9 +31,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lightning_baqe.benchmarks.metaschedule import compare, metaschedule_table
 from lightning_baqe.benchmarks.networks import calibrated, settled_network
 from lightning_baqe.benchmarks.rows import Rows, begin
 from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.device import device_info, fingerprint, versions
 from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.deploy.kernel_bench import KernelBench
@@ -305,6 +309,26 @@ def strategies_of(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> lis
     ]
 
 
+def beside_metaschedule(
+    graph: IntegerGraph, setup: Setup, strategy: str, trials: int, count: int, folder: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Rows of :func:`~lightning_baqe.benchmarks.metaschedule.compare` for the dense kernels with most work.
+
+    Args:
+        strategy: whose winners are our tuned kernels.
+        trials: of MetaSchedule for each kernel.
+        count: of kernels.
+    """
+    target, records = get_target(setup.target), records_of(folder, strategy)
+    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        kernels: dict[ConvSpec, tuple[tuple[str, ...], KernelBench, dict[str, Any]]] = {}
+        for spec, layers in tunable_layers(graph, target, setup.threads).items():
+            if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.dot != "fma" and len(kernels) < count:
+                bench = KernelBench(spec, target, Records(folder / "compare.db"), Path(place) / str(len(kernels)))
+                kernels[spec] = (layers, bench, records.best_knobs(spec, target) or bench.default)
+        return compare(kernels, trials, setup.seed, folder, console)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18", help="torchvision's name")
@@ -318,6 +342,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--random", type=int, default=8, help="random knobs that each kernel is compared with")
     parser.add_argument("--rounds", type=int, default=10, help="of the whole network")
     parser.add_argument("--rebuild", default="resnet50", help="the network that is built from records; empty: none")
+    parser.add_argument("--metaschedule", type=int, default=0, metavar="TRIALS",
+                        help="of TVM's own tuner for each kernel, which takes minutes; 0: leave it out")  # fmt: skip
+    parser.add_argument("--metaschedule-kernels", type=int, default=4, metavar="KERNELS",
+                        help="dense kernels that it tunes, those with most work")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks/tuning"), help="for all that is kept")
     return parser
@@ -330,6 +358,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("candidates", "random", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is at least 1")
+    if options.metaschedule < 0 or options.metaschedule_kernels < 1:
+        parser.error("--metaschedule is at least 0, and --metaschedule-kernels at least 1")
+    if options.metaschedule and options.threads != 1:
+        parser.error(f"--metaschedule compares kernels on one thread, got --threads {options.threads}: leave out one")
     setup = Setup(options.model, options.size, options.bits, options.target, options.threads, options.random,
                   options.seed)  # fmt: skip
     console, folder = Console(width=170 if not Console().is_terminal else None, highlight=False), options.folder
@@ -359,6 +391,12 @@ def main(arguments: list[str] | None = None) -> None:
         f"{whole['fastest_us'][0] / 1e3:.3f} and {whole['fastest_us'][1] / 1e3:.3f} ms; exact: {whole['exact']}",
         soft_wrap=True,
     )
+    beside: list[dict[str, Any]] = []
+    if options.metaschedule:
+        beside = beside_metaschedule(
+            graph, setup, first, options.metaschedule, options.metaschedule_kernels, folder, console
+        )
+        console.print(metaschedule_table(beside, sum(run["seconds"] for run in runs if run["strategy"] == first)))
     rebuilt = None
     if options.rebuild:
         other = setup.graph(options.rebuild)
@@ -380,6 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
         "second_run": {"measured": again.measured, "seconds": again.seconds},
         "table_x": whole,
         "rebuild": rebuilt,
+        "metaschedule": beside,
     }
     replace_file(folder / "tuning.json", json.dumps(content, indent=1).encode())
     console.print(f"All figures: {folder}", markup=False)

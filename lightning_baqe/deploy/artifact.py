@@ -146,10 +146,13 @@ class Artifact:
         found: dict[str, list[np.ndarray]] = {}
         for image in images:
             results = vm[ALL](tvm.runtime.tensor(image[None]), *self._constants)
+            buffers = {}
             for call, value in zip(self.plan.calls, results, strict=True):
-                layout = self.plan.layouts.get(call.result)
-                array = value.numpy() if layout is None else layout.unpack(value.numpy())
-                found.setdefault(call.result, []).append(array[0] if layout is None else array)
+                buffers[self.plan.buffer(call.result)] = value.numpy()
+                if call.result not in self.plan.layouts:
+                    found.setdefault(call.result, []).append(value.numpy()[0])
+            for name, layout in self.plan.layouts.items():
+                found.setdefault(name, []).append(layout.unpack(buffers[self.plan.buffer(name)]))
         values: dict[str, torch.Tensor] = {}
         shapes = {node.name: node.type.shape for node in self.graph}
         for name, arrays in found.items():
@@ -185,6 +188,7 @@ class Artifact:
                 "target": vars(self.target),
                 "threads": self.threads,
                 "schedules": self.schedules,
+                "fuse_residual": self.plan.fuse_residual,
                 "plan": self.plan.digest,
                 "device": device_info(self.threads),
                 "versions": versions(),
@@ -218,7 +222,8 @@ class Artifact:
                 f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again"
             )
         graph = cls.load_graph(folder)
-        plan = make_plan(graph, CpuTarget(**manifest["target"]), manifest["schedules"], manifest["threads"])
+        target, fuse_residual = CpuTarget(**manifest["target"]), manifest.get("fuse_residual", True)
+        plan = make_plan(graph, target, manifest["schedules"], manifest["threads"], fuse_residual=bool(fuse_residual))
         if plan.digest != manifest["plan"]:
             raise BuildError(
                 f"{folder} was built by other templates (versions {manifest['versions']}); build its graph again: "

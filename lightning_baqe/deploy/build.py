@@ -17,6 +17,7 @@ def build(
     schedules: Schedules | str | None = None,
     threads: int = 1,
     records: Records | None = None,
+    fuse_residual: bool = True,
 ) -> Artifact:
     """Compile a graph for batch 1.
 
@@ -27,6 +28,7 @@ def build(
             template's default. ``"default"``: the template's defaults for all.
         threads: of every convolution.
         records: the database to look in; by default the user's.
+        fuse_residual: whether a convolution's kernel may end with a residual sum; else sums have kernels of their own.
 
     Returns:
         the artifact, whose outputs equal the graph's.
@@ -41,9 +43,11 @@ def build(
         raise ConfigError(f"schedules is a mapping, 'default' or None, got {schedules!r}")
     chosen = get_target(target) if isinstance(target, str) else target
     if schedules == "default":
-        plan = make_plan(graph, chosen, None, threads)
+        plan = make_plan(graph, chosen, None, threads, fuse_residual=fuse_residual)
     else:
         assert not isinstance(schedules, str)
         known = records if records is not None else Records()
-        plan = make_plan(graph, chosen, schedules, threads, best=lambda spec: known.best_knobs(spec, chosen))
+        plan = make_plan(
+            graph, chosen, schedules, threads, lambda spec: known.best_knobs(spec, chosen), fuse_residual=fuse_residual
+        )
     return Artifact(graph, plan, compile_plan(plan, graph.input_shape))

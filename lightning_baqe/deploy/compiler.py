@@ -53,17 +53,22 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...]) -> Any:
             remaining = iter(parameters)
             for call in plan.calls:
                 arguments = [
-                    next(remaining) if isinstance(a, np.ndarray) else values.get(a, image) for a in call.arguments
+                    next(remaining) if isinstance(a, np.ndarray) else values.get(plan.buffer(a), image)
+                    for a in call.arguments
                 ]
-                out = result_type(call, plan)
-                values[call.result] = builder.emit(relax.call_tir(functions[call.key], arguments, out_ty=out))
-                results.append(values[call.result])
+                kernel, out, buffer = functions[call.key], result_type(call, plan), plan.buffer(call.result)
+                if buffer in values:  # another slice of what an earlier call began
+                    emitted = relax.op.call_tir_inplace(kernel, [*arguments, values[buffer]], [len(arguments)], out)
+                else:
+                    emitted = relax.call_tir(kernel, arguments, out_ty=out)
+                values[buffer] = builder.emit(emitted)
+                results.append(values[buffer])
             builder.emit_func_output(relax.Tuple(results) if keep_all else results[-1])
     module = builder.get()
     try:
         with tvm.transform.PassContext(opt_level=3):
             return relax.build(module, target=Target(plan.target.tvm), relax_pipeline="default_build")
-    except (tvm.TVMError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise BuildError(f"TVM cannot compile the network for {plan.target.mcpu}: {error}") from error
 
 

@@ -8,22 +8,13 @@ A block of a grouped convolution takes only the channels of its own groups; dept
 
 Kernels are emitted with TVM's IR builder: TVMScript's parser would take 40 times as long, most of a build.
 
-Knobs (in BAQE's terms, section III-B):
-
-| knob | values | meaning |
-| --- | --- | --- |
-| tile | ``"oct x oht x owt"`` | tile sizes over output channels (in register widths), height and width |
-| order | ``channels``, ``pixels`` | the outermost loop: a block's weights stay in cache, or a tile's inputs |
-| unroll | 1, 2, 4 | steps of the reduction in one loop body |
-| weights | ``bytes``, ``packed`` | 4-bit weights widened to bytes on load of the artifact, or expanded in registers |
+Its knobs are those of :mod:`lightning_baqe.deploy.conv_knobs`.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,9 +22,11 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
-from lightning_baqe.deploy.dot import quad_of, step
+from lightning_baqe.deploy.conv_knobs import check_knobs, inner_channels, with_intrinsic
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_weights import weight_dtype
+from lightning_baqe.deploy.dot import pair_products, quad_of, step, widened_sum
 from lightning_baqe.deploy.emit import fill_halo, prefetch, tile_loops, tile_start
-from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.requantize import (
     clipped,
     cut,
@@ -42,241 +35,11 @@ from lightning_baqe.deploy.requantize import (
     requantized_wide,
     store_bytes,
 )
-from lightning_baqe.errors import ConfigError
 
-Knobs = Mapping[str, Any]
 LINE = 64  # bytes of a cache line
 FETCHED_AHEAD = 2**17  # bytes of weights; fewer stay in the second-level cache from one inference to the next
 PARAMS = ("shift", "zero_point", "low", "high", "m_conv", "m_residual", "add_shift", "add_offset", "add_zero_point",
           "add_low", "add_high", "pad")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ConvSpec:
-    """Everything that a kernel's code depends on, knobs apart. Numbers such as scales are data, not code.
-
-    Args:
-        dot, chain: see :mod:`lightning_baqe.deploy.dot`.
-        lanes, registers: of the target.
-        source, result: layouts of input and output; the output's channels are stored.
-        kernel, stride, dilation: ``(height, width)``.
-        top, left: padding before the first row and column.
-        epilogue: ``acc`` (int32 accumulators), ``requant``, ``requant_add``, ``float``, ``float_relu``.
-        narrow: the requantized value fits 32 bits before it is clipped.
-        residual: layout of the other operand of a fused residual sum.
-        narrow_add: the residual sum fits 32 bits.
-        weight_bits: that storage needs, 4 or 8: the code for 3 bits is that for 4, and measured once. 32 = float.
-        threads: that share the tiles.
-        groups: of channels; of more than one, a block reads ``span`` channels of each pixel.
-        high: the shift of the requantization is 32 or more.
-    """
-
-    dot: str
-    chain: int
-    lanes: int
-    registers: int
-    source: Layout
-    result: Layout
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    top: int
-    left: int
-    epilogue: str
-    narrow: bool = True
-    residual: Layout | None = None
-    narrow_add: bool = True
-    weight_bits: int = 8
-    threads: int = 1
-    groups: int = 1
-    high: bool = False
-
-    @property
-    def blocks(self) -> int:
-        """Register-wide blocks of output channels."""
-        return self.result.stored // self.lanes
-
-    @property
-    def packs_bytes(self) -> bool:
-        """Whether results are requantized to unsigned bytes, four vectors at a time."""
-        packs = self.epilogue.startswith("requant") and self.result.dtype == "uint8" and self.dot != "portable"
-        return packs and (self.narrow or self.high or self.residual is not None)
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether a row of the window is one run of input values."""
-        return self.dilation[1] == 1 and self.groups == 1
-
-    @property
-    def span(self) -> int:
-        """Neighbouring input channels that a block reads: those of all groups that it has a channel of."""
-        if self.groups == 1:
-            return self.source.stored
-        inner, outer = self.source.channels // self.groups, self.result.channels // self.groups
-        ends = [min(first + self.lanes, self.result.channels) for first in range(0, self.result.channels, self.lanes)]
-        return max(-(-end // outer) - b * self.lanes // outer for b, end in enumerate(ends)) * inner
-
-    def first_channel(self, block: Any) -> Any:
-        """The first input channel that a block reads; a number, or an expression of one."""
-        if self.groups == 1:
-            return 0
-        inner, outer = self.source.channels // self.groups, self.result.channels // self.groups
-        if isinstance(block, int):
-            return min(block * self.lanes // outer * inner, self.source.stored - self.span)
-        return T.min(T.floordiv(block * self.lanes, outer) * inner, self.source.stored - self.span)
-
-    @property
-    def segments(self) -> int:
-        """Contiguous runs of input values under the window."""
-        return self.kernel[0] if self.whole_rows else self.kernel[0] * self.kernel[1]
-
-    @property
-    def run(self) -> int:
-        """Values in one run."""
-        return self.span * (self.kernel[1] if self.whole_rows else 1)
-
-    def steps(self, packed: bool) -> int:
-        """Quads of one run, rounded up to whole groups."""
-        quads = -(-self.run // quad_of(self.dot))
-        return -(-quads // self.group(packed)) * self.group(packed)
-
-    def group(self, packed: bool) -> int:
-        """Quads that one step of the inner loop takes."""
-        return max(self.chain, 2 if packed else 1)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of the logical convolution."""
-        out = self.result
-        inner = self.source.channels // self.groups
-        return out.channels * out.height * out.width * inner * self.kernel[0] * self.kernel[1]
-
-
-def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
-    """Every tile that fits the registers: accumulators, one weight vector a channel block, one input word."""
-    found = []
-    for oct_ in (1, 2, 3, 4, 6, 8):
-        for oht in (1, 2, 4):
-            for owt in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14):
-                if oct_ > spec.blocks or oht > spec.result.height or owt > spec.result.width:
-                    continue
-                if oct_ * oht * owt + oct_ + 1 <= spec.registers:
-                    found.append((oct_, oht, owt))
-    return found
-
-
-def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
-    """The values of each knob, best guess first.
-
-    Args:
-        spec: the kernel.
-        limit: how many tiles to offer, by estimated cost.
-    """
-    ranked = sorted(tiles(spec), key=lambda tile: (tile_cost(spec, tile), tile))
-    groups = spec.steps(False) // spec.group(False)
-    space: dict[str, list[Any]] = {
-        "tile": ["x".join(map(str, tile)) for tile in ranked[:limit]],
-        "order": ["channels", "pixels"],
-        "unroll": [u for u in (1, 2, 4) if groups % u == 0],
-        "weights": ["bytes"],
-    }
-    if spec.weight_bits <= 4 and spec.dot in ("vnni", "maddubs"):
-        space["weights"].append("packed")
-    return space
-
-
-def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
-    """Estimated cycles of one pass over the output: multiply steps against loads, recomputed edges counted."""
-    oct_, oht, owt = tile
-    pixels = oht * owt
-    passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
-    multiplies = {"maddubs": 1.0 + 2.0 / spec.chain, "madd16": 4.0, "portable": 2.0}.get(spec.dot, 1.0) * oct_ * pixels
-    # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
-    outer = spec.result.channels // spec.groups
-    shared = 1 if spec.groups == 1 or outer % (oct_ * spec.lanes) == 0 else oct_  # blocks of one group read the same
-    loads = oct_ + pixels * shared
-    return passes * (max(multiplies, 8.0) + (2.0 if spec.dot == "portable" else 0.1) * loads)
-
-
-def default_knobs(spec: ConvSpec) -> dict[str, Any]:
-    """Good knobs without tuning."""
-    space = knob_space(spec, limit=1)
-    unroll = 2 if 2 in space["unroll"] else 1
-    return {"tile": space["tile"][0], "order": "channels", "unroll": unroll, "weights": "bytes"}
-
-
-def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
-    """Knobs with the default for each one missing; ``unroll`` and ``weights`` fall to the next value that this kernel
-    has, because the same knobs serve a layer at every bit-width.
-
-    Raises:
-        ConfigError: an unknown knob, or a tile that does not fit.
-    """
-    full = default_knobs(spec)
-    unknown = set(knobs) - set(full)
-    if unknown:
-        raise ConfigError(f"unknown knob {sorted(unknown)}; a convolution has {sorted(full)}")
-    full.update(knobs)
-    allowed = {"x".join(map(str, tile)) for tile in tiles(spec)}
-    if full["tile"] not in allowed:
-        raise ConfigError(
-            f"tile {full['tile']!r} does not fit {spec.blocks} blocks of {spec.lanes} channels, "
-            f"{spec.result.height}x{spec.result.width} pixels and {spec.registers} registers; choose one of "
-            f"{sorted(allowed)}"
-        )
-    if full["order"] not in ("channels", "pixels") or full["weights"] not in ("bytes", "packed"):
-        raise ConfigError(f"order is channels or pixels and weights is bytes or packed, got {full}")
-    if full["weights"] == "packed" and (spec.weight_bits > 4 or spec.dot not in ("vnni", "maddubs")):
-        full["weights"] = "bytes"
-    groups = spec.steps(full["weights"] == "packed") // spec.group(full["weights"] == "packed")
-    if full["unroll"] not in (1, 2, 4):
-        raise ConfigError(f"unroll is 1, 2 or 4, got {full['unroll']!r}")
-    while groups % full["unroll"]:
-        full["unroll"] //= 2
-    return full
-
-
-def weight_quads(spec: ConvSpec, weight: np.ndarray) -> np.ndarray:
-    """Weights ``(out, in / groups, kh, kw)`` by channel, run and quad: ``(stored out, segments, quads, quad)``."""
-    quad = quad_of(spec.dot)
-    out, inner, kh, kw = weight.shape
-    full = np.zeros((spec.result.stored, kh, kw, spec.span), dtype=weight.dtype)
-    if spec.groups == 1:
-        full[:out, :, :, :inner] = weight.transpose(0, 2, 3, 1)
-    else:
-        for channel in range(out):
-            first = channel // (out // spec.groups) * inner - spec.first_channel(channel // spec.lanes)
-            full[channel, :, :, first : first + inner] = weight[channel].transpose(1, 2, 0)
-    runs = full.reshape(spec.result.stored, spec.segments, spec.run)
-    quads = -(-spec.run // quad)
-    padded = np.zeros((spec.result.stored, spec.segments, quads * quad), dtype=weight.dtype)
-    padded[:, :, : spec.run] = runs
-    return padded.reshape(spec.result.stored, spec.segments, quads, quad)
-
-
-def pack_weights(spec: ConvSpec, knobs: Knobs, weight: np.ndarray) -> np.ndarray:
-    """Weights in the order in which the kernel reads them, flat."""
-    packed = knobs["weights"] == "packed"
-    quads = weight_quads(spec, weight)
-    steps = spec.steps(packed)
-    full = np.zeros((*quads.shape[:2], steps, quads.shape[3]), dtype=weight.dtype)
-    full[:, :, : quads.shape[2]] = quads
-    blocks = full.reshape(spec.blocks, spec.lanes, spec.segments, steps, -1).transpose(0, 2, 3, 1, 4)
-    if spec.dot == "fma":
-        return np.ascontiguousarray(blocks, dtype=np.float32).ravel()
-    if spec.dot == "madd16":  # (lanes, 4) -> even pair of every lane, then odd pair
-        return np.ascontiguousarray(np.stack([blocks[..., 0::2], blocks[..., 1::2]], axis=3), dtype=np.int16).ravel()
-    if packed:  # the nibbles of one byte belong to two consecutive quads, offset by 8
-        shifted = np.ascontiguousarray(blocks).reshape(spec.blocks, spec.segments, steps // 2, 2, spec.lanes * 4) + 8
-        return np.ascontiguousarray(shifted[..., 0, :] | (shifted[..., 1, :] << 4)).astype(np.uint8).ravel()
-    return np.ascontiguousarray(blocks, dtype=np.int8).ravel()
-
-
-def weight_dtype(spec: ConvSpec, knobs: Knobs) -> str:
-    """Storage type of the packed weights."""
-    if knobs["weights"] == "packed":
-        return "uint8"
-    return {"fma": "float32", "madd16": "int16"}.get(spec.dot, "int8")
 
 
 def _load_words(spec: ConvSpec, source: Any, offset: Any) -> Any:
@@ -305,13 +68,55 @@ def _load_weights(spec: ConvSpec, packed: bool, weights: Any, quad: Any, index: 
 
 
 def _reduce(spec: ConvSpec, packed: bool, acc: Any, source: Any, weights: Any, offset: Any, quad: Any) -> Any:
-    """The accumulators after one group of quads, as one expression."""
-    for first in range(0, spec.group(packed), spec.chain):
-        indices = range(first, first + spec.chain)
-        words = [_load_words(spec, source, offset + index * quad_of(spec.dot)) for index in indices]
-        vectors = [w for index in indices for w in _load_weights(spec, packed, weights, quad, index)]
-        acc = step(spec.dot, spec.lanes, acc, words, vectors)
+    """The accumulators after one group of quads, none of them in a chain, as one expression."""
+    for index in range(spec.group(packed)):
+        word = _load_words(spec, source, offset + index * quad_of(spec.dot))
+        acc = step(spec.dot, spec.lanes, acc, [word], _load_weights(spec, packed, weights, quad, index))
     return acc
+
+
+def _add_chains(
+    spec: ConvSpec, packed: bool, unroll: int, acc: Any, source: Any, weights: Any, offsets: Any, quads: Any
+) -> None:
+    """Emit one group of quads in chains of int16 sums.
+
+    All sums of the tile grow together, quad by quad: one after the other, each would want its weights again, and all of
+    them would be kept in registers that there are not.
+
+    Args:
+        acc: ``{(row, column, block): buffer}``.
+        unroll: of the loop over a chain, in pairs of quads.
+        offsets: ``{(row, column): of the first input value}``.
+        quads: ``{block: the first quad}``.
+    """
+    wide = 2 * spec.lanes
+    halves = T.ramp(0, 1, wide)
+    sums = {at: B.alloc_buffer((wide,), "int16") for at in acc}
+    body = min(spec.chain, 2 * unroll)
+    for first in range(0, spec.group(packed), spec.chain):
+        for at in acc:
+            B.buffer_store(sums[at], T.broadcast(T.int16(0), wide), [halves])
+        with B.serial(spec.chain // body) as part:
+            for index in range(body):
+                at_quad = part * body + first
+                vectors = {
+                    c: B.Bind(_load_weights(spec, packed, weights, quad + at_quad, index)[0])
+                    for c, quad in quads.items()
+                }
+                for (h, w), offset in offsets.items():
+                    word = _load_words(spec, source, offset + (at_quad + index) * quad_of(spec.dot))
+                    word = B.Bind(word)
+                    for c, vector in vectors.items():
+                        total = sums[h, w, c][halves] + pair_products(word, vector, spec.lanes)
+                        B.buffer_store(sums[h, w, c], total, [halves])
+        for at, buffer in acc.items():
+            vector = T.ramp(0, 1, spec.lanes)
+            B.buffer_store(buffer, widened_sum(buffer[vector], sums[at][halves], spec.lanes), [vector])
+
+
+def _readers_of_one(spec: ConvSpec, blocks: int) -> list[list[int]]:
+    """The blocks of a tile, by those that read the same input channels for sure."""
+    return [list(range(blocks))] if spec.groups == 1 else [[block] for block in range(blocks)]
 
 
 def _param(params: Any, name: str) -> Any:
@@ -362,6 +167,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     Numbers are those of :func:`~lightning_baqe.deploy.requantize.requant_numbers`.
     """
     knobs = check_knobs(spec, dict(knobs_items))
+    spec, inner = with_intrinsic(spec, knobs), inner_channels(knobs)
     oct_, oht, owt = map(int, knobs["tile"].split("x"))
     packed, unroll = knobs["weights"] == "packed", knobs["unroll"]
     lanes = spec.lanes
@@ -372,10 +178,11 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     has_residual = spec.residual is not None
     is_float = spec.dot == "fma"
     kind = "float32" if is_float else "int32"
-    quad, group, steps = quad_of(spec.dot), spec.group(packed), spec.steps(packed)
-    outer = steps // (group * unroll)
-    segments, row_segments = spec.segments, spec.whole_rows
-    kw = spec.kernel[1]
+    quad, group, steps = quad_of(spec.dot), spec.group(packed), spec.steps(packed, inner)
+    chained = spec.dot == "maddubs" and spec.chain > 1
+    outer = steps // (group if chained else group * unroll)
+    segments = spec.segments(inner)
+    kh, kw = spec.kernel
     sh, sw = spec.stride
     start = source.origin(spec.top, spec.left)
     channel_tiles, row_tiles, column_tiles = -(-spec.blocks // oct_), -(-result.height // oht), -(-result.width // owt)
@@ -394,10 +201,14 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     row_dilation, column_dilation = spec.dilation
 
     def segment_offset(segment: Any) -> Any:
-        if row_segments:
-            return segment * (row_dilation * source.row)
+        if inner:
+            tap = T.floormod(segment, kh * kw)
+            return T.floordiv(segment, kh * kw) * inner + tap_offset(tap)
+        return segment * (row_dilation * source.row) if spec.whole_rows else tap_offset(segment)
+
+    def tap_offset(segment: Any) -> Any:
         return T.floordiv(segment, kw) * (row_dilation * source.row) + T.floormod(segment, kw) * (
-            column_dilation * source.stored
+            column_dilation * source.pitch
         )
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
@@ -425,18 +236,33 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
                     line = (block + oct_) * (block_length * itemsize // LINE) + done * fetches
                     for index in range(fetches):
                         prefetch(W, T.min((line + index) * (LINE // itemsize), T.int32(weights_length - 1)))
-                for u, (h, w, c) in itertools.product(range(unroll), tile):
-                    offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.stored) + segment_offset(s)
-                    offset = offset + spec.first_channel(block + c) + (r * unroll + u) * (group * quad)
-                    position = ((block + c) * segments + s) * steps + (r * unroll + u) * group
-                    total = _reduce(spec, packed, acc[h, w, c][vector], X, W, offset, position)
-                    B.buffer_store(acc[h, w, c], total, [vector])
+
+                def offset_of(h: int, w: int, c: int, groups: Any, s: Any = s) -> Any:
+                    offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.pitch) + segment_offset(s)
+                    return offset + spec.first_channel(block + c) + groups * (group * quad)
+
+                def quad_index(c: int, groups: Any, s: Any = s) -> Any:
+                    return ((block + c) * segments + s) * steps + groups * group
+
+                if chained:
+                    for blocks in _readers_of_one(spec, oct_):
+                        offsets = {(h, w): offset_of(h, w, blocks[0], r) for h in range(oht) for w in range(owt)}
+                        part = {at: buffer for at, buffer in acc.items() if at[2] in blocks}
+                        quads = {c: quad_index(c, r) for c in blocks}
+                        _add_chains(spec, packed, unroll, part, X, W, offsets, quads)
+                else:
+                    for u, (h, w, c) in itertools.product(range(unroll), tile):
+                        groups = r * unroll + u
+                        total = _reduce(
+                            spec, packed, acc[h, w, c][vector], X, W, offset_of(h, w, c, groups), quad_index(c, groups)
+                        )
+                        B.buffer_store(acc[h, w, c], total, [vector])
             if spec.epilogue.startswith("requant"):
                 values, places = [], []
                 for h, w, c in tile:
                     channel = (block + c) * lanes
-                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + channel
-                    other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.stored + channel
+                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.pitch + channel
+                    other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.pitch + channel
                     extra = R[T.ramp(other, 1, lanes)] if has_residual else None
                     values.append(_int32_results(spec, acc[h, w, c][vector], M, block + c, extra, P))
                     places.append(((h, w), to))
@@ -448,7 +274,7 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
                         B.buffer_store(Y, T.Cast(f"{result.dtype}x{lanes}", value), [T.ramp(to, 1, lanes)])
             else:
                 for h, w, c in tile:
-                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.stored + (block + c) * lanes
+                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.pitch + (block + c) * lanes
                     total = acc[h, w, c][vector]
                     if spec.epilogue == "float_relu":
                         total = T.max(total, T.broadcast(T.float32(0), lanes))

@@ -222,12 +222,12 @@ def build_depthwise(spec: DepthwiseSpec, knobs_items: tuple[tuple[str, Any], ...
             x = B.Bind(tile_start(column_tile, result.width, width))
             channel = block * lanes
             start = source.origin(spec.top, spec.left) + channel
-            start = B.Bind(start + y * (spec.stride[0] * source.row) + x * (spec.stride[1] * source.stored))
+            start = B.Bind(start + y * (spec.stride[0] * source.row) + x * (spec.stride[1] * source.pitch))
             acc = dict.fromkeys(tile, bias[T.ramp(channel, 1, lanes)])
             _accumulate(spec, acc, X, start, W, block * window)
-            to = result.origin() + y * result.row + x * result.stored + channel
+            to = result.origin() + y * result.row + x * result.pitch + channel
             values = [_finished(spec, acc[at], numbers, block, P) for at in tile]
-            places = [((row, column), to + row * result.row + column * result.stored) for row, column in tile]
+            places = [((row, column), to + row * result.row + column * result.pitch) for row, column in tile]
             if spec.packs_bytes:
                 store_bytes(Y, values, places, lambda part: packed_bytes(part, P[1], P[2], P[3], lanes), lanes)
             else:
@@ -252,7 +252,7 @@ def _accumulate(
             if used[row, word]
         }
         for column in sorted(uses):
-            value = B.Bind(_load(spec, source, start + column * spec.source.stored, spec.rows(height), word))
+            value = B.Bind(_load(spec, source, start + column * spec.source.pitch, spec.rows(height), word))
             for (pixel, tap), row in itertools.product(uses[column], range(height)):
                 if used[row, word]:
                     acc[row, pixel] = B.Bind(_step(spec, acc[row, pixel], value, at_row[row, tap]))

@@ -10,7 +10,7 @@ A new device is a new file. ``detected`` stands for what this machine says of it
 | cores | usable ones |
 | caches | ``l1d_kib``, ``l2_kib``, ``l3_kib`` of a core; 0: none |
 | bits | by operator (``convolution``, ``depthwise``, ``linear``): bits of ``weight`` and ``activation``, 32 = float |
-| fuses | what its kernels end with: ``requantization``, ``residual`` |
+| fuses | what its kernels end with: ``requantization``, always; ``residual``, else sums have kernels of their own |
 | reach | how to get there: ``local`` |
 | threads, repeats, warmup | of a measurement |
 """
@@ -124,13 +124,26 @@ class DeviceDescription(_Part):
             raise ValueError(str(error)) from error
         return target
 
+    @field_validator("fuses")
+    @classmethod
+    def _has_requantization(cls, fuses: tuple[str, ...]) -> tuple[str, ...]:
+        if "requantization" not in fuses or len(set(fuses)) < len(fuses):
+            raise ValueError(
+                "all kernels end with requantization: write fuses: [requantization], or [requantization, residual] "
+                "where convolutions may end with a residual sum, each once"
+            )
+        return fuses
+
+    @property
+    def fuse_residual(self) -> bool:
+        """Whether kernels of convolutions may end with a residual sum."""
+        return "residual" in self.fuses
+
     @model_validator(mode="after")
     def _consistent(self) -> DeviceDescription:
         missing = {"convolution", "depthwise", "linear"} - set(self.bits)
         if missing:
             raise ValueError(f"bits says nothing about {', '.join(sorted(missing))}")
-        if set(self.fuses) != {"requantization", "residual"}:
-            raise ValueError("this version's kernels fuse requantization and residual; fuses must say so")
         if self.threads > self.cores:
             raise ValueError(f"threads is {self.threads}, but the device has {self.cores} cores")
         sizes = [size for size in (self.caches.l1d_kib, self.caches.l2_kib, self.caches.l3_kib) if size]

@@ -70,11 +70,9 @@ def step(dot: str, lanes: int, acc: Any, activations: list[Any], weights: list[A
     if dot == "maddubs":
         total: Any = None
         for a, w in zip(activations, weights, strict=True):
-            words = T.reinterpret(T.broadcast(a, lanes), dtype=f"uint8x{4 * lanes}")
-            products = _intrinsic(_PMADDUBSW, words, w, dtype=f"int16x{2 * lanes}")
+            products = pair_products(a, w, lanes)
             total = products if total is None else total + products
-        ones = T.broadcast(T.int16(1), 2 * lanes)
-        return acc + vpmaddwd(total, ones, lanes)
+        return widened_sum(acc, total, lanes)
     if dot == "madd16":
         even_weights, odd_weights = weights
         word = T.broadcast(activations[0], lanes)
@@ -87,6 +85,17 @@ def step(dot: str, lanes: int, acc: Any, activations: list[Any], weights: list[A
     if dot == "fma":
         return fma(acc, T.broadcast(activations[0], lanes), weights[0], lanes)
     raise AssertionError(dot)
+
+
+def pair_products(word: Any, weights: Any, lanes: int) -> Any:
+    """The int16 sums of two products each of a word's four unsigned bytes with each lane's signed ones."""
+    words = T.reinterpret(T.broadcast(word, lanes), dtype=f"uint8x{4 * lanes}")
+    return _intrinsic(_PMADDUBSW, words, weights, dtype=f"int16x{2 * lanes}")
+
+
+def widened_sum(acc: Any, sums: Any, lanes: int) -> Any:
+    """``acc`` and the two int16 sums of each lane."""
+    return acc + vpmaddwd(sums, T.broadcast(T.int16(1), 2 * lanes), lanes)
 
 
 def quad_of(dot: str) -> int:
@@ -114,12 +123,20 @@ def choose_dot(target: CpuTarget, quads: np.ndarray, activation_max: int) -> tup
     pairs = quads.reshape(out, segments, length, 2, 2)
     positive = np.maximum(pairs, 0).sum(-1) * activation_max
     negative = -np.minimum(pairs, 0).sum(-1) * activation_max
-    for chain in CHAINS:
-        if chain > length:
-            continue
-        if _chain_fits(positive, chain, INT16_MAX) and _chain_fits(negative, chain, INT16_MAX + 1):
-            return "maddubs", chain
+    fits = [
+        chain
+        for chain in CHAINS
+        if _chain_fits(positive, chain, INT16_MAX) and _chain_fits(negative, chain, INT16_MAX + 1)
+    ]
+    if fits:
+        return "maddubs", min(fits, key=lambda chain: (_chain_cost(length, chain), -chain))
     return "madd16", 1
+
+
+def _chain_cost(length: int, chain: int) -> float:
+    """Instructions for a run of so many quads, which is filled up to whole chains: two a quad, three more a chain."""
+    chains = -(-length // chain)
+    return chains * (2.0 * chain + 3.0)
 
 
 def _chain_fits(lane_sums: np.ndarray, chain: int, limit: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
-from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.layout import VECTOR, Layout
 
 
 def cast(dtype: str, lanes: int, value: Any) -> Any:
@@ -112,6 +112,9 @@ def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
     if layout.halo == 0:
         return
     pad = T.Cast(layout.dtype, value)
+    if layout.shared:
+        _fill_slice_halo(layout, buffer, pad)
+        return
     edge = layout.halo * layout.row + layout.halo * layout.stored
     # Top rows with the first left edge; then right edge plus next left edge, row by row; the last right edge and below.
     with B.serial(edge) as i:
@@ -120,6 +123,22 @@ def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
         B.buffer_store(buffer, pad, [edge + layout.width * layout.stored + y * layout.row + i])
     with B.serial(edge) as i:
         B.buffer_store(buffer, pad, [(layout.height + layout.halo) * layout.row - layout.halo * layout.stored + i])
+
+
+def _fill_slice_halo(layout: Layout, buffer: Any, pad: Any) -> None:
+    """Pixel by pixel, because the channels between belong to others."""
+    start = layout.origin(layout.halo, layout.halo)
+    right = (layout.width + layout.halo) * layout.pitch
+    areas = [  # first pixel, rows, columns
+        (start, layout.halo, layout.width + 2 * layout.halo),
+        (start + layout.halo * layout.row, layout.height, layout.halo),
+        (start + layout.halo * layout.row + right, layout.height, layout.halo),
+        (start + (layout.height + layout.halo) * layout.row, layout.halo, layout.width + 2 * layout.halo),
+    ]
+    for first, rows, columns in areas:
+        with B.serial(rows) as y, B.serial(columns) as x, B.serial(layout.stored // VECTOR) as v:
+            pixel = first + y * layout.row + x * layout.pitch
+            put(buffer, splat(pad, VECTOR), pixel + v * VECTOR, VECTOR)
 
 
 def fill_spare(layout: Layout, buffer: Any, pixel: Any) -> None:

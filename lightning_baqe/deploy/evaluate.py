@@ -145,6 +145,7 @@ def evaluate(
     threads: int = 1,
     records: Records | None = None,
     options: MeasureOptions | None = None,
+    fuse_residual: bool = True,
 ) -> Evaluation:
     """Compile a fake-quantized network and take its figures on the device.
 
@@ -152,7 +153,7 @@ def evaluate(
         model: calibrated and tuned.
         batches: images and labels that accuracy is taken on; walked through twice.
         folder: where the artifact is saved.
-        target, schedules, threads, records: of :func:`lightning_baqe.build`.
+        target, schedules, threads, records, fuse_residual: of :func:`lightning_baqe.build`.
         options: of the latency measurement.
 
     Raises:
@@ -163,7 +164,7 @@ def evaluate(
     sample = next((x[:1] for x, _ in batches), None)
     start = time.perf_counter()
     graph = lower(model)
-    artifact = build(graph, target, schedules, threads, records)
+    artifact = build(graph, target, schedules, threads, records, fuse_residual)
     artifact.save(folder)
     built = time.perf_counter()
     wrong = verify(artifact, sample) if sample is not None else {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Bits = Mapping[str, tuple[int, int]]
 
-_LIMITS = {"latency_us": "<=", "size_bytes": "<=", "accuracy": ">="}
+LIMITS = {"latency_us": "<=", "size_bytes": "<=", "accuracy": ">="}
 _RESUME = "Start the run again with the same run_dir: it resumes from study.db and writes the summary anew."
 
 
@@ -66,7 +66,7 @@ class FrontPoint:
     @property
     def figures(self) -> str:
         """The figures in one line, with units."""
-        return f"accuracy {self.accuracy:.4g}, latency {_number(self.latency_us)} us, size {self.size_bytes:,} bytes"
+        return f"accuracy {self.accuracy:.4g}, latency {number(self.latency_us)} us, size {self.size_bytes:,} bytes"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Front:
             ConfigError: a limit that makes no sense.
             InfeasibleError: no point meets the limits; says which limit is at fault and names the nearest point.
         """
-        limits = _check_limits(latency_us=latency_us, size_bytes=size_bytes, accuracy=accuracy)
+        limits = check_limits(latency_us=latency_us, size_bytes=size_bytes, accuracy=accuracy)
         if not self.points:
             raise InfeasibleError(
                 f"The front of {self.run_dir} has no points: no trial has been completed so far. "
@@ -149,21 +149,21 @@ class Front:
 
     def _explain(self, limits: Mapping[str, float]) -> str:
         """Why no point meets `limits`, limit by limit, and which point comes nearest."""
-        wanted = " and ".join(f"{key} {_LIMITS[key]} {value:g}" for key, value in limits.items())
+        wanted = " and ".join(f"{key} {LIMITS[key]} {value:g}" for key, value in limits.items())
         lines = [f"None of the {len(self)} points of {self.run_dir} meets {wanted}."]
         out_of_reach = [key for key in limits if all(_violation(point, key, limits[key]) for point in self.points)]
         if not out_of_reach:
             lines.append("Each limit alone can be met, but not all of them jointly.")
         for key, value in limits.items():
             best = _best(self.points, key)
-            line = f"{key} {_LIMITS[key]} {_number(value)} "
+            line = f"{key} {LIMITS[key]} {number(value)} "
             line += "cannot be met by any point" if key in out_of_reach else "can be met alone"
-            line += f": the best is {_number(getattr(best, key))} ({best.name})"
+            line += f": the best is {number(getattr(best, key))} ({best.name})"
             others = {name: limit for name, limit in limits.items() if name != key}
             kept = [point for point in self.points if _worst_violation(point, others) == 0]
             if others and kept:
                 best = _best(kept, key)
-                line += f", with the other limits kept {_number(getattr(best, key))} ({best.name})"
+                line += f", with the other limits kept {number(getattr(best, key))} ({best.name})"
             lines.append(line + ".")
         nearest = min(self.points, key=lambda point: (_worst_violation(point, limits), -point.accuracy, point.name))
         lines.append(
@@ -228,7 +228,7 @@ def _schema_problem(summary: object) -> str | None:
             if ident not in entry:
                 return f"entry {index} of {key!r} has no {ident!r}"
             if entry.get("pareto") and not is_measured(entry):
-                return f"{ident} {entry[ident]} of {key!r} is on the front without all of {', '.join(_LIMITS)}"
+                return f"{ident} {entry[ident]} of {key!r} is on the front without all of {', '.join(LIMITS)}"
     if not isinstance(summary.get("float") or {}, dict):
         return "'float' is no object"
     return None
@@ -243,7 +243,7 @@ def pareto_entries(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, A
 
 def is_measured(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of a summary is complete and has its three figures, as finite numbers."""
-    figures = [entry.get(key) for key in _LIMITS]
+    figures = [entry.get(key) for key in LIMITS]
     finite = all(isinstance(figure, int | float) and math.isfinite(figure) for figure in figures)
     return finite and entry.get("state", "complete") == "complete"
 
@@ -310,7 +310,12 @@ def _point(name: str, entry: Mapping[str, Any], run_dir: Path) -> FrontPoint:
         raise DataError(f"{run_dir / 'summary.json'}: {name} cannot be read: {reason}. {_RESUME}") from error
 
 
-def _check_limits(**limits: float | None) -> dict[str, float]:
+def check_limits(**limits: float | None) -> dict[str, float]:
+    """Those of the limits that are not None.
+
+    Raises:
+        ConfigError: one makes no sense.
+    """
     for key, value in limits.items():
         if value is None:
             continue
@@ -327,7 +332,7 @@ def _check_limits(**limits: float | None) -> dict[str, float]:
 def _violation(point: FrontPoint, key: str, limit: float) -> float:
     """How far `point` is beyond `limit`, relative to the limit; 0 if it meets it."""
     value = getattr(point, key)
-    if _LIMITS[key] == ">=":
+    if LIMITS[key] == ">=":
         return (limit - value) / limit if value < limit else 0.0
     return (value - limit) / limit if value > limit else 0.0
 
@@ -336,11 +341,11 @@ def _worst_violation(point: FrontPoint, limits: Mapping[str, float]) -> float:
     return max((_violation(point, key, limit) for key, limit in limits.items()), default=0.0)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """A figure to read: no exponents, no false digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _best(points: tuple[FrontPoint, ...] | list[FrontPoint], key: str) -> FrontPoint:
-    sign = -1 if _LIMITS[key] == ">=" else 1
+    sign = -1 if LIMITS[key] == ">=" else 1
     return min(points, key=lambda point: (sign * getattr(point, key), point.name))

@@ -6,7 +6,8 @@ processes: those, and clocks that go down, only ever add time, while a median te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,41 +65,15 @@ class KernelBench:
 
     def measure(self, knobs: dict[str, Any]) -> KernelRecord:
         """Measure one candidate and keep its record; a failure is a record with its reason."""
-        (record,) = self._rounds([knobs], 1)
+        (turns,) = in_turns([lambda: self.ask(knobs)], 1)
+        record = self.keep(knobs, turns)
         self.measured += 1
         self.failed += record.error is not None
         return record
 
     def interleaved(self, candidates: Sequence[dict[str, Any]]) -> list[KernelRecord]:
         """Measure several candidates in turns, so that a clock that drifts does so for all; keeps their records."""
-        found = self._rounds(candidates, CONFIRM_ROUNDS)
-        self._confirmed.update(kernel_key(self.spec, knobs) for knobs in candidates)
-        return found
-
-    def _rounds(self, candidates: Sequence[dict[str, Any]], rounds: int) -> list[KernelRecord]:
-        samples: list[list[float]] = [[] for _ in candidates]
-        exact: list[bool | None] = [None] * len(candidates)
-        reasons: dict[int, str] = {}
-        for _ in range(rounds):
-            for index, knobs in enumerate(candidates):
-                if index in reasons:
-                    continue
-                try:
-                    answer = self._ask(knobs)
-                except (BuildError, MeasurementError) as error:
-                    reasons[index] = str(error)
-                    continue
-                samples[index] += answer["samples_us"]
-                exact[index] = answer["exact"]
-                if not answer["exact"]:
-                    reasons[index] = "its result differs from the reference"
-        found = []
-        for index, knobs in enumerate(candidates):
-            latency = min(samples[index], default=None)
-            record = KernelRecord(knobs, latency, samples[index], exact[index], reasons.get(index))
-            self.records.add_kernel(self.spec, self.target, record)
-            found.append(record)
-        return found
+        return interleaved([(self, knobs) for knobs in candidates])
 
     def confirm(self) -> None:
         """Measure the fastest and the default again, in turns, until the fastest record is a confirmed one."""
@@ -115,15 +90,22 @@ class KernelBench:
         taken = len(record.samples_us) >= CONFIRM_ROUNDS * REPEATS
         return taken or kernel_key(self.spec, record.knobs) in self._confirmed
 
-    def _ask(self, knobs: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, knobs: dict[str, Any]) -> dict[str, Any]:
+        """One turn of a candidate in the measuring process: its ``samples_us``, and whether its result is ``exact``.
+
+        Raises:
+            BuildError, MeasurementError: it does not compile, or run.
+        """
         library, arguments = self._prepared(knobs)
-        request = {
-            "kernel": str(library),
-            "arguments": str(arguments),
-            "repeats": REPEATS,
-            "min_repeat_ms": MIN_REPEAT_MS,
-        }
-        return worker(self.spec.threads).ask(request, TIMEOUT_S)
+        return ask_kernel(library, arguments, self.spec.threads)
+
+    def keep(self, knobs: dict[str, Any], turns: Turns) -> KernelRecord:
+        """Put what the turns of a candidate gave into the records, as what is now known of it."""
+        record = KernelRecord(knobs, turns.latency_us, list(turns.samples_us), turns.exact, turns.error)
+        self.records.add_kernel(self.spec, self.target, record)
+        if turns.rounds >= CONFIRM_ROUNDS:
+            self._confirmed.add(kernel_key(self.spec, knobs))
+        return record
 
     def _prepared(self, knobs: dict[str, Any]) -> tuple[Path, Path]:
         """The compiled kernel and its arguments, as files; made once."""
@@ -133,10 +115,96 @@ class KernelBench:
             if self._sample is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._sample = template_of(self.spec).sample(self.spec)
-            arrays = {f"a{i}": array for i, array in enumerate(self._sample.arguments(knobs))}
-            np.savez(arguments, result=self._sample.result, **arrays)  # type: ignore[arg-type]
+            save_arguments(arguments, self._sample.arguments(knobs), self._sample.result)
             compile_kernel(self.spec, self.target, knobs, library)
         return library, arguments
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What the turns of one candidate gave.
+
+    Args:
+        rounds: that were asked for.
+        samples_us: all of them, microseconds.
+        exact: whether its result was the right one; None if it never ran.
+        error: why it has no more turns.
+    """
+
+    rounds: int
+    samples_us: tuple[float, ...]
+    exact: bool | None
+    error: str | None
+
+    @property
+    def latency_us(self) -> float | None:
+        """The fastest sample; None if there is none."""
+        return min(self.samples_us, default=None)
+
+
+def in_turns(questions: Sequence[Callable[[], dict[str, Any]]], rounds: int) -> list[Turns]:
+    """Ask each question once a round. One that failed, or whose result was wrong, is not asked again.
+
+    Args:
+        questions: such as :meth:`KernelBench.ask` of a candidate.
+        rounds: how often.
+    """
+    samples: list[list[float]] = [[] for _ in questions]
+    exact: list[bool | None] = [None] * len(questions)
+    reasons: dict[int, str] = {}
+    for _ in range(rounds):
+        for index, question in enumerate(questions):
+            if index in reasons:
+                continue
+            try:
+                answer = question()
+            except (BuildError, MeasurementError) as error:
+                reasons[index] = str(error)
+                continue
+            samples[index] += answer["samples_us"]
+            exact[index] = answer["exact"]
+            if not answer["exact"]:
+                reasons[index] = "its result differs from the reference"
+    return [Turns(rounds, tuple(samples[i]), exact[i], reasons.get(i)) for i in range(len(questions))]
+
+
+def interleaved(
+    candidates: Sequence[tuple[KernelBench, dict[str, Any]]], rounds: int = CONFIRM_ROUNDS
+) -> list[KernelRecord]:
+    """Measure knobs of one or several kernels in turns; keeps their records.
+
+    Args:
+        candidates: ``(the kernel's bench, knobs)``.
+        rounds: turns of each.
+    """
+    turns = in_turns([functools.partial(bench.ask, knobs) for bench, knobs in candidates], rounds)
+    return [bench.keep(knobs, one) for (bench, knobs), one in zip(candidates, turns, strict=True)]
+
+
+def save_arguments(path: Path, arguments: Sequence[np.ndarray], result: np.ndarray) -> None:
+    """Write a kernel's arguments and its right result as the measuring process reads them."""
+    arrays = {f"a{i}": array for i, array in enumerate(arguments)}
+    np.savez(path, result=result, **arrays)  # type: ignore[arg-type]
+
+
+def ask_kernel(library: Path, arguments: Path, threads: int) -> dict[str, Any]:
+    """One turn of a compiled kernel in the measuring process: its ``samples_us``, and whether its result is ``exact``.
+
+    Args:
+        library: with the function ``main``.
+        arguments: of :func:`save_arguments`.
+        threads: that it runs on.
+
+    Raises:
+        MeasurementError: it crashed, or took too long.
+    """
+    request = {
+        "kernel": str(library),
+        "arguments": str(arguments),
+        "repeats": REPEATS,
+        "min_repeat_ms": MIN_REPEAT_MS,
+    }
+    return worker(threads).ask(request, TIMEOUT_S)
 
 
 def _good(record: KernelRecord) -> bool:
@@ -153,5 +221,5 @@ def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], 
     try:
         compiled = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
         compiled.export_library(str(path))
-    except (tvm.TVMError, ValueError, RuntimeError) as error:
+    except (RuntimeError, ValueError) as error:
         raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error

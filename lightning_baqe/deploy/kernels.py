@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.conv_template import ConvSpec, build_conv
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import build_conv
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, build_depthwise
 from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.layout import Layout
@@ -20,6 +21,7 @@ from lightning_baqe.deploy.pixel_templates import PixelSpec, build_byte_table, b
 from lightning_baqe.deploy.pool_template import PoolSpec, build_pool
 from lightning_baqe.deploy.target import CpuTarget
 
+TunableSpec = ConvSpec | DepthwiseSpec
 Spec = ConvSpec | DepthwiseSpec | PixelSpec | PoolSpec | MoveSpec
 
 
@@ -78,6 +80,14 @@ def kernel_key(spec: Spec, knobs: Mapping[str, Any]) -> str:
     return f"{op}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def alone(spec: TunableSpec) -> TunableSpec:
+    """The same kernel on values that have buffers of their own: one set of measurements serves it wherever they lie."""
+    spec = dataclasses.replace(spec, source=spec.source.alone, result=spec.result.alone)
+    if isinstance(spec, ConvSpec) and spec.residual is not None:
+        return dataclasses.replace(spec, residual=spec.residual.alone)
+    return spec
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The kernel calls of one network, in order.
@@ -85,14 +95,22 @@ class Plan:
     Args:
         calls: the last one writes the float32 output, ``(1, features)``.
         layouts: of every value but the network's input and output.
+        buffers: ``{value: the value whose buffer it lies in}``, of those that have none of their own.
         schedules: the knobs that every tunable layer got.
+        fuse_residual: whether kernels of convolutions may end with a residual sum.
     """
 
     calls: tuple[Call, ...]
     layouts: Mapping[str, Layout]
+    buffers: Mapping[str, str]
     schedules: dict[str, dict[str, Any]]
     target: CpuTarget
     threads: int
+    fuse_residual: bool = True
+
+    def buffer(self, name: str) -> str:
+        """The value whose buffer a value lies in: itself, or a concatenation."""
+        return self.buffers.get(name, name)
 
     @property
     def digest(self) -> str:

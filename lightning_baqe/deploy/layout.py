@@ -3,11 +3,14 @@
 Channels are innermost, so that four neighbouring ones are one 32-bit word, and a row of a convolution's window is one
 contiguous run of ``kernel_w * channels`` values, a first layer's three channels included. The halo is the padding that
 the reader wants: the writer fills it once, and no inner loop ever tests a bound.
+
+A value may lie in a slice of a larger one's buffer: a concatenation's inputs are written where it wants them. Rows and
+pixels are then as far apart as the larger one's, and each writer fills the halo of its own channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +27,8 @@ class Layout:
         stored: channels in memory, at least ``channels``.
         halo: rows and columns around it.
         dtype: ``uint8``, ``int8``, ``int32`` or ``float32``.
+        shared: stored channels of the buffer that it is a slice of; 0: it has a buffer of its own.
+        first: its first channel in that buffer.
     """
 
     channels: int
@@ -32,11 +37,18 @@ class Layout:
     stored: int
     halo: int
     dtype: str
+    shared: int = 0
+    first: int = 0
+
+    @property
+    def pitch(self) -> int:
+        """Values from one pixel to the next."""
+        return self.shared or self.stored
 
     @property
     def row(self) -> int:
         """Values from one row to the next."""
-        return (self.width + 2 * self.halo) * self.stored
+        return (self.width + 2 * self.halo) * self.pitch
 
     @property
     def length(self) -> int:
@@ -45,13 +57,24 @@ class Layout:
 
     def origin(self, top: int = 0, left: int = 0) -> int:
         """Index of the value ``top`` rows and ``left`` columns before the first."""
-        return (self.halo - top) * self.row + (self.halo - left) * self.stored
+        return (self.halo - top) * self.row + (self.halo - left) * self.pitch + self.first
+
+    def part(self, first: int, channels: int) -> Layout:
+        """The layout of so many of its channels, from ``first`` on, in the same buffer."""
+        stored = stored_channels(channels)
+        return replace(self, channels=channels, stored=stored, shared=self.pitch, first=self.first + first)
+
+    @property
+    def alone(self) -> Layout:
+        """The same in a buffer of its own."""
+        return replace(self, shared=0, first=0)
 
     def unpack(self, buffer: np.ndarray) -> np.ndarray:
         """A buffer's values, shape ``(channels, height, width)``."""
         h, w = self.height + 2 * self.halo, self.width + 2 * self.halo
-        full = buffer[: h * w * self.stored].reshape(h, w, self.stored)
-        inner = full[self.halo : h - self.halo, self.halo : w - self.halo, : self.channels]
+        full = buffer[: h * w * self.pitch].reshape(h, w, self.pitch)
+        channels = slice(self.first, self.first + self.channels)
+        inner = full[self.halo : h - self.halo, self.halo : w - self.halo, channels]
         return np.ascontiguousarray(inner.transpose(2, 0, 1))
 
 

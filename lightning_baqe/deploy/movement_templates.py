@@ -80,14 +80,14 @@ def _run(channels: int, room: int, move: Any) -> None:
 def _concat(spec: MoveSpec, sources: list[Any], tables: list[Any], params: Any, out: Any) -> None:
     result = spec.result
     with B.serial(result.height) as y, B.serial(result.width) as x:
-        pixel = result.origin() + y * result.row + x * result.stored
+        pixel = result.origin() + y * result.row + x * result.pitch
         begin = 0
         for buffer, source in zip(sources, spec.sources, strict=True):
 
             def move(
                 channel: Any, lanes: int, buffer: Any = buffer, source: Layout = source, begin: int = begin
             ) -> None:
-                value = at(buffer, source.origin() + y * source.row + x * source.stored + channel, lanes)
+                value = at(buffer, source.origin() + y * source.row + x * source.pitch + channel, lanes)
                 put(out, cast(result.dtype, lanes, value), pixel + begin + channel, lanes)
 
             # What a last vector writes beyond its input's channels, the next input's first one overwrites.
@@ -105,14 +105,14 @@ def _gather(spec: MoveSpec, sources: list[Any], tables: list[Any], params: Any, 
         return value if present is None else T.Select(splat(present, lanes), value, splat(absent, lanes))
 
     with B.serial(result.height) as y, B.serial(result.width) as x:
-        pixel = result.origin() + y * result.row + x * result.stored
+        pixel = result.origin() + y * result.row + x * result.pitch
         present: Any = None
         row, column = y, x
         if spec.pixels:
             row, column = tables[-2][y], tables[-1][x]
             present = T.And(row >= 0, column >= 0)
             row, column = T.max(row, 0), T.max(column, 0)
-        base = source.origin() + row * source.row + column * source.stored
+        base = source.origin() + row * source.row + column * source.pitch
         if spec.channels == "index":
             with B.serial(result.channels) as c:
                 there = tables[0][c] >= 0
@@ -142,6 +142,6 @@ def _gather(spec: MoveSpec, sources: list[Any], tables: list[Any], params: Any, 
 def _flatten(spec: MoveSpec, sources: list[Any], tables: list[Any], params: Any, out: Any) -> None:
     result, source, buffer = spec.result, spec.sources[0], sources[0]
     with B.serial(source.channels) as c, B.serial(source.height) as y, B.serial(source.width) as x:
-        value = buffer[source.origin() + y * source.row + x * source.stored + c]
+        value = buffer[source.origin() + y * source.row + x * source.pitch + c]
         put(out, cast(result.dtype, 1, value), result.origin() + (c * source.height + y) * source.width + x, 1)
     fill_spare(result, out, result.origin())

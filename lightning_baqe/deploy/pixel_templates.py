@@ -211,12 +211,12 @@ def build_pointwise(spec: PixelSpec) -> Any:
         B.func_attr({"tirx.noalias": True})
         fill_halo(result, Y, P[PAD])
         with B.serial(result.height) as y, B.serial(result.width) as x:
-            to = result.origin() + y * result.row + x * result.stored
+            to = result.origin() + y * result.row + x * result.pitch
             with B.serial(steps) as v:
                 values = []
                 for layout, buffer in operands:
                     one = layout.height == layout.width == 1
-                    pixel = layout.origin() + (0 if one else y * layout.row + x * layout.stored)
+                    pixel = layout.origin() + (0 if one else y * layout.row + x * layout.pitch)
                     values.append(at(buffer, pixel + v * lanes, lanes))
                 put(Y, _value(spec, values, constants, P, v * lanes, lanes), to + v * lanes, lanes)
             fill_spare(result, Y, to)
@@ -225,9 +225,12 @@ def build_pointwise(spec: PixelSpec) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def build_byte_table(spec: PixelSpec) -> Any:
-    """A table from bytes to bytes, 64 at once: rows of both images are alike, but for their halos."""
+    """A table from bytes to bytes, 64 at once: rows of both images are alike, but for their halos; or, in slices of
+    larger images, pixels are.
+    """
     source, result = spec.source, spec.result
-    values = result.width * result.stored
+    by_pixel = bool(source.shared or result.shared)
+    values = result.stored if by_pixel else result.width * result.stored
     lanes = 64
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
@@ -239,12 +242,22 @@ def build_byte_table(spec: PixelSpec) -> Any:
         B.func_attr({"tirx.noalias": True})
         fill_halo(result, Y, P[PAD])
         parts = [B.Bind(T.reinterpret(at(table, lanes * i, lanes), dtype=f"uint8x{lanes}")) for i in range(4)]
-        with B.serial(result.height) as y, B.serial(-(-values // lanes)) as v:
-            # The last vector of a row is moved back over its neighbour.
-            first = T.min(v * lanes, T.int32(values - lanes)) if values % lanes else v * lanes
-            index = T.reinterpret(at(X, source.origin() + y * source.row + first, lanes), dtype=f"uint8x{lanes}")
-            found = T.reinterpret(look_up_64(parts, index), dtype=f"{result.dtype}x{lanes}")
-            put(Y, found, result.origin() + y * result.row + first, lanes)
+
+        def look_up(read: Any, write: Any) -> None:
+            with B.serial(-(-values // lanes)) as v:
+                # The last vector is moved back over its neighbour.
+                first = T.min(v * lanes, T.int32(values - lanes)) if values % lanes else v * lanes
+                index = T.reinterpret(at(X, read + first, lanes), dtype=f"uint8x{lanes}")
+                found = T.reinterpret(look_up_64(parts, index), dtype=f"{result.dtype}x{lanes}")
+                put(Y, found, write + first, lanes)
+
+        with B.serial(result.height) as y:
+            read, write = source.origin() + y * source.row, result.origin() + y * result.row
+            if by_pixel:
+                with B.serial(result.width) as x:
+                    look_up(read + x * source.pitch, write + x * result.pitch)
+            else:
+                look_up(read, write)
     return builder.get()
 
 
@@ -305,7 +318,7 @@ def _pack_spread(result: Layout, image: Any, out: Any, params: Any, convert: Any
         with B.serial(result.width) as x:
             B.buffer_store(line, convert(image[0, c, y, x], 1), [x])
         with B.serial(result.width) as x:
-            B.buffer_store(out, line[x], [result.origin() + y * result.row + x * result.stored + c])
+            B.buffer_store(out, line[x], [result.origin() + y * result.row + x * result.pitch + c])
 
 
 @functools.lru_cache(maxsize=256)
@@ -325,7 +338,7 @@ def build_unpack(spec: PixelSpec) -> Any:
         Y = B.arg("Y", B.buffer((1, channels * height * width), "float32"))
         B.func_attr({"tirx.noalias": True})
         with B.serial(channels) as c, B.serial(height) as y, B.serial(width) as x:
-            value = X[source.origin() + y * source.row + x * source.stored + c]
+            value = X[source.origin() + y * source.row + x * source.pitch + c]
             if factors is not None:
                 value = T.Cast("float32", T.Cast("int32", value) - T.Cast("int32", P[0])) * factors[c]
             B.buffer_store(Y, value, [0, (c * height + y) * width + x])

@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.conv_template import (
-    ConvSpec,
-    check_knobs,
-    pack_weights,
-    weight_quads,
-)
+from lightning_baqe.deploy.conv_knobs import check_knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_weights import pack_weights, weight_quads
 from lightning_baqe.deploy.depthwise_template import (
     DEPTHWISE_PARAMS,
     DepthwiseSpec,
@@ -26,7 +23,8 @@ from lightning_baqe.deploy.depthwise_template import (
     pack_depthwise,
 )
 from lightning_baqe.deploy.dot import choose_dot
-from lightning_baqe.deploy.kernels import Call, Plan, Spec
+from lightning_baqe.deploy.in_place import find_slices
+from lightning_baqe.deploy.kernels import Call, Plan, Spec, alone
 from lightning_baqe.deploy.plan_pixels import (
     INT32_MAX,
     Kernel,
@@ -39,7 +37,7 @@ from lightning_baqe.deploy.plan_pixels import (
 )
 from lightning_baqe.deploy.requantize import requant_numbers
 from lightning_baqe.deploy.target import VNNI_PATHS, CpuTarget
-from lightning_baqe.deploy.values import Values, pad_of
+from lightning_baqe.deploy.values import Slice, Values, pad_of
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
@@ -55,6 +53,7 @@ def make_plan(
     threads: int = 1,
     best: BestKnobs | None = None,
     fuse: bool = True,
+    fuse_residual: bool = True,
 ) -> Plan:
     """Plan all kernels of a graph.
 
@@ -65,6 +64,7 @@ def make_plan(
         threads: of every convolution.
         best: looks up the best known knobs of a kernel.
         fuse: False keeps every node's value (for debugging).
+        fuse_residual: whether a convolution's kernel may end with a residual sum; else sums have kernels of their own.
 
     Raises:
         ConfigError: a schedule names an unknown layer or knob.
@@ -78,7 +78,7 @@ def make_plan(
             raise ConfigError(
                 f"schedules name the layer {name!r}, which the graph does not have; near: {near or layers}"
             )
-    return _Planner(graph, target, schedules, threads, best, fuse).plan()
+    return _Planner(graph, target, schedules, threads, best, fuse, fuse_residual).plan()
 
 
 class _Planner:
@@ -90,12 +90,18 @@ class _Planner:
         threads: int,
         best: BestKnobs | None,
         fuse: bool,
+        fuse_residual: bool,
     ) -> None:
         self.graph, self.target, self.threads = graph, target, threads
         self.schedules, self.best = schedules, best
         self.values = Values(graph)
-        self.fused = self._fused_adds() if fuse else {}
+        self.fuse_residual = fuse_residual
+        self.fused = self._fused_adds() if fuse and fuse_residual else {}
+        if fuse:
+            slices = find_slices(self.values, target.vbmi)
+            self.values.share(slices.places, slices.halos)
         self.copies: dict[tuple[str, int], str] = {}
+        self.buffers = {name: place.owner for name, place in self.values.places.items()}
         self.calls: list[Call] = []
         self.resolved: dict[str, dict[str, Any]] = {}
 
@@ -132,7 +138,10 @@ class _Planner:
             else:
                 self._emit(node)
         self._output()
-        return Plan(tuple(self.calls), self.values.layouts, self.resolved, self.target, self.threads)
+        return Plan(
+            tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.target, self.threads,
+            self.fuse_residual,
+        )  # fmt: skip
 
     def _value(self, name: str, reader: ir.Node) -> str:
         """The value that a node reads: packed, or copied with another halo, before its first reader."""
@@ -174,11 +183,22 @@ class _Planner:
             case ir.Quantize() if self.values.is_input(node.inputs[0]):
                 self.values.image_shape()
                 self._pixels(node.name, pack_kernel(result, node), [self.graph.nodes[0].name])
+            case ir.Concat() if (parts := self.values.parts(node)) is not None:
+                self._fill(node, parts)
             case _:
                 names = [self._value(name, node) for name in node.inputs]
                 kinds = [self.values.by_name[name].type for name in node.inputs]
                 sources = [self.values.layouts[name] for name in names]
                 self._pixels(node.name, pixel_kernel(node, sources, kinds, result, self.target), names)
+
+    def _fill(self, node: ir.Concat, parts: list[Slice]) -> None:
+        """Copy what does not lie in a concatenation's buffer yet."""
+        for index, (name, part) in enumerate(zip(node.inputs, parts, strict=True)):
+            if self.values.places.get(name) != part:
+                source, copy = self._value(name, node), f"{node.name}.part{index}"
+                layout = self.values.place_slice(copy, part, self.values.by_name[name].type.shape[0])
+                self.buffers[copy] = part.owner
+                self._pixels(copy, copy_kernel(self.values.layouts[source], layout), [source])
 
     def _conv(self, node: Any, add: ir.Add | None) -> None:
         result = (add or node).name
@@ -246,7 +266,7 @@ class _Planner:
 
     def _knobs(self, layer: str, spec: ConvSpec | DepthwiseSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
-        known = self.best(spec) if chosen is None and self.best is not None else None
+        known = self.best(alone(spec)) if chosen is None and self.best is not None else None
         wanted = chosen or known or {}
         knobs = check_knobs(spec, wanted) if isinstance(spec, ConvSpec) else check_depthwise_knobs(spec, wanted)
         self.resolved[layer] = knobs

@@ -178,8 +178,9 @@ def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout, 
 
 
 def _bytes_to_bytes(source: Layout, result: Layout, target: CpuTarget) -> bool:
-    """Whether all of a row is looked up 64 bytes at a time: faster than any arithmetic."""
-    return target.vbmi and "int32" not in (source.dtype, result.dtype) and result.width * result.stored >= 64
+    """Whether all of a row, in a slice of a pixel, is looked up 64 bytes at a time: faster than any arithmetic."""
+    values = result.stored if source.shared or result.shared else result.width * result.stored
+    return target.vbmi and "int32" not in (source.dtype, result.dtype) and values >= 64
 
 
 def _byte_values(layout: Layout) -> np.ndarray:

@@ -87,7 +87,7 @@ def build_pool(spec: PoolSpec) -> Any:
 
             def load(row: Any, column: Any, v: Any) -> Any:
                 channel = (group * vectors + v) * lanes
-                return X[T.ramp(source.origin() + row * source.row + column * source.stored + channel, 1, lanes)]
+                return X[T.ramp(source.origin() + row * source.row + column * source.pitch + channel, 1, lanes)]
 
             if spec.windows:
                 rows, columns = bounds
@@ -108,7 +108,7 @@ def build_pool(spec: PoolSpec) -> Any:
                     B.buffer_store(acc, total, [v, lane])
             factor = None if factors is None else factors[y * result.width + x if spec.by_pixel else 0]
             with B.unroll(vectors) as v:
-                to = result.origin() + y * result.row + x * result.stored + (group * vectors + v) * lanes
+                to = result.origin() + y * result.row + x * result.pitch + (group * vectors + v) * lanes
                 B.buffer_store(Y, _finished(spec, acc[v, lane], factor, P), [T.ramp(to, 1, lanes)])
     return builder.get()
 

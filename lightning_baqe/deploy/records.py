@@ -253,9 +253,17 @@ def kernel_text(spec: Spec, target: CpuTarget) -> tuple[str, str, str]:
 
     Fields at their default are left out, so that a spec which gains a field with a default keeps its records.
     """
-    full = dataclasses.asdict(spec)
-    fields = {f.name: full[f.name] for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default}
-    return canonical(target.tvm), type(spec).__name__, canonical(fields)
+    return canonical(target.tvm), type(spec).__name__, canonical(_stated(spec))
+
+
+def _stated(value: Any) -> Any:
+    """A dataclass as its fields that are not at their default, and likewise those in it."""
+    if isinstance(value, tuple):
+        return [_stated(part) for part in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return {f.name: _stated(part) for f, part in fields if part != f.default}
 
 
 def canonical(value: Mapping[str, Any]) -> str:

@@ -8,14 +8,15 @@ sums (:mod:`lightning_baqe.deploy.dot`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_baqe.deploy.conv_template import ConvSpec
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records, canonical, code_key
 from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.tunable import TunableSpec, as_tunable, template_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 
@@ -38,7 +39,7 @@ class KernelReward:
     """
 
     layers: tuple[str, ...]
-    spec: ConvSpec
+    spec: TunableSpec
     macs: int
     latency_us: Mapping[int, float]
     same: tuple[int, ...] = ()
@@ -104,7 +105,9 @@ class Rewards:
         }
 
 
-def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records) -> Rewards:
+def rewards_of(
+    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records, fuse_residual: bool = True
+) -> Rewards:
     """What the records say of a network's kernels.
 
     A record counts for every bit-width at which the template generates the same code: what is one program has one
@@ -112,8 +115,47 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: i
 
     Args:
         graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
-        target, threads: what the kernels are compiled for.
+        target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
         records: where latencies are looked up; nothing is measured.
+
+    Raises:
+        ConfigError: the network at 8 bit is missing.
+    """
+    kernels = [
+        _kernel(kernel.specs, kernel.layers, target, records)
+        for kernel in searched_kernels(graphs, target, threads, fuse_residual)
+    ]
+    size = graphs[REFERENCE].size_bytes
+    return Rewards(
+        target.path,
+        tuple(sorted(graphs)),
+        tuple(sorted(kernels, key=lambda k: -len(k.layers) * k.macs)),
+        {bits: graph.size_bytes / size for bits, graph in graphs.items()},
+    )
+
+
+@dataclass(frozen=True)
+class SearchedKernel:
+    """One kernel of a network as it is at each bit-width.
+
+    Args:
+        layers: that call it.
+        specs: ``{bits: the kernel}``.
+    """
+
+    layers: tuple[str, ...]
+    specs: Mapping[int, TunableSpec]
+
+
+def searched_kernels(
+    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, fuse_residual: bool = True
+) -> list[SearchedKernel]:
+    """The distinct kernels, dense and depthwise, of the layers whose bits a search chooses: those that each graph has
+    at its own bits.
+
+    Args:
+        graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
+        target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
 
     Raises:
         ConfigError: the network at 8 bit is missing.
@@ -121,47 +163,85 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: i
     if REFERENCE not in graphs:
         raise ConfigError(f"rewards compare with {REFERENCE} bit; got graphs at {sorted(graphs)}: add {REFERENCE}")
     widths = tuple(sorted(graphs))
-    specs = {bits: _specs(graphs[bits], target, threads) for bits in widths}
-    groups: dict[tuple[ConvSpec, ...], list[str]] = {}
+    specs = {bits: _specs(graphs[bits], target, threads, fuse_residual) for bits in widths}
+    groups: dict[tuple[TunableSpec, ...], list[str]] = {}
     for layer in specs[REFERENCE]:
         searched = all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths)
         if searched:
             groups.setdefault(tuple(specs[b][layer] for b in widths), []).append(layer)
-    kernels = [_kernel(dict(zip(widths, key, strict=True)), layers, target, records) for key, layers in groups.items()]
-    size = graphs[REFERENCE].size_bytes
-    return Rewards(
-        target.path,
-        widths,
-        tuple(sorted(kernels, key=lambda k: -len(k.layers) * k.macs)),
-        {bits: graphs[bits].size_bytes / size for bits in widths},
-    )
+    return [SearchedKernel(tuple(layers), dict(zip(widths, key, strict=True))) for key, layers in groups.items()]
 
 
-def _specs(graph: IntegerGraph, target: CpuTarget, threads: int) -> dict[str, ConvSpec]:
-    plan = make_plan(graph, target, None, threads)
-    return {call.layer: call.spec for call in plan.calls if call.layer and isinstance(call.spec, ConvSpec)}
+def _specs(graph: IntegerGraph, target: CpuTarget, threads: int, fuse_residual: bool) -> dict[str, TunableSpec]:
+    found = {}
+    for call in make_plan(graph, target, None, threads, fuse_residual=fuse_residual).calls:
+        spec = as_tunable(call.spec)
+        if spec is not None and call.layer:
+            found[call.layer] = spec
+    return found
 
 
-def _kernel(specs: Mapping[int, ConvSpec], layers: Sequence[str], target: CpuTarget, records: Records) -> KernelReward:
-    by_code: dict[str, float] = {}
+@dataclass(frozen=True)
+class Fastest:
+    """The fastest code that is known of a kernel at one bit-width.
+
+    Args:
+        spec, knobs: that generate it, at this bit-width; it may have been measured at another.
+        code: identifies it.
+        latency_us: its figure.
+        samples: that the figure was taken from.
+    """
+
+    spec: TunableSpec
+    knobs: dict[str, Any]
+    code: str
+    latency_us: float
+    samples: int
+
+
+def fastest_codes(specs: Mapping[int, TunableSpec], target: CpuTarget, records: Records) -> dict[int, Fastest]:
+    """The fastest code of a kernel at each bit-width, as the records know it; unknown bits are missing.
+
+    What one bit-width was measured with is a choice of all others, too, where it generates code that was measured. Of
+    several figures of one code the one with the most samples counts.
+
+    Args:
+        specs: ``{bits: the kernel}``.
+        target: compiled for.
+        records: where figures are looked up.
+    """
+    by_code: dict[str, tuple[int, float]] = {}  # minus samples and latency: the least is the figure that counts
     knobs: set[str] = set()
     for spec in set(specs.values()):
         for record in records.kernels(spec, target):
             if record.error is None and record.exact is not False and record.latency_us is not None:
                 text = canonical(record.knobs)
                 code = code_key(spec, text) or ""
-                by_code[code] = min(record.latency_us, by_code.get(code, record.latency_us))
+                figure = (-len(record.samples_us), record.latency_us)
+                by_code[code] = min(figure, by_code.get(code, figure))
                 knobs.add(text)
-    best = {bits: _fastest(spec, knobs, by_code) for bits, spec in specs.items()}
-    known = {bits: by_code[code] for bits, code in best.items() if code is not None}
-    same = tuple(bits for bits, code in best.items() if code is not None and code == best[REFERENCE])
-    return KernelReward(tuple(layers), specs[REFERENCE], specs[REFERENCE].macs, known, same)
+    found = {}
+    for bits, spec in specs.items():
+        codes: dict[str, str] = {}
+        for text in sorted(knobs):
+            generated = code_key(spec, text)
+            if generated is not None and generated in by_code:
+                codes.setdefault(generated, text)
+        best = min(codes, key=lambda code: (by_code[code][1], code), default=None)
+        if best is not None:
+            chosen = template_of(spec).check_knobs(spec, json.loads(codes[best]))
+            found[bits] = Fastest(spec, chosen, best, by_code[best][1], -by_code[best][0])
+    return found
 
 
-def _fastest(spec: ConvSpec, knobs: set[str], latency_us: Mapping[str, float]) -> str | None:
-    """The fastest measured code among what the knobs make of a spec."""
-    codes = {code for text in sorted(knobs) if (code := code_key(spec, text)) is not None and code in latency_us}
-    return min(codes, key=lambda code: (latency_us[code], code), default=None)
+def _kernel(
+    specs: Mapping[int, TunableSpec], layers: tuple[str, ...], target: CpuTarget, records: Records
+) -> KernelReward:
+    best = fastest_codes(specs, target, records)
+    reference = best.get(REFERENCE)
+    same = tuple(bits for bits, one in best.items() if reference is not None and one.code == reference.code)
+    known = {bits: one.latency_us for bits, one in best.items()}
+    return KernelReward(layers, specs[REFERENCE], specs[REFERENCE].macs, known, same)
 
 
 def default_bit_choices(

@@ -13,11 +13,13 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from lightning_baqe.deploy.front import pareto_entries, replace_file, write_pareto_csv
+from lightning_baqe.deploy.limits import feasible
 from lightning_baqe.search.pareto import hypervolume, pareto_mask
 
 OBJECTIVES = ("error", "latency", "size")
 REFERENCE_POINT = (1.0, 1.5, 1.1)
 RESULT, FLOAT, BASELINES, TEST, REWARDS = "result", "float", "baselines", "test_accuracy", "rewards"
+LIMITS = "limits"
 _STATES = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running", TrialState.FAIL: "failed"}
 _EMPTY: dict[str, Any] = {
     "accuracy": None,
@@ -42,7 +44,8 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
     """The content of ``summary.json``.
 
     Args:
-        study: of the search; its user attributes hold the float model, the baselines and what the device rewards.
+        study: of the search; its user attributes hold the float model, the baselines, what the device rewards and the
+            limits; where there are limits, ``feasible`` says of each measured entry whether it meets them.
         about: recipe, model, dataset, device, versions.
     """
     attributes = study.user_attrs
@@ -58,8 +61,11 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
         trials.append({**entry, "state": _STATES[trial.state], "pareto": False})
     entries = baselines + trials
     measured = [entry for entry in entries if entry["state"] == "complete"]
+    limits = attributes.get(LIMITS) or {}
     for entry in entries:
         entry["pareto"] = False
+        if limits and entry["state"] == "complete":
+            entry["feasible"] = feasible(entry, limits)
     level = found = 0.0
     if measured:
         points = torch.tensor([objectives(entry, reference) for entry in measured], dtype=torch.float64)
@@ -77,6 +83,7 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
         "hypervolume": found,
         "baselines_hypervolume": level,
         "rewards": attributes.get(REWARDS),
+        "limits": limits or None,
         "trials": trials,
     }
     for entry in entries:
@@ -90,8 +97,10 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json`` and ``pareto.csv``, and delete artifacts that are no longer on the front."""
     replace_file(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
     write_pareto_csv(summary, run_dir / "pareto.csv")
-    keep = {name for name, _ in pareto_entries(summary)} | {"float"}
-    folder = run_dir / "artifacts"
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.is_dir() and path.name not in keep:
-            shutil.rmtree(path)
+    keep = {name for name, _ in pareto_entries(summary)}
+    ended = {f"trial_{entry['number']}" for entry in summary["trials"] if entry["state"] != "running"}
+    ended |= {f"baseline_{entry['name']}" for entry in summary["baselines"]}
+    for name in ended - keep:  # what another worker builds at this moment stays
+        folder = run_dir / "artifacts" / name
+        if folder.is_dir():
+            shutil.rmtree(folder)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lightning_baqe.deploy.conv_template import PARAMS, ConvSpec, Knobs, pack_weights
+from lightning_baqe.deploy.conv_knobs import Knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import PARAMS
+from lightning_baqe.deploy.conv_weights import pack_weights
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, pack_depthwise
 from lightning_baqe.deploy.dot import INT16_MAX
 from lightning_baqe.deploy.layout import SLACK, Layout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,14 @@ class NetworkSpace:
         schedules: bool = True,
         records: Records | None = None,
         supported: Mapping[str, tuple[int, ...]] | None = None,
+        fuse_residual: bool = True,
     ) -> NetworkSpace:
         """The space of a network.
 
         Args:
             graphs: ``{bits: the network at these bits}``, one for each choice of the layers between first and last.
             base: bits of the first and the last layer, which are not searched.
-            target, threads: what the kernels are compiled for.
+            target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
             schedules: False leaves all knobs at their best known values.
             records: where best known knobs are looked up.
             supported: ``{layer: bits that the device has kernels for}``; None: all.
@@ -66,7 +67,7 @@ class NetworkSpace:
         defaults: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in layers}
         offered: dict[str, dict[str, list[Any]]] = {name: {} for name in layers}
         for graph in graphs.values():
-            plan = make_plan(graph, target, None, threads, best)
+            plan = make_plan(graph, target, None, threads, best, fuse_residual=fuse_residual)
             for call in plan.calls:
                 spec = as_tunable(call.spec)
                 if call.layer is None or spec is None:
@@ -76,7 +77,10 @@ class NetworkSpace:
                     continue  # the first or the last layer, at bits that it never gets
                 default = plan.schedules[call.layer]
                 defaults[call.layer][bits] = default
-                for knob, values in template_of(spec).knob_space(spec).items():
+                template = template_of(spec)
+                for knob, values in template.knob_space(spec).items():
+                    if knob in template.unsearched:
+                        continue
                     found = offered[call.layer].setdefault(knob, [])
                     found.extend(value for value in (default[knob], *values[:TILES]) if value not in found)
         knobs = {
@@ -136,6 +140,16 @@ class NetworkSpace:
             for knob in knobs:
                 schedules[layer][knob] = params[f"{layer}/{knob}"]
         return bits, schedules
+
+    def extreme(self, pick: Callable[[Sequence[int]], int]) -> BitConfig:
+        """The bits of a corner of the space.
+
+        Args:
+            pick: chooses from a layer's bits, such as ``min``.
+        """
+        params = {f"{layer}/bits": pick(bits) for layer, bits in self.bit_choices.items()}
+        knobs = {f"{layer}/{knob}": values[0] for layer, found in self.knobs.items() for knob, values in found.items()}
+        return self.point({**params, **knobs})[0]
 
     def _default(self, layer: str, bits: int) -> Mapping[str, Any]:
         known = self.defaults[layer]

@@ -8,15 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_baqe.deploy.conv_template import (
-    ConvSpec,
-    build_conv,
-    check_knobs,
-    default_knobs,
-    knob_space,
-    tile_cost,
-    tiles,
-)
+from lightning_baqe.deploy.conv_knobs import check_knobs, default_knobs, knob_space, tile_cost, tiles, with_intrinsic
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import build_conv
 from lightning_baqe.deploy.depthwise_template import (
     DepthwiseSpec,
     build_depthwise,
@@ -25,12 +19,11 @@ from lightning_baqe.deploy.depthwise_template import (
     depthwise_cost,
     depthwise_knob_space,
 )
-from lightning_baqe.deploy.kernels import Spec, kernel_key
+from lightning_baqe.deploy.kernels import Spec, TunableSpec, alone, kernel_key
 from lightning_baqe.deploy.sample import sample_kernel
 from lightning_baqe.deploy.strategies import KernelSpace
 
 Knobs = Mapping[str, Any]
-TunableSpec = ConvSpec | DepthwiseSpec
 
 
 class Sample(Protocol):
@@ -55,6 +48,8 @@ class Template:
         cost: of knobs, estimated, in any positive unit.
         build: the kernel's TIR function.
         sample: random data and the right result.
+        unsearched: knobs that a search over networks leaves as they are, because no device rewards another value; the
+            tuner tries them.
     """
 
     knob_space: Callable[[Any], Mapping[str, list[Any]]]
@@ -63,6 +58,7 @@ class Template:
     cost: Callable[[Any, Knobs], float]
     build: Callable[[Any, Knobs], Any]
     sample: Callable[[Any], Sample]
+    unsearched: frozenset[str] = frozenset()
 
 
 _TEMPLATES: dict[type, Template] = {
@@ -70,9 +66,10 @@ _TEMPLATES: dict[type, Template] = {
         knob_space=lambda spec: knob_space(spec, limit=len(tiles(spec))),
         default_knobs=default_knobs,
         check_knobs=check_knobs,
-        cost=lambda spec, knobs: _conv_cost(spec, knobs["tile"]),
+        cost=lambda spec, knobs: _conv_cost(with_intrinsic(spec, knobs), knobs["tile"]),
         build=lambda spec, knobs: build_conv(spec, tuple(sorted(knobs.items()))),
         sample=sample_kernel,
+        unsearched=frozenset({"intrinsic"}),
     ),
     DepthwiseSpec: Template(
         knob_space=depthwise_knob_space,
@@ -96,8 +93,8 @@ def _depthwise_cost(spec: DepthwiseSpec, tile: str) -> float:
 
 
 def as_tunable(spec: Spec) -> TunableSpec | None:
-    """The spec itself if its kernel has knobs, else None."""
-    return spec if isinstance(spec, TunableSpec) else None
+    """The spec if its kernel has knobs, on buffers of its own, as kernels are measured and kept; else None."""
+    return alone(spec) if isinstance(spec, TunableSpec) else None
 
 
 def template_of(spec: TunableSpec) -> Template:

@@ -138,6 +138,7 @@ def tune(
     records: Records | None = None,
     strategy: Strategy | None = None,
     progress: Progress | None = None,
+    fuse_residual: bool = True,
 ) -> TuneResult:
     """Measure knobs of a network's kernels; :func:`build` then takes the best.
 
@@ -147,7 +148,7 @@ def tune(
 
     Args:
         graph: whose kernels.
-        target, threads: as :func:`lightning_baqe.build` will get them.
+        target, threads, fuse_residual: as :func:`lightning_baqe.build` will get them.
         candidates: knobs to know of each kernel, on average.
         budget_s: stop proposing after so many seconds; confirming the winners comes on top. None: no limit.
         records: the database; by default the user's.
@@ -165,7 +166,7 @@ def tune(
         raise BuildError(f"this CPU does not run {chosen.path} code ({chosen.mcpu}): tune on a machine that does")
     started = time.monotonic()
     known = records if records is not None else Records()
-    layers = tunable_layers(graph, chosen, threads)
+    layers = tunable_layers(graph, chosen, threads, fuse_residual)
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
         states = [
             _Kernel(KernelBench(spec, chosen, known, Path(folder) / str(i)), names)
@@ -179,10 +180,12 @@ def tune(
     return TuneResult(kernels, time.monotonic() - started, complete)
 
 
-def tunable_layers(graph: IntegerGraph, target: CpuTarget, threads: int = 1) -> dict[TunableSpec, tuple[str, ...]]:
+def tunable_layers(
+    graph: IntegerGraph, target: CpuTarget, threads: int = 1, fuse_residual: bool = True
+) -> dict[TunableSpec, tuple[str, ...]]:
     """The distinct kernels with knobs and the layers that call them, most work first."""
     layers: dict[TunableSpec, list[str]] = {}
-    for call in make_plan(graph, target, None, threads).calls:
+    for call in make_plan(graph, target, None, threads, fuse_residual=fuse_residual).calls:
         spec = as_tunable(call.spec)
         if spec is not None and call.layer is not None:
             layers.setdefault(spec, []).append(call.layer)

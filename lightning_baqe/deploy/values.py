@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from lightning_baqe.deploy.layout import VECTOR, Layout, storage_dtype, stored_channels
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 
 _PRODUCTS = (ir.Linear, ir.FloatLinear)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A value's place in the buffer of a concatenation.
+
+    Args:
+        owner: the concatenation.
+        first: the value's first channel in it.
+    """
+
+    owner: str
+    first: int
 
 
 class Values:
@@ -19,6 +36,7 @@ class Values:
     Attributes:
         layouts: by name of value; filled by :meth:`place`.
         pads: what the halo of each value holds.
+        places: of values that lie in a concatenation's buffer.
     """
 
     def __init__(self, graph: IntegerGraph) -> None:
@@ -26,6 +44,8 @@ class Values:
         self.by_name = {node.name: node for node in graph}
         self.layouts: dict[str, Layout] = {}
         self.pads: dict[str, int] = {}
+        self.places: dict[str, Slice] = {}
+        self._shared_halos: Mapping[str, dict[int, int]] = {}
         self._direct: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
         for node in graph:
             for name in node.inputs:
@@ -35,8 +55,25 @@ class Values:
             if isinstance(node, ir.Flatten) and self._needs_no_copy(node):
                 self._alias[node.name] = self.root(node.inputs[0])
 
+    def share(self, places: Mapping[str, Slice], shared_halos: Mapping[str, dict[int, int]]) -> None:
+        """Let values lie in the buffers of concatenations; see :mod:`lightning_baqe.deploy.in_place`.
+
+        Args:
+            places: of values.
+            shared_halos: ``{concatenation: {padding value: width}}`` of its buffer's halo.
+        """
+        self.places, self._shared_halos = dict(places), shared_halos
+
+    def parts(self, concat: ir.Concat) -> list[Slice] | None:
+        """Where its inputs are wanted in its buffer; None if none of them lies there."""
+        base = self.places.get(concat.name, Slice(concat.name, 0))
+        ends = itertools.accumulate((self.by_name[name].type.shape[0] for name in concat.inputs), initial=base.first)
+        wanted = [Slice(base.owner, first) for first in list(ends)[:-1]]
+        there = [self.places.get(name) == place for name, place in zip(concat.inputs, wanted, strict=True)]
+        return wanted if any(there) else None
+
     def root(self, name: str) -> str:
-        """The value whose buffer a name stands for."""
+        """The value whose layout a name stands for."""
         return self._alias.get(name, name)
 
     def is_alias(self, node: ir.Node) -> bool:
@@ -74,16 +111,31 @@ class Values:
     def place(self, node: ir.Node) -> Layout:
         """Decide on a value's layout; its readers want it with the halo of the padding that most of it is for."""
         shape = node.type.shape
+        if node.name in self.layouts:  # a concatenation is placed with the first value that lies in it
+            return self.layouts[node.name]
+        if node.name in self.places:
+            return self.place_slice(node.name, self.places[node.name], shape[0])
         channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
-        low, high = node.type.low, node.type.high
-        dtype = "float32" if low is None or high is None else storage_dtype(low, high)
-        if getattr(node, "requant", 0) is None:
-            dtype = "int32"
         readers = self.readers(node.name)
-        pads = halos(readers)
+        pads = self._shared_halos.get(node.name, halos(readers))
         packed = isinstance(node, ir.Quantize) and self.is_input(node.inputs[0])
-        self._place(node.name, Layout(channels, height, width, _stored(channels, readers, packed), 0, dtype), pads)
+        stored = _stored(channels, readers, packed)
+        self._place(node.name, Layout(channels, height, width, stored, 0, self.dtype(node)), pads)
         return self.layouts[node.name]
+
+    def place_slice(self, name: str, place: Slice, channels: int) -> Layout:
+        """Put so many channels under a name into a concatenation's buffer."""
+        whole = self.place(self.by_name[place.owner])
+        self.layouts[name] = whole.part(place.first, channels)
+        self.pads[name] = self.pads[place.owner]
+        return self.layouts[name]
+
+    def dtype(self, node: ir.Node) -> str:
+        """The storage type of a node's value."""
+        low, high = node.type.low, node.type.high
+        if getattr(node, "requant", 0) is None:
+            return "int32"
+        return "float32" if low is None or high is None else storage_dtype(low, high)
 
     def place_input(self) -> str:
         """The name of the network's float input in our layout, for readers that take it as it is."""

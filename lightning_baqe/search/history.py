@@ -52,12 +52,14 @@ class History:
         values: `n x m`, minimised.
         constraints: `n x c`.
         seen: points that must not be proposed again, whatever became of their trials.
+        pending: `q x d`, points of running trials.
     """
 
     rows: Rows
     values: Tensor
     constraints: Tensor
     seen: set[Key]
+    pending: Rows
 
     @property
     def feasible(self) -> Tensor:
@@ -78,11 +80,14 @@ class History:
         """
         complete: list[tuple[Key, list[float], dict[str, float]]] = []
         seen: set[Key] = set()
+        pending: list[Key] = []
         for trial in study.get_trials(deepcopy=False):
             key = None if trial.number == exclude else _key(trial, space)
             if key is None:
                 continue
             seen.add(key)
+            if trial.state == TrialState.RUNNING:
+                pending.append(key)
             # An infinite value says only that the point is bad; no model can hold it.
             if trial.state == TrialState.COMPLETE and np.isfinite(trial.values).all() and space.holds(trial.params):
                 complete.append((key, trial.values, trial.constraints))
@@ -105,4 +110,5 @@ class History:
                 [[constraints[name] for name in names] for _, _, constraints in complete], dtype=torch.float64
             ).reshape(n, len(names)),
             seen=seen,
+            pending=np.array(pending, dtype=np.float64).reshape(len(pending), len(space.names)),
         )

@@ -27,6 +27,8 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement, nondominated_cells
 from lightning_baqe.search.exact_improvement import log_expected_improvement
 from lightning_baqe.search.history import History, signs
+from lightning_baqe.search.informed import InformedGP
+from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
 from lightning_baqe.search.refine import refine
@@ -37,6 +39,7 @@ from lightning_baqe.search.surrogate import (
     ArdOptions,
     DeepKernelGP,
     DeepKernelOptions,
+    Posterior,
     Surrogate,
     standardise,
 )
@@ -46,6 +49,7 @@ Mode = Literal["paper", "beyond"]
 Initial = Literal["ted", "random"]
 Phase = Literal["random", "ted", "bo", "given"]
 Candidates = Sequence[Mapping[str, Any]] | Callable[[int, np.random.Generator], list[dict[str, Any]]]
+Moments = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 _REFILLS = 10
 
@@ -63,6 +67,7 @@ class SamplerOptions:
         rounds: first from the front, then from the best candidates of the rounds before.
         elite: how many best candidates are parents of the next round.
         refined: best candidates that are moved uphill in their continuous parameters, if there are any.
+        informed_initial: points of the initial design in mode "beyond" with knowledge, if `n_initial` is more.
     """
 
     deep_kernel: DeepKernelOptions = field(default_factory=DeepKernelOptions)
@@ -73,13 +78,15 @@ class SamplerOptions:
     rounds: int = 3
     elite: int = 20
     refined: int = 10
+    informed_initial: int = 4
 
     def __post_init__(self) -> None:
-        counts = (self.n_samples, self.children, self.rounds, self.elite, self.refined)
+        counts = (self.n_samples, self.children, self.rounds, self.elite, self.refined, self.informed_initial)
         if min(counts) < 1 or not self.share_concentration > 0:
             raise ConfigError(
                 f"n_samples={self.n_samples}, children={self.children}, rounds={self.rounds}, elite={self.elite}, "
-                f"refined={self.refined}, share_concentration={self.share_concentration}; wanted all positive"
+                f"refined={self.refined}, share_concentration={self.share_concentration}, "
+                f"informed_initial={self.informed_initial}; wanted all positive"
             )
 
 
@@ -93,7 +100,8 @@ class BaqeSampler(StudySampler):
 
     The study is the only memory: all randomness comes from (seed, trial number), so the same study gives the same
     proposal, in this process or in the next. Points of trials in any state, failed and running ones too, are not
-    proposed again. Workers in several processes may still propose one point at the same moment.
+    proposed again. Workers propose one after the other, also those in several processes that share an SQLite file or a
+    PostgreSQL database (:mod:`~lightning_baqe.search.study_lock`), so that no two get the same point.
 
     Objectives follow the study's directions. Constraints are those of `trial.set_constraint`: infeasible trials train
     the surrogate and are kept off the front. A complete trial with an infinite value is left out of the surrogate.
@@ -114,6 +122,8 @@ class BaqeSampler(StudySampler):
             (`default_reference_point`).
         options: the rest.
         initial: "ted", or "random": the first points are random ones of the pool instead (BAQE's tables V and VI).
+        knowledge: mode "beyond" alone: what needs no trial. Parameters that others decide on are not searched,
+            surrogates learn what the estimates leave, and the initial design is short (`informed_initial`).
 
     Raises:
         ConfigError: an argument is out of range; on a proposal, candidates or the reference point do not fit the study.
@@ -131,6 +141,7 @@ class BaqeSampler(StudySampler):
         reference_point: Sequence[float] | None = None,
         options: SamplerOptions | None = None,
         initial: Initial = "ted",
+        knowledge: Knowledge | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ConfigError(f"mode={mode!r}; wanted one of {get_args(Mode)}")
@@ -144,7 +155,10 @@ class BaqeSampler(StudySampler):
             )
         if candidates is not None and not callable(candidates) and not candidates:
             raise ConfigError("candidates is an empty list; wanted parameter dicts, or None for the generic pool")
+        if knowledge is not None and mode != "beyond":
+            raise ConfigError(f"knowledge was given, but mode {mode!r} learns from trials alone; wanted mode='beyond'")
         self.mode: Mode = mode
+        self.knowledge = knowledge
         self.candidates = candidates
         self.n_initial = n_initial
         self.pool_size = pool_size
@@ -154,6 +168,7 @@ class BaqeSampler(StudySampler):
         self.initial: Initial = initial
         # A function of the arguments alone, kept to save time: space -> generation -> rows.
         self._pools: dict[tuple[tuple[str, str], ...], dict[int, Rows]] = {}
+        self._bound: dict[tuple[tuple[str, str], ...], BoundKnowledge] = {}
 
     def phase(self, study: Study, trial: FrozenTrial | Trial) -> Phase:
         """Which phase proposed a trial; "given" where it was enqueued, added by hand or proposed by another sampler."""
@@ -164,12 +179,13 @@ class BaqeSampler(StudySampler):
         history = History.read(study, space, exclude=number)
         first_pool = self._pool(space, 0)
         first: Phase = self.initial
-        pick = self._initial_pick(space, first_pool, history, self.n_initial)
+        n_initial = self.n_initial if self.knowledge is None else min(self.n_initial, self.options.informed_initial)
+        pick = self._initial_pick(space, first_pool, history, n_initial)
         if pick is not None:
             return pick, first
         if len(history.rows) < 2:
             # Too little to fit: many trials failed, or all are still running. Follow the initial order further.
-            pick = self._initial_pick(space, first_pool, history, self.n_initial + len(history.seen) + 1)
+            pick = self._initial_pick(space, first_pool, history, n_initial + len(history.seen) + 1)
             if pick is not None:
                 return pick, first
         free = self._free_candidates(space, history)
@@ -185,6 +201,14 @@ class BaqeSampler(StudySampler):
             return cast("Key", tuple(free[0].tolist())), first
         return self._maximise_improvement(study, number, space, history, free), "bo"
 
+    def _known(self, space: SearchSpace) -> BoundKnowledge | None:
+        """The knowledge about this space."""
+        if self.knowledge is None:
+            return None
+        if space.signature not in self._bound:
+            self._bound[space.signature] = BoundKnowledge(self.knowledge, space)
+        return self._bound[space.signature]
+
     def _pool(self, space: SearchSpace, generation: int) -> Rows:
         """Candidates of a generation; 0 is the fixed pool, later ones refill it once all were tried."""
         pools = self._pools.setdefault(space.signature, {})
@@ -196,6 +220,10 @@ class BaqeSampler(StudySampler):
             else:
                 given = self.candidates(self.pool_size, rng) if callable(self.candidates) else self.candidates
                 pools[generation] = unseen(self._checked(given, space), set())
+            known = self._known(space)
+            if known is not None:
+                rows = np.concatenate([known.improved(pools[generation]), known.uniform()])
+                pools[generation] = unseen(rows, set())
         return pools[generation]
 
     def _checked(self, given: Sequence[Mapping[str, Any]], space: SearchSpace) -> Rows:
@@ -210,8 +238,12 @@ class BaqeSampler(StudySampler):
     def _initial_pick(self, space: SearchSpace, pool: Rows, history: History, m: int) -> Key | None:
         """The first of the m initial points that no trial holds."""
         m = min(m, len(pool))
-        random = self.initial == "random"
-        order = self._rng(5).permutation(len(pool))[:m] if random else ted(space.encode(pool), m, self.mu)
+        if self.initial == "random":
+            order = torch.from_numpy(self._rng(5).permutation(len(pool))[:m])
+        else:
+            known = self._known(space)
+            columns = slice(None) if known is None else space.columns(known.free)
+            order = ted(space.encode(pool)[:, columns], m, self.mu)
         for index in order.tolist():
             key = tuple(pool[index].tolist())
             if key not in history.seen:
@@ -241,21 +273,18 @@ class BaqeSampler(StudySampler):
         given = self._reference(study)
         reference = default_reference_point(values) if given is None else (given - mean) / scale
         front = values[feasible][pareto_mask(values[feasible])]
-        x, y = space.encode(history.rows), torch.cat([values, constraints], dim=1)
-        model: Surrogate = (
-            DeepKernelGP(x, y, self.options.deep_kernel, seed)
-            if self.mode == "paper"
-            else ArdGP(x, y, self.options.ard, seed)
-        )
+        outputs = torch.cat([values, constraints], dim=1)
+        predict, moments = self._surrogate(study, space, history, outputs, mean, scale, seed)
+        if len(history.pending) and self.mode == "beyond":
+            # What runs is taken to end as predicted, so that several proposals do not want the same improvement.
+            expected = predict(history.pending).mean[:, : values.shape[1]]
+            front = torch.cat([front, expected])
+            front = front[pareto_mask(front)]
         cells = nondominated_cells(front, reference)
 
-        def log_score(x: torch.Tensor) -> torch.Tensor:
-            assert isinstance(model, ArdGP)
-            return log_expected_improvement(*model.moments(x), cells)
-
         def score(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-            posterior = model.posterior(space.encode(rows))
-            if isinstance(model, ArdGP):
+            posterior = predict(rows)
+            if self.mode == "beyond":
                 variance = posterior.covariance.diagonal(dim1=1, dim2=2)
                 return log_expected_improvement(posterior.mean, variance, cells), posterior.covariance
             improvement = expected_hypervolume_improvement(
@@ -269,29 +298,81 @@ class BaqeSampler(StudySampler):
             )
             return improvement, posterior.covariance
 
-        first_free = free
+        n_pool = len(free)
         improvement, covariance = score(free)
         if self.mode == "beyond":
-            rng = self._rng(4, number)
             shown = history.values[feasible] if bool(feasible.any()) else history.values
             parents = history.rows[feasible.numpy()] if bool(feasible.any()) else history.rows
             parents = parents[pareto_mask(shown).numpy()]
+            rng = self._rng(4, number)
             for _ in range(self.options.rounds):
                 known = history.seen | set(map(tuple, free.tolist()))
-                children = unseen(breed(space, parents, self.options.children, rng), known)
+                children = unseen(self._children(space, parents, rng), known)
                 if len(children):
                     more = score(children)
                     free = np.concatenate([free, children])
                     improvement, covariance = torch.cat([improvement, more[0]]), torch.cat([covariance, more[1]])
                 elite = improvement.argsort(descending=True, stable=True)[: self.options.elite]
                 parents = free[elite.numpy()]
-            # Half of the starts are of the spread pool, as bred candidates may all lie in one basin.
-            pool = improvement[: len(first_free)].argsort(descending=True, stable=True)[: self.options.refined // 2]
-            starts = torch.cat([elite[: self.options.refined - len(pool)], pool])
-            refined = unseen(
-                refine(space, free[starts.numpy()], log_score), history.seen | set(map(tuple, free.tolist()))
-            )
-            if len(refined):
-                free, improvement = np.concatenate([free, refined]), torch.cat([improvement, score(refined)[0]])
+            if moments is not None:
+                # Half of the starts are of the spread pool, as bred candidates may all lie in one basin.
+                pool = improvement[:n_pool].argsort(descending=True, stable=True)[: self.options.refined // 2]
+                starts = torch.cat([elite[: self.options.refined - len(pool)], pool])
+                refined = refine(space, free[starts.numpy()], lambda x: log_expected_improvement(*moments(x), cells))
+                refined = unseen(refined, history.seen | set(map(tuple, free.tolist())))
+                if len(refined):
+                    free, improvement = np.concatenate([free, refined]), torch.cat([improvement, score(refined)[0]])
             return cast("Key", tuple(free[int(improvement.argmax())].tolist()))
         return cast("Key", tuple(free[best_candidate(improvement, covariance)].tolist()))
+
+    def _children(self, space: SearchSpace, parents: Rows, rng: np.random.Generator) -> Rows:
+        """Children of parents; with knowledge, of what is free in them, the rest at its best."""
+        known, n = self._known(space), self.options.children
+        if known is None:
+            return breed(space, parents, n, rng)
+        rows = np.repeat(parents[:1], n, axis=0)
+        rows[:, known.free] = breed(space.subspace(known.free), parents[:, known.free], n, rng)
+        return known.improved(rows)
+
+    def _surrogate(
+        self,
+        study: Study,
+        space: SearchSpace,
+        history: History,
+        outputs: torch.Tensor,
+        mean: torch.Tensor,
+        scale: torch.Tensor,
+        seed: int,
+    ) -> tuple[Callable[[Rows], Posterior], Moments | None]:
+        """The mode's model of the standardised outputs, objectives first, fitted to the history.
+
+        Its moments at encoded points, with gradients, where it has them.
+        """
+        x, known = space.encode(history.rows), self._known(space)
+        if known is None:
+            model: Surrogate = (
+                DeepKernelGP(x, outputs, self.options.deep_kernel, seed)
+                if self.mode == "paper"
+                else ArdGP(x, outputs, self.options.ard, seed)
+            )
+            moments = model.moments if isinstance(model, ArdGP) else None
+            return lambda rows: model.posterior(space.encode(rows)), moments
+        entries, constraints = known.knowledge.objectives, outputs.shape[1] - len(mean)
+        if len(entries) != len(mean):
+            raise ConfigError(f"knowledge is of {len(entries)} objectives, the study has {len(mean)}")
+
+        def estimates(rows: Rows) -> torch.Tensor:
+            sums = (known.estimates(rows) * signs(study) - mean) / scale
+            return torch.cat([sums, torch.full((len(rows), constraints), torch.nan, dtype=torch.float64)], dim=1)
+
+        every, names = range(len(space.names)), {name: index for index, name in enumerate(space.names)}
+        columns = [
+            space.columns(every if entry is None else [names[name] for name in entry.rest if name in names])
+            for entry in (*entries, *[None] * constraints)
+        ]
+        kinds = [None if entry is None else entry.kind for entry in entries] + [None] * constraints
+        # Where a point is not at its best, sums say nothing of it.
+        given = estimates(history.rows)
+        given[(known.improved(history.rows) != history.rows).any(1)] = torch.nan
+        informed = InformedGP(x, outputs, given, kinds, columns, self.options.ard, seed)
+        return lambda rows: informed.posterior(space.encode(rows), estimates(rows)), None

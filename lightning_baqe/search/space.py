@@ -168,6 +168,16 @@ class SearchSpace:
         rows = np.asarray(rows, dtype=np.float64).reshape(-1, len(self.names))
         return torch.from_numpy(np.concatenate([d.columns(rows[:, i]) for i, d in enumerate(self.dimensions)], axis=1))
 
+    def columns(self, indices: Sequence[int]) -> list[int]:
+        """Encoded columns of the parameters at these positions."""
+        widths = [len(d.distribution.choices) if d.is_one_hot else 1 for d in self.dimensions]  # type: ignore[union-attr]
+        first = np.concatenate([[0], np.cumsum(widths)])
+        return [column for index in indices for column in range(int(first[index]), int(first[index + 1]))]
+
+    def subspace(self, indices: Sequence[int]) -> SearchSpace:
+        """The space of the parameters at these positions, in the same order."""
+        return SearchSpace({self.names[index]: self.dimensions[index].distribution for index in sorted(indices)})
+
     def from_unit(self, u: Rows) -> Rows:
         """Points of the unit cube `n x d` -> internal values `n x d`."""
         return np.stack([d.from_unit(u[:, i]) for i, d in enumerate(self.dimensions)], axis=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import threading
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +17,7 @@ from optuna.trial import FrozenTrial, Trial
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.history import PHASE_KEY, POINT_KEY
 from lightning_baqe.search.space import Key, SearchSpace
-
-# Trials of one process propose one after the other, so that each sees the proposals of all others.
-_PROPOSING = threading.Lock()
+from lightning_baqe.search.study_lock import lock_of
 
 
 class StudySampler(BaseSampler, abc.ABC):
@@ -74,7 +71,7 @@ class StudySampler(BaseSampler, abc.ABC):
             self._record(study, trial, PHASE_KEY, "random")
             return {}
         space = SearchSpace(search_space)
-        with _PROPOSING:
+        with lock_of(study):  # so that each sees the proposals of all others
             row, phase = self._propose(study, trial, space)
             self._record(study, trial, PHASE_KEY, phase)
             self._record(study, trial, POINT_KEY, dict(zip(space.names, row, strict=True)))

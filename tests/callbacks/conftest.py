@@ -13,8 +13,10 @@ from foreign_module import ForeignModule
 from torch.nn import functional
 
 from lightning_baqe.callbacks import BayesianSearch
+from lightning_baqe.callbacks import search as search_module
 from lightning_baqe.data import DigitsDataModule
-from lightning_baqe.deploy.evaluate import MeasureOptions
+from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, module_accuracy
+from lightning_baqe.integer.lowering import lower
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +63,22 @@ def search(tmp_path: Path) -> Callable[..., BayesianSearch]:
         return BayesianSearch(**{**smallest, **options})
 
     return make
+
+
+@pytest.fixture
+def made_up_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of a device without compiling for it: the size is real, latency follows it."""
+
+    def evaluate(model: Any, batches: Any, folder: Path, *_: Any) -> Evaluation:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "artifact").write_text("made up")
+        accuracy = module_accuracy(model, batches, torch.device("cpu"))
+        size = lower(model).size_bytes
+        return Evaluation(
+            accuracy, size / 10, size, 0.0, False, {}, {}, {"build": 0.0, "evaluate": 0.0, "measure": 0.0}
+        )
+
+    monkeypatch.setattr(search_module, "evaluate", evaluate)
 
 
 @pytest.fixture

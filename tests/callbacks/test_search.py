@@ -10,11 +10,14 @@ from typing import Any
 import optuna
 import pytest
 import torch
+import yaml
 from foreign_module import random_loader
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
+import lightning_baqe.recipes
 from lightning_baqe.callbacks import search as search_module
+from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.rewards import KernelReward, Rewards
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
 
@@ -88,6 +91,17 @@ def test_fast_dev_run_is_one_trial(tmp_path: Path, foreign: Make, search: Make, 
     fit(foreign(), search(), digits, fast_dev_run=True, max_epochs=1)
     summary = summary_of(tmp_path / "run")
     assert [e["state"] for e in summary["trials"]] == ["complete"]
+
+
+def test_a_device_that_fuses_no_sums(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    mapping = yaml.safe_load((Path(lightning_baqe.recipes.__file__).parent / "deploy" / "native.yaml").read_text())
+    device = DeviceDescription.of({**mapping, "fuses": ["requantization"]})
+    fit(foreign(), search(device=device), digits, fast_dev_run=True, max_epochs=1)
+    artifacts = [baqe.Artifact.load(folder) for folder in (tmp_path / "run" / "artifacts").iterdir()]
+    assert artifacts
+    for artifact in artifacts:
+        assert not artifact.plan.fuse_residual
+        assert all(getattr(call.spec, "residual", None) is None for call in artifact.plan.calls)
 
 
 def test_every_network_gets_the_activation_range(

@@ -72,11 +72,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "more threads than cores": ({"cores": 2, "threads": 3}, "device has 2 cores"),
     "target": ({"target": "gpu"}, "unknown target 'gpu'.*avx2"),
     "reach": ({"reach": "ssh"}, "deploy.reach.*local"),
-    "fuses": ({"fuses": ["requantization"]}, "kernels fuse requantization and residual"),
+    "no requantization": ({"fuses": ["residual"]}, r"deploy.fuses.*all kernels end with requantization.*\['residual'"),
+    "fuses nothing": ({"fuses": []}, "deploy.fuses.*all kernels end with requantization"),
+    "fuses twice": ({"fuses": ["requantization", "requantization"]}, "each once"),
+    "fuses something else": ({"fuses": ["requantization", "attention"]}, "deploy.fuses.1"),
     "caches": ({"caches": {"l1d_kib": 64, "l2_kib": 32, "l3_kib": 0}}, "caches grow"),
     "cache of text": ({"caches": {"l1d_kib": "big", "l2_kib": 32, "l3_kib": 0}}, "deploy.caches.l1d_kib"),
     "instructions": ({"instructions": "avx2"}, "deploy.instructions"),
 }
+
+
+def test_residual_sums_are_fused_where_the_device_says_so(mapping: dict[str, Any]) -> None:
+    assert DeviceDescription.of(mapping).fuse_residual
+    assert not DeviceDescription.of({**mapping, "fuses": ["requantization"]}).fuse_residual
 
 
 @pytest.mark.parametrize("name", WRONG)

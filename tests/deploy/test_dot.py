@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_graphs import Maker, assert_exact, compiled, images
 
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.dot import CHAINS, _chain_fits, choose_dot
 from lightning_baqe.deploy.peak import _peak_kernel
 from lightning_baqe.deploy.target import get_target

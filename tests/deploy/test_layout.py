@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_graphs import Maker
 
-from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, pack_weights, weight_quads
+from lightning_baqe.deploy.conv_knobs import check_knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_weights import pack_weights, weight_quads
 from lightning_baqe.deploy.layout import SLACK, VECTOR, Layout, storage_dtype, stored_channels
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import get_target
@@ -26,6 +28,18 @@ def test_unpack_finds_every_value(channels: int, height: int, width: int, halo: 
     assert (layout.unpack(buffer) == values).all()
     assert layout.origin(halo, halo) == 0
     assert layout.length == (height + 2 * halo) * (width + 2 * halo) * layout.stored + SLACK
+
+
+@given(st.integers(0, 2), st.sampled_from([(0, 16), (16, 5), (32, 48)]))
+def test_a_part_is_found_in_the_whole(halo: int, part: tuple[int, int]) -> None:
+    whole = Layout(96, 3, 2, 96, halo, "int32")
+    values = np.arange(whole.length, dtype=np.int32)
+    first, count = part
+    inside = whole.part(first, count)
+    assert (inside.unpack(values) == whole.unpack(values)[first : first + count]).all()
+    assert (inside.part(0, 3).unpack(values) == whole.unpack(values)[first : first + 3]).all()
+    assert (inside.length, inside.row, inside.pitch) == (whole.length, whole.row, 96)
+    assert inside.alone == Layout(count, 3, 2, stored_channels(count), halo, "int32")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +66,7 @@ def spec(request: pytest.FixtureRequest) -> ConvSpec:
 def test_weights_are_packed_without_loss(spec: ConvSpec) -> None:
     weight = np.random.default_rng(0).integers(-8, 8, (24, 20, 3, 3))
     quads = weight_quads(spec, weight)
-    assert quads.shape[:2] == (spec.result.stored, spec.segments)
+    assert quads.shape[:2] == (spec.result.stored, spec.segments())
     assert quads.sum() == weight.sum()
     values = pack_weights(spec, check_knobs(spec, {"weights": "bytes"}), weight)
     assert values.sum() == weight.sum()
@@ -64,7 +78,7 @@ def test_weights_are_packed_without_loss(spec: ConvSpec) -> None:
 
 
 def test_wide_dilation_has_more_segments(spec: ConvSpec) -> None:
-    assert spec.segments == 3
+    assert spec.segments() == 3
     dilated = dataclasses.replace(spec, dilation=(1, 2))
-    assert dilated.segments == 9
-    assert dilated.run * 3 == spec.run
+    assert dilated.segments() == 9
+    assert dilated.run() * 3 == spec.run()

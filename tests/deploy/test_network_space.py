@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs
+from lightning_baqe.deploy.conv_knobs import check_knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import CpuTarget, get_target

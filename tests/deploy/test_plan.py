@@ -7,7 +7,7 @@ import torch
 from small_graphs import UINT8, Maker
 
 from lightning_baqe.deploy.build import build
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import BuildError, ConfigError

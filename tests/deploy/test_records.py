@@ -14,7 +14,9 @@ import pytest
 from small_graphs import Maker
 
 from lightning_baqe.deploy import device
-from lightning_baqe.deploy.conv_template import ConvSpec, build_conv, check_knobs
+from lightning_baqe.deploy.conv_knobs import check_knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import build_conv
 from lightning_baqe.deploy.kernels import Call
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import (
@@ -95,7 +97,7 @@ _WRITER = """
 import sys
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.target import get_target
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.layout import Layout
 layout = Layout(16, 4, 4, 16, 0, "uint8")
 spec = ConvSpec("vnni", 1, 16, 32, layout, layout, (1, 1), (1, 1), (1, 1), 0, 0, "requant")

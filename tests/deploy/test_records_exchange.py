@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_baqe.deploy.conv_template import ConvSpec
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.device import device_info
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.records import KernelRecord, Records

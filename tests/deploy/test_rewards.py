@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, knob_space
+from lightning_baqe.deploy.conv_knobs import check_knobs, knob_space
+from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, default_depthwise_knobs
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.rewards import (
@@ -22,7 +24,9 @@ from lightning_baqe.deploy.rewards import (
     KernelReward,
     Rewards,
     default_bit_choices,
+    fastest_codes,
     rewards_of,
+    searched_kernels,
 )
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import ConfigError
@@ -160,3 +164,38 @@ def test_what_is_dropped_is_dominated(speedups: dict[int, float]) -> None:
     for dropped in set(speedups) - set(kept):  # a wider one is as fast, up to the gain, and a narrower one is smaller
         assert any(wider > dropped and speedups[wider] * GAIN > speedups[dropped] for wider in kept)
         assert any(narrower < dropped for narrower in kept)
+
+
+def test_the_figure_with_most_samples_counts(graphs: Graphs, tmp_path: Path) -> None:
+    """A code that several bit-widths share was measured as often; what was taken in turns outweighs a lucky sample."""
+    target, records = get_target("vnni512"), Records(tmp_path / "records.db")
+    specs = {bits: _spec(graphs, bits, "2", target) for bits in (4, 8)}
+    assert specs[4] != specs[8]
+    for bits, samples in ((4, [7.0]), (8, [9.0, 10.0])):
+        knobs = check_knobs(specs[bits], {})
+        records.add_kernel(specs[bits], target, KernelRecord(knobs, min(samples), samples, True))
+    found = fastest_codes(specs, target, records)
+    assert {(one.latency_us, one.samples) for one in found.values()} == {(9.0, 2)}
+    assert found[4].code == found[8].code
+    assert {bits: one.spec for bits, one in found.items()} == specs
+
+
+def test_depthwise_kernels_are_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 12, 12)
+    bits = {b: baqe.BitConfig.uniform(model, b, b) for b in (4, 8)}
+    found = {b: baqe.lower(baqe.calibrate(baqe.quantize(model, config, x), [x])) for b, config in bits.items()}
+    target, records = get_target("vnni512"), Records(tmp_path / "records.db")
+    kernels = searched_kernels(found, target, 1)
+    depthwise = next(kernel for kernel in kernels if "2" in kernel.layers)
+    assert all(isinstance(spec, DepthwiseSpec) for spec in depthwise.specs.values())
+    for spec in set(depthwise.specs.values()):
+        knobs = default_depthwise_knobs(spec)  # type: ignore[arg-type]
+        records.add_kernel(spec, target, KernelRecord(knobs, 3.0, [3.0], True))
+    reward = next(kernel for kernel in rewards_of(found, target, 1, records).kernels if "2" in kernel.layers)
+    assert reward.latency_us == {4: 3.0, 8: 3.0}
+    assert 8 in reward.same

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images, random_schedules
 
-from lightning_baqe.deploy.conv_template import ConvSpec, check_knobs, default_knobs, knob_space, tiles
+from lightning_baqe.deploy.conv_knobs import check_knobs, default_knobs, knob_space, tiles
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, depthwise_knob_space
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
@@ -31,7 +32,7 @@ def target(request: pytest.FixtureRequest) -> CpuTarget:
 
 @pytest.mark.parametrize(
     ("channels", "size", "activation_bits"),
-    [(3, 13, 8), (17, (7, 5), 8), (24, 5, 4), (40, 1, 6), (40, (1, 13), 2), (3, (5, 7), 7)],
+    [(3, 13, 8), (17, (7, 5), 8), (17, 7, 7), (24, 5, 4), (40, 1, 6), (40, (1, 13), 2), (3, (5, 7), 7)],
 )
 def test_convolutions_of_odd_shapes(
     channels: int, size: int | tuple[int, int], activation_bits: int, target: CpuTarget
@@ -76,6 +77,38 @@ def test_packed_weights(path: str, weights: str) -> None:
         artifact = compiled(graph, get_target(path), {layer: knobs for layer in maker.bits})
         assert all(schedule["weights"] == weights for schedule in artifact.schedules.values())
         assert_exact(artifact, images(graph))
+
+
+@pytest.mark.parametrize("weight_bits", [8, 4])
+def test_orders_of_the_sum_and_plain_arithmetic(weight_bits: int, target: CpuTarget) -> None:
+    maker = Maker(96, (5, 7), seed=weight_bits)
+    maker.conv(out=64, padding=1, weight_bits=weight_bits)
+    last = maker.conv(out=24, kernel=(1, 3), stride=2, padding=(0, 0, 1, 1), dilation=(1, 2), weight_bits=weight_bits)
+    maker.float_conv(maker.dequantize(last), 16, padding=1)
+    graph = maker.graph()
+    specs = {c.layer: c.spec for c in make_plan(graph, target).calls if isinstance(c.spec, ConvSpec)}
+    spaces = {layer: knob_space(spec) for layer, spec in specs.items() if layer is not None}
+    assert max(len(space["reduction"]) for space in spaces.values()) > 1
+    assert any("off" in space["intrinsic"] for space in spaces.values()) == (target.path != "portable")
+    for turn in range(3):
+        knobs = {
+            layer: {"reduction": space["reduction"][-1 - turn % len(space["reduction"])], "unroll": (1, 4, 2)[turn]}
+            | {"weights": space["weights"][-1], "intrinsic": space["intrinsic"][-(turn % 2)]}
+            for layer, space in spaces.items()
+        }
+        assert_exact(compiled(graph, target, knobs), images(graph))
+
+
+def test_a_thousand_channels(target: CpuTarget) -> None:
+    maker = Maker(1000, 7, seed=2)
+    maker.conv(out=24, kernel=3, stride=2, padding=1, weight_bits=5)
+    value = maker.conv(out=1000, kernel=1, weight_bits=4)
+    value = maker.conv(value, out=1000, padding=1, groups=1000)
+    maker.conv(value, out=1000, groups=8, kernel=1, limits=INT8)
+    maker.linear(maker.flatten(value), 1000, weight_bits=6)
+    graph = maker.graph()
+    for seed in range(2):
+        assert_exact(compiled(graph, target, random_schedules(graph, target, seed)), images(graph))
 
 
 def test_grouped_convolutions(target: CpuTarget) -> None:
@@ -292,7 +325,17 @@ class TestKnobs:
         assert check_knobs(wide, {"weights": "packed"})["weights"] == "bytes"
 
     @pytest.mark.parametrize(
-        "knobs", [{"tile": "9x9x9"}, {"tile": "x"}, {"order": "x"}, {"unroll": 3}, {"weights": "bits"}, {"speed": 1}]
+        "knobs",
+        [
+            {"tile": "9x9x9"},
+            {"tile": "x"},
+            {"order": "x"},
+            {"unroll": 3},
+            {"weights": "bits"},
+            {"speed": 1},
+            {"reduction": "channels/24"},
+            {"intrinsic": "maybe"},
+        ],
     )
     def test_wrong_values_are_refused(self, spec: ConvSpec, knobs: dict[str, object]) -> None:
         with pytest.raises(ConfigError):

@@ -15,7 +15,8 @@ from small_graphs import INT8, WIDE, Maker
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy import kernel_bench, tuner
-from lightning_baqe.deploy.conv_template import ConvSpec, default_knobs
+from lightning_baqe.deploy.conv_knobs import default_knobs
+from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.plan import make_plan

@@ -11,7 +11,8 @@ import pytest
 from small_graphs import Maker
 
 from lightning_baqe.benchmarks import tuning
-from lightning_baqe.benchmarks.tuning import Rows, Setup, open_folder, strategies_of, summarize, total
+from lightning_baqe.benchmarks.rows import Rows
+from lightning_baqe.benchmarks.tuning import Setup, open_folder, strategies_of, summarize, total
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.integer.graph import IntegerGraph
 

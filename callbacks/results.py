@@ -1,0 +1,64 @@
+"""A search's results for the trainer's loggers: a curve for all of them, tables and artifacts for Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from lightning_baqe.deploy.front import pareto_entries
+from lightning_baqe.report_figures import hypervolume_over_trials
+
+COLUMNS = ("name", "accuracy", "test_accuracy", "latency_us", "size_bytes", "speedup", "smaller", "feasible", "bits")
+
+
+def log_hypervolume(loggers: Iterable[Logger], summary: Mapping[str, Any], step: int) -> None:
+    """Log the hypervolume so far as ``search/hypervolume``: the metric that a sweep maximises."""
+    for logger in loggers:
+        logger.log_metrics({"search/hypervolume": float(summary["hypervolume"])}, step=step)
+
+
+def log_results(loggers: Iterable[Logger], summary: Mapping[str, Any], run_dir: Path) -> None:
+    """Log what a search found to those of the loggers that are W&B's.
+
+    The table ``search/pareto``, the chart ``search/hypervolume_curve``, and an artifact of type ``pareto-front`` with
+    ``summary.json``, ``report.html`` and the artifact folder of each Pareto point that is in the run folder.
+
+    Args:
+        loggers: of the trainer.
+        summary: the content of ``summary.json``.
+        run_dir: the run folder.
+    """
+    ours = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    if not ours:
+        return
+    import wandb
+
+    rows = pareto_rows(summary)
+    for logger in ours:
+        run = logger.experiment
+        curve = wandb.Table(columns=["trial", "hypervolume"], data=[list(p) for p in hypervolume_over_trials(summary)])
+        chart = wandb.plot.line(curve, "trial", "hypervolume", title="Hypervolume over trials")
+        run.log({"search/pareto": wandb.Table(columns=list(COLUMNS), data=rows), "search/hypervolume_curve": chart})
+        artifact = wandb.Artifact(f"pareto-{run.id}", type="pareto-front")
+        for name in ("summary.json", "report.html"):
+            if (run_dir / name).exists():
+                artifact.add_file(str(run_dir / name))
+        for name, _ in pareto_entries(summary):
+            if (run_dir / "artifacts" / name).is_dir():  # not so for another worker's, with a run folder of its own
+                artifact.add_dir(str(run_dir / "artifacts" / name), name=f"artifacts/{name}")
+        run.log_artifact(artifact)
+
+
+def pareto_rows(summary: Mapping[str, Any]) -> list[list[Any]]:
+    """The Pareto points as rows of a table, fastest first, with the columns ``COLUMNS``."""
+    reference = summary.get("float") or {}
+    rows = []
+    for name, entry in sorted(pareto_entries(summary), key=lambda item: (item[1]["latency_us"], item[0])):
+        ratios = [reference[key] / entry[key] if reference.get(key) else None for key in ("latency_us", "size_bytes")]
+        figures = [entry.get(key) for key in ("accuracy", "test_accuracy", "latency_us", "size_bytes")]
+        rows.append([name, *figures, *ratios, entry.get("feasible"), json.dumps(entry.get("bits") or {})])
+    return rows

@@ -1,0 +1,252 @@
+"""Accuracy of many bit-configs, each tuned and deployed as a trial of ``recipe=qat_search data=glyphs`` is.
+
+A trial's network starts from the float weights, is calibrated on the first batches, tuned for :attr:`Trial.steps` steps
+and lowered; its kernels are compiled and classify the validation split. What differs from a search: kernels have their
+default knobs and are shared between bit-configs, since no result depends on knobs, and nothing is measured; each
+bit-config has a Trainer of its own, whose order of images follows from the row's number, as it would from a trial's.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from lightning_baqe.benchmarks.accuracy import SETTINGS
+from lightning_baqe.benchmarks.accuracy_rows import Rows, Sizes
+from lightning_baqe.benchmarks.layers import KernelProfile
+from lightning_baqe.data import GlyphsDataModule
+from lightning_baqe.deploy.device import device_info, versions
+from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.deploy.space import NetworkSpace
+from lightning_baqe.deploy.target import CpuTarget, get_target
+from lightning_baqe.errors import BuildError
+from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.integer.lowering import lower
+from lightning_baqe.quantization.calibration import calibrate
+from lightning_baqe.quantization.config import BitConfig, LayerBits
+from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
+
+WIDTHS = (4, 5, 6, 7, 8, 32)
+REPEATED = (4, 6, 8)  # uniform bits that are tuned again, in other orders: the spread of equal trials
+REPEATS = 3
+REPEATED_AT = 40  # rows before them
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial of ``recipe=qat_search data=glyphs`` does with a bit-config; a test compares it with the recipe.
+
+    Args:
+        steps: of tuning, with ``batch_size`` images each.
+        train_size, val_size: images.
+        learning_rate, weight_decay: of AdamW.
+        calibration_batches: whose ranges the quantizers start from.
+        activation_range: how.
+        float_sizes: images that the float network is trained on; those of the accuracy benchmark.
+    """
+
+    steps: int = 30
+    batch_size: int = 64
+    train_size: int = 8000
+    val_size: int = 2000
+    test_size: int = 10000
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    calibration_batches: int = 8
+    activation_range: str = "mse"
+    float_sizes: Sizes = field(default_factory=Sizes)
+
+    def data(self, seed: int = 0, batch_size: int | None = None) -> GlyphsDataModule:
+        """The images of a trial; the seed draws them."""
+        return GlyphsDataModule(
+            self.train_size, self.val_size, self.test_size, batch_size or self.batch_size, seed, cache=True
+        )
+
+
+def float_network(name: str, trial: Trial, checkpoint: Path, say: Say) -> nn.Module:
+    """The network that all trials start from, trained as the accuracy benchmark trains it, or read.
+
+    Args:
+        name: torchvision's; one that :data:`~lightning_baqe.benchmarks.accuracy.SETTINGS` knows.
+        trial: whose ``float_sizes`` count.
+        checkpoint: of the training; read if it exists.
+        say: told that a training begins.
+    """
+    settings = SETTINGS[name]
+    training, sizes = settings.float_training, trial.float_sizes
+    data = GlyphsDataModule(sizes.train, sizes.val, sizes.test, min(settings.batch_size, sizes.train), 0)
+    pl.seed_everything(0, verbose=False)
+    net = network(name, data.num_classes).to(memory_format=torch.channels_last)
+    task = ImageClassifier(
+        net, data.num_classes, training.learning_rate, training.weight_decay, scheduler=training.scheduler
+    )
+    if not checkpoint.exists():
+        say(f"training {name} in float, {training.epochs} epochs of {sizes.train} images")
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    fit_to_checkpoint(task, data, checkpoint, training.epochs, _trainer)
+    return net.to(memory_format=torch.contiguous_format).eval()
+
+
+def _trainer(**options: Any) -> pl.Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", devices=1, **quiet, **options)
+
+
+def searched_layers(base: BitConfig) -> tuple[str, ...]:
+    """The layers whose bits a search chooses: all but the first and the last."""
+    return tuple(base)[1:-1]
+
+
+def with_bits(base: BitConfig, bits: Mapping[str, int]) -> BitConfig:
+    """``base`` with these bits for weights and activations."""
+    return base.replace({layer: LayerBits(width, width) for layer, width in bits.items()})
+
+
+def bit_configs(base: BitConfig, n: int, seed: int = 0) -> list[dict[str, int]]:
+    """The bits to train: the uniform ones, then as a search's pool has them; more of them begin with the same.
+
+    Args:
+        base: the network's layers.
+        n: how many different ones.
+        seed: of the pool.
+    """
+    layers = searched_layers(base)
+    space = NetworkSpace(base, dict.fromkeys(layers, WIDTHS), {}, {})
+    uniform = [dict.fromkeys(layers, width) for width in reversed(WIDTHS)]
+    drawn = [
+        {layer: point[f"{layer}/bits"] for layer in layers}
+        for point in space.candidates(2 * n, np.random.default_rng(seed))
+    ]
+    return (uniform + [bits for bits in drawn if bits not in uniform])[:n]
+
+
+def wanted_rows(base: BitConfig, n: int, seed: int = 0) -> list[tuple[int, dict[str, int]]]:
+    """``(number, bits)`` of all rows, a few bit-configs repeated; the number draws the order of the images."""
+    configs = bit_configs(base, n, seed)
+    again = [dict.fromkeys(searched_layers(base), width) for width in REPEATED for _ in range(REPEATS)]
+    numbered = list(enumerate(configs)) + [(1_000_000 + i, bits) for i, bits in enumerate(again)]
+    return numbered[:REPEATED_AT] + numbered[len(configs) :] + numbered[REPEATED_AT : len(configs)]
+
+
+class CompiledKernels:
+    """Classifies with compiled kernels that all networks of one target share.
+
+    Args:
+        target: compiled for; one thread.
+    """
+
+    def __init__(self, target: CpuTarget) -> None:
+        self.target = target
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def deploy(self, graph: IntegerGraph) -> Callable[[np.ndarray], np.ndarray]:
+        """A function of a float32 image ``(1, channels, height, width)`` to its logits.
+
+        Raises:
+            BuildError: an operator without a kernel.
+        """
+        return KernelProfile(make_plan(graph, self.target), graph.input_shape, self._compiled).run
+
+
+def deployed_accuracy(
+    run: Callable[[np.ndarray], np.ndarray], graph: IntegerGraph, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> float:
+    """Top-1 accuracy of a deployed network, 0..1.
+
+    Raises:
+        BuildError: the logits of the first image differ from the graph's.
+    """
+    right = total = 0
+    for x, y in batches:
+        logits = np.concatenate([run(image[None].numpy()) for image in x])
+        if not total and not np.allclose(logits[:1], graph.run(x[:1]).numpy(), rtol=1e-3, atol=1e-3):
+            raise BuildError("the compiled network differs from its integer graph; please report it with its bits")
+        right += int((torch.from_numpy(logits).argmax(1) == y).sum())
+        total += len(y)
+    return right / total
+
+
+def measure_bits(
+    net: nn.Module, bits: BitConfig, number: int, trial: Trial, data: GlyphsDataModule, kernels: CompiledKernels
+) -> dict[str, Any]:
+    """Tune and deploy one bit-config.
+
+    Args:
+        net: the float network, left as it is.
+        bits: of all layers.
+        number: of the row; draws the order of the images and what dropout drops.
+        trial: how.
+        data: the images, ``setup`` for fitting.
+        kernels: compiled so far.
+
+    Returns:
+        ``{"accuracy": deployed, 0..1, "size_bytes", "seconds": {"train", "build", "evaluate"}}``.
+    """
+    started = time.perf_counter()
+    pl.seed_everything(number, verbose=False)
+    task = ImageClassifier(copy.deepcopy(net), data.num_classes, trial.learning_rate, trial.weight_decay)
+    quantized: QuantizedModel = task.quantize(bits, data.example_input, activation_range=trial.activation_range)
+    calibrate(quantized, [x for x, _ in islice(data.train_dataloader(), trial.calibration_batches)])
+    task.train()
+    order = torch.Generator().manual_seed(number)
+    loader = torch.utils.data.DataLoader(
+        data.dataset("train"), trial.batch_size, shuffle=True, drop_last=True, generator=order
+    )
+    trainer = _trainer(max_epochs=1, limit_train_batches=trial.steps, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(task, loader, data.val_dataloader())
+    tuned = time.perf_counter()
+    graph = lower(quantized)
+    run = kernels.deploy(graph)
+    built = time.perf_counter()
+    accuracy = deployed_accuracy(run, graph, data.val_dataloader())
+    seconds = {"train": tuned - started, "build": built - tuned, "evaluate": time.perf_counter() - built}
+    return {"accuracy": accuracy, "size_bytes": graph.size_bytes, "seconds": seconds}
+
+
+def row_key(name: str, trial: Trial) -> dict[str, Any]:
+    """All that a row depends on, but for its bits, its number, the machine and the code."""
+    return {"network": name, "trial": asdict(trial), "float_training": asdict(SETTINGS[name].float_training)}
+
+
+def measure_rows(
+    name: str, n: int, folder: Path, trial: Trial, share: tuple[int, int] = (0, 1), say: Say = print
+) -> Iterator[int]:
+    """Measure the rows that are missing; each is on the disk before the next begins.
+
+    Args:
+        name: of the network.
+        n: different bit-configs.
+        folder: with ``rows.jsonl`` and ``float.ckpt``.
+        trial: how.
+        share: ``(k, m)``: every m-th of the rows, from the k-th on, for processes that share a folder.
+        say: told of the float training.
+
+    Yields:
+        how many rows of this share are left, first before anything is measured.
+    """
+    rows, key = Rows(folder / "rows.jsonl"), row_key(name, trial)
+    net = float_network(name, trial, folder / "float.ckpt", say)
+    base = BitConfig.uniform(net, 8, 8)
+    done = {row["number"] for row in rows.read() if row["key"] == key}
+    left = [row for row in wanted_rows(base, n)[share[0] :: share[1]] if row[0] not in done]
+    yield len(left)
+    data, kernels = trial.data(), CompiledKernels(get_target("native"))
+    data.prepare_data()
+    data.setup("fit")
+    for index, (number, bits) in enumerate(left):
+        found = measure_bits(net, with_bits(base, bits), number, trial, data, kernels)
+        about = {"device": device_info(1), "versions": versions(), "key": key}
+        rows.append({"number": number, "bits": bits, **found, **about})
+        yield len(left) - index - 1

@@ -1,0 +1,246 @@
+"""Landscapes: searches that answer any point at once, from measurements (surrogates as in NAS-Bench-301).
+
+    landscape = Landscape.load("resnet18_glyphs")
+    landscape.evaluate(landscape.candidates(1, rng)[0])   # error, latency / float's, size / float's
+
+A landscape knows of a network on one CPU: the latency of every kernel with all knobs of a grid, at every bit-width;
+what the kernels without knobs take; a correction from whole networks; a model of the accuracy, from trained and
+deployed bit-configs; the exact size. ``python -m lightning_baqe.benchmarks.landscape`` measures all that; what is
+shipped lies in ``landscapes_data``, packed JSON that names the CPU, the versions, the command and how far off it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from optuna.distributions import BaseDistribution
+from torch import nn
+
+from lightning_baqe.benchmarks.landscape_models import from_logit, from_record, logit
+from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
+from lightning_baqe.deploy.run_folder import OBJECTIVES, REFERENCE_POINT
+from lightning_baqe.deploy.space import NetworkSpace
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.tasks.networks import network
+
+FORMAT = 1
+DATA = "landscapes_data"
+SUFFIX = ".json.gz"
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the landscapes that come with the package."""
+    folder = resources.files("lightning_baqe.benchmarks") / DATA
+    return tuple(sorted(file.name.removesuffix(SUFFIX) for file in folder.iterdir() if file.name.endswith(SUFFIX)))
+
+
+def read_record(source: str | Path) -> dict[str, Any]:
+    """A landscape's record.
+
+    Args:
+        source: the name of a shipped one, or the path of a file.
+
+    Raises:
+        ConfigError: there is none, or another version wrote it.
+    """
+    path: Any = Path(source)
+    if not str(source).endswith(SUFFIX):
+        path = resources.files("lightning_baqe.benchmarks") / DATA / f"{source}{SUFFIX}"
+    if not path.is_file():
+        raise ConfigError(f"there is no landscape {str(source)!r}: give a path, or one of {list(shipped())}")
+    record: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    if record.get("format") != FORMAT:
+        raise ConfigError(
+            f"the landscape {source} has format {record.get('format')}, this version reads {FORMAT}: measure it again "
+            "(python -m lightning_baqe.benchmarks.landscape), or use the version that wrote it"
+        )
+    return record
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write a landscape; equal records give equal files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(json.dumps(record, sort_keys=True).encode(), mtime=0))
+
+
+class Landscape:
+    """One landscape, a :class:`~lightning_baqe.search.problem.Problem`.
+
+    A parameter is named ``<layer>/bits`` or ``<layer>/<knob>``, as in
+    :class:`~lightning_baqe.deploy.space.NetworkSpace`.
+    Only :meth:`evaluate` and :meth:`error` tell what takes training to know. Size and latency are known before:
+    :meth:`size`, :meth:`latency_us` and, kernel by kernel, :meth:`kernel_latency_us`, which once cost
+    :meth:`kernel_seconds`.
+
+    Attributes:
+        name, distributions, objectives, reference_point: of the problem.
+        space: the space that was measured.
+        about: CPU, versions, command, date, and what was found on held-out data.
+
+    Args:
+        record: from :func:`read_record`.
+        bit_choices: offer these bits alone; None: all that were measured.
+        noise_seed: add noise of the size that repeated trainings and measurements had; it follows from this seed and
+            the point. None: none.
+        net: the float network; None: torchvision's by its name. Its weights do not matter.
+
+    Raises:
+        ConfigError: bits that were not measured.
+    """
+
+    objectives: tuple[str, ...] = OBJECTIVES
+    reference_point: tuple[float, ...] = REFERENCE_POINT
+
+    def __init__(
+        self,
+        record: Mapping[str, Any],
+        bit_choices: Sequence[int] | None = None,
+        noise_seed: int | None = None,
+        net: nn.Module | None = None,
+    ) -> None:
+        self.name, self.about, self.noise_seed = str(record["name"]), record["about"], noise_seed
+        if net is None:
+            with torch.random.fork_rng(devices=[]):
+                net = network(record["network"], record["num_classes"])
+        self._structure = Structure(net, tuple(record["input_shape"]))
+        base = BitConfig.uniform(net, 8, 8)
+        found = NetworkSpace.from_record(base, record["space"])
+        if bit_choices is not None:
+            missing = sorted(set(bit_choices) - {bits for choices in found.bit_choices.values() for bits in choices})
+            if missing or not bit_choices:
+                raise ConfigError(f"{self.name} was measured without {missing or 'no bits at all'}: give others")
+            choices = {layer: tuple(b for b in all_ if b in bit_choices) for layer, all_ in found.bit_choices.items()}
+            found = NetworkSpace(base, choices, found.knobs, found.defaults)
+        self.space = found
+        self.distributions: dict[str, BaseDistribution] = self.space.distributions
+        self._reference, self._seconds = record["reference"], record["seconds"]
+        self._sizes = SizeTable.from_record(record["size"])
+        latency = record["latency"]
+        self._of = {layer: {int(b): i for b, i in of.items()} for layer, of in latency["of"].items()}
+        self._kernels = [np.array(kernel["latency_us"]) for kernel in latency["kernels"]]
+        self._kernel_seconds = [float(kernel["seconds"]) for kernel in latency["kernels"]]
+        self._pixels: Mapping[str, float] = latency["pixels"]
+        self._correction, self._latency_spread = latency["correction"], float(latency["spread"])
+        self._accuracy = from_record(record["accuracy"]["model"])
+        self._accuracy_spread = float(record["accuracy"]["spread"])
+        self._layers = tuple(self.space.bit_choices)
+
+    @classmethod
+    def load(
+        cls, source: str | Path, bit_choices: Sequence[int] | None = None, noise_seed: int | None = None
+    ) -> Landscape:
+        """A shipped landscape by its name, or one of a file.
+
+        Args:
+            source: one of :func:`shipped`, or a path.
+            bit_choices, noise_seed: of the class.
+
+        Raises:
+            ConfigError: there is none, it is of another version, or bits that were not measured.
+        """
+        return cls(read_record(source), bit_choices, noise_seed)
+
+    def evaluate(self, params: Mapping[str, Any]) -> tuple[float, float, float]:
+        """``(error, latency / float's, size / float's)`` of any point.
+
+        Raises:
+            ConfigError: a parameter is missing, or its value is none that was measured.
+        """
+        error, latency = self.error(params), self.latency_us(params)
+        if self.noise_seed is not None:
+            text = json.dumps(dict(params), sort_keys=True)
+            draws = np.random.default_rng([self.noise_seed, zlib.crc32(text.encode())]).standard_normal(2)
+            error = float(np.clip(error + self._accuracy_spread * draws[0], 0.0, 1.0))
+            latency *= float(np.exp(self._latency_spread * draws[1]))
+        return error, latency / self._reference["latency_us"], self.size(params)
+
+    def candidates(self, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        """Points that span the space: the pool of BAQE III-C, as a search of the network has it."""
+        return self.space.candidates(n, rng)
+
+    def seconds(self, params: Mapping[str, Any]) -> float:
+        """How long training, building and measuring a point takes on the CPU of the table."""
+        return float(sum(self._seconds[part] for part in ("train", "build", "measure")))
+
+    def error(self, params: Mapping[str, Any]) -> float:
+        """1 - accuracy on the validation split, as the model of trained bit-configs predicts it; knobs do not count."""
+        bits = self._bits(params)
+        widths = np.array([[bits[layer].activation for layer in self._layers]], dtype=np.float64)
+        return float(from_logit(logit(self._accuracy.predict(widths)))[0])
+
+    def size_bytes(self, params: Mapping[str, Any]) -> int:
+        """What :attr:`IntegerGraph.size_bytes` of the lowered network is, exactly."""
+        return self._sizes.size_bytes(self._structure, self._bits(params))
+
+    def size(self, params: Mapping[str, Any]) -> float:
+        """Size over the float network's, exactly."""
+        return float(self.size_bytes(params) / self._reference["size_bytes"])
+
+    def latency_us(self, params: Mapping[str, Any]) -> float:
+        """Latency of the whole network: kernels and conversions, corrected by measurements of whole networks."""
+        kernels, pixels = self.parts_us(params)
+        constant, of_kernels, of_pixels = self._correction
+        return float(constant + of_kernels * kernels + of_pixels * pixels)
+
+    def parts_us(self, params: Mapping[str, Any]) -> tuple[float, float]:
+        """Sums over the measured kernels with knobs, and over those without: the model's inputs."""
+        bits, schedules = self.space.point(params)
+        kernels = sum(
+            self.kernel_latency_us(layer, bits[layer].activation, schedules[layer]) for layer in self.space.defaults
+        )
+        calls = self._structure.conversions(bits)
+        pixels = self._pixels["fixed"] + sum(times * self._pixels[call] for call, times in calls.items())
+        return kernels, pixels
+
+    def kernel_latency_us(self, layer: str, bits: int, knobs: Mapping[str, Any]) -> float:
+        """Measured latency of a layer's kernel; conversions of its input are no part of it.
+
+        Args:
+            layer: one of the network's layers.
+            bits: of its weights and activations.
+            knobs: all that the space has for the layer; others are left aside.
+
+        Raises:
+            ConfigError: a layer, bits or knobs that were not measured.
+        """
+        table, index = self._kernels[self._kernel(layer, bits)], 0
+        for knob, values in self.space.knobs.get(layer, {}).items():
+            if knobs.get(knob) not in values:
+                raise ConfigError(f"{layer}/{knob}={knobs.get(knob)!r}; measured were {list(values)}: give one of them")
+            index = index * len(values) + values.index(knobs[knob])
+        return float(table[index])
+
+    def kernel_seconds(self, layer: str, bits: int, knobs: Mapping[str, Any] | None = None) -> float:
+        """How long compiling and measuring a layer's kernel with one choice of knobs takes, on average over knobs.
+
+        Raises:
+            ConfigError: a layer or bits that were not measured.
+        """
+        return self._kernel_seconds[self._kernel(layer, bits)]
+
+    def _kernel(self, layer: str, bits: int) -> int:
+        if layer not in self._of:
+            raise ConfigError(f"{self.name} has no layer {layer!r}; it has {list(self._of)}")
+        if bits not in self._of[layer]:
+            raise ConfigError(
+                f"{layer} was measured at {sorted(self._of[layer])} bit, not at {bits!r}: give one of them"
+            )
+        return self._of[layer][bits]
+
+    def _bits(self, params: Mapping[str, Any]) -> BitConfig:
+        for layer in self._layers:
+            if params.get(f"{layer}/bits") not in self._of[layer]:
+                raise ConfigError(
+                    f"{layer}/bits={params.get(f'{layer}/bits')!r}; measured were {sorted(self._of[layer])}: give one "
+                    "of them"
+                )
+        return self.space.point(params)[0]

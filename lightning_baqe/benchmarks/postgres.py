@@ -1,0 +1,72 @@
+"""A PostgreSQL server of one's own, for as long as a benchmark or a test runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_baqe.errors import ConfigError
+
+
+def missing() -> str | None:
+    """What :func:`server` lacks here, None if nothing."""
+    if importlib.util.find_spec("psycopg") is None:
+        return "the driver psycopg is not installed: pip install 'lightning-baqe[postgres]'"
+    if _programs() is None:
+        return "the server's programs are not installed: apt-get install postgresql"
+    return None
+
+
+def _programs() -> Path | None:
+    """The folder of initdb and pg_ctl: Debian keeps those of the server off the path."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True)
+    on_path = shutil.which("pg_ctl")
+    folders += [Path(on_path).resolve().parent] if on_path else []
+    return next((folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None)
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Start an empty server that listens on a socket in a temporary folder only; gives its URL; removes all of it.
+
+    The server refuses to run as root: then it runs as ``postgres``, which its package brings.
+
+    Raises:
+        ConfigError: the server or its driver is not installed, or it does not start.
+    """
+    lacking, programs = missing(), _programs()
+    if lacking is not None or programs is None:
+        raise ConfigError(f"a PostgreSQL server is wanted, but {lacking}")
+    folder = Path(tempfile.mkdtemp(prefix="baqe-pg-", dir="/tmp"))  # a socket's path must be short
+    options: dict[str, Any] = {"cwd": folder, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    if os.geteuid() == 0:
+        account = pwd.getpwnam("postgres")
+        os.chown(folder, account.pw_uid, account.pw_gid)
+        options |= {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+    def call(program: str, *arguments: str) -> None:
+        # The server keeps pg_ctl's output open: only a log file lets go of it.
+        with open(folder / "log", "a") as log:
+            streams = {**options, "capture_output": False, "stdout": log, "stderr": log}
+            done = subprocess.run([str(programs / program), *arguments], **streams)
+        if done.returncode:
+            raise ConfigError(f"{program} failed: {(folder / 'log').read_text()[-2000:]}")
+
+    data = str(folder / "data")
+    try:
+        call("initdb", "-D", data, "-U", "baqe", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        call("pg_ctl", "-D", data, "-w", "-o", f"-k {folder} -c listen_addresses='' -c fsync=off", "start")
+        try:
+            yield f"postgresql+psycopg://baqe@/postgres?host={folder}"
+        finally:
+            call("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)

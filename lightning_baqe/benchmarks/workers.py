@@ -1,0 +1,246 @@
+"""Several processes on one study: every trial finished once, none twice, also when one of them is killed.
+
+    python -m lightning_baqe.benchmarks.workers                       # an SQLite file, four processes, one is killed
+    python -m lightning_baqe.benchmarks.workers --storage postgres    # a PostgreSQL server, started for it
+    python -m lightning_baqe.benchmarks.workers --storage postgresql://user@host/database
+
+The processes do what :class:`~lightning_baqe.callbacks.BayesianSearch` does with a study; training and measuring are
+replaced by a pause, the figures by a formula. One process alone does the same first, for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+
+from lightning_baqe.benchmarks import postgres
+from lightning_baqe.callbacks.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
+from lightning_baqe.callbacks.workers import PREFIX
+from lightning_baqe.deploy.run_folder import RESULT
+from lightning_baqe.deploy.space import NetworkSpace
+from lightning_baqe.errors import BaqeError
+from lightning_baqe.quantization.config import BitConfig, LayerBits
+from lightning_baqe.search import BaqeSampler
+from lightning_baqe.search.study_lock import study_lock
+
+LAYERS = 5
+BITS = (4, 6, 8)
+TILES = (1, 2, 4, 8)
+FLOAT = {"accuracy": 0.95, "latency_us": 1000.0, "size_bytes": 4000, "spread": 0.0, "noisy": False}
+
+
+def made_up_space() -> NetworkSpace:
+    """Bits and one knob for each of a few layers."""
+    names = [f"layer{i}" for i in range(LAYERS)]
+    base = BitConfig(dict.fromkeys(names, LayerBits(8, 8)))
+    return NetworkSpace(
+        base,
+        {name: BITS for name in names[1:-1]},
+        {name: {"tile": TILES} for name in names},
+        {name: {bits: {"tile": 4} for bits in BITS} for name in names},
+    )
+
+
+def made_up_figures(bits: BitConfig, schedules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a trial would have measured; later layers are more sensitive, each has a best tile."""
+    widths = [layer.activation for layer in bits.values()]
+    drops = [0.02 * (1 + i) / LAYERS * (8 - width) / 4 for i, width in enumerate(widths)]
+    tiles = [abs(np.log2(schedules[name]["tile"]) - 1 - i % 2) for i, name in enumerate(bits)]
+    return {
+        "accuracy": 0.95 - sum(drops),
+        "latency_us": 20.0 * sum(width * (1 + tile / 4) for width, tile in zip(widths, tiles, strict=True)) / LAYERS,
+        "size_bytes": 100 * sum(widths),
+    }
+
+
+def work(folder: str, storage: str, trials: int, pause_s: float, initial: int) -> None:
+    """Be one worker, to the end of the study.
+
+    Args:
+        folder: run folder.
+        storage: URL.
+        trials: complete trials to reach.
+        pause_s: mean length of a trial.
+        initial: trials of the initial design.
+    """
+    rng = np.random.default_rng(os.getpid())
+    space = made_up_space()
+    study = SearchStudy(
+        Path(folder), storage, {"recipe": "workers", "model": "none", "dataset": "none"}, name="workers"
+    )
+    with study.lock:
+        study.known_space({"space": space.record()})
+        sampler = BaqeSampler(0, "paper", space.distributions, space.candidates, initial, max(200, initial))
+        study.open(space, sampler)
+        if study.float_result is None:
+            study.set_float(dict(FLOAT))
+    waited = proposing = 0.0
+    done = 0
+    while study.complete_count < trials:
+        start = time.perf_counter()
+        asked = study.ask(space, trials)
+        if asked is None:
+            time.sleep(0.05)
+            waited += time.perf_counter() - start
+            continue
+        proposing += time.perf_counter() - start
+        trial, phase = asked
+        bits, schedules = space.point(trial.params)
+        time.sleep(pause_s * rng.uniform(0.5, 1.5))
+        entry = {"phase": phase, "bits": {n: [b.weight, b.activation] for n, b in bits.items()},
+                 "schedules": schedules, "seconds": {}, "error": None}  # fmt: skip
+        study.tell(trial, entry | made_up_figures(bits, schedules))
+        study.write()
+        done += 1
+    (Path(folder) / f"worker_{os.getpid()}.json").write_text(
+        json.dumps({"trials": done, "asking_s": proposing, "idle_s": waited})
+    )
+    study.close()
+
+
+def run(
+    folder: Path,
+    storage: str,
+    processes: int = 4,
+    trials: int = 40,
+    pause_s: float = 1.0,
+    kill: bool = True,
+    initial: int = 10,
+) -> dict[str, Any]:
+    """Let several processes finish one study and tell what is in it afterwards.
+
+    Args:
+        folder: an empty run folder.
+        storage: URL of the database; its study ``workers`` must not exist.
+        processes: workers at once.
+        trials: complete trials to reach.
+        pause_s: mean length of a trial, seconds.
+        kill: send SIGKILL to one that is in the middle of a trial, once a quarter of the trials is complete.
+        initial: trials of the initial design.
+
+    Raises:
+        BaqeError: a process failed by itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "lightning_baqe.benchmarks.workers"])
+    target: Any = work
+    if __name__ == "__main__":
+        from lightning_baqe.benchmarks.workers import work as target  # by a name that the others can import
+    start = time.perf_counter()
+    workers = [
+        context.Process(target=target, args=(str(folder), storage, trials, pause_s, initial)) for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    victim, study = None, None
+    while any(worker.is_alive() for worker in workers):
+        study = study or (_study(storage) if kill else None)
+        if study is not None and victim is None:
+            victim = _kill_one(study, trials // 4, workers)
+        time.sleep(0.1)
+    seconds = time.perf_counter() - start
+    failed = [worker.exitcode for worker in workers if worker.exitcode and worker is not victim]
+    if failed:
+        raise BaqeError(f"{len(failed)} of {processes} workers failed by themselves, with {failed}")
+    return {"processes": processes, "killed": victim is not None, "seconds": seconds, **_look(folder, storage)}
+
+
+def _study(storage: str) -> optuna.Study | None:
+    """The workers' study, None as long as there is none."""
+    file = storage.removeprefix("sqlite:///")
+    if storage.startswith("sqlite:///") and not Path(file).exists():
+        return None
+    with study_lock(storage, "tables"):  # a worker may be creating the tables
+        if "workers" not in optuna.get_all_study_names(storage):
+            return None
+        return optuna.load_study(study_name="workers", storage=storage)
+
+
+def _kill_one(study: optuna.Study, after: int, workers: Sequence[Any]) -> Any | None:
+    """Kill a worker that is in the middle of a trial, if enough trials are complete."""
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < after:
+        return None
+    attributes = study.user_attrs
+    for trial in reversed(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))):  # began last
+        record = attributes.get(f"{PREFIX}{trial.user_attrs.get(OWNER)}")
+        victim = next((w for w in workers if record is not None and w.pid == record["pid"]), None)
+        if victim is not None:
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join()
+            return victim
+    return None
+
+
+def _look(folder: Path, storage: str) -> dict[str, Any]:
+    trials = optuna.load_study(study_name="workers", storage=storage).get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    interrupted = [t for t in trials if t.user_attrs.get(RESULT, {}).get("error") == INTERRUPTED]
+    again = {trial.user_attrs[AGAIN] for trial in complete if AGAIN in trial.user_attrs}
+    reports = [json.loads(path.read_text()) for path in folder.glob("worker_*.json")]
+    return {
+        "complete": len(complete),
+        "duplicates": len(complete) - len({json.dumps(trial.params, sort_keys=True) for trial in complete}),
+        "interrupted": len(interrupted),
+        "lost": len({trial.number for trial in interrupted} - again),
+        "others": len(trials) - len(complete) - len(interrupted),
+        "gaps": len(trials) - 1 - max(trial.number for trial in trials),
+        "by_worker": sorted((report["trials"] for report in reports), reverse=True),
+        "asking_s": sum(report["asking_s"] for report in reports),
+        "idle_s": sum(report["idle_s"] for report in reports),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what one and what several processes did. Returns the exit status: 1 if a trial was lost or done twice."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_baqe.benchmarks.workers")
+    parser.add_argument("--storage", default="sqlite", help="sqlite, postgres (starts a server), or a URL")
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--initial", type=int, default=10, help="trials of the initial design")
+    parser.add_argument("--pause", type=float, default=2.0, help="mean length of a trial, seconds")
+    parser.add_argument("--json", type=Path, help="write the figures to a file")
+    options = parser.parse_args(arguments)
+    rows = []
+    with ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for processes in (1, options.processes):
+            folder = base / str(processes)
+            storage = options.storage
+            if storage == "postgres":
+                storage = stack.enter_context(postgres.server())
+            elif storage == "sqlite":
+                folder.mkdir()
+                storage = f"sqlite:///{folder / 'study.db'}"
+            rows.append(run(folder, storage, processes, options.trials, options.pause, processes > 1, options.initial))
+            if "://" in options.storage:
+                optuna.delete_study(study_name="workers", storage=storage)
+    table = Table(title=f"{options.trials} trials of {options.pause:g} s, {options.storage}")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=160).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    bad = any(row["complete"] != options.trials or row["duplicates"] or row["lost"] for row in rows)
+    return int(bad)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,135 @@
+"""``python -m lightning_baqe.benchmarks.landscape`` in its smallest form: four layers and made-up latencies."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from smallest import SmallestNet
+
+import lightning_baqe as baqe
+from lightning_baqe.benchmarks import (
+    accuracy_rows,
+    landscape,
+    landscape_accuracy,
+    landscape_latency,
+    landscapes,
+)
+from lightning_baqe.benchmarks.landscape_accuracy import Trial, searched_layers, with_bits
+from lightning_baqe.benchmarks.landscapes import Landscape, read_record
+from lightning_baqe.deploy.kernel_bench import KernelBench
+from lightning_baqe.deploy.records import KernelRecord, canonical
+from lightning_baqe.search.space import SearchSpace
+
+SMALLEST = Trial(2, 8, 16, 16, 16, calibration_batches=1, float_sizes=accuracy_rows.SMALLEST)
+ARGUMENTS = ["--network", "resnet18", "--configs", "5", "--tiles", "2", "--points", "5"]
+
+
+class Network:
+    """Stands for torchvision, and counts what is measured."""
+
+    def __init__(self) -> None:
+        self.kernels = self.wholes = 0
+
+    def measure_kernel(self, bench: KernelBench, knobs: dict[str, Any]) -> KernelRecord:
+        self.kernels += 1
+        latency = 1.0 + zlib.crc32(f"{bench.spec}{canonical(knobs)}".encode()) % 1000 / 100
+        record = KernelRecord(knobs, latency, [latency], True)
+        bench.records.add_kernel(bench.spec, bench.target, record)
+        return record
+
+    def measure_whole(self, *_: Any, **__: Any) -> Any:
+        self.wholes += 1
+        return SimpleNamespace(latency_us=50.0 + self.wholes)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Network:
+    found = Network()
+    for module in (landscape_accuracy, landscapes):
+        monkeypatch.setattr(module, "network", lambda name, classes: SmallestNet(classes))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the other tests, too
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(landscape, "Trial", lambda: SMALLEST)
+    settings = landscape_accuracy.SETTINGS["resnet18"].with_epochs(1, 1)
+    monkeypatch.setitem(landscape_accuracy.SETTINGS, "resnet18", settings)
+    monkeypatch.setattr(KernelBench, "measure", lambda bench, knobs: found.measure_kernel(bench, knobs))
+    monkeypatch.setattr(landscape_latency, "_measure_call", lambda *_: 0.5)
+    monkeypatch.setattr(landscape_latency, "tune", lambda *_: None)
+    monkeypatch.setattr(landscape_latency, "build", lambda *_: SimpleNamespace(save=lambda path: path))
+    monkeypatch.setattr(landscape_latency, "measure", found.measure_whole)
+    return found
+
+
+def run(folder: Path, *more: str) -> None:
+    assert landscape.main([*ARGUMENTS, "--folder", str(folder), *more]) == 0
+
+
+def test_everything_is_measured_once_and_any_point_is_answered(
+    counted: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "landscape"
+    run(folder, "--stages", "accuracy", "--share", "0/2")
+    rows = (folder / "rows.jsonl").read_text().splitlines()
+    run(folder)
+    again = (folder / "rows.jsonl").read_text().splitlines()
+    assert again[: len(rows)] == rows
+    assert 0 < len(rows) < len(again) == 5 + len(landscape_accuracy.REPEATED) * landscape_accuracy.REPEATS
+    assert counted.kernels > 20
+    assert counted.wholes == 1 + 5 + 5  # the float network, five points, all of them again
+
+    before = (counted.kernels, counted.wholes)
+    first = (folder / "resnet18_glyphs.json.gz").read_bytes()
+    run(folder)
+    assert (counted.kernels, counted.wholes) == before
+    assert (folder / "resnet18_glyphs.json.gz").read_bytes() == first
+    printed = capsys.readouterr().out
+    assert "corrections fitted to others" in printed
+    assert "held-out predictions of 6 bit-configs" in printed
+
+    found = Landscape.load(folder / "resnet18_glyphs.json.gz")
+    check_any_point(found)
+    check_sizes(found, folder)
+    for row in map(json.loads, again):
+        params = found.candidates(1, np.random.default_rng(0))[0]
+        params.update({f"{layer}/bits": width for layer, width in row["bits"].items()})
+        assert found.size_bytes(params) == row["size_bytes"]
+
+
+def check_any_point(found: Landscape) -> None:
+    space = SearchSpace(found.distributions)
+    rng = np.random.default_rng(0)
+    anywhere = [space.external(row) for row in space.from_unit(rng.random((20, len(space.names))))]
+    points = [*found.candidates(10, rng), *anywhere]
+    for point in points:
+        values = found.evaluate(point)
+        assert values == found.evaluate(dict(reversed(point.items())))
+        assert len(values) == len(found.objectives) == len(found.reference_point) == 3
+        assert all(np.isfinite(value) and value > 0 for value in values)
+        assert found.seconds(point) > 0
+        bits, schedules = found.space.point(point)
+        kernels = sum(
+            found.kernel_latency_us(layer, bits[layer].activation, schedules[layer]) for layer in found.space.defaults
+        )
+        assert found.parts_us(point)[0] == pytest.approx(kernels)
+        assert all(found.kernel_seconds(layer, bits[layer].activation) > 0 for layer in found.space.defaults)
+
+
+def check_sizes(found: Landscape, folder: Path) -> None:
+    net, images = SmallestNet(found_classes := 62).eval(), torch.rand(2, 3, 32, 32)
+    base = baqe.BitConfig.uniform(net, 8, 8)
+    assert found_classes == 62
+    rng = np.random.default_rng(3)
+    for point in found.candidates(4, rng):
+        bits = with_bits(base, {layer: point[f"{layer}/bits"] for layer in searched_layers(base)})
+        graph = baqe.lower(baqe.calibrate(baqe.quantize(net, bits, images), [images]))
+        assert found.size_bytes(point) == graph.size_bytes
+        assert found.size(point) == graph.size_bytes / read_record(folder / "resnet18_glyphs.json.gz")["reference"][
+            "size_bytes"
+        ]  # fmt: skip

@@ -1,0 +1,120 @@
+"""What a search over a network knows: sizes are exact, latencies are those of the records, schedules the best known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lightning_baqe as baqe
+from lightning_baqe.deploy.knowledge import search_knowledge
+from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.deploy.records import KernelRecord, Records
+from lightning_baqe.deploy.space import NetworkSpace
+from lightning_baqe.deploy.target import get_target
+from lightning_baqe.deploy.tunable import as_tunable
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge, Sum
+from lightning_baqe.search.space import SearchSpace
+
+LATENCY_US, SIZE_BYTES = 100.0, 50_000
+TIES = (("3", "5"),)
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.body(x))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), Residual(nn.Conv2d(16, 16, 3, padding=1)), nn.Conv2d(16, 16, 3, groups=16),
+        nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+
+
+def lowered(network: nn.Module, bits: baqe.BitConfig) -> baqe.IntegerGraph:
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    return baqe.lower(baqe.calibrate(baqe.quantize(network, bits, x), [x]))
+
+
+def known(
+    network: nn.Module, choices: tuple[int, ...], records: Records
+) -> tuple[Knowledge, NetworkSpace, dict[int, baqe.IntegerGraph]]:
+    target = get_target()
+    graphs = {bits: lowered(network, baqe.BitConfig.uniform(network, bits, bits)) for bits in (*choices, 32)}
+    base = baqe.BitConfig.uniform(network, 8, 8, ties=TIES)
+    space = NetworkSpace.of({bits: graphs[bits] for bits in choices}, base, target)
+    for bits in choices:
+        for call in make_plan(graphs[bits], target).calls:
+            spec = as_tunable(call.spec)
+            if call.layer and spec is not None:
+                knobs = space.defaults[call.layer][bits] if bits in space.defaults[call.layer] else dict(call.knobs)
+                records.add_kernel(spec, target, KernelRecord(dict(knobs), float(bits), [float(bits)], True, None))
+    reference = {"latency_us": LATENCY_US, "size_bytes": SIZE_BYTES}
+    scores = {bits: {layer: 1.0 / bits for layer in base} for bits in choices}
+    return search_knowledge(space, graphs, reference, target, 1, records, scores), space, graphs
+
+
+def test_sizes_are_exact_for_any_point(network: nn.Module, tmp_path: Path) -> None:
+    knowledge, space, _ = known(network, (3, 4, 8), Records(tmp_path / "r.db"))
+    size = knowledge.objectives[2]
+    assert isinstance(size, Sum)
+    assert size.kind == "exact"
+    internal = SearchSpace(space.distributions)
+    bound = BoundKnowledge(knowledge, internal)
+    for params in space.candidates(8, np.random.default_rng(0)):
+        estimate = float(bound.estimates(np.array([internal.internal(params)]))[0, 2])
+        assert estimate * SIZE_BYTES == pytest.approx(lowered(network, space.point(params)[0]).size_bytes)
+
+
+def test_float_layers_make_sizes_estimates(network: nn.Module, tmp_path: Path) -> None:
+    knowledge, _, _ = known(network, (4, 8, 32), Records(tmp_path / "r.db"))
+    size = knowledge.objectives[2]
+    assert isinstance(size, Sum)
+    assert size.kind == "estimate"
+
+
+def test_latencies_and_schedules_are_the_best_known(network: nn.Module, tmp_path: Path) -> None:
+    knowledge, space, _ = known(network, (4, 8), Records(tmp_path / "r.db"))
+    latency, error = knowledge.objectives[1], knowledge.objectives[0]
+    assert isinstance(latency, Sum)
+    assert isinstance(error, Sum)
+    for leader in space.bit_choices:
+        layers = 2 if leader == "3" else 1  # tied layers count together
+        for bits in (4, 8):
+            assert latency.terms[f"{leader}/bits"][bits] == pytest.approx(layers * bits / LATENCY_US, rel=1.0)
+            assert error.terms[f"{leader}/bits"][bits] == pytest.approx(layers / bits)
+    internal = SearchSpace(space.distributions)
+    bound = BoundKnowledge(knowledge, internal)
+    assert [internal.names[index] for index in bound.free] == sorted(f"{leader}/bits" for leader in space.bit_choices)
+    row = bound.improved(np.array([internal.internal(space.candidates(1, np.random.default_rng(5))[0])]))[0]
+    bits, schedules = space.point(internal.external(row))
+    for layer, knobs in schedules.items():
+        assert {k: v for k, v in knobs.items() if k in space.knobs.get(layer, {})} == {
+            k: v for k, v in space.defaults[layer][bits[layer].activation].items() if k in space.knobs.get(layer, {})
+        }
+
+
+def test_without_records_latency_is_not_known(network: nn.Module, tmp_path: Path) -> None:
+    _, space, graphs = known(network, (4, 8), Records(tmp_path / "full.db"))
+    reference = {"latency_us": LATENCY_US, "size_bytes": SIZE_BYTES}
+    knowledge = search_knowledge(space, graphs, reference, get_target(), 1, Records(tmp_path / "empty.db"))
+    assert knowledge.objectives[:2] == [None, None]
+
+
+def test_every_choice_needs_a_graph(network: nn.Module, tmp_path: Path) -> None:
+    _, space, graphs = known(network, (4, 8), Records(tmp_path / "r.db"))
+    with pytest.raises(ConfigError, match="graphs at"):
+        search_knowledge(
+            space, {8: graphs[8]}, {"latency_us": 1.0, "size_bytes": 1}, get_target(), 1, Records(tmp_path / "r.db")
+        )

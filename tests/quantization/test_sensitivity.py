@@ -1,0 +1,63 @@
+"""Sensitivity of layers: only the layer's own quantizers act, fewer bits disturb more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_baqe.errors import CalibrationError
+from lightning_baqe.quantization.calibration import calibrate
+from lightning_baqe.quantization.config import BitConfig, LayerBits
+from lightning_baqe.quantization.convert import quantize
+from lightning_baqe.quantization.sensitivity import layer_scores
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 36, 5),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_scores_are_those_of_the_layer_alone(network: nn.Module, images: torch.Tensor) -> None:
+    model = calibrate(quantize(network, BitConfig.uniform(network, 3, 3, first_last=3), images), [images])
+    found = layer_scores(model, images)
+    assert list(found) == ["0", "2", "5"]
+    reference = network(images).log_softmax(1).detach()
+    for layer, score in found.items():
+        bits = BitConfig.uniform(network, 32, 32, first_last=32).replace({layer: LayerBits(3, 3)})
+        alone = calibrate(quantize(network, bits, images), [images])
+        logits = alone(images).log_softmax(1).detach()
+        wanted = float(nn.functional.kl_div(logits, reference, reduction="batchmean", log_target=True))
+        assert score == pytest.approx(wanted, rel=0.2)  # an output quantizer behind a lone layer acts there as well
+        assert score > 0
+
+
+def test_fewer_bits_disturb_more(network: nn.Module, images: torch.Tensor) -> None:
+    by_bits = []
+    for bits in (2, 4, 8):
+        model = calibrate(quantize(network, BitConfig.uniform(network, bits, bits), images), [images])
+        by_bits.append(layer_scores(model, images)["2"])
+    assert by_bits[0] > by_bits[1] > by_bits[2] >= 0
+
+
+def test_the_model_is_left_as_it_was(network: nn.Module, images: torch.Tensor) -> None:
+    model = calibrate(quantize(network, BitConfig.uniform(network, 4, 4), images), [images]).train()
+    model.get_submodule("2").eval()
+    before, modes = model(images), {name: m.training for name, m in model.named_modules()}
+    layer_scores(model, images)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert torch.equal(model(images), before)
+
+
+def test_an_uncalibrated_model_is_refused(network: nn.Module, images: torch.Tensor) -> None:
+    with pytest.raises(CalibrationError):
+        layer_scores(quantize(network, BitConfig.uniform(network, 4, 4), images), images)
