@@ -12,6 +12,7 @@ parameters are continuous, the best few are moved uphill on the logarithm of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def refine(space: SearchSpace, rows: Rows, log_score: Callable[[Tensor], Tensor]
     with torch.enable_grad():
         found, _ = gen_candidates_scipy(
             initial_conditions=encoded[:, None, columns],
-            acquisition_function=score,
+            acquisition_function=cast(Any, score),  # any function of batches will do
             lower_bounds=0.0,
             upper_bounds=1.0,
             options={"maxiter": max_iterations},

@@ -31,7 +31,7 @@ def theirs(x: Tensor, y: Tensor, kernel: Kernel) -> SingleTaskGP:
 def theta_of(model: SingleTaskGP) -> np.ndarray:
     length = model.covar_module.lengthscale.detach().ravel()
     noise = model.likelihood.noise.detach()
-    return np.concatenate([length.log().numpy(), noise.log().numpy(), [float(model.mean_module.constant)]])
+    return np.concatenate([length.log().numpy(), noise.log().numpy(), [float(model.mean_module.constant.detach())]])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -56,7 +56,7 @@ def test_objective_differs_from_botorchs_by_a_constant(kernel: Kernel) -> None:
     for length, noise in ((0.3, 0.01), (1.5, 0.2)):
         model.covar_module.lengthscale = length
         model.likelihood.noise = noise
-        value = float(likelihood(model(*model.train_inputs), model.train_targets))
+        value = float(likelihood(model(*model.train_inputs), model.train_targets).detach())
         gaps.append(value + negative_log_posterior(theta_of(model), x.numpy(), y.numpy(), kernel)[0])
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-6)
 
