@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -101,4 +101,6 @@ def problem_named(name: str) -> Problem:
         ConfigError: there is none of that name.
     """
     made_up = re.fullmatch(r"additive(\d+)x(\d+)", name)
-    return Additive(int(made_up[1]), int(made_up[2])) if made_up else Landscape.load(name)
+    if made_up:
+        return Additive(int(made_up[1]), int(made_up[2]))
+    return cast(Problem, Landscape.load(name))
