@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import optuna
@@ -19,7 +20,6 @@ from botorch.models.transforms.outcome import Standardize
 from botorch.optim import optimize_acqf
 from botorch.sampling import SobolQMCNormalSampler
 from botorch.test_functions.multi_objective import DTLZ2, ZDT1, ZDT2, ZDT3, Penicillin, VehicleSafety
-from botorch.test_functions.synthetic import SyntheticTestFunction
 from botorch.utils.multi_objective.box_decompositions.non_dominated import FastNondominatedPartitioning
 from botorch.utils.transforms import normalize, unnormalize
 from gpytorch.mlls import SumMarginalLogLikelihood
@@ -30,7 +30,7 @@ from torch.quasirandom import SobolEngine
 from lightning_baqe.search import BaqeSampler
 
 # The sides and numbers of objectives are those of BoTorch's own examples, where the function leaves them open.
-FUNCTIONS: dict[str, Callable[[], SyntheticTestFunction]] = {
+FUNCTIONS: dict[str, Callable[[], Any]] = {
     "DTLZ2": lambda: DTLZ2(dim=6, num_objectives=2, negate=True),
     "ZDT1": lambda: ZDT1(dim=6, num_objectives=2, negate=True),
     "ZDT2": lambda: ZDT2(dim=6, num_objectives=2, negate=True),
@@ -54,12 +54,12 @@ class Run:
     propose_s: list[float]
 
 
-def function_of(name: str) -> SyntheticTestFunction:
-    """A test function in float64; it is to be maximised, as BoTorch does."""
+def function_of(name: str) -> Any:
+    """A test function of BoTorch in float64; it is to be maximised, as BoTorch does."""
     return FUNCTIONS[name]().to(torch.float64)
 
 
-def reference_of(function: SyntheticTestFunction) -> list[float]:
+def reference_of(function: Any) -> list[float]:
     """The published reference point, minimised."""
     return [-float(value) for value in function.ref_point]
 
@@ -69,9 +69,10 @@ def initial_points(dimensions: int, n: int, seed: int) -> Tensor:
     return SobolEngine(dimensions, scramble=True, seed=seed).draw(n).to(torch.float64)
 
 
-def evaluate(function: SyntheticTestFunction, x: Tensor) -> Tensor:
+def evaluate(function: Any, x: Tensor) -> Tensor:
     """Objectives of points of the unit cube `n x d`, to be maximised; `n x m`."""
-    return function(unnormalize(x, function.bounds)).to(torch.float64)
+    values: Tensor = function(unnormalize(x, function.bounds))
+    return values.to(torch.float64)
 
 
 def run_botorch(name: str, n_initial: int, n_more: int, seed: int) -> Run:
@@ -83,7 +84,7 @@ def run_botorch(name: str, n_initial: int, n_more: int, seed: int) -> Run:
     function = function_of(name)
     x = initial_points(function.dim, n_initial, seed)
     y = evaluate(function, x)
-    reference = function.ref_point.to(torch.float64)
+    reference: Tensor = function.ref_point.to(torch.float64)
     unit = torch.stack([torch.zeros(function.dim), torch.ones(function.dim)]).to(torch.float64)
     seconds = []
     for number in range(n_more):
@@ -96,7 +97,7 @@ def run_botorch(name: str, n_initial: int, n_more: int, seed: int) -> Run:
             acquisition = qLogExpectedHypervolumeImprovement(
                 model=model,
                 ref_point=reference,
-                partitioning=FastNondominatedPartitioning(ref_point=reference, Y=y),
+                partitioning=FastNondominatedPartitioning(ref_point=reference, Y=y),  # type: ignore[arg-type]
                 sampler=SobolQMCNormalSampler(sample_shape=torch.Size([128]), seed=number),
             )
             point, _ = optimize_acqf(

@@ -10,20 +10,88 @@ Every run is kept in a folder; the same command goes on where it was interrupted
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.table import Table
 
-from lightning_baqe.benchmarks.loops import FUNCTIONS, METHODS, function_of, run
+from lightning_baqe.benchmarks.loops import FUNCTIONS, METHODS, function_of, reference_of, run
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.rows import Rows, begin
+from lightning_baqe.deploy.front import replace_file
+from lightning_baqe.search import hypervolume
+from lightning_baqe.search.metrics import bootstrap_interval, compare_paired
+
+MARGIN = 0.02  # of BoTorch's hypervolume that we may lose
 
 
 def one_run(method: str, name: str, seed: int, evaluations: int) -> dict[str, Any]:
     """A row of the file, without its key."""
     return asdict(run(method, name, 2 * (function_of(name).dim + 1), evaluations, seed))
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], problem: str, evaluations: int, n_seeds: int) -> dict[str, Any]:
+    """Hypervolumes at the end of both methods, paired by seed.
+
+    Returns:
+        `{"problem", "seeds": that both have run, "maximum": published hypervolume, "hypervolume": {method: median over
+        the seeds}, "start": median after the initial points, "ratio": mean over the seeds of ours / BoTorch's,
+        "interval": its 95 % bootstrap interval, "within": whether the lower end is at least 0.98, "p", "effect":
+        Wilcoxon signed-rank, "propose_s": {method: median processor seconds of a proposal}}`.
+    """
+    function = function_of(problem)
+    reference, n_initial = reference_of(function), 2 * (function.dim + 1)
+    found: dict[str, dict[int, Mapping[str, Any]]] = {method: {} for method in METHODS}
+    for row in rows:
+        if (row["problem"], row["evaluations"]) == (problem, evaluations) and row["seed"] < n_seeds:
+            found[row["method"]][row["seed"]] = row
+    seeds = sorted(set.intersection(*(set(of) for of in found.values())))
+    entry: dict[str, Any] = {"problem": problem, "seeds": seeds, "maximum": float(function.max_hv)}
+    if not seeds:
+        return entry
+    values = {m: [torch.tensor(of[s]["values"], dtype=torch.float64) for s in seeds] for m, of in found.items()}
+    final = {method: [hypervolume(v, reference) for v in of] for method, of in values.items()}
+    ratios = [ours / theirs for ours, theirs in zip(final["beyond"], final["botorch"], strict=True)]
+    low, high = bootstrap_interval(ratios)
+    test = compare_paired(final["beyond"], final["botorch"])
+    return {
+        **entry,
+        "start": statistics.median(hypervolume(v[:n_initial], reference) for v in values["beyond"]),
+        "hypervolume": {method: statistics.median(of) for method, of in final.items()},
+        "ratio": statistics.fmean(ratios),
+        "interval": [low, high],
+        "within": low >= 1 - MARGIN,
+        "p": test.p,
+        "effect": test.effect,
+        "propose_s": {m: statistics.median(p for s in seeds for p in of[s]["propose_s"]) for m, of in found.items()},
+    }
+
+
+def print_summary(console: Console, entries: Sequence[Mapping[str, Any]], evaluations: int) -> None:
+    """Print the table of `summarise`."""
+    table = Table(title=f"2 (d + 1) Sobol points and {evaluations} evaluations: hypervolume, median over the seeds")
+    table.add_column("problem")
+    for name in ("seeds", "maximum", "start", "BoTorch", "ours", "ours / BoTorch", "95 %", f"within {MARGIN:.0%}",
+                 "p", "s a proposal: BoTorch", "ours"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for entry in entries:
+        if not entry["seeds"]:
+            table.add_row(entry["problem"], "0", f"{entry['maximum']:.5g}")
+            continue
+        volume, seconds = entry["hypervolume"], entry["propose_s"]
+        table.add_row(
+            entry["problem"], str(len(entry["seeds"])), f"{entry['maximum']:.5g}", f"{entry['start']:.5g}",
+            f"{volume['botorch']:.5g}", f"{volume['beyond']:.5g}", f"{entry['ratio']:.4f}",
+            f"{entry['interval'][0]:.4f} to {entry['interval'][1]:.4f}", "yes" if entry["within"] else "no",
+            f"{entry['p']:.2g}", f"{seconds['botorch']:.2f}", f"{seconds['beyond']:.2f}",
+        )  # fmt: skip
+    console.print(table)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name in ("evaluations", "seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is at least 1")
     console = Console(width=150 if not Console().is_terminal else None, highlight=False)
     begin(options.folder, {"version": 1})
     rows = Rows(options.folder / "runs.jsonl")
@@ -51,6 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
         for method in options.methods
     ]
     fill(rows, names, wanted, one_run, options.jobs, console, "runs")
+    entries = [summarise(rows.all, problem, options.evaluations, options.seeds) for problem in options.problems]
+    print_summary(console, entries, options.evaluations)
+    replace_file(options.folder / "problems.json", json.dumps(entries, indent=1).encode())
+    console.print(f"All figures: {options.folder}", markup=False)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,12 @@ def curves_of(runs: Runs, front: Tensor, reference_point: Sequence[float], n_see
     if not seeds:
         raise ConfigError(f"no seed below {n_seeds} has a run of each of {list(runs)}; run the same command again")
     best = hypervolume(front, reference_point)
-    relative, proposing, total = {}, {}, {}
+    relative: dict[str, list[Tensor]] = {}
+    proposing: dict[str, list[float]] = {}
+    total: dict[str, list[Tensor]] = {}
     for name, of in runs.items():
         relative[name] = [hypervolume_curve(torch.tensor(of[s]["values"]), reference_point) / best for s in seeds]
-        proposing[name] = [sum(of[s]["propose_s"]) for s in seeds]
+        proposing[name] = [float(sum(of[s]["propose_s"])) for s in seeds]
         total[name] = [
             (torch.tensor(of[s]["propose_s"]) + torch.tensor(of[s]["seconds"])).double().cumsum(0) for s in seeds
         ]
@@ -130,7 +132,7 @@ def summarise(runs: Runs, curves: Curves, front: Tensor, at: Sequence[int]) -> l
     targets = [float(curve[-1]) for curve in curves.relative[anchor]]
     distances = _distances(runs, curves, front)
     tests = {other: _tests(curves, other) for other in (CHANCE, anchor) if other in curves.names}
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name in curves.names:
         band = bands(curves.relative[name])
         steps = [trials_to_reach(c, t) for c, t in zip(curves.relative[name], targets, strict=True)]

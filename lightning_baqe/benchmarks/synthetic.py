@@ -17,7 +17,6 @@ size = sum_l p_l b_l / 8. Latency and size are relative to the network at 8 bit 
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 from collections.abc import Mapping
 from typing import Any, cast
@@ -25,6 +24,7 @@ from typing import Any, cast
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
+from lightning_baqe.benchmarks.landscapes import Landscape
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search import spanning_pool
 from lightning_baqe.search.knowledge import Knowledge, Sum
@@ -45,8 +45,8 @@ class Additive:
         seed: of all its constants.
     """
 
-    objectives = ("error", "latency", "size")
-    reference_point = (1.0, 1.5, 1.1)
+    objectives: tuple[str, ...] = ("error", "latency", "size")
+    reference_point: tuple[float, ...] = (1.0, 1.5, 1.1)
 
     def __init__(self, layers: int = 21, knobs: int = 1, seed: int = 0) -> None:
         if layers < 1 or knobs < 0:
@@ -118,7 +118,7 @@ class Additive:
 
 @functools.cache
 def problem_named(name: str) -> Problem:
-    """A problem by its name: `additive<layers>x<knobs>`, or that of a measured landscape.
+    """A problem by its name: `additive<layers>x<knobs>`, or a measured landscape, as `Landscape.load` takes it.
 
     Raises:
         ConfigError: there is none of that name.
@@ -126,8 +126,4 @@ def problem_named(name: str) -> Problem:
     made_up = re.fullmatch(r"additive(\d+)x(\d+)", name)
     if made_up:
         return Additive(int(made_up[1]), int(made_up[2]))
-    try:
-        landscapes = importlib.import_module("lightning_baqe.benchmarks.landscapes")
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"problem {name!r}; wanted additive<layers>x<knobs>, for example additive21x1") from error
-    return cast(Problem, landscapes.Landscape.load(name))
+    return cast(Problem, Landscape.load(name))

@@ -93,7 +93,7 @@ class OptunaSampler(StudySampler):
 
     @staticmethod
     def _ask(sampler: BaseSampler, study: Study, trial: FrozenTrial, space: SearchSpace) -> Key:
-        distributions = {dimension.name: dimension.distribution for dimension in space.dimensions}
+        distributions: dict[str, BaseDistribution] = {d.name: d.distribution for d in space.dimensions}
         known = sampler.infer_relative_search_space(study, trial)
         relative = {name: distributions[name] for name in distributions if name in known}
         # Samplers of Optuna may draw from the global generators of the libraries that they use.

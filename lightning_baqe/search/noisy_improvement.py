@@ -12,6 +12,7 @@ NeurIPS 2021; Ament et al., "Unexpected Improvements to Expected Improvement for
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +23,7 @@ from botorch.acquisition.logei import qLogNoisyExpectedImprovement
 from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
 from botorch.acquisition.objective import GenericMCObjective
+from botorch.exceptions.warnings import InputDataWarning
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import ModelListGP, SingleTaskGP
 from botorch.optim import optimize_acqf_discrete_local_search
@@ -117,7 +119,10 @@ class NoisyImprovementSampler(PoolBaseline):
 
 
 def _fitted(x: Tensor, y: Tensor, max_iterations: int) -> ModelListGP:
-    models = [SingleTaskGP(x, y[:, [output]], outcome_transform=None) for output in range(y.shape[1])]
+    with warnings.catch_warnings():
+        # Constraints are scaled and not centred, so that zero stays the border; a constant output has no scale.
+        warnings.simplefilter("ignore", InputDataWarning)
+        models = [SingleTaskGP(x, y[:, [output]], outcome_transform=None) for output in range(y.shape[1])]
     model = ModelListGP(*models)
     likelihood = SumMarginalLogLikelihood(model.likelihood, model)
     fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": max_iterations}})

@@ -24,12 +24,14 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement
+from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement, nondominated_cells
+from lightning_baqe.search.exact_improvement import log_expected_improvement
 from lightning_baqe.search.history import History, signs
 from lightning_baqe.search.informed import InformedGP
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
+from lightning_baqe.search.refine import refine
 from lightning_baqe.search.space import Key, Rows, SearchSpace
 from lightning_baqe.search.study_sampler import StudySampler
 from lightning_baqe.search.surrogate import (
@@ -47,6 +49,7 @@ Mode = Literal["paper", "beyond"]
 Initial = Literal["ted", "random"]
 Phase = Literal["random", "ted", "bo", "given"]
 Candidates = Sequence[Mapping[str, Any]] | Callable[[int, np.random.Generator], list[dict[str, Any]]]
+Moments = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 _REFILLS = 10
 
@@ -63,6 +66,7 @@ class SamplerOptions:
         children: candidates bred in each round of mode "beyond".
         rounds: first from the front, then from the best candidates of the rounds before.
         elite: how many best candidates are parents of the next round.
+        refined: best candidates that are moved uphill in their continuous parameters, if there are any.
         informed_initial: points of the initial design in mode "beyond" with knowledge, if `n_initial` is more.
     """
 
@@ -73,15 +77,16 @@ class SamplerOptions:
     children: int = 500
     rounds: int = 3
     elite: int = 20
+    refined: int = 10
     informed_initial: int = 4
 
     def __post_init__(self) -> None:
-        counts = (self.n_samples, self.children, self.rounds, self.elite, self.informed_initial)
+        counts = (self.n_samples, self.children, self.rounds, self.elite, self.refined, self.informed_initial)
         if min(counts) < 1 or not self.share_concentration > 0:
             raise ConfigError(
                 f"n_samples={self.n_samples}, children={self.children}, rounds={self.rounds}, elite={self.elite}, "
-                f"share_concentration={self.share_concentration}, informed_initial={self.informed_initial}; wanted all "
-                "positive"
+                f"refined={self.refined}, share_concentration={self.share_concentration}, "
+                f"informed_initial={self.informed_initial}; wanted all positive"
             )
 
 
@@ -269,15 +274,19 @@ class BaqeSampler(StudySampler):
         reference = default_reference_point(values) if given is None else (given - mean) / scale
         front = values[feasible][pareto_mask(values[feasible])]
         outputs = torch.cat([values, constraints], dim=1)
-        predict = self._surrogate(study, space, history, outputs, mean, scale, seed)
+        predict, moments = self._surrogate(study, space, history, outputs, mean, scale, seed)
         if len(history.pending) and self.mode == "beyond":
             # What runs is taken to end as predicted, so that several proposals do not want the same improvement.
             expected = predict(history.pending).mean[:, : values.shape[1]]
             front = torch.cat([front, expected])
             front = front[pareto_mask(front)]
+        cells = nondominated_cells(front, reference)
 
         def score(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             posterior = predict(rows)
+            if self.mode == "beyond":
+                variance = posterior.covariance.diagonal(dim1=1, dim2=2)
+                return log_expected_improvement(posterior.mean, variance, cells), posterior.covariance
             improvement = expected_hypervolume_improvement(
                 posterior.mean,
                 posterior.covariance,
@@ -289,6 +298,7 @@ class BaqeSampler(StudySampler):
             )
             return improvement, posterior.covariance
 
+        n_pool = len(free)
         improvement, covariance = score(free)
         if self.mode == "beyond":
             shown = history.values[feasible] if bool(feasible.any()) else history.values
@@ -304,6 +314,15 @@ class BaqeSampler(StudySampler):
                     improvement, covariance = torch.cat([improvement, more[0]]), torch.cat([covariance, more[1]])
                 elite = improvement.argsort(descending=True, stable=True)[: self.options.elite]
                 parents = free[elite.numpy()]
+            if moments is not None:
+                # Half of the starts are of the spread pool, as bred candidates may all lie in one basin.
+                pool = improvement[:n_pool].argsort(descending=True, stable=True)[: self.options.refined // 2]
+                starts = torch.cat([elite[: self.options.refined - len(pool)], pool])
+                refined = refine(space, free[starts.numpy()], lambda x: log_expected_improvement(*moments(x), cells))
+                refined = unseen(refined, history.seen | set(map(tuple, free.tolist())))
+                if len(refined):
+                    free, improvement = np.concatenate([free, refined]), torch.cat([improvement, score(refined)[0]])
+            return cast("Key", tuple(free[int(improvement.argmax())].tolist()))
         return cast("Key", tuple(free[best_candidate(improvement, covariance)].tolist()))
 
     def _children(self, space: SearchSpace, parents: Rows, rng: np.random.Generator) -> Rows:
@@ -324,8 +343,11 @@ class BaqeSampler(StudySampler):
         mean: torch.Tensor,
         scale: torch.Tensor,
         seed: int,
-    ) -> Callable[[Rows], Posterior]:
-        """The mode's model of the standardised outputs, objectives first, fitted to the history."""
+    ) -> tuple[Callable[[Rows], Posterior], Moments | None]:
+        """The mode's model of the standardised outputs, objectives first, fitted to the history.
+
+        Its moments at encoded points, with gradients, where it has them.
+        """
         x, known = space.encode(history.rows), self._known(space)
         if known is None:
             model: Surrogate = (
@@ -333,7 +355,8 @@ class BaqeSampler(StudySampler):
                 if self.mode == "paper"
                 else ArdGP(x, outputs, self.options.ard, seed)
             )
-            return lambda rows: model.posterior(space.encode(rows))
+            moments = model.moments if isinstance(model, ArdGP) else None
+            return lambda rows: model.posterior(space.encode(rows)), moments
         entries, constraints = known.knowledge.objectives, outputs.shape[1] - len(mean)
         if len(entries) != len(mean):
             raise ConfigError(f"knowledge is of {len(entries)} objectives, the study has {len(mean)}")
@@ -352,4 +375,4 @@ class BaqeSampler(StudySampler):
         given = estimates(history.rows)
         given[(known.improved(history.rows) != history.rows).any(1)] = torch.nan
         informed = InformedGP(x, outputs, given, kinds, columns, self.options.ard, seed)
-        return lambda rows: informed.posterior(space.encode(rows), estimates(rows))
+        return lambda rows: informed.posterior(space.encode(rows), estimates(rows)), None

@@ -61,6 +61,13 @@ class _Dimension:
         self.ranks = _ranks(distribution.choices) if isinstance(distribution, CategoricalDistribution) else None
         self.is_one_hot = self.is_categorical and self.ranks is None
 
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        if isinstance(self.distribution, CategoricalDistribution) and self.is_one_hot:
+            return len(self.distribution.choices)
+        return 1
+
     def contains(self, value: Any) -> bool:
         if isinstance(self.distribution, CategoricalDistribution):
             return value in self.distribution.choices

@@ -19,14 +19,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from botorch.fit import fit_gpytorch_mll
-from botorch.models import ModelListGP, SingleTaskGP
-from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
 from gpytorch.kernels import IndexKernel, RBFKernel
-from gpytorch.mlls import SumMarginalLogLikelihood
 from torch import Tensor, nn
 
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.search.ard import ExactGP
 from lightning_baqe.search.ted import median_distance
 
 
@@ -219,13 +216,13 @@ class DeepKernelGP(Surrogate):
 class ArdGP(Surrogate):
     """One Gaussian process per output with a length scale per column, fitted on construction. Not in the paper.
 
-    BoTorch's `SingleTaskGP` in a `ModelListGP`; hyperparameters by maximum a posteriori.
+    The model and the priors of BoTorch's `SingleTaskGP`; hyperparameters by maximum a posteriori. See `ard`.
 
     Args:
         x: `n x d` encoded observations in the unit cube, n >= 2; repeated rows are allowed.
         y: `n x m` outputs.
         options: kernel and fitting.
-        seed: used only where BoTorch restarts a fit that failed; global generators stay untouched.
+        seed: unused; the fit draws no random numbers.
 
     Raises:
         ConfigError: shapes do not fit or a value is not finite.
@@ -235,26 +232,19 @@ class ArdGP(Surrogate):
         options = options or ArdOptions()
         x, y = _check(x, y)
         standardised, self._mean, self._scale = standardise(y)
-        models = [
-            SingleTaskGP(
-                x,
-                standardised[:, [output]],
-                covar_module=get_covar_module_with_dim_scaled_prior(
-                    ard_num_dims=x.shape[1], use_rbf_kernel=options.kernel == "rbf"
-                ),
-                outcome_transform=None,
-            )
-            for output in range(y.shape[1])
+        self._models = [
+            ExactGP.fit(x, output.contiguous(), options.kernel, options.max_iterations) for output in standardised.T
         ]
-        self._model = ModelListGP(*models)
-        likelihood = SumMarginalLogLikelihood(self._model.likelihood, self._model)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.default_generator.manual_seed(seed)
-            fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": options.max_iterations}})
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and variances of the independent outputs, each `n x m`, with gradients where x has them."""
+        found = [model.moments(x.to(torch.float64)) for model in self._models]
+        mean = torch.stack([mean for mean, _ in found], dim=1)
+        variance = torch.stack([variance for _, variance in found], dim=1)
+        return mean * self._scale + self._mean, variance * self._scale.square()
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Posterior:
         """Independent outputs: the covariance is diagonal; see `Surrogate`."""
-        posterior = self._model.posterior(x.to(torch.float64))
-        variance = posterior.variance.clamp_min(0) * self._scale.square()
-        return Posterior(posterior.mean * self._scale + self._mean, torch.diag_embed(variance))
+        mean, variance = self.moments(x)
+        return Posterior(mean, torch.diag_embed(variance))

@@ -96,7 +96,8 @@ def test_a_baseline_can_be_pickled(baseline: str) -> None:
     assert [trial.params for trial in run(copy, 6).trials] == [trial.params for trial in run(sampler, 6).trials]
 
 
-@pytest.mark.parametrize("baseline", LEARNING)
+# Optuna's NSGA-II breaks ties between ends of a front by an order that follows the sign.
+@pytest.mark.parametrize("baseline", [name for name in LEARNING if name != "nsga2"])
 def test_directions_mean_the_same_in_either_orientation(baseline: str) -> None:
     straight = run(BASELINES[baseline](search_space=DISCRETE), 8)
     turned = optuna.create_study(
