@@ -30,7 +30,8 @@ Mode "paper" follows BAQE (sections III-B to III-E). Where the paper contradicts
   random ones of the same pool.
 
 Mode "beyond" keeps the initial design and the acquisition. It breeds new candidates from the front for each trial,
-and uses one GP with ARD per objective.
+and uses one GP with ARD per objective. With `Knowledge`, what needs no trial is not modelled: exact objectives, sums that
+trials correct, parameters whose best value follows from others'.
 """
 
 from lightning_baqe.search.acquisition import (
@@ -42,6 +43,7 @@ from lightning_baqe.search.acquisition import (
 )
 from lightning_baqe.search.annealing import AnnealingOptions, AnnealingSampler
 from lightning_baqe.search.baselines import OptunaSampler, PoolSearch, gaussian_process, nsga2, random_search, tpe
+from lightning_baqe.search.knowledge import Knowledge, Sum
 from lightning_baqe.search.noisy_improvement import NoisyImprovementOptions, NoisyImprovementSampler
 from lightning_baqe.search.pareto import adrs, default_reference_point, hypervolume, pareto_mask
 from lightning_baqe.search.pool import spanning_pool
@@ -58,6 +60,7 @@ __all__ = [
     "BaqeSampler",
     "DeepKernelGP",
     "DeepKernelOptions",
+    "Knowledge",
     "NoisyImprovementOptions",
     "NoisyImprovementSampler",
     "OptunaSampler",
@@ -65,6 +68,7 @@ __all__ = [
     "Posterior",
     "SamplerOptions",
     "SearchSpace",
+    "Sum",
     "Surrogate",
     "adrs",
     "best_candidate",
