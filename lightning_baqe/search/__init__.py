@@ -30,8 +30,8 @@ Mode "paper" follows BAQE (sections III-B to III-E). Where the paper contradicts
   random ones of the same pool.
 
 Mode "beyond" keeps the initial design and the acquisition. It breeds new candidates from the front for each trial,
-and uses one GP with ARD per objective. With `Knowledge`, what needs no trial is not modelled: exact objectives, sums that
-trials correct, parameters whose best value follows from others'.
+and uses one GP with ARD per objective. With `Knowledge`, what needs no trial is not modelled: exact objectives, sums
+that trials correct, parameters whose best value follows from others'.
 """
 
 from lightning_baqe.search.acquisition import (
