@@ -140,7 +140,9 @@ def make_record(request: Request) -> dict[str, Any]:
     next(table.measure(grid.kernels()))
     structure = Structure(subject.net, tuple(subject.images.shape[1:]))
     space = latency.tuned_defaults(grid, table)
-    whole = Rows(request.folder / "whole.jsonl").read()
+    points = {latency.point_key(point): point for point in latency.whole_points(space, request.points)}
+    found = Rows(latency.rows_folder(request.folder) / "whole.jsonl").read()
+    whole = [row for row in found if row["point"] in points]
     rows = [row for row in Rows(request.folder / "rows.jsonl").read() if row["key"] == request.key]
     if len(whole) < 5:
         raise ConfigError(f"{len(whole)} whole networks are measured, 5 or more are wanted: run the latency stage")
@@ -173,7 +175,6 @@ def make_record(request: Request) -> dict[str, Any]:
         },
     }
     plain = Landscape(record, net=subject.net)
-    points = latency.whole_points(space, request.points)
     parts = np.array([plain.parts_us(points[row["point"]]) for row in whole])
     measured = np.array([row["latency_us"] for row in whole])
     first = np.array([row["time"] == 0 for row in whole])

@@ -1,7 +1,8 @@
 """Latencies of a landscape: kernels with all knobs of a grid, kernels without knobs, and whole networks as a check.
 
 Everything measured is on the disk before the next is measured: kernels in a records database of the landscape's own,
-the rest in rows. What is one program at several bit-widths, or in several layers, is measured once.
+the rest in rows, in a folder for each device and version of the templates. What is one program at several bit-widths,
+or in several layers, is measured once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lightning_baqe.benchmarks.landscape_accuracy import WIDTHS, searched_layers
 from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
 from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.device import digest, fingerprint
 from lightning_baqe.deploy.kernel_bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S, KernelBench
 from lightning_baqe.deploy.kernels import Call
 from lightning_baqe.deploy.layout import SLACK
@@ -113,6 +115,16 @@ class Grid:
                     knobs = template_of(spec).check_knobs(spec, point)
                     found[spec, canonical(knobs)] = knobs
         return found
+
+
+def rows_folder(folder: Path) -> Path:
+    """Where figures lie that are no kernel records: another one for each device and each change of what makes code."""
+    return folder / f"latency-{fingerprint(1)[:8]}"
+
+
+def point_key(params: Mapping[str, Any]) -> str:
+    """Identifies a point."""
+    return digest(dict(params))[:12]
 
 
 def make_grid(subject: Subject) -> Grid:
@@ -265,7 +277,7 @@ def wanted_conversions(structure: Structure, space: NetworkSpace, seed: int = 0)
 
 def measure_conversions(subject: Subject, structure: Structure, space: NetworkSpace, folder: Path) -> dict[str, float]:
     """``{operator and shape: microseconds}`` of all kernels without knobs; what ``conversions.jsonl`` has is kept."""
-    rows = Rows(folder / "conversions.jsonl")
+    rows = Rows(rows_folder(folder) / "conversions.jsonl")
     known = {row["call"]: row["latency_us"] for row in rows.read()}
     wanted, configs = wanted_conversions(structure, space)
     compiled: dict[str, Callable[..., Any]] = {}
@@ -333,9 +345,10 @@ def measure_whole(
     Yields:
         how many are left, first before anything is measured.
     """
-    rows = Rows(folder / "whole.jsonl")
+    rows = Rows(rows_folder(folder) / "whole.jsonl")
     wanted = [(i, 0) for i in range(len(points))] + [(i, 1) for i in range(min(AGAIN, len(points)))]
-    done = {(row["point"], row["time"]) for row in rows.read()}
+    numbers = {(point_key(points[i]), again): (i, again) for i, again in wanted}
+    done = {numbers.get((row["point"], row["time"])) for row in rows.read()}
     left = [one for one in wanted if one not in done]
     yield len(left)
     for index, (number, again) in enumerate(left):
@@ -347,13 +360,15 @@ def measure_whole(
             built = time.perf_counter()
             found = measure(Path(place) / "artifact", repeats=WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
         seconds = {"build": built - started, "measure": time.perf_counter() - built}
-        rows.append({"point": number, "time": again, "latency_us": found.latency_us, "seconds": seconds})
+        rows.append(
+            {"point": point_key(points[number]), "time": again, "latency_us": found.latency_us, "seconds": seconds}
+        )
         yield len(left) - index - 1
 
 
 def measure_float(subject: Subject, records: Records, folder: Path) -> dict[str, float]:
     """Latency and size of the float network with its best known knobs, after tuning as before a search."""
-    rows = Rows(folder / "float.jsonl")
+    rows = Rows(rows_folder(folder) / "float.jsonl")
     if not rows.read():
         graph = subject.graph(BitConfig.uniform(subject.net, FLOAT_BITS, FLOAT_BITS))
         tune(graph, subject.target, 1, TUNED, None, records)
@@ -404,7 +419,7 @@ def check_latency(parts: np.ndarray, measured: np.ndarray, folds: int = 5) -> di
 
 def spread_of_measurements(rows: Sequence[Mapping[str, Any]]) -> float:
     """Relative standard deviation of repeated measurements of one network."""
-    by_point: dict[int, list[float]] = {}
+    by_point: dict[Any, list[float]] = {}
     for row in rows:
         by_point.setdefault(row["point"], []).append(float(np.log(row["latency_us"])))
     pairs = [values for values in by_point.values() if len(values) > 1]
