@@ -22,6 +22,7 @@ from lightning_baqe.benchmarks import (
     landscapes,
 )
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, bit_configs, searched_layers, wanted_rows, with_bits
+from lightning_baqe.benchmarks.landscape_correction import Correction
 from lightning_baqe.benchmarks.landscapes import Landscape, read_record
 from lightning_baqe.deploy.kernel_bench import KernelBench
 from lightning_baqe.deploy.records import KernelRecord, canonical
@@ -118,7 +119,7 @@ def check_any_point(found: Landscape) -> None:
         kernels = sum(
             found.kernel_latency_us(layer, bits[layer].activation, schedules[layer]) for layer in found.space.defaults
         )
-        assert found.parts_us(point)[0] == pytest.approx(kernels)
+        assert found.parts(point)[0] == pytest.approx(kernels)
         assert all(found.kernel_seconds(layer, bits[layer].activation) > 0 for layer in found.space.defaults)
 
 
@@ -177,9 +178,13 @@ def test_a_table_wants_measurements(counted: Network, tmp_path: Path, capsys: py
 
 def test_a_correction_is_checked_on_other_networks() -> None:
     rng = np.random.default_rng(0)
-    parts = rng.uniform(10, 100, (40, 2))
-    measured = 20 + 1.1 * parts[:, 0] + 2.0 * parts[:, 1]
-    assert landscape_latency.fit_correction(parts, measured) == pytest.approx([20, 1.1, 2.0])
+    parts = rng.uniform(10, 100, (60, 4))
+    truth = Correction((20.0, 1.1, 2.0, 3.0, 0.5, 1.0), 16.0)
+    measured = truth.apply(parts)
+    found = landscape_latency.fit_correction(parts, measured)
+    assert found.cached_mb == 16.0
+    assert found.factors == pytest.approx(truth.factors, rel=1e-6)
+    assert Correction.from_record(json.loads(json.dumps(found.record()))) == found
     check = landscape_latency.check_latency(parts, measured)
     assert check["corrected"]["largest_relative_error"] < 1e-6
     assert check["sum"]["mean_relative_error"] > 0.1
