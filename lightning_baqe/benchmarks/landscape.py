@@ -37,6 +37,7 @@ from lightning_baqe.benchmarks import landscape_latency as latency
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.accuracy_rows import Rows
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, float_network, measure_rows, row_key
+from lightning_baqe.benchmarks.landscape_correction import PLAIN
 from lightning_baqe.benchmarks.landscape_models import choose, spread_of_repeats
 from lightning_baqe.benchmarks.landscape_structure import Structure
 from lightning_baqe.benchmarks.landscapes import FORMAT, SUFFIX, Landscape, write_record
@@ -140,7 +141,9 @@ def make_record(request: Request) -> dict[str, Any]:
     next(table.measure(grid.kernels()))
     structure = Structure(subject.net, tuple(subject.images.shape[1:]))
     space = latency.tuned_defaults(grid, table)
-    whole = Rows(request.folder / "whole.jsonl").read()
+    points = {latency.point_key(point): point for point in latency.whole_points(space, request.points)}
+    found = Rows(latency.rows_folder(request.folder) / "whole.jsonl").read()
+    whole = [row for row in found if row["point"] in points]
     rows = [row for row in Rows(request.folder / "rows.jsonl").read() if row["key"] == request.key]
     if len(whole) < 5:
         raise ConfigError(f"{len(whole)} whole networks are measured, 5 or more are wanted: run the latency stage")
@@ -158,7 +161,7 @@ def make_record(request: Request) -> dict[str, Any]:
         "latency": {
             **latency.latency_tables(grid, table),
             "pixels": latency.measure_conversions(subject, structure, grid.space, request.folder),
-            "correction": [0.0, 1.0, 1.0],
+            "correction": PLAIN.record(),
             "spread": latency.spread_of_measurements(whole),
         },
         "accuracy": accuracy,
@@ -173,11 +176,10 @@ def make_record(request: Request) -> dict[str, Any]:
         },
     }
     plain = Landscape(record, net=subject.net)
-    points = latency.whole_points(space, request.points)
-    parts = np.array([plain.parts_us(points[row["point"]]) for row in whole])
+    parts = np.array([plain.parts(points[row["point"]]) for row in whole])
     measured = np.array([row["latency_us"] for row in whole])
     first = np.array([row["time"] == 0 for row in whole])
-    record["latency"]["correction"] = latency.fit_correction(parts[first], measured[first])
+    record["latency"]["correction"] = latency.fit_correction(parts[first], measured[first]).record()
     record["about"]["latency_check"] = {
         "networks": int(first.sum()),
         "spread": record["latency"]["spread"],
@@ -201,8 +203,8 @@ def _accuracy(rows: list[dict[str, Any]], layers: tuple[str, ...]) -> dict[str, 
         "chosen": best,
         "held_out": table,
     }  # fmt: skip
-    return {"model": model.record(), "spread": spread_of_repeats([*map(tuple, widths.tolist())], errors),
-            "check": check}  # fmt: skip
+    spread = spread_of_repeats([*map(tuple, widths.tolist())], errors)
+    return {"model": model.record(), "layers": list(layers), "spread": spread, "check": check}
 
 
 def _seconds(rows: list[dict[str, Any]], whole: list[dict[str, Any]]) -> dict[str, float]:
@@ -224,7 +226,7 @@ def print_record(record: dict[str, Any], console: Console) -> None:
     console.print(
         f"{record['name']} on {about['device']['cpu']}: {len(record['space']['bit_choices'])} layers, "
         f"{len(kernels)} kernels with {sum(len(k['latency_us']) for k in kernels)} knobs, "
-        f"{len(record['latency']['pixels']) - 1} conversions; float {record['reference']['latency_us']:.0f} us",
+        f"{len(record['latency']['pixels'])} conversions; float {record['reference']['latency_us']:.0f} us",
         soft_wrap=True,
     )
     table = Table(title=f"accuracy: held-out predictions of {accuracy['bit_configs']} bit-configs, 10 folds")
@@ -241,17 +243,19 @@ def print_record(record: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     table = Table(title=f"latency: {check['networks']} whole networks, corrections fitted to others (5 folds)")
-    for heading in ("model", "rank correlation", "mean error", "largest error"):
+    for heading in ("model", "rank correlation", "median error", "mean error", "largest error"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name in ("sum", "corrected"):
         row = check[name]
-        table.add_row(name, f"{row['spearman']:.3f}", f"{row['mean_relative_error']:.1%}",
-                      f"{row['largest_relative_error']:.1%}")  # fmt: skip
+        relative = [f"{row[f'{kind}_relative_error']:.1%}" for kind in ("median", "mean", "largest")]
+        table.add_row(name, f"{row['spearman']:.3f}", *relative)
     console.print(table)
-    constant, of_kernels, of_pixels = record["latency"]["correction"]
+    factors = record["latency"]["correction"]
     console.print(
-        f"latency = {constant:.1f} us + {of_kernels:.3f} kernels + {of_pixels:.3f} conversions; repeated measurements "
-        f"spread by {check['spread']:.1%}; a trial takes {sum(record['seconds'].values()):.0f} s",
+        f"latency = {factors['constant']:.1f} us + {factors['kernels']:.2f} kernels + {factors['conversions']:.2f} "
+        f"conversions + {factors['calls']:.2f} us a conversion + {factors['megabytes']:.2f} us a MB + "
+        f"{factors['beyond']:.2f} us a MB above {factors['cached_mb']:.0f}; repeated measurements spread by "
+        f"{check['spread']:.1%}; a trial takes {sum(record['seconds'].values()):.0f} s",
         soft_wrap=True,
     )
 

@@ -1,7 +1,8 @@
 """Latencies of a landscape: kernels with all knobs of a grid, kernels without knobs, and whole networks as a check.
 
 Everything measured is on the disk before the next is measured: kernels in a records database of the landscape's own,
-the rest in rows. What is one program at several bit-widths, or in several layers, is measured once.
+the rest in rows, in a folder for each device and version of the templates. What is one program at several bit-widths,
+or in several layers, is measured once.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import nn
 
 from lightning_baqe.benchmarks.accuracy_rows import Rows
 from lightning_baqe.benchmarks.landscape_accuracy import WIDTHS, searched_layers, with_bits
+from lightning_baqe.benchmarks.landscape_correction import PLAIN, Correction, correction_columns
 from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
 from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.device import digest, fingerprint
 from lightning_baqe.deploy.kernel_bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S, KernelBench
 from lightning_baqe.deploy.kernels import Call
 from lightning_baqe.deploy.layout import SLACK
@@ -49,6 +53,8 @@ TUNED = 4  # knobs of each kernel that a search has tried before its first trial
 SAMPLED = 2000  # bit-configs that are looked through for conversions
 AGAIN = 8  # whole networks that are measured twice, for the spread
 WHOLE_REPEATS, WHOLE_LIMIT_S = 60, 2.0
+REWEIGHTED = 20  # rounds of the robust fit
+CACHED_MB = (4.0, 8.0, 12.0, 16.0, 24.0)  # what of a network's constants may stay in caches from image to image
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,16 @@ class Grid:
                     knobs = template_of(spec).check_knobs(spec, point)
                     found[spec, canonical(knobs)] = knobs
         return found
+
+
+def rows_folder(folder: Path) -> Path:
+    """Where figures lie that are no kernel records: another one for each device and each change of what makes code."""
+    return folder / f"latency-{fingerprint(1)[:8]}"
+
+
+def point_key(params: Mapping[str, Any]) -> str:
+    """Identifies a point."""
+    return digest(dict(params))[:12]
 
 
 def make_grid(subject: Subject) -> Grid:
@@ -265,7 +281,7 @@ def wanted_conversions(structure: Structure, space: NetworkSpace, seed: int = 0)
 
 def measure_conversions(subject: Subject, structure: Structure, space: NetworkSpace, folder: Path) -> dict[str, float]:
     """``{operator and shape: microseconds}`` of all kernels without knobs; what ``conversions.jsonl`` has is kept."""
-    rows = Rows(folder / "conversions.jsonl")
+    rows = Rows(rows_folder(folder) / "conversions.jsonl")
     known = {row["call"]: row["latency_us"] for row in rows.read()}
     wanted, configs = wanted_conversions(structure, space)
     compiled: dict[str, Callable[..., Any]] = {}
@@ -283,7 +299,7 @@ def measure_conversions(subject: Subject, structure: Structure, space: NetworkSp
     missing = sorted(wanted - set(known))
     if missing:
         raise MeasurementError(f"no plan had the kernels {missing[:5]}; please report this with the network")
-    return {"fixed": 0.0, **known}
+    return known
 
 
 def conversion_name(call: Call) -> str | None:
@@ -333,9 +349,10 @@ def measure_whole(
     Yields:
         how many are left, first before anything is measured.
     """
-    rows = Rows(folder / "whole.jsonl")
+    rows = Rows(rows_folder(folder) / "whole.jsonl")
     wanted = [(i, 0) for i in range(len(points))] + [(i, 1) for i in range(min(AGAIN, len(points)))]
-    done = {(row["point"], row["time"]) for row in rows.read()}
+    numbers = {(point_key(points[i]), again): (i, again) for i, again in wanted}
+    done = {numbers.get((row["point"], row["time"])) for row in rows.read()}
     left = [one for one in wanted if one not in done]
     yield len(left)
     for index, (number, again) in enumerate(left):
@@ -347,13 +364,15 @@ def measure_whole(
             built = time.perf_counter()
             found = measure(Path(place) / "artifact", repeats=WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
         seconds = {"build": built - started, "measure": time.perf_counter() - built}
-        rows.append({"point": number, "time": again, "latency_us": found.latency_us, "seconds": seconds})
+        rows.append(
+            {"point": point_key(points[number]), "time": again, "latency_us": found.latency_us, "seconds": seconds}
+        )
         yield len(left) - index - 1
 
 
 def measure_float(subject: Subject, records: Records, folder: Path) -> dict[str, float]:
     """Latency and size of the float network with its best known knobs, after tuning as before a search."""
-    rows = Rows(folder / "float.jsonl")
+    rows = Rows(rows_folder(folder) / "float.jsonl")
     if not rows.read():
         graph = subject.graph(BitConfig.uniform(subject.net, FLOAT_BITS, FLOAT_BITS))
         tune(graph, subject.target, 1, TUNED, None, records)
@@ -363,39 +382,47 @@ def measure_float(subject: Subject, records: Records, folder: Path) -> dict[str,
     return rows.read()[-1]
 
 
-def fit_correction(parts: np.ndarray, measured: np.ndarray) -> list[float]:
-    """``measured = c0 + c1 kernels + c2 conversions``, least squares of relative errors, none of the three below 0.
+def fit_correction(parts: np.ndarray, measured: np.ndarray) -> Correction:
+    """The correction with the smallest errors.
+
+    Relative errors count, and outliers no more than in proportion (Huber's weights at twice the median error): a busy
+    moment spoils a measurement upwards. No factor is below 0.
 
     Args:
-        parts: ``(n, 2)``, sums of kernels and of conversions.
-        measured: ``(n,)``.
+        parts: ``(n, 4)``, of :meth:`~lightning_baqe.benchmarks.landscapes.Landscape.parts`.
+        measured: ``(n,)``, microseconds.
     """
-    from scipy.optimize import nnls
-
-    columns = np.concatenate([np.ones((len(parts), 1)), parts], axis=1) / measured[:, None]
-    return [float(value) for value in nnls(columns, np.ones(len(measured)))[0]]
+    found = [_fit_factors(parts, measured, cached) for cached in CACHED_MB]
+    return min(found, key=lambda one: float(np.abs(one.apply(parts) / measured - 1).mean()))
 
 
-def corrected(correction: Sequence[float], parts: np.ndarray) -> np.ndarray:
-    """Latencies ``(n,)``."""
-    return np.asarray(correction[0] + parts @ np.array(correction[1:]))
+def _fit_factors(parts: np.ndarray, measured: np.ndarray, cached: float) -> Correction:
+    columns = correction_columns(parts, cached) / measured[:, None]
+    weights, found = np.ones(len(measured)), np.zeros(columns.shape[1])
+    for _ in range(REWEIGHTED):
+        found = nnls(columns * weights[:, None], weights)[0]
+        errors = np.abs(columns @ found - 1)
+        weights = np.sqrt(np.minimum(1.0, 2 * np.median(errors) / np.maximum(errors, 1e-9)))
+    return Correction(tuple(float(value) for value in found), cached)
 
 
 def check_latency(parts: np.ndarray, measured: np.ndarray, folds: int = 5) -> dict[str, dict[str, float]]:
     """Errors of the plain sum, and of corrections that were fitted to other points.
 
     Returns:
-        ``{"sum", "corrected": {"spearman", "mean_relative_error", "largest_relative_error"}}``.
+        ``{"sum", "corrected": {"spearman", "median_relative_error", "mean_relative_error",
+        "largest_relative_error"}}``.
     """
     held_out = np.empty(len(measured))
     for fold in range(folds):
         test = np.arange(len(measured)) % folds == fold
-        held_out[test] = corrected(fit_correction(parts[~test], measured[~test]), parts[test])
+        held_out[test] = fit_correction(parts[~test], measured[~test]).apply(parts[test])
     found = {}
-    for name, predicted in (("sum", parts.sum(1)), ("corrected", held_out)):
+    for name, predicted in (("sum", PLAIN.apply(parts)), ("corrected", held_out)):
         relative = np.abs(predicted / measured - 1)
         found[name] = {
             "spearman": float(spearmanr(predicted, measured).statistic),
+            "median_relative_error": float(np.median(relative)),
             "mean_relative_error": float(relative.mean()),
             "largest_relative_error": float(relative.max()),
         }
@@ -404,7 +431,7 @@ def check_latency(parts: np.ndarray, measured: np.ndarray, folds: int = 5) -> di
 
 def spread_of_measurements(rows: Sequence[Mapping[str, Any]]) -> float:
     """Relative standard deviation of repeated measurements of one network."""
-    by_point: dict[int, list[float]] = {}
+    by_point: dict[Any, list[float]] = {}
     for row in rows:
         by_point.setdefault(row["point"], []).append(float(np.log(row["latency_us"])))
     pairs = [values for values in by_point.values() if len(values) > 1]

@@ -24,6 +24,7 @@ import torch
 from optuna.distributions import BaseDistribution
 from torch import nn
 
+from lightning_baqe.benchmarks.landscape_correction import Correction
 from lightning_baqe.benchmarks.landscape_latency import TUNED
 from lightning_baqe.benchmarks.landscape_models import from_logit, from_record, logit
 from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
@@ -70,9 +71,9 @@ def read_record(source: str | Path) -> dict[str, Any]:
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a landscape; equal records give equal files."""
+    """Write a landscape; equal records give equal files. Keys keep their order, which tables of knobs follow."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(json.dumps(record, sort_keys=True).encode(), mtime=0))
+    path.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
 
 
 class Landscape:
@@ -132,11 +133,12 @@ class Landscape:
         self._kernels = [np.array(kernel["latency_us"]) for kernel in latency["kernels"]]
         self._kernel_seconds = [float(kernel["seconds"]) for kernel in latency["kernels"]]
         self._pixels: Mapping[str, float] = latency["pixels"]
-        self._correction, self._latency_spread = latency["correction"], float(latency["spread"])
+        self._correction = Correction.from_record(latency["correction"])
+        self._latency_spread = float(latency["spread"])
         self._scores: Mapping[str, Mapping[str, float]] = record.get("scores", {})
         self._accuracy = from_record(record["accuracy"]["model"])
         self._accuracy_spread = float(record["accuracy"]["spread"])
-        self._layers = tuple(self.space.bit_choices)
+        self._layers = tuple(record["accuracy"]["layers"])
 
     @classmethod
     def load(
@@ -242,19 +244,19 @@ class Landscape:
 
     def latency_us(self, params: Mapping[str, Any]) -> float:
         """Latency of the whole network: kernels and conversions, corrected by measurements of whole networks."""
-        kernels, pixels = self.parts_us(params)
-        constant, of_kernels, of_pixels = self._correction
-        return float(constant + of_kernels * kernels + of_pixels * pixels)
+        return float(self._correction.apply(np.array([self.parts(params)]))[0])
 
-    def parts_us(self, params: Mapping[str, Any]) -> tuple[float, float]:
-        """Sums over the measured kernels with knobs, and over those without: the model's inputs."""
+    def parts(self, params: Mapping[str, Any]) -> tuple[float, float, float, float]:
+        """What the latency is made of: microseconds of the measured kernels with knobs, and of those without
+        (conversions), the number of the latter, and the size in megabytes.
+        """
         bits, schedules = self.space.point(params)
         kernels = sum(
             self.kernel_latency_us(layer, bits[layer].activation, schedules[layer]) for layer in self.space.defaults
         )
         calls = self._structure.conversions(bits)
-        pixels = self._pixels["fixed"] + sum(times * self._pixels[call] for call, times in calls.items())
-        return kernels, pixels
+        pixels = sum(times * self._pixels[call] for call, times in calls.items())
+        return kernels, pixels, float(calls.total()), self.size_bytes(params) / 1e6
 
     def kernel_latency_us(self, layer: str, bits: int, knobs: Mapping[str, Any]) -> float:
         """Measured latency of a layer's kernel; conversions of its input are no part of it.

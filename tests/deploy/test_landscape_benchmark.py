@@ -21,11 +21,13 @@ from lightning_baqe.benchmarks import (
     landscape_latency,
     landscapes,
 )
-from lightning_baqe.benchmarks.landscape_accuracy import Trial, searched_layers, with_bits
+from lightning_baqe.benchmarks.landscape_accuracy import Trial, bit_configs, searched_layers, wanted_rows, with_bits
+from lightning_baqe.benchmarks.landscape_correction import Correction
 from lightning_baqe.benchmarks.landscapes import Landscape, read_record
 from lightning_baqe.deploy.kernel_bench import KernelBench
 from lightning_baqe.deploy.records import KernelRecord, canonical
 from lightning_baqe.search.space import SearchSpace
+from lightning_baqe.train import compose
 
 SMALLEST = Trial(2, 8, 16, 16, 16, calibration_batches=1, float_sizes=accuracy_rows.SMALLEST)
 ARGUMENTS = ["--network", "resnet18", "--configs", "5", "--tiles", "2", "--points", "5"]
@@ -117,19 +119,74 @@ def check_any_point(found: Landscape) -> None:
         kernels = sum(
             found.kernel_latency_us(layer, bits[layer].activation, schedules[layer]) for layer in found.space.defaults
         )
-        assert found.parts_us(point)[0] == pytest.approx(kernels)
+        assert found.parts(point)[0] == pytest.approx(kernels)
         assert all(found.kernel_seconds(layer, bits[layer].activation) > 0 for layer in found.space.defaults)
 
 
 def check_sizes(found: Landscape, folder: Path) -> None:
-    net, images = SmallestNet(found_classes := 62).eval(), torch.rand(2, 3, 32, 32)
+    net, images = SmallestNet(62).eval(), torch.rand(2, 3, 32, 32)
     base = baqe.BitConfig.uniform(net, 8, 8)
-    assert found_classes == 62
+    reference = read_record(folder / "resnet18_glyphs.json.gz")["reference"]
     rng = np.random.default_rng(3)
     for point in found.candidates(4, rng):
         bits = with_bits(base, {layer: point[f"{layer}/bits"] for layer in searched_layers(base)})
         graph = baqe.lower(baqe.calibrate(baqe.quantize(net, bits, images), [images]))
         assert found.size_bytes(point) == graph.size_bytes
-        assert found.size(point) == graph.size_bytes / read_record(folder / "resnet18_glyphs.json.gz")["reference"][
-            "size_bytes"
-        ]  # fmt: skip
+        assert found.size(point) == graph.size_bytes / reference["size_bytes"]
+
+
+def test_a_trial_is_the_recipes() -> None:
+    cfg, trial = compose(["recipe=qat_search", "data=glyphs"]), Trial()
+    assert (cfg.search.steps_per_trial, cfg.search.epochs_per_trial) == (trial.steps, 1)
+    assert cfg.search.calibration_batches == trial.calibration_batches
+    assert cfg.search.activation_range == trial.activation_range
+    assert (cfg.task.learning_rate, cfg.task.weight_decay) == (trial.learning_rate, trial.weight_decay)
+    assert (cfg.task.optimizer, cfg.task.scheduler, cfg.task.label_smoothing) == ("adamw", "none", 0.0)
+    data = trial.data()
+    assert {"train": cfg.data.train_size, "val": cfg.data.val_size, "test": cfg.data.test_size} == data.sizes
+    assert (cfg.data.batch_size, cfg.data.seed) == (data.batch_size, data.seed)
+
+
+def test_more_bit_configs_begin_with_the_same() -> None:
+    base = baqe.BitConfig.uniform(SmallestNet(10), 8, 8)
+    few, many = (bit_configs(base, n) for n in (10, 20))
+    assert many[:10] == few
+    assert len({tuple(bits.items()) for bits in many}) == 20
+    numbers = [number for number, _ in wanted_rows(base, 20)]
+    assert len(set(numbers)) == len(numbers) == 20 + len(landscape_accuracy.REPEATED) * landscape_accuracy.REPEATS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--share", "2/2"], "a share is k/m"),
+        (["--tiles", "0"], "--tiles is at least 1"),
+        (["--network", "lenet"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        landscape.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_table_wants_measurements(counted: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "empty"
+    assert landscape.main([*ARGUMENTS, "--folder", str(folder), "--stages", "table"]) == 1
+    assert "run the latency stage" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_correction_is_checked_on_other_networks() -> None:
+    rng = np.random.default_rng(0)
+    parts = rng.uniform(10, 100, (60, 4))
+    truth = Correction((20.0, 1.1, 2.0, 3.0, 0.5, 1.0), 16.0)
+    measured = truth.apply(parts)
+    found = landscape_latency.fit_correction(parts, measured)
+    assert found.cached_mb == 16.0
+    assert found.factors == pytest.approx(truth.factors, rel=1e-6)
+    assert Correction.from_record(json.loads(json.dumps(found.record()))) == found
+    check = landscape_latency.check_latency(parts, measured)
+    assert check["corrected"]["largest_relative_error"] < 1e-6
+    assert check["sum"]["mean_relative_error"] > 0.1
+    rows = [{"point": 0, "latency_us": latency} for latency in (100.0, 102.0)] + [{"point": 1, "latency_us": 7.0}]
+    assert landscape_latency.spread_of_measurements(rows) == pytest.approx(np.log(1.02) / np.sqrt(2), rel=1e-3)
