@@ -197,7 +197,7 @@ class Landscape:
                 b: sum(self.kernel_latency_us(layer, b, self.space.defaults[layer][b]) for layer in group) / total
                 for b in choices
             }
-        kernels, pixels = self.parts_us(plain)
+        kernels, pixels, *_ = self.parts(plain)
         searched = sum(choices[base] for choices in latency.values())
         exact: Kind = "estimate" if any(FLOAT_BITS in choices for choices in offered.values()) else "exact"
         scores = {

@@ -26,6 +26,7 @@ from lightning_baqe.benchmarks.landscape_correction import Correction
 from lightning_baqe.benchmarks.landscapes import Landscape, read_record
 from lightning_baqe.deploy.kernel_bench import KernelBench
 from lightning_baqe.deploy.records import KernelRecord, canonical
+from lightning_baqe.search.knowledge import BoundKnowledge, Sum
 from lightning_baqe.search.space import SearchSpace
 from lightning_baqe.train import compose
 
@@ -190,3 +191,23 @@ def test_a_correction_is_checked_on_other_networks() -> None:
     assert check["sum"]["mean_relative_error"] > 0.1
     rows = [{"point": 0, "latency_us": latency} for latency in (100.0, 102.0)] + [{"point": 1, "latency_us": 7.0}]
     assert landscape_latency.spread_of_measurements(rows) == pytest.approx(np.log(1.02) / np.sqrt(2), rel=1e-3)
+
+
+@pytest.mark.parametrize("bit_choices", [(4, 8), (4, 8, 32)])
+def test_knowledge_of_a_shipped_landscape_leads_to_good_points(bit_choices: tuple[int, ...]) -> None:
+    shipped = Landscape.load(landscapes.shipped()[0], bit_choices)
+    space, knowledge = SearchSpace(shipped.distributions), shipped.knowledge()
+    bound = BoundKnowledge(knowledge, space)
+    size = knowledge.objectives[2]
+    assert isinstance(size, Sum)
+    assert size.kind == ("estimate" if 32 in bit_choices else "exact")
+    rows = np.array([space.internal(point) for point in shipped.candidates(30, np.random.default_rng(0))])
+    better = bound.improved(rows)
+    sums = bound.estimates(better).numpy()
+    found = np.array([shipped.evaluate(space.external(row)) for row in better])
+    plain = np.array([shipped.evaluate(space.external(row)) for row in rows])
+    assert np.allclose(sums[:, 2], found[:, 2], atol=1e-3)
+    assert found[:, 1].mean() < plain[:, 1].mean()
+    if 32 in bit_choices:
+        assert np.corrcoef(sums[:, 1], found[:, 1])[0, 1] > 0.9
+    assert shipped.preparation_s() > 0
