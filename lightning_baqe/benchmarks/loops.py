@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
 from botorch.acquisition.multi_objective.logei import qLogExpectedHypervolumeImprovement
@@ -129,7 +128,7 @@ def run_beyond(name: str, n_initial: int, n_more: int, seed: int) -> Run:
     )
     start = initial_points(function.dim, n_initial, seed)
     for point, values in zip(unnormalize(start, function.bounds), -evaluate(function, start), strict=True):
-        params = {name: float(np.clip(v, a, b)) for name, v, a, b in zip(names, point, low, high, strict=True)}
+        params = {name: min(max(float(v), a), b) for name, v, a, b in zip(names, point, low, high, strict=True)}
         study.add_trial(optuna.create_trial(params=params, distributions=space, values=values.tolist()))
     seconds = []
     for _ in range(n_more):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -39,22 +39,38 @@ def fill(
         names: the fields of a row that tell runs apart.
         wanted: the values of these fields, one tuple a run.
         task: values of the fields -> the rest of the row; a function of a module, as other processes call it.
-        jobs: processes.
+        jobs: processes; 1 is this one.
         console: for the progress bar.
         title: of the bar.
     """
     known = {tuple(row[name] for name in names) for row in rows.all}
     missing = [key for key in wanted if key not in known]
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, console=console) as bar,
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool,
-    ):
+    with Progress(*columns, console=console) as bar:
         shown = bar.add_task(title, total=len(wanted), completed=len(wanted) - len(missing))
+        for key, rest in _here(missing, task) if jobs == 1 else _elsewhere(missing, task, jobs):
+            rows.add({**dict(zip(names, key, strict=True)), **rest})
+            bar.advance(shown)
+
+
+def _here(missing: Sequence[Key], task: Callable[..., dict[str, Any]]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    threads, verbosity = torch.get_num_threads(), optuna.logging.get_verbosity()
+    _start_worker()
+    try:
+        for key in missing:
+            yield key, task(*key)
+    finally:
+        torch.set_num_threads(threads)
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _elsewhere(
+    missing: Sequence[Key], task: Callable[..., dict[str, Any]], jobs: int
+) -> Iterator[tuple[Key, dict[str, Any]]]:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
         futures = {pool.submit(task, *key): key for key in missing}
         try:
             for future in as_completed(futures):
-                rows.add({**dict(zip(names, futures[future], strict=True)), **future.result()})
-                bar.advance(shown)
+                yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # an error or Ctrl-C: what has ended is in the file
