@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shlex
 import sys
 import time
 import warnings
@@ -60,7 +59,6 @@ class Request:
         points: whole networks that the latency is checked on.
         folder: of everything measured.
         trial: what a trial does.
-        command: that made it, for the table.
     """
 
     network: str
@@ -69,12 +67,17 @@ class Request:
     points: int
     folder: Path
     trial: Trial
-    command: str = PROGRAM
 
     @property
     def name(self) -> str:
         """Of the landscape."""
         return f"{self.network}_glyphs"
+
+    @property
+    def command(self) -> str:
+        """What makes it, with or without interruptions."""
+        counts = f"--configs {self.configs} --tiles {self.tiles} --points {self.points}"
+        return f"{PROGRAM} --network {self.network} {counts}"
 
     @property
     def key(self) -> dict[str, Any]:
@@ -103,12 +106,13 @@ def latency_stage(request: Request, console: Console) -> None:
     subject = request.subject()
     grid = latency.make_grid(subject)
     table = latency.KernelTable(subject.target, request.folder)
+    # First, since tuning measures some of the grid's kernels again.
+    latency.measure_float(subject, table.records, request.folder)
     steps = table.measure(grid.kernels())
     done, total = next(steps)
     _follow(console, "kernels", steps, total, done)
     structure = Structure(subject.net, tuple(subject.images.shape[1:]))
     latency.measure_conversions(subject, structure, grid.space, request.folder)
-    latency.measure_float(subject, table.records, request.folder)
     space = latency.tuned_defaults(grid, table)
     points = latency.whole_points(space, request.points)
     whole = latency.measure_whole(subject, space, points, table.records, request.folder)
@@ -287,9 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         the exit status: 0, or 1 after an error that says what to do.
     """
-    given = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     for name in ("configs", "tiles", "points"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is at least 1")
@@ -298,10 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     folder = options.folder or Path("outputs/landscape") / options.network
-    plain = shlex.join([word for word in given if word != str(options.folder) and word != "--folder"])
-    request = Request(
-        options.network, options.configs, options.tiles, options.points, folder, Trial(), f"{PROGRAM} {plain}"
-    )
+    request = Request(options.network, options.configs, options.tiles, options.points, folder, Trial())
     console = Console(width=140 if not Console().is_terminal else None, highlight=False)
     try:
         if "accuracy" in options.stages:

@@ -383,7 +383,7 @@ def measure_float(subject: Subject, records: Records, folder: Path) -> dict[str,
 
 
 def fit_correction(parts: np.ndarray, measured: np.ndarray) -> Correction:
-    """The correction with the smallest errors.
+    """The correction with the smallest errors. Kernels and conversions count as measured, so that knobs keep their say.
 
     Relative errors count, and outliers no more than in proportion (Huber's weights at twice the median error): a busy
     moment spoils a measurement upwards. No factor is below 0.
@@ -397,13 +397,15 @@ def fit_correction(parts: np.ndarray, measured: np.ndarray) -> Correction:
 
 
 def _fit_factors(parts: np.ndarray, measured: np.ndarray, cached: float) -> Correction:
-    columns = correction_columns(parts, cached) / measured[:, None]
+    columns = np.delete(correction_columns(parts, cached), (1, 2), axis=1) / measured[:, None]
+    wanted = 1 - PLAIN.apply(parts) / measured
     weights, found = np.ones(len(measured)), np.zeros(columns.shape[1])
     for _ in range(REWEIGHTED):
-        found = nnls(columns * weights[:, None], weights)[0]
-        errors = np.abs(columns @ found - 1)
+        found = nnls(columns * weights[:, None], wanted * weights)[0]
+        errors = np.abs(columns @ found - wanted)
         weights = np.sqrt(np.minimum(1.0, 2 * np.median(errors) / np.maximum(errors, 1e-9)))
-    return Correction(tuple(float(value) for value in found), cached)
+    constant, *others = (float(value) for value in found)
+    return Correction((constant, 1.0, 1.0, *others), cached)
 
 
 def check_latency(parts: np.ndarray, measured: np.ndarray, folds: int = 5) -> dict[str, dict[str, float]]:

@@ -180,7 +180,7 @@ def test_a_table_wants_measurements(counted: Network, tmp_path: Path, capsys: py
 def test_a_correction_is_checked_on_other_networks() -> None:
     rng = np.random.default_rng(0)
     parts = rng.uniform(10, 100, (60, 4))
-    truth = Correction((20.0, 1.1, 2.0, 3.0, 0.5, 1.0), 16.0)
+    truth = Correction((20.0, 1.0, 1.0, 3.0, 0.5, 1.0), 16.0)
     measured = truth.apply(parts)
     found = landscape_latency.fit_correction(parts, measured)
     assert found.cached_mb == 16.0
