@@ -169,6 +169,7 @@ def make_record(request: Request) -> dict[str, Any]:
             "spread": latency.spread_of_measurements(whole),
         },
         "accuracy": accuracy,
+        "scores": latency.sensitivities(subject),
         "seconds": seconds,
         "about": {
             "command": request.command,

@@ -47,6 +47,7 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
+from lightning_baqe.quantization.sensitivity import layer_scores
 
 TILES = 4  # of each kernel's tiles, the best by estimated cost; all other knobs keep all of their values
 TUNED = 4  # knobs of each kernel that a search has tried before its first trial
@@ -145,7 +146,10 @@ def make_grid(subject: Subject) -> Grid:
             if spec is None or call.layer is None or (call.layer not in choices and width != 8):
                 continue
             specs[call.layer][graph.bits[call.layer][1]] = spec
-            for knob, values in template_of(spec).knob_space(spec).items():
+            template = template_of(spec)
+            for knob, values in template.knob_space(spec).items():
+                if knob in template.unsearched:
+                    continue
                 found = offered[call.layer].setdefault(knob, [])
                 found.extend(v for v in (values[: subject.tiles] if knob == "tile" else values) if v not in found)
     knobs = {
@@ -159,6 +163,17 @@ def make_grid(subject: Subject) -> Grid:
     }
     sizes = SizeTable.of(graphs, models[8].record.labels)
     return Grid(NetworkSpace(base, choices, knobs, defaults), specs, sizes)
+
+
+def sensitivities(subject: Subject) -> dict[str, dict[str, float]]:
+    """``{layer: {bits: score}}`` of the searched layers: of a network that was not tuned, on one batch."""
+    scores: dict[str, dict[str, float]] = {layer: {} for layer in searched_layers(subject.base)}
+    for width in WIDTHS:
+        if width != FLOAT_BITS:
+            for layer, score in layer_scores(subject.quantized(subject.uniform(width)), subject.images).items():
+                if layer in scores:
+                    scores[layer][str(width)] = score
+    return scores
 
 
 class KernelTable:
