@@ -29,6 +29,7 @@ from botorch.models import ModelListGP, SingleTaskGP
 from botorch.optim import optimize_acqf_discrete_local_search
 from botorch.sampling import SobolQMCNormalSampler
 from gpytorch.mlls import SumMarginalLogLikelihood
+from linear_operator.utils.warnings import NumericalWarning
 from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from torch import Tensor
@@ -98,7 +99,9 @@ class NoisyImprovementSampler(PoolBaseline):
         raw = self._raw(number, space, history)
         if not len(raw):
             return None
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            # A point beside the observed ones makes a matrix singular; a little jitter is GPyTorch's own cure.
+            warnings.simplefilter("ignore", NumericalWarning)
             torch.default_generator.manual_seed(self._derived(6, number))
             x = space.encode(history.rows)
             model = _fitted(x, torch.cat([-values, constraints], dim=1), self.options.max_iterations)

@@ -133,7 +133,10 @@ def test_constraints_are_learned(baseline: str) -> None:
 def test_finds_better_fronts_than_random_search(baseline: str) -> None:
     reference, gains = [0.0, 2.2], []
     for seed in range(3):
-        options: dict[str, Any] = {"annealing": {"chains": 32, "steps": 50}, "nehvi": {"n_samples": 32}}[baseline]
+        options: dict[str, Any] = {
+            "annealing": {"chains": 32, "steps": 50},
+            "nehvi": {"n_samples": 16, "raw_samples": 64, "restarts": 1},
+        }[baseline]
         known = AnnealingOptions(**options) if baseline == "annealing" else NoisyImprovementOptions(**options)
         kind: Any = AnnealingSampler if baseline == "annealing" else NoisyImprovementSampler
         ours = run(kind(seed, DISCRETE, n_initial=6, options=known), 18)
