@@ -136,8 +136,9 @@ def wanted_rows(base: BitConfig, n: int, seed: int = 0) -> list[tuple[int, dict[
     """``(number, bits)`` of all rows, a few bit-configs repeated; the number draws the order of the images."""
     configs = bit_configs(base, n, seed)
     again = [dict.fromkeys(searched_layers(base), width) for width in REPEATED for _ in range(REPEATS)]
-    numbered = list(enumerate(configs)) + [(1_000_000 + i, bits) for i, bits in enumerate(again)]
-    return numbered[:REPEATED_AT] + numbered[len(configs) :] + numbered[REPEATED_AT : len(configs)]
+    first = list(enumerate(configs))
+    repeats = [(1_000_000 + index, bits) for index, bits in enumerate(again)]
+    return first[:REPEATED_AT] + repeats + first[REPEATED_AT:]
 
 
 class CompiledKernels:

@@ -365,13 +365,13 @@ def measure_whole(
         how many are left, first before anything is measured.
     """
     rows = Rows(rows_folder(folder) / "whole.jsonl")
-    wanted = [(i, 0) for i in range(len(points))] + [(i, 1) for i in range(min(AGAIN, len(points)))]
-    numbers = {(point_key(points[i]), again): (i, again) for i, again in wanted}
-    done = {numbers.get((row["point"], row["time"])) for row in rows.read()}
+    by_key = {point_key(point): point for point in points}
+    wanted = [(key, 0) for key in by_key] + [(key, 1) for key in list(by_key)[:AGAIN]]
+    done = {(row["point"], row["time"]) for row in rows.read()}
     left = [one for one in wanted if one not in done]
     yield len(left)
-    for index, (number, again) in enumerate(left):
-        bits, schedules = space.point(points[number])
+    for index, (key, again) in enumerate(left):
+        bits, schedules = space.point(by_key[key])
         started = time.perf_counter()
         artifact = build(subject.graph(bits), subject.target, schedules, 1, records)
         with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
@@ -379,9 +379,7 @@ def measure_whole(
             built = time.perf_counter()
             found = measure(Path(place) / "artifact", repeats=WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
         seconds = {"build": built - started, "measure": time.perf_counter() - built}
-        rows.append(
-            {"point": point_key(points[number]), "time": again, "latency_us": found.latency_us, "seconds": seconds}
-        )
+        rows.append({"point": key, "time": again, "latency_us": found.latency_us, "seconds": seconds})
         yield len(left) - index - 1
 
 
