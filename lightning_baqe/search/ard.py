@@ -35,6 +35,8 @@ Kernel = Literal["matern", "rbf"]
 Array = npt.NDArray[np.float64]
 
 _MIN_LENGTH, _MIN_NOISE = 2.5e-2, 1e-4
+# BoTorch has no upper bounds. No optimum lies near these, but steps of the line search can overflow beyond them.
+_MAX_LENGTH, _MAX_NOISE, _MAX_CONSTANT = 1e5, 1e2, 1e2
 _NOISE_LOC, _NOISE_SCALE = -4.0, 1.0
 _LENGTH_SCALE = math.sqrt(3)
 
@@ -127,7 +129,11 @@ class ExactGP:
             args=(xs, ys, kernel),
             jac=True,
             method="L-BFGS-B",
-            bounds=[(math.log(_MIN_LENGTH), None)] * d + [(math.log(_MIN_NOISE), None), (None, None)],
+            bounds=[
+                *[(math.log(_MIN_LENGTH), math.log(_MAX_LENGTH))] * d,
+                (math.log(_MIN_NOISE), math.log(_MAX_NOISE)),
+                (-_MAX_CONSTANT, _MAX_CONSTANT),
+            ],
             options={"maxiter": max_iterations},
         ).x
         return cls.given(x, y, torch.from_numpy(np.exp(found[:d])), math.exp(found[d]), float(found[d + 1]), kernel)

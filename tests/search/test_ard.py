@@ -86,3 +86,20 @@ def test_moments_have_gradients_also_at_observations(kernel: Kernel) -> None:
     (mean.sum() + variance.sum()).backward()
     assert points.grad is not None
     assert bool(points.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["constant", "one far value", "repeated", "steep"])
+def test_extreme_data_can_be_fitted(kernel: Kernel, kind: str) -> None:
+    x, y = data(20)
+    if kind == "constant":
+        y = torch.zeros_like(y)
+    elif kind == "one far value":
+        y = torch.zeros_like(y).index_fill(0, torch.tensor([3]), 4.4)
+    elif kind == "repeated":
+        x, y = x[:1].expand(20, -1), y * 1e-6
+    else:
+        y = torch.where(x[:, 0] > 0.5, 1.0, -1.0).double() * 3
+    mean, variance = ExactGP.fit(x, y, kernel, 200).moments(torch.cat([x, x + 10]))
+    assert bool(mean.isfinite().all())
+    assert bool((variance.isfinite() & (variance >= 0)).all())
