@@ -38,7 +38,7 @@ def test_wrong_knobs_are_refused(knobs: dict[str, object]) -> None:
 def test_given_knobs_win_over_known_ones_and_those_over_defaults() -> None:
     plan = make_plan(small(), TARGET, {"first": {"tile": "1x1x2"}}, best=lambda spec: {"tile": "2x1x1"})
     assert {layer: knobs["tile"] for layer, knobs in plan.schedules.items()} == {"first": "1x1x2", "second": "2x1x1"}
-    assert set(plan.schedules["first"]) == {"tile", "order", "unroll", "weights"}
+    assert set(plan.schedules["first"]) == {"tile", "order", "unroll", "weights", "reduction", "intrinsic"}
 
 
 def test_the_digest_tells_code_not_weights() -> None:

@@ -171,6 +171,7 @@ def test_ranks_put_infeasible_trials_last_and_follow_the_weights() -> None:
         values=torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [0.0, 0.0]], dtype=torch.float64),
         constraints=torch.tensor([[-1.0], [0.0], [0.0], [2.0]], dtype=torch.float64),
         seen=set(),
+        pending=np.zeros((0, 1)),
     )
     assert ranks(history, np.array([1.0, 0.0])).tolist() == [3.0, 1.0, 2.0, 0.0]
     assert ranks(history, np.array([0.0, 1.0])).tolist() == [1.0, 3.0, 2.0, 0.0]
