@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import tvm.error
 from small_graphs import UINT8, Maker
 
+from lightning_baqe.deploy import compiler
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.plan import make_plan
@@ -113,3 +115,12 @@ def test_build_runs() -> None:
     assert torch.equal(artifact.run(x), graph.run(x))
     with pytest.raises(ConfigError, match="shape"):
         artifact.run(torch.zeros(1, 3, 8, 8))
+
+
+def test_what_tvm_refuses_is_a_build_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise tvm.error.InternalError("no such instruction")
+
+    monkeypatch.setattr(compiler.relax, "build", refuse)
+    with pytest.raises(BuildError, match="no such instruction"):
+        compiler.compile_plan(make_plan(small(), TARGET), (16, 8, 8))
