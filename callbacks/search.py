@@ -257,7 +257,7 @@ class BayesianSearch(pl.Callback):
         if self.study.float_result is None:
             self._evaluate_float()
         if isinstance(sampler, BaqeSampler) and sampler.mode == "beyond" and self._wanted > 1:
-            sampler.knowledge = self._knowledge()
+            sampler.knowledge = sampler.knowledge or self._knowledge()  # a given sampler may know something already
         self.study.set_limits(self.limits)
         if self.limits:
             self._check_limits()
@@ -379,7 +379,7 @@ class BayesianSearch(pl.Callback):
         ]
         reference = self.study.float_result
         assert reference is not None
-        reach = Reach.of(graphs, self.target, self.threads, self.records, reference["accuracy"])
+        reach = Reach.of(graphs, self.target, self.threads, self.records, reference["accuracy"], self.fuse_residual)
         self.progress.show(reach.table(self.limits))
         summary = self.study.summary()
         reach.check(self.limits, summary["baselines"] + summary["trials"])

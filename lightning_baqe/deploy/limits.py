@@ -75,19 +75,25 @@ class Reach:
 
     @classmethod
     def of(
-        cls, graphs: Sequence[IntegerGraph], target: CpuTarget, threads: int, records: Records, accuracy: float
+        cls,
+        graphs: Sequence[IntegerGraph],
+        target: CpuTarget,
+        threads: int,
+        records: Records,
+        accuracy: float,
+        fuse_residual: bool = True,
     ) -> Reach:
         """Add up sizes and kernels.
 
         Args:
             graphs: the network at the fewest bits, at 8 and at the most.
-            target, threads: what the kernels are compiled for.
+            target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
             records: where their latencies are looked up; nothing is measured.
             accuracy: of the float model.
         """
         few, eight, most = graphs
         sizes = (few.size_bytes, eight.size_bytes, most.size_bytes)
-        found = [_kernels(graph, target, threads, records) for graph in graphs]
+        found = [_kernels(graph, target, threads, records, fuse_residual) for graph in graphs]
         everywhere = [layer for layer in found[0] if all(kernels.get(layer) is not None for kernels in found)]
         sums: tuple[float, float, float] | None = None
         if everywhere:
@@ -145,10 +151,13 @@ class Reach:
         return table
 
 
-def _kernels(graph: IntegerGraph, target: CpuTarget, threads: int, records: Records) -> dict[str, float | None]:
+def _kernels(
+    graph: IntegerGraph, target: CpuTarget, threads: int, records: Records, fuse_residual: bool
+) -> dict[str, float | None]:
     """``{layer: best known latency of its kernel}`` of the layers whose kernels can be tuned."""
     found: dict[str, float | None] = {}
-    for call in make_plan(graph, target, None, threads, lambda spec: records.best_knobs(spec, target)).calls:
+    plan = make_plan(graph, target, None, threads, fuse_residual=fuse_residual)
+    for call in plan.calls:
         spec = as_tunable(call.spec)
         if call.layer is None or spec is None:
             continue
