@@ -15,32 +15,25 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host
+from lightning_baqe.callbacks.preparation import Preparation
 from lightning_baqe.callbacks.progress import SearchProgress
 from lightning_baqe.callbacks.results import log_hypervolume, log_results
 from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
 from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
-from lightning_baqe.deploy.knowledge import search_knowledge
-from lightning_baqe.deploy.limits import Reach, read_limits
+from lightning_baqe.deploy.limits import read_limits
 from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.rewards import PAPER_CHOICES, REFERENCE, WIDTHS, Rewards, default_bit_choices, rewards_of
+from lightning_baqe.deploy.rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import get_target
-from lightning_baqe.deploy.tuner import tune
 from lightning_baqe.errors import BaqeError, ConfigError
-from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature, layers
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.observer import parse_range
-from lightning_baqe.quantization.sensitivity import layer_scores
-from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler, Mode
 
-TUNED = 4  # knobs that are tried for each kernel before the search
-SCORED = 64  # images that the layers' sensitivity is taken on
 WAIT_S = 1.0  # between looks at what other workers do
 _Plan = tuple[str, BitConfig, Any, optuna.Trial | None, str, float]
 
@@ -240,9 +233,20 @@ class BayesianSearch(pl.Callback):
 
     def _prepare(self) -> None:
         """Space, study and the float model's figures, each if it is not there yet."""
+        prepare = Preparation(
+            self._float, lambda bits: calibrate(self._quantize(bits), self._calibration[:1]), self.study, self.records,
+            self.progress, self.target, self.threads, self.fuse_residual,
+        )  # fmt: skip
         known = self.study.known_space(self._conditions())
         base = BitConfig.uniform(self._float, 8, 8)
-        self.space = self._make_space(base) if known is None else NetworkSpace.from_record(base, known)
+        if known is None:
+            measured = not getattr(self.host.trainer, "fast_dev_run", False)  # which tunes nothing
+            self.space = prepare.space(
+                base, self.bit_choices, self.mode, self.search_schedules, self.auto_bits and measured, self._tuning_s,
+                self._supported,
+            )  # fmt: skip
+        else:
+            self.space = NetworkSpace.from_record(base, known)
         sampler = self.sampler or BaqeSampler(
             seed=self.seed,
             mode=self.mode,
@@ -257,10 +261,11 @@ class BayesianSearch(pl.Callback):
         if self.study.float_result is None:
             self._evaluate_float()
         if isinstance(sampler, BaqeSampler) and sampler.mode == "beyond" and self._wanted > 1:
-            sampler.knowledge = sampler.knowledge or self._knowledge()  # a given sampler may know something already
+            # A given sampler may know something already.
+            sampler.knowledge = sampler.knowledge or prepare.knowledge(self.space, self._calibration[0])
         self.study.set_limits(self.limits)
         if self.limits:
-            self._check_limits()
+            prepare.check_limits(self.space, self.limits)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._running is None and not trainer.should_stop:
@@ -311,78 +316,6 @@ class BayesianSearch(pl.Callback):
             "fuse_residual": self.fuse_residual,
             "device": fingerprint(self.threads),
         }
-
-    def _uniform(self, bits: int) -> QuantizedModel:
-        """The untrained network with its searched layers at these bits."""
-        config = BitConfig.uniform(self._float, bits, bits)
-        return calibrate(self._quantize(config), self._calibration[:1])
-
-    def _knowledge(self) -> Knowledge:
-        """What is known before any trial; kept in the study."""
-        known = self.study.knowledge
-        if known is None:
-            assert self.study.float_result is not None
-            self.progress.say("measuring how sensitive the layers are")
-            models = {bits: self._uniform(bits) for bits in (*self._searched_bits(), FLOAT_BITS)}
-            images = self._calibration[0][:SCORED]
-            scores = {bits: layer_scores(model, images) for bits, model in models.items() if bits != FLOAT_BITS}
-            known = search_knowledge(
-                self.space,
-                {bits: lower(model) for bits, model in models.items()},
-                self.study.float_result,
-                self.target,
-                self.threads,
-                self.records,
-                scores,
-                self.fuse_residual,
-            )
-            self.study.set_knowledge(known)
-        return known
-
-    def _searched_bits(self) -> list[int]:
-        """All bits that some layer of the space may have, without float."""
-        return sorted({b for offered in self.space.bit_choices.values() for b in offered} - {FLOAT_BITS})
-
-    def _make_space(self, base: BitConfig) -> NetworkSpace:
-        """The space, from the network's kernels at every bit-width; they are tuned first."""
-        graphs: dict[int, IntegerGraph] = {}
-        for bits in sorted({*self.bit_choices, FLOAT_BITS}, reverse=True):
-            graphs[bits] = lower(self._uniform(bits))
-            if self._tuning_s > 0:
-                self.progress.say(f"tuning kernels of {bits} bit")
-                tune(
-                    graphs[bits], self.target, self.threads, TUNED, self._tuning_s, self.records,
-                    fuse_residual=self.fuse_residual,
-                )  # fmt: skip
-        chosen = {bits: graphs[bits] for bits in self._offered(graphs)}
-        schedules = self.search_schedules and self.mode == "paper"
-        return NetworkSpace.of(
-            chosen, base, self.target, self.threads, schedules, self.records, self._supported,
-            self.fuse_residual,
-        )  # fmt: skip
-
-    def _offered(self, graphs: Mapping[int, IntegerGraph]) -> tuple[int, ...]:
-        """The bits to choose from; keeps what the device rewards for the report."""
-        rewards: Rewards | None = None
-        if REFERENCE in graphs:
-            integer = {bits: graph for bits, graph in graphs.items() if bits != FLOAT_BITS}
-            rewards = rewards_of(integer, self.target, self.threads, self.records, self.fuse_residual)
-            self.study.set_rewards(rewards.summary())
-        measured = not getattr(self.host.trainer, "fast_dev_run", False)  # which tunes nothing
-        return default_bit_choices(rewards, self.mode) if self.auto_bits and measured else self.bit_choices
-
-    def _check_limits(self) -> None:
-        """Show what can be reached; stop where a limit cannot be met at all."""
-        graphs = [
-            lower(calibrate(self._quantize(bits), self._calibration[:1]))
-            for bits in (self.space.extreme(min), BitConfig.uniform(self._float, 8, 8), self.space.extreme(max))
-        ]
-        reference = self.study.float_result
-        assert reference is not None
-        reach = Reach.of(graphs, self.target, self.threads, self.records, reference["accuracy"], self.fuse_residual)
-        self.progress.show(reach.table(self.limits))
-        summary = self.study.summary()
-        reach.check(self.limits, summary["baselines"] + summary["trials"])
 
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
         return quantize(self._float, bits, self._example, activation_range=self.activation_range)

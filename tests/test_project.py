@@ -26,10 +26,11 @@ ORDER = (
     ("deploy", "report_figures", "report", "records"),
     ("tasks",),
     ("callbacks",),
-    ("train", "benchmarks", "recipes"),
+    ("train", "flows", "benchmarks", "recipes"),
 )
 RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
 BESIDE = {
+    ("flows", "train"),
     ("records", "deploy"),
     ("report", "deploy"),
     ("report", "report_figures"),
@@ -152,7 +153,8 @@ def test_wheel_holds_recipes_and_callbacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lightning_baqe", "lightning_baqe.search", "lightning_baqe.tasks", "lightning_baqe.train"]
+    "name",
+    ["lightning_baqe", "lightning_baqe.search", "lightning_baqe.tasks", "lightning_baqe.train", "lightning_baqe.flows"],
 )
 def test_importing_does_not_load_tvm(name: str) -> None:
     code = f"import {name}, sys; sys.exit('tvm' in sys.modules)"

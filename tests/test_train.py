@@ -14,7 +14,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from lightning_baqe import train
+from lightning_baqe import flows
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.tasks.classifier import CHECKPOINT_KEY
 from lightning_baqe.train import compose, main, open_run, recipe_groups, resume_command
@@ -167,7 +167,7 @@ def test_missing_optional_dependency(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
     cfg = compose(["recipe=qat", "logger=tensorboard", f"run_dir={tmp_path}"])
     with pytest.raises(ConfigError, match=r"pip install 'lightning-baqe\[tensorboard\]'"):
-        train.make(cfg.logger)
+        flows.make(cfg.logger)
 
 
 @pytest.mark.parametrize("how", ["interrupt", "lightning"])
@@ -182,7 +182,7 @@ def test_interrupted(
         except KeyboardInterrupt:
             sys.exit(1)
 
-    monkeypatch.setattr(train, "qat", interrupted)
+    monkeypatch.setattr(flows, "qat", interrupted)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert main(["recipe=qat", "seed=3", f"run_dir={tmp_path}"]) == 130
     assert f"python train.py recipe=qat seed=3 run_dir={tmp_path}" in capsys.readouterr().err
@@ -388,7 +388,7 @@ def test_wrong_options_of_tune(option: str, wanted: str, tmp_path: Path, capsys:
 @pytest.mark.parametrize("name", recipe_groups()["strategy"])
 def test_strategies_have_the_defaults_of_their_classes(name: str) -> None:
     cfg = compose(["recipe=tune", f"strategy={name}", "seed=7"])
-    strategy = train.make(cfg.strategy)
+    strategy = flows.make(cfg.strategy)
     assert strategy.seed == 7
     for key, value in vars(type(strategy)(seed=7)).items():
         if not key.startswith("_"):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
 import lightning_baqe.recipes
+from lightning_baqe.callbacks import preparation
 from lightning_baqe.callbacks import search as search_module
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.rewards import KernelReward, Rewards
@@ -278,7 +279,7 @@ def test_auto_bits_are_what_the_device_rewards(
             "made up", tuple(sorted(graphs)), (KernelReward(("x",), None, 1, times),), dict.fromkeys(graphs, 1.0)
         )
 
-    monkeypatch.setattr(search_module, "rewards_of", known)
+    monkeypatch.setattr(preparation, "rewards_of", known)
     options = {"trials": 1, "n_initial": 1, "baselines": ()}
     fit(foreign(), search(mode="beyond", **options), digits)
     summary = summary_of(tmp_path / "run")

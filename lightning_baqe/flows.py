@@ -1,0 +1,301 @@
+"""What the recipes do: each flow is named by ``flow._target_`` of a file in ``recipes/recipe``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.train import recipe_name
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch import nn
+
+    from lightning_baqe.deploy.description import DeviceDescription
+    from lightning_baqe.quantization.config import BitConfig
+    from lightning_baqe.quantization.convert import QuantizedModel
+    from lightning_baqe.tasks import ImageClassifier
+
+# Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
+_KNOWN_WARNINGS = (
+    ".*does not have many workers",
+    "The number of training batches .* is smaller than the logging interval",
+    ".*isinstance.treespec, LeafSpec.. is deprecated",
+    ".*torch.jit.* is deprecated",
+)
+
+
+def make(node: DictConfig, **more: Any) -> Any:
+    """Call a node's ``_target_`` with its arguments and ``more``; with ``_partial_``, return what calls it.
+
+    Raises:
+        BaqeError: what the target raised.
+        ConfigError: it lacks an optional dependency, or got an argument that it does not know.
+    """
+    target = str(node._target_)
+    try:
+        # Hydra would copy what is in ``more``; a partial takes it as it is.
+        call: partial[Any] = partial(hydra.utils.instantiate(node, _partial_=True, _convert_="all"), **more)
+        inspect.signature(call)
+    except (InstantiationException, ValueError) as error:
+        reason = error.__cause__ or error
+        raise ConfigError(f"{target} cannot be called as the configuration says: {reason}") from error
+    try:
+        return call if node.get("_partial_") else call()
+    except ModuleNotFoundError as error:
+        name = "'lightning-baqe[tensorboard]'" if target.endswith("TensorBoardLogger") else str(error.name)
+        raise ConfigError(f"{target} needs a package that is not installed ({error}): pip install {name}") from error
+
+
+def _ignore_known_warnings() -> None:
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _prepare(
+    cfg: DictConfig, run_dir: Path, check: Callable[[nn.Module], None]
+) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
+    """The data module, the task over a trained float network, and what makes Trainers; first the network is checked."""
+    import pytorch_lightning as pl
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
+    _ignore_known_warnings()
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = make(cfg.data)
+    net = make(cfg.model, num_classes=datamodule.num_classes)
+    check(net)
+    task = make(cfg.task, net=net, num_classes=datamodule.num_classes)
+    trainer = make(cfg.trainer, logger=make(cfg.logger) if cfg.logger else False)
+    make(cfg.pretrain)(task, datamodule, run_dir / "checkpoints" / "float.ckpt", trainer=trainer)
+    return datamodule, task, trainer
+
+
+def qat_search(cfg: DictConfig, run_dir: Path) -> None:
+    """Search bits and schedules; the callback writes the run folder. A run that was interrupted goes on.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    search = make(cfg.search, run_dir=run_dir)
+    search.device.check_here()
+    datamodule, task, make_trainer = _prepare(cfg, run_dir, search.check_bits)
+    search.example_input = datamodule.example_input
+    # The search has a bar of its own, over trials.
+    trainer = make_trainer(
+        max_epochs=-1, callbacks=[search], enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
+    )
+    trainer.fit(task, datamodule=datamodule)
+    _close(run_dir)
+    if search.gave_up is not None:
+        raise BaqeError(f"The search gave up: {search.gave_up}")
+
+
+def qat(cfg: DictConfig, run_dir: Path) -> None:
+    """Fine-tune one bit-config and deploy it; the run folder is that of a search with one trial.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    from lightning_baqe.callbacks import Distillation
+    from lightning_baqe.quantization.calibration import calibrate
+    from lightning_baqe.quantization.config import BitConfig
+    from lightning_baqe.quantization.convert import QuantizedModel, check_options, quantize
+    from lightning_baqe.tasks import fit_to_checkpoint
+
+    # What can be wrong is known before the float training.
+    options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
+    check_options(**options)
+    callbacks = _batch_norm_callbacks(cfg)
+    distillation = Distillation(weight=cfg.qat.distillation, temperature=cfg.qat.temperature)
+    device = _device(cfg)
+    datamodule, task, make_trainer = _prepare(
+        cfg, run_dir, lambda network: device.check_bits(network, _bits(cfg, network))
+    )
+    example, net = datamodule.example_input, task.net.cpu()
+    if distillation.weight > 0:
+        distillation.teacher = net
+        callbacks.append(distillation)
+    bits = _bits(cfg, net)
+    reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
+
+    start = time.perf_counter()
+    quantized = task.quantize(bits, example, **options)
+    calibrate(quantized, datamodule.train_dataloader(), max_batches=cfg.qat.calibration_batches)
+    fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer, callbacks)
+    assert isinstance(task.net, QuantizedModel)
+    seconds = {"train": time.perf_counter() - start}
+    _write_single(cfg, device, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
+    _close(run_dir)
+
+
+def _device(cfg: DictConfig) -> DeviceDescription:
+    """The device that ``cfg.deploy`` describes, which this machine can compile for and run."""
+    from lightning_baqe.deploy.description import DeviceDescription
+
+    device = DeviceDescription.of(cast("dict[str, Any]", OmegaConf.to_container(cfg.deploy)))
+    device.check_here()
+    return device
+
+
+def _bits(cfg: DictConfig, net: nn.Module) -> BitConfig:
+    """The bit-config that ``cfg.bits`` names, from a file or uniform."""
+    from lightning_baqe.quantization.config import BitConfig
+
+    if cfg.bits.file is None:
+        return BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
+    try:
+        return BitConfig.from_json(Path(cfg.bits.file).expanduser())
+    except OSError as error:
+        raise ConfigError(f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file.") from error
+
+
+def _batch_norm_callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    from lightning_baqe.callbacks import FreezeBatchNorm
+
+    after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
+    if after is not None:
+        return [FreezeBatchNorm(after_epochs=after, fold=fold)]
+    if fold:
+        raise ConfigError(
+            "qat.fold_batch_norm=true folds when the statistics are frozen, but qat.freeze_batch_norm_after=null never "
+            "freezes them: give the epochs before that."
+        )
+    return []
+
+
+def _write_single(
+    cfg: DictConfig,
+    device: DeviceDescription,
+    run_dir: Path,
+    datamodule: Any,
+    reference: QuantizedModel,
+    quantized: QuantizedModel,
+    seconds: dict[str, float],
+) -> None:
+    """Evaluate the float and the quantized network on the device and write the run folder's files."""
+    import torch
+
+    from lightning_baqe.deploy.artifact import Artifact
+    from lightning_baqe.deploy.device import device_info, versions
+    from lightning_baqe.deploy.evaluate import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
+    from lightning_baqe.deploy.run_folder import OBJECTIVES, REFERENCE_POINT, objectives, write_summary
+    from lightning_baqe.report import write_report
+    from lightning_baqe.search import hypervolume
+
+    def figures(model: QuantizedModel, name: str) -> dict[str, Any]:
+        folder = run_dir / "artifacts" / name
+        options = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
+        batches = datamodule.val_dataloader()
+        found = evaluate(
+            model, batches, folder, device.target, threads=device.threads, options=options,
+            fuse_residual=device.fuse_residual,
+        )  # fmt: skip
+        return {
+            "accuracy": found.accuracy,
+            "test_accuracy": deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader()),
+            "latency_us": found.latency_us,
+            "size_bytes": found.size_bytes,
+            "spread": found.spread,
+            "noisy": found.noisy,
+            "schedules": found.schedules,
+            "seconds": found.seconds,
+        }
+
+    float_figures, trial = figures(reference, "float"), figures(quantized, "trial_0")
+    trial |= {
+        "number": 0,
+        "state": "complete",
+        "phase": "qat",
+        "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},
+        "fake_quant_accuracy": module_accuracy(quantized, datamodule.val_dataloader(), torch.device("cpu")),
+        "pareto": True,
+        "seconds": seconds | trial["seconds"] | {"propose": 0.0},
+        "error": None,
+    }
+    summary = {
+        "recipe": recipe_name(cfg),
+        "model": cfg.model.name,
+        "dataset": datamodule.name,
+        "device": device_info(cfg.deploy.threads),
+        "versions": versions(),
+        "float": float_figures,
+        "baselines": [],
+        "objectives": list(OBJECTIVES),
+        "reference_point": list(REFERENCE_POINT),
+        "hypervolume": hypervolume(torch.tensor([objectives(trial, float_figures)]), REFERENCE_POINT),
+        "baselines_hypervolume": 0.0,
+        "trials": [trial],
+    }
+    write_summary(run_dir, summary)
+    write_report(summary, run_dir / "report.html")
+
+
+def tune(cfg: DictConfig, run_dir: Path) -> None:
+    """Tune the kernels of a network with random weights, on which latency does not depend; what the records hold is
+    not measured again, so that a run that was interrupted goes on, in any run folder.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    import torch
+
+    from lightning_baqe.deploy import tune_report, tuner
+    from lightning_baqe.deploy.records import Records
+    from lightning_baqe.deploy.target import get_target
+    from lightning_baqe.integer.lowering import lower
+    from lightning_baqe.quantization.calibration import calibrate
+    from lightning_baqe.quantization.convert import quantize
+    from lightning_baqe.tasks.networks import settle
+
+    for name in ("candidates", "image_size", "num_classes"):
+        if not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise ConfigError(f"{name}={cfg[name]!r}, but a whole number of 1 or more is wanted: change {name}.")
+    if cfg.budget_s is not None and not (isinstance(cfg.budget_s, int | float) and cfg.budget_s >= 0):
+        raise ConfigError(f"budget_s={cfg.budget_s!r}, but seconds are wanted, or null for no limit: change budget_s.")
+    _ignore_known_warnings()
+    device, strategy = _device(cfg), make(cfg.strategy)
+    target = get_target(device.target)
+    console = Console(stderr=True, highlight=False)
+    torch.manual_seed(cfg.seed)
+    images = torch.randn(4, 3, cfg.image_size, cfg.image_size)
+    net = make(cfg.model, num_classes=cfg.num_classes)
+    bits = _bits(cfg, net)
+    device.check_bits(net, bits)
+    quantized = calibrate(quantize(settle(net, images), bits, example_input=images).eval(), [images])
+    graph = lower(quantized, example_input=images[:1])
+    with tune_report.TuneProgress(console) as bar:
+        result = tuner.tune(
+            graph, target, device.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update,
+            device.fuse_residual,
+        )  # fmt: skip
+    about = {
+        "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,
+        "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},
+        "strategy": str(cfg.strategy._target_), "candidates": cfg.candidates,
+    }  # fmt: skip
+    path = tune_report.write_tuning(run_dir, result, about, device.threads)
+    output = Console(highlight=False, width=None if console.is_terminal else 160)
+    output.print(tune_report.tuning_table(result))
+    output.print(tune_report.tuning_line(result, cfg.budget_s), markup=False, soft_wrap=True)
+    output.print(f"Figures: {path}", markup=False, soft_wrap=True)
+
+
+def _close(run_dir: Path) -> None:
+    """Show the front, and where the report is."""
+    from lightning_baqe.deploy.front import Front
+
+    console = Console(highlight=False)
+    console.print(Front.load(run_dir).table())
+    console.print(f"Report: {run_dir / 'report.html'}", markup=False, soft_wrap=True)
