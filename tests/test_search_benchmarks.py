@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from lightning_baqe.benchmarks import problems, search
+from lightning_baqe.benchmarks.landscapes import shipped
 from lightning_baqe.benchmarks.loops import FUNCTIONS, evaluate, function_of, initial_points, reference_of, run
 from lightning_baqe.benchmarks.rows import Rows, begin
-from lightning_baqe.benchmarks.search_runs import SAMPLERS, replay
+from lightning_baqe.benchmarks.search_runs import POOLLESS, SAMPLERS, replay
 from lightning_baqe.benchmarks.search_tables import curves_of, runs_of, summarise
 from lightning_baqe.benchmarks.synthetic import BITS, Additive, problem_named
 from lightning_baqe.errors import ConfigError
@@ -54,6 +55,27 @@ def test_a_replay_can_be_repeated(sampler: str) -> None:
     first, second = (replay("additive3x1", sampler, seed=1, trials=6, initial=4) for _ in range(2))
     assert first["values"] == second["values"]
     assert len(first["values"]) == len(first["propose_s"]) == len(first["seconds"]) == 6
+
+
+@pytest.mark.parametrize("sampler", POOLLESS)
+def test_samplers_without_a_pool_begin_in_it(sampler: str) -> None:
+    problem = problem_named("additive3x1")
+    pool = [list(problem.evaluate(point)) for point in problem.candidates(500, np.random.default_rng([2, 0]))]
+    values = replay("additive3x1", sampler, seed=2, trials=4, initial=4)["values"]
+    assert all(one in pool for one in values)
+    assert values != replay("additive3x1", sampler, seed=3, trials=4, initial=4)["values"]
+
+
+def test_noise_is_told_and_not_judged() -> None:
+    name = shipped()[0]
+    plain = replay(name, "random", seed=0, trials=3, initial=2)
+    noisy = replay(name, "random", seed=0, trials=3, initial=2, noisy=True)
+    assert noisy["values"] == plain["values"]  # random search asks for the same points, whatever it is told
+    point = problem_named(name).candidates(1, np.random.default_rng(0))[0]
+    true, told = (np.array(problem_named(name, seed).evaluate(point)) for seed in (None, 0))
+    assert (true != told).tolist() == [True, True, False]  # size is exact
+    with pytest.raises(ConfigError, match="made up and has no noise"):
+        problem_named("additive3x1", 0)
 
 
 def row(sampler: str, seed: int, values: list[list[float]]) -> dict[str, Any]:

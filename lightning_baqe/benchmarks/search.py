@@ -1,9 +1,10 @@
 """Samplers side by side on replayed searches: ``python -m lightning_baqe.benchmarks.search --problem additive21x1``.
 
 Each sampler runs on the problem from many seeds, 10 initial trials and 30 more, as BAQE's tables III to VI do. All
-samplers of a seed are given the same pool of 500 candidates. The table has ADRS, normalised time, optimal points, and
-hypervolumes with their significance over the seeds; figures have bands over the seeds. Seconds of proposing are those
-of the processor, in one thread, so that other work on the machine does not count.
+samplers of a seed are given the same pool of 500 candidates; Optuna's begin with random points of it. The table has
+ADRS, normalised time, optimal points, and hypervolumes with their significance over the seeds; figures have bands over
+the seeds. Seconds of proposing are those of the processor, in one thread, so that other work on the machine does not
+count.
 
 ``--proposing`` measures what a proposal of each sampler costs in ResNet-50's space instead.
 
@@ -34,7 +35,7 @@ from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.search import pareto_mask
 
-_KEY = ("problem", "sampler", "seed", "trials", "initial")
+_KEY = ("problem", "sampler", "seed", "trials", "initial", "noisy")
 _HARDEST = (54, 4)  # ResNet-50: layers, and knobs of each
 
 
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--population", type=int, default=300, help="of the long NSGA-II that judges")
     parser.add_argument("--generations", type=int, default=200, help="of the long NSGA-II that judges")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--noisy", action="store_true",
+                        help="tell samplers what a measurement would, judge by what is behind it")  # fmt: skip
     parser.add_argument("--proposing", action="store_true", help="measure the cost of proposals only")
     parser.add_argument("--proposals", type=int, default=3, help="how many --proposing measures of each sampler")
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks/search"), help="for all that is kept")
@@ -100,11 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         replace_file(options.folder / "proposing.json", json.dumps(found, indent=1).encode())
         return
-    begin(options.folder, {"version": 1})
+    begin(options.folder, {"version": 2})
     rows = Rows(options.folder / "runs.jsonl")
     # Seed after seed, so that an interrupted benchmark has whole pairs.
     wanted = [
-        (options.problem, sampler, seed, options.trials, options.initial)
+        (options.problem, sampler, seed, options.trials, options.initial, options.noisy)
         for seed in range(options.seeds)
         for sampler in options.samplers
     ]
@@ -114,7 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def report(options: argparse.Namespace, rows: Rows, console: Console) -> list[dict[str, Any]]:
     """Print the table, write `search_<problem>.json` and the figures."""
-    of_initial: list[Mapping[str, Any]] = [row for row in rows.all if row["initial"] == options.initial]
+    of_initial: list[Mapping[str, Any]] = [
+        row for row in rows.all if (row["initial"], row["noisy"]) == (options.initial, options.noisy)
+    ]
     runs = runs_of(of_initial, options.problem, options.trials, options.samplers)
     problem = problem_named(options.problem)
     front = judged_front(options, runs, Rows(options.folder / "fronts.jsonl"))
@@ -122,10 +127,11 @@ def report(options: argparse.Namespace, rows: Rows, console: Console) -> list[di
     at = sorted({n for n in (options.initial, 2 * options.initial, options.trials) if n <= options.trials})
     entries = summarise(runs, curves, front, at)
     more = options.trials - options.initial
-    title = f"{options.problem}: {options.initial} + {more} trials, {len(curves.seeds)} seeds"
+    noise = ", noisy" if options.noisy else ""
+    title = f"{options.problem}{noise}: {options.initial} + {more} trials, {len(curves.seeds)} seeds"
     print_summary(console, title, entries, curves)
     content = {"problem": options.problem, "seeds": list(curves.seeds), "front": front.tolist(), "samplers": entries}
-    name = options.problem.replace("/", "_")
+    name = options.problem.replace("/", "_") + ("_noisy" if options.noisy else "")
     replace_file(options.folder / f"search_{name}.json", json.dumps(content, indent=1).encode())
     draw_curves(curves, options.problem, options.folder / f"search_{name}.png")
     if len(problem.objectives) > 1:

@@ -46,6 +46,7 @@ def _baqe(mode: Mode, initial: Initial = "ted", informed: bool = False) -> Maker
 
 
 # Those of Optuna and random search know no pool.
+POOLLESS = ("TPE", "NSGA-II", "Optuna GP")  # these begin with random points of the pool all the same: see `replay`
 SAMPLERS: dict[str, Maker] = {
     "random": lambda seed, of, pool, n: random_search(seed, of.distributions),
     "random of the pool": lambda seed, of, pool, n: PoolSearch(seed, of.distributions, pool, max(n, 2)),
@@ -62,10 +63,11 @@ SAMPLERS: dict[str, Maker] = {
 }
 
 
-def replay(problem: str, sampler: str, seed: int, trials: int, initial: int) -> dict[str, Any]:
+def replay(problem: str, sampler: str, seed: int, trials: int, initial: int, noisy: bool = False) -> dict[str, Any]:
     """Run a sampler on a problem.
 
-    All samplers of a seed are given the same pool.
+    All samplers of a seed are given the same pool. Optuna's, which know none, are given random points of it to begin
+    with, as its points span the space better than uniform ones do; "random" alone is uniform.
 
     Args:
         problem: name, for `problem_named`.
@@ -73,15 +75,20 @@ def replay(problem: str, sampler: str, seed: int, trials: int, initial: int) -> 
         seed: of the sampler and of the pool.
         trials: of the study.
         initial: how many of them come before the first model.
+        noisy: the study is told what repeated measurements would tell it; what is returned has no noise.
 
     Returns:
         `{"values": one list of objectives a trial, "propose_s": processor seconds of each proposal, "seconds": what
         each evaluation takes on the device, the first with what preparing took}`.
     """
     of = problem_named(problem)
+    told = problem_named(problem, seed) if noisy else of
     pool = of.candidates(POOL_SIZE, np.random.default_rng([seed, 0]))
     made = SAMPLERS[sampler](seed, of, pool, initial)
     study = optuna.create_study(directions=["minimize"] * len(of.objectives), sampler=made)
+    if sampler in POOLLESS:
+        for index in np.random.default_rng([seed, 1]).permutation(len(pool))[:initial]:
+            study.enqueue_trial(dict(pool[index]))
     values: list[list[float]] = []
     propose_s: list[float] = []
     seconds: list[float] = []
@@ -92,7 +99,7 @@ def replay(problem: str, sampler: str, seed: int, trials: int, initial: int) -> 
         values.append([float(value) for value in of.evaluate(trial.params)])
         prepared = of.preparation_s() if not seconds and getattr(made, "knowledge", None) is not None else 0.0
         seconds.append(prepared + float(of.seconds(trial.params)))
-        study.tell(trial, values[-1])
+        study.tell(trial, [float(value) for value in told.evaluate(trial.params)] if noisy else values[-1])
     return {"values": values, "propose_s": propose_s, "seconds": seconds}
 
 

@@ -32,7 +32,7 @@ from lightning_baqe.search.metrics import (
     trials_to_reach,
 )
 
-ANCHOR, CHANCE = "paper", "random"
+ANCHOR, CHANCE, LEADER = "paper", "random", "beyond"
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # sampler -> seed -> row
 
 
@@ -131,7 +131,7 @@ def summarise(runs: Runs, curves: Curves, front: Tensor, at: Sequence[int]) -> l
     anchor = ANCHOR if ANCHOR in curves.names else curves.names[0]
     targets = [float(curve[-1]) for curve in curves.relative[anchor]]
     distances = _distances(runs, curves, front)
-    tests = {other: _tests(curves, other) for other in (CHANCE, anchor) if other in curves.names}
+    tests = {other: _tests(curves, other) for other in dict.fromkeys((CHANCE, anchor, LEADER)) if other in curves.names}
     entries: list[dict[str, Any]] = []
     for name in curves.names:
         band = bands(curves.relative[name])

@@ -117,13 +117,19 @@ class Additive:
 
 
 @functools.cache
-def problem_named(name: str) -> Problem:
+def problem_named(name: str, noise_seed: int | None = None) -> Problem:
     """A problem by its name: `additive<layers>x<knobs>`, or a measured landscape, as `Landscape.load` takes it.
 
+    Args:
+        name: of the problem.
+        noise_seed: of a landscape's noise; None: none.
+
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or none of its noise.
     """
     made_up = re.fullmatch(r"additive(\d+)x(\d+)", name)
+    if made_up and noise_seed is not None:
+        raise ConfigError(f"{name} is made up and has no noise; wanted a measured landscape, or no noise")
     if made_up:
         return Additive(int(made_up[1]), int(made_up[2]))
-    return cast(Problem, Landscape.load(name))
+    return cast(Problem, Landscape.load(name, noise_seed=noise_seed))
