@@ -21,6 +21,7 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.sensitivity import layer_scores
+from lightning_baqe.quantization.sharing import shared_tensors
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import Mode
 
@@ -114,8 +115,9 @@ class Preparation:
             scores = {b: layer_scores(model, images[:SCORED]) for b, model in models.items() if b != FLOAT_BITS}
             graphs = {bits: lower(model) for bits, model in models.items()}
             known = search_knowledge(
-                space, graphs, self._reference(), self.target, self.threads, self.records, scores, self.fuse_residual
-            )
+                space, graphs, self._reference(), self.target, self.threads, self.records, scores, self.fuse_residual,
+                shared_tensors(self.network, images[:1], space.base),
+            )  # fmt: skip
             self.study.set_knowledge(known)
         return known
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -28,11 +29,12 @@ from lightning_baqe.benchmarks.landscape_correction import Correction
 from lightning_baqe.benchmarks.landscape_latency import TUNED
 from lightning_baqe.benchmarks.landscape_models import from_logit, from_record, logit
 from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
-from lightning_baqe.deploy.knowledge import best_schedules
+from lightning_baqe.deploy.knowledge import best_schedules, conversion_groups
 from lightning_baqe.deploy.run_folder import OBJECTIVES, REFERENCE_POINT
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
+from lightning_baqe.quantization.sharing import shared_in
 from lightning_baqe.search.knowledge import Kind, Knowledge, Sum
 from lightning_baqe.tasks.networks import network
 
@@ -208,7 +210,12 @@ class Landscape:
         return Knowledge(
             [
                 Sum(scores, 0.0, "score", tuple(f"{leader}/bits" for leader in offered)),
-                Sum(latency, (kernels + pixels) / total - searched),
+                Sum(
+                    latency,
+                    (kernels + pixels) / total - searched,
+                    groups=conversion_groups(self.space, shared_in(self._structure.reader, self.space.base)),
+                    step=sum(self._pixels.values()) / max(len(self._pixels), 1) / total,
+                ),
                 Sum(size, smallest, exact),
             ],
             best,
@@ -255,7 +262,7 @@ class Landscape:
             self.kernel_latency_us(layer, bits[layer].activation, schedules[layer]) for layer in self.space.defaults
         )
         calls = self._structure.conversions(bits)
-        pixels = sum(times * self._pixels[call] for call, times in calls.items())
+        pixels = math.fsum(times * self._pixels[call] for call, times in calls.items())  # in any order the same
         return kernels, pixels, float(calls.total()), self.size_bytes(params) / 1e6
 
     def kernel_latency_us(self, layer: str, bits: int, knobs: Mapping[str, Any]) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_baqe.deploy.plan import make_plan
@@ -13,7 +14,8 @@ from lightning_baqe.deploy.tunable import TunableSpec, as_tunable
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph, node_bytes
 from lightning_baqe.quantization.config import FLOAT_BITS
-from lightning_baqe.search.knowledge import Knowledge, Sum
+from lightning_baqe.quantization.sharing import Shared
+from lightning_baqe.search.knowledge import Group, Knowledge, Sum
 
 Terms = dict[str, dict[int, float]]
 NEGLIGIBLE = 1e-3  # of the float network's size
@@ -28,11 +30,13 @@ def search_knowledge(
     records: Records,
     scores: Mapping[int, Mapping[str, float]] | None = None,
     fuse_residual: bool = True,
+    shared: Sequence[Shared] = (),
 ) -> Knowledge:
     """Knowledge about error, latency and size of the points of a space, the last two relative to the float network.
 
     Size is exact, to within 0.1 % of the float network's, where no layer may stay float. Latency is the sum of the best
     known latencies of all kernels with knobs; what the others take is estimated by what they take of the float network.
+    What a conversion takes is learned from trials.
     Schedules are not searched: every layer gets the best known one for its bits.
 
     Args:
@@ -57,7 +61,29 @@ def search_knowledge(
     error = Sum(_terms(space, groups, given) if scores is not None else {}, 0.0, "score", names)
     best, fixed = best_schedules(space)
     latency = _latency(space, groups, graphs, reference, target, threads, records, fuse_residual)
+    if latency is not None:
+        latency = replace(latency, groups=conversion_groups(space, shared))
     return Knowledge([error, latency, _size(space, groups, graphs, reference)], best, fixed)
+
+
+def conversion_groups(space: NetworkSpace, shared: Sequence[Shared]) -> tuple[Group, ...]:
+    """Where conversions come from, as groups of parameters: each different value beyond the first is about one.
+
+    A tensor with several readers is a group; a layer whose bits are not searched stands as a value. A float layer among
+    integer ones has its input dequantized and its output quantized: two more, less where float layers meet.
+    """
+    leader = {layer: first for first in space.bit_choices for layer in _group(space, first)}
+    found = []
+    for layers, beside in shared:
+        names = dict.fromkeys(f"{leader[layer]}/bits" for layer in layers if layer in leader)
+        values = {*beside, *(space.base[layer].activation for layer in layers if layer not in leader)}
+        if names and len(names) + len(values) > 1:
+            found.append((tuple(names), tuple(sorted(values))))
+    for first, offered in space.bit_choices.items():
+        integers = tuple(bits for bits in offered if bits != FLOAT_BITS)
+        if integers and len(integers) < len(offered):
+            found += 2 * len(_group(space, first)) * [((f"{first}/bits",), integers)]
+    return tuple(found)
 
 
 def best_schedules(space: NetworkSpace) -> tuple[dict[str, dict[int, dict[str, Any]]], dict[str, Any]]:

@@ -8,6 +8,7 @@ schedules, and any sensitivity of the layers says something about it. All of tha
 | ------ | ----------------------------------------------------------- | ----- |
 | rows   | points as internal values of a `SearchSpace`                | n x d |
 | E      | sums, one column an objective; NaN where nothing is known   | n x m |
+| N      | different values in the groups beyond the first of each     | n x m |
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.space import Rows, SearchSpace
 
 Choices = Mapping[Any, float]
+Group = tuple[tuple[str, ...], tuple[Any, ...]]  # parameters, and values that stand beside theirs
 Kind = Literal["exact", "estimate", "score"]
 
 
@@ -38,12 +40,18 @@ class Sum:
         kind: "exact": the sum is the objective. "estimate": it is in the objective's unit, and trials correct its
             factor and offset a little. "score": it only tends to grow with the objective, in any unit.
         rest: parameters that the difference between objective and sum depends on; none: it is noise.
+        groups: parameters whose choices had better be equal, with values that they had better be equal to as well: each
+            different value of a group beyond the first one costs about the same. Layers that read one tensor are such
+            a group: each bit-width but one is a conversion.
+        step: what one such value is taken to add before trials tell, in the objective's unit.
     """
 
     terms: Mapping[str, Choices]
     offset: float = 0.0
     kind: Kind = "estimate"
     rest: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
+    step: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,14 @@ class Knowledge:
         """As JSON can hold it, for :meth:`from_record`; choices, which may be numbers, stand in pairs."""
         return {
             "objectives": [
-                None if entry is None else {**vars(entry), "terms": _pairs(entry.terms), "rest": list(entry.rest)}
+                None
+                if entry is None
+                else {
+                    **vars(entry),
+                    "terms": _pairs(entry.terms),
+                    "rest": list(entry.rest),
+                    "groups": [[list(names), list(beside)] for names, beside in entry.groups],
+                }
                 for entry in self.objectives
             ],
             "best": _pairs(self.best),
@@ -79,7 +94,14 @@ class Knowledge:
             [
                 None
                 if entry is None
-                else Sum(_unpaired(entry["terms"]), entry["offset"], entry["kind"], tuple(entry["rest"]))
+                else Sum(
+                    _unpaired(entry["terms"]),
+                    entry["offset"],
+                    entry["kind"],
+                    tuple(entry["rest"]),
+                    tuple((tuple(names), tuple(beside)) for names, beside in entry["groups"]),
+                    entry["step"],
+                )
                 for entry in record["objectives"]
             ],
             _unpaired(record["best"]),
@@ -114,6 +136,9 @@ class BoundKnowledge:
         self.knowledge, self.space = knowledge, space
         self._position = {name: index for index, name in enumerate(space.names)}
         self._sums = [None if entry is None else self._tables(entry) for entry in knowledge.objectives]
+        self._groups = [
+            [] if entry is None else [self._group(*group) for group in entry.groups] for entry in knowledge.objectives
+        ]
         self._fixed = [
             (self._position[name], self._internal(name, value))
             for name, value in knowledge.fixed.items()
@@ -152,6 +177,24 @@ class BoundKnowledge:
                 raise ConfigError(f"terms name {name!r} with {len(choices)} choices, which the space does not have")
         return offset, tables
 
+    def _group(self, names: tuple[str, ...], beside: tuple[Any, ...]) -> tuple[list[int], list[Rows], int]:
+        """Positions, for each a table from its choices to numbers of values, and how many values there are.
+
+        The values beside come first. A parameter that the space lacks adds nothing.
+        """
+        values = list(dict.fromkeys(beside))
+        positions, tables = [], []
+        for name in names:
+            if name not in self._position:
+                continue
+            distribution = self.space.dimensions[self._position[name]].distribution
+            if not isinstance(distribution, CategoricalDistribution):
+                raise ConfigError(f"a group names {name}, which wants categorical choices, got {distribution!r}")
+            values += [choice for choice in distribution.choices if choice not in values]
+            positions.append(self._position[name])
+            tables.append(np.array([float(values.index(choice)) for choice in distribution.choices]))
+        return positions, tables, len(values)
+
     def _followers(self, name: str, choices: Mapping[Any, Mapping[str, Any]]) -> list[tuple[int, int, Rows]]:
         followers = sorted({other for values in choices.values() for other in values if other in self._position})
         if name not in self._position:
@@ -177,6 +220,18 @@ class BoundKnowledge:
                 result[:, column] = offset
                 for index, table in tables:
                     result[:, column] += table[rows[:, index].astype(np.int64)]
+        return torch.from_numpy(result)
+
+    def counts(self, rows: Rows) -> Tensor:
+        """`n x m`, float64: how many different values the groups of each objective have, beyond one a group."""
+        result = np.zeros((len(rows), len(self._groups)))
+        for column, (groups, entry) in enumerate(zip(self._groups, self.knowledge.objectives, strict=True)):
+            for (positions, tables, n), (_, beside) in zip(groups, [] if entry is None else entry.groups, strict=True):
+                present = np.zeros((len(rows), n), dtype=bool)
+                present[:, : len(set(beside))] = True
+                for index, table in zip(positions, tables, strict=True):
+                    present[np.arange(len(rows)), table[rows[:, index].astype(np.int64)].astype(np.int64)] = True
+                result[:, column] += np.maximum(present.sum(1) - 1, 0)
         return torch.from_numpy(result)
 
     def improved(self, rows: Rows) -> Rows:

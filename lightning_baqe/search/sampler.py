@@ -365,6 +365,10 @@ class BaqeSampler(StudySampler):
             sums = (known.estimates(rows) * signs(study) - mean) / scale
             return torch.cat([sums, torch.full((len(rows), constraints), torch.nan, dtype=torch.float64)], dim=1)
 
+        def counts(rows: Rows) -> torch.Tensor:
+            found = known.counts(rows) * signs(study)
+            return torch.cat([found, torch.zeros(len(rows), constraints, dtype=torch.float64)], dim=1)
+
         every, names = range(len(space.names)), {name: index for index, name in enumerate(space.names)}
         columns = [
             space.columns(every if entry is None else [names[name] for name in entry.rest if name in names])
@@ -374,5 +378,6 @@ class BaqeSampler(StudySampler):
         # Where a point is not at its best, sums say nothing of it.
         given = estimates(history.rows)
         given[(known.improved(history.rows) != history.rows).any(1)] = torch.nan
-        informed = InformedGP(x, outputs, given, kinds, columns, self.options.ard, seed)
-        return lambda rows: informed.posterior(space.encode(rows), estimates(rows)), None
+        steps = [0.0 if e is None else e.step / float(scale[i]) for i, e in enumerate(entries)] + [0.0] * constraints
+        informed = InformedGP(x, outputs, given, kinds, columns, self.options.ard, seed, counts(history.rows), steps)
+        return lambda rows: informed.posterior(space.encode(rows), estimates(rows), counts(rows)), None

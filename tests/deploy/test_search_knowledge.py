@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.knowledge import NEGLIGIBLE, search_knowledge
+from lightning_baqe.deploy.knowledge import NEGLIGIBLE, conversion_groups, search_knowledge
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import get_target
 from lightning_baqe.deploy.tunable import as_tunable
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.integer.nodes import Requantize
+from lightning_baqe.quantization.sharing import shared_tensors
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge, Sum
 from lightning_baqe.search.space import SearchSpace
 
@@ -105,6 +107,29 @@ def test_latencies_and_schedules_are_the_best_known(network: nn.Module, tmp_path
         assert {k: v for k, v in knobs.items() if k in space.knobs.get(layer, {})} == {
             k: v for k, v in space.defaults[layer][bits[layer].activation].items() if k in space.knobs.get(layer, {})
         }
+
+
+def test_counts_are_the_conversions_of_the_lowered_network(network: nn.Module, tmp_path: Path) -> None:
+    records = Records(tmp_path / "r.db")
+    _, space, graphs = known(network, (3, 4, 8), records)
+    shared = shared_tensors(network, torch.zeros(1, 3, 12, 12), space.base)
+    reference = {"latency_us": LATENCY_US, "size_bytes": SIZE_BYTES}
+    knowledge = search_knowledge(space, graphs, reference, get_target(), 1, records, shared=shared)
+    internal = SearchSpace(space.distributions)
+    bound, counted = BoundKnowledge(knowledge, internal), set()
+    for params in space.candidates(12, np.random.default_rng(1)):
+        count = int(bound.counts(np.array([internal.internal(params)]))[0, 1])
+        graph = lowered(network, space.point(params)[0])
+        assert count == sum(isinstance(node, Requantize) for node in graph)
+        counted.add(count)
+    assert len(counted) > 1
+
+
+def test_float_layers_count_as_two_conversions(network: nn.Module, tmp_path: Path) -> None:
+    _, space, _ = known(network, (4, 8, 32), Records(tmp_path / "r.db"))
+    groups = conversion_groups(space, [])
+    assert groups.count((("3/bits",), (4, 8))) == 4  # and as many for the layer that is tied to it
+    assert {names for names, _ in groups} == {(f"{leader}/bits",) for leader in space.bit_choices}
 
 
 def test_without_records_latency_is_not_known(network: nn.Module, tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ def knowledge() -> Knowledge:
     return Knowledge(
         objectives=[
             Sum({name: {4: index + 0.5, 8: 0.1, 32: 0.0} for index, name in enumerate(bits)}, 0.0, "score", (*bits,)),
-            Sum({name: {b: (1.0 if b == 32 else 0.3) / len(bits) for b in BITS} for name in bits}),
+            Sum(
+                {name: {b: (1.0 if b == 32 else 0.3) / len(bits) for b in BITS} for name in bits},
+                groups=(((bits[0], bits[2]), (8,)), ((bits[1],), (4, 8)), (("elsewhere", bits[3]), ())),
+                step=0.01,
+            ),
             Sum({name: {b: b / 32 / len(bits) for b in BITS} for name in bits}, kind="exact"),
         ],
         best={name: {b: {name.replace("bits", "tile"): BEST[b]} for b in BITS} for name in bits},
@@ -66,6 +70,26 @@ def test_sums_are_those_of_the_choices(knowledge: Knowledge) -> None:
     assert found.shape == (50, 3)
     for row, estimate in zip(rows, found, strict=True):
         assert estimate[2] == pytest.approx(size(space.external(row)))
+
+
+def test_counts_are_different_values_beyond_the_first(knowledge: Knowledge) -> None:
+    space = SearchSpace(SPACE)
+    rows = points(space, 60)
+    found = BoundKnowledge(knowledge, space).counts(rows)
+    assert found.shape == (60, 3)
+    assert not found[:, [0, 2]].any()
+    for row, count in zip(rows, found[:, 1].tolist(), strict=True):
+        params = space.external(row)
+        several = {8, params["a/bits"], params["c/bits"]}
+        alone = {4, 8, params["b/bits"]}  # one more for 32; d stands alone, as the space lacks its partner
+        assert count == len(several) - 1 + len(alone) - 1
+    assert len(set(found[:, 1].tolist())) == 4
+
+
+def test_groups_want_choices() -> None:
+    space = SearchSpace({"a/bits": SPACE["a/bits"], "x": FloatDistribution(0, 1)})
+    with pytest.raises(ConfigError, match="group names x"):
+        BoundKnowledge(Knowledge([Sum({}, groups=((("a/bits", "x"), ()),))]), space)
 
 
 def test_improving_sets_what_others_decide_on_and_nothing_else(knowledge: Knowledge) -> None:
@@ -134,6 +158,32 @@ def test_informed_outputs() -> None:
     assert (posterior.mean - y[20:])[:, 2].square().mean() < 0.1 * y[20:, 2].var()
     assert (posterior.mean - y[20:])[:, 3].square().mean() < 0.1 * y[20:, 3].var()
     assert (spread[:, 1:] > 0).all()
+
+
+def test_what_a_count_adds_is_learned() -> None:
+    generator = torch.Generator().manual_seed(0)
+    e = torch.randn(30, 1, generator=generator, dtype=torch.float64)
+    n = torch.randint(0, 6, (30, 1), generator=generator).double()
+    y = 0.2 + 0.9 * e + 0.3 * n
+    x = torch.rand(30, 2, generator=generator, dtype=torch.float64)
+    model = InformedGP(x[:20], y[:20], e[:20], ("estimate",), ([],), counts=n[:20], steps=[0.0])
+    blind = InformedGP(x[:20], y[:20], e[:20], ("estimate",), ([],))
+    assert (model.posterior(x[20:], e[20:], n[20:]).mean - y[20:]).abs().max() < 0.1
+    assert (blind.posterior(x[20:], e[20:]).mean - y[20:]).abs().max() > 0.3
+    cheap = InformedGP(x[:20], 0.9 * e[:20] - 0.3 * n[:20], e[:20], ("estimate",), ([],), counts=n[:20], steps=[0.0])
+    more = cheap.posterior(x[:1], e[:1], n[:1] + 1).mean - cheap.posterior(x[:1], e[:1], n[:1]).mean
+    assert float(more) == 0.0  # what costs never costs less
+    with pytest.raises(ConfigError, match=r"counts \(3, 1\)"):
+        InformedGP(x[:20], y[:20], e[:20], ("estimate",), ([],), counts=n[:3], steps=[0.0])
+
+
+@pytest.mark.parametrize("step", [0.0, 0.5])
+def test_a_step_that_no_trial_tells_of_is_the_given_one(step: float) -> None:
+    e = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    same = torch.ones_like(e)
+    model = InformedGP(e, e, e, ("estimate",), ([],), counts=same, steps=[step])
+    more = model.posterior(e, e, same + 1).mean - model.posterior(e, e, same).mean
+    torch.testing.assert_close(more, torch.full_like(more, step))
 
 
 def search(sampler: BaqeSampler, trials: int) -> tuple[list[FrozenTrial], list[float]]:
