@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from lightning_baqe.callbacks.host import Host
 from lightning_baqe.callbacks.preparation import Preparation
 from lightning_baqe.callbacks.progress import SearchProgress
+from lightning_baqe.callbacks.promises import Promises
 from lightning_baqe.callbacks.results import log_hypervolume, log_results
 from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
@@ -35,23 +37,38 @@ from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.search.sampler import BaqeSampler, Mode
 
 WAIT_S = 1.0  # between looks at what other workers do
-_Plan = tuple[str, BitConfig, Any, optuna.Trial | None, str, float]
+PROMISED = 8  # validation batches that tell whether a trial is worth its tuning
 
 
 @dataclass
-class _Running:
-    """What is being tuned: a trial, or a baseline (``trial`` is None)."""
+class _Plan:
+    """What comes next: a trial, or a baseline (``trial`` is None)."""
 
     name: str
     bits: BitConfig
     schedules: dict[str, dict[str, Any]] | str
-    model: QuantizedModel
     trial: optuna.Trial | None
     phase: str
-    propose_s: float
+    propose_s: float = 0.0
+    model: QuantizedModel | None = None  # calibrated, where the trial has promised something already
+    estimate_s: float = 0.0
+
+
+@dataclass
+class _Running:
+    """What is being tuned."""
+
+    plan: _Plan
+    model: QuantizedModel
     started: float
     epochs: int = 0
     failure: str | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent so far, by part."""
+        found = {"train": time.perf_counter() - self.started, "propose": self.plan.propose_s}
+        return found | ({"estimate": self.plan.estimate_s} if self.plan.estimate_s else {})
 
 
 class BayesianSearch(pl.Callback):
@@ -91,6 +108,8 @@ class BayesianSearch(pl.Callback):
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
         limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them: constraints that
             steer the search. Those that no point can meet end it before the first trial.
+        prune: give up trials whose accuracy before the tuning, or after an epoch of it, tells that they cannot reach
+            the front; they do not count as ``trials``, and are at most as many. Mode ``beyond`` alone.
         tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,
             so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.
@@ -129,6 +148,7 @@ class BayesianSearch(pl.Callback):
         measurement: MeasureOptions | None = None,
         calibration_batches: int = 8,
         activation_range: str = "mse",
+        prune: bool = False,
         tune_s: float = 30.0,
         recipe: str = "bayesian_search",
         model_name: str | None = None,
@@ -149,6 +169,12 @@ class BayesianSearch(pl.Callback):
             wrong = [bits for bits in widths if bits != FLOAT_BITS and not 2 <= bits <= 8]
             if wrong or len(set(widths)) < len(widths) or (what == "bit_choices" and not widths):
                 raise ConfigError(f"{what} are 2..8 or 32 (float), each once; got {list(widths)}")
+        if prune and (mode != "beyond" or sampler is not None):
+            raise ConfigError(
+                f"prune=True with mode={mode!r} and sampler={type(sampler).__name__}; it weighs what mode 'beyond' "
+                "knows of latency and size: give mode='beyond' and no sampler, or prune=False"
+            )
+        self.prune = prune
         parse_range(activation_range)
         self.activation_range = activation_range
         self.network, self.trials, self.epochs_per_trial = network, trials, epochs_per_trial
@@ -167,6 +193,7 @@ class BayesianSearch(pl.Callback):
         self._running: _Running | None = None
         self._next: _Plan | None = None
         self._planned: tuple[int, ...] = ()
+        self._promises: Promises | None = None
         self._closed = False
         self.gave_up: str | None = None
 
@@ -263,6 +290,10 @@ class BayesianSearch(pl.Callback):
         if isinstance(sampler, BaqeSampler) and sampler.mode == "beyond" and self._wanted > 1:
             # A given sampler may know something already.
             sampler.knowledge = sampler.knowledge or prepare.knowledge(self.space, self._calibration[0])
+        self._promises = None
+        if self.prune and isinstance(sampler, BaqeSampler) and sampler.knowledge is not None:
+            batches = [*islice(self._validation, PROMISED)]
+            self._promises = Promises(sampler.knowledge, self.space.distributions, batches)
         self.study.set_limits(self.limits)
         if self.limits:
             prepare.check_limits(self.space, self.limits)
@@ -292,8 +323,10 @@ class BayesianSearch(pl.Callback):
             self._running.failure = "the loss diverged on another rank"
         if failed or self._running.epochs >= self.epochs_per_trial:
             self._end(self._running)
-            self._running = None
-            self._follow_or_stop()
+        elif not self._given_up():
+            return
+        self._running = None
+        self._follow_or_stop()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close(trainer)
@@ -345,14 +378,13 @@ class BayesianSearch(pl.Callback):
     def _begin(self) -> None:
         """Install the next network: baselines first, then what the sampler proposes."""
         plan, self._next = self._next, None
-        shared = self.host.broadcast(None if plan is None else (plan[1].to_json(), plan[0]))
+        shared = self.host.broadcast(None if plan is None else (plan.bits.to_json(), plan.name))
         assert shared is not None
-        bits = plan[1] if plan is not None else BitConfig.from_json(shared[0])
+        plan = plan or _Plan(shared[1], BitConfig.from_json(shared[0]), "default", None, "")
         started = time.perf_counter()
-        model = calibrate(self._quantize(bits), self._calibration)
+        model = plan.model or calibrate(self._quantize(plan.bits), self._calibration)
         self.host.install(model)
-        name, _, schedules, trial, phase, propose_s = plan or (shared[1], bits, "default", None, "", 0.0)
-        self._running = _Running(name, bits, schedules, model, trial, phase, propose_s, started)
+        self._running = _Running(plan, model, started)
 
     def _propose(self) -> _Plan | None:
         """What this worker does next; None: other workers do all that is left."""
@@ -361,15 +393,59 @@ class BayesianSearch(pl.Callback):
         if name is not None:
             self.progress.update(self.study, f"baseline {name}")
             bits = planned[name]
-            return name, BitConfig.uniform(self._float, bits, bits), "default", None, "baseline", 0.0
+            return _Plan(name, BitConfig.uniform(self._float, bits, bits), "default", None, "baseline")
+        while True:
+            start = time.perf_counter()
+            asked = self.study.ask(self.space, self._wanted)
+            if asked is None:
+                return None
+            trial, phase = asked
+            config, schedules = self.space.point(trial.params)
+            self.progress.update(self.study, f"trial {trial.number}", phase)
+            plan = _Plan(
+                f"trial_{trial.number}", config, schedules, trial, phase, propose_s=time.perf_counter() - start
+            )
+            if self._is_worthwhile(plan):
+                return plan
+
+    def _is_worthwhile(self, plan: _Plan) -> bool:
+        """Whether what the network promises before its tuning is enough to begin it; if not, the trial is pruned."""
+        if self._promises is None or plan.trial is None:
+            return True
         start = time.perf_counter()
-        asked = self.study.ask(self.space, self._wanted)
-        if asked is None:
-            return None
-        trial, phase = asked
-        config, schedules = self.space.point(trial.params)
-        self.progress.update(self.study, f"trial {trial.number}", phase)
-        return f"trial_{trial.number}", config, schedules, trial, phase, time.perf_counter() - start
+        plan.model = calibrate(self._quantize(plan.bits), self._calibration).to(self.host.module.device)
+        accuracy = self._promises.accuracy(plan.model)
+        hopeless = self._promises.is_hopeless(plan.trial, 0, accuracy)
+        plan.estimate_s = time.perf_counter() - start
+        if hopeless and self.study.pruned_count < self._wanted:
+            self._prune(plan, accuracy, {"propose": plan.propose_s, "estimate": plan.estimate_s})
+            return False
+        return True
+
+    def _given_up(self) -> bool:
+        """Whether the running trial is pruned after this epoch; all ranks agree."""
+        running, pruned = self._running, False
+        assert running is not None
+        if self.host.is_leader and self._promises is not None and running.plan.trial is not None:
+            accuracy = self._promises.accuracy(running.model)
+            pruned = self._promises.is_hopeless(running.plan.trial, running.epochs, accuracy)
+            pruned = pruned and self.study.pruned_count < self._wanted
+            if pruned:
+                self._prune(running.plan, accuracy, running.seconds)
+        return bool(self.host.broadcast(pruned))
+
+    def _prune(self, plan: _Plan, accuracy: float, seconds: dict[str, float]) -> None:
+        assert plan.trial is not None
+        entry = {
+            "phase": plan.phase,
+            "bits": bits_entry(plan.bits),
+            "schedules": plan.schedules,
+            "promised_accuracy": accuracy,
+            "seconds": seconds,
+        }
+        self.study.prune(plan.trial, entry)
+        self.study.write()
+        self.progress.update(self.study, f"{plan.name} pruned", plan.phase)
 
     def _end(self, running: _Running) -> None:
         """Evaluate on the device, tell the study, write the summary."""
@@ -382,14 +458,15 @@ class BayesianSearch(pl.Callback):
 
     def _evaluate(self, running: _Running) -> None:
         assert self.run_dir is not None
-        seconds = {"train": time.perf_counter() - running.started, "propose": running.propose_s}
+        plan = running.plan
+        seconds = running.seconds
         entry: dict[str, Any] = {
-            "phase": running.phase,
-            "bits": bits_entry(running.bits),
-            "schedules": running.schedules if isinstance(running.schedules, dict) else {},
+            "phase": plan.phase,
+            "bits": bits_entry(plan.bits),
+            "schedules": plan.schedules if isinstance(plan.schedules, dict) else {},
             "seconds": seconds,
         }
-        folder = self.run_dir / "artifacts" / (f"baseline_{running.name}" if running.trial is None else running.name)
+        folder = self.run_dir / "artifacts" / (f"baseline_{plan.name}" if plan.trial is None else plan.name)
         if running.failure is None:
             try:
                 found = self._figures(running, folder)
@@ -399,12 +476,12 @@ class BayesianSearch(pl.Callback):
             except BaqeError as error:
                 running.failure = f"{type(error).__name__}: {error}"
         entry["error"] = running.failure
-        if running.trial is None:
+        if plan.trial is None:
             state = "failed" if running.failure is not None else "complete"
-            self.study.add_baseline({"name": running.name, **entry, "state": state})
+            self.study.add_baseline({"name": plan.name, **entry, "state": state})
         else:
-            self.study.tell(running.trial, entry)
-        self.host.log(running.name, entry)
+            self.study.tell(plan.trial, entry)
+        self.host.log(plan.name, entry)
 
     def _figures(self, running: _Running, folder: Path) -> dict[str, Any]:
         device = next(running.model.parameters()).device
@@ -415,7 +492,7 @@ class BayesianSearch(pl.Callback):
             self._validation,
             folder,
             self.target,
-            running.schedules,
+            running.plan.schedules,
             self.threads,
             self.records,
             self.measurement,
@@ -467,8 +544,8 @@ class BayesianSearch(pl.Callback):
         self.host.install_float(self._original)
         if not self.host.is_leader or not hasattr(self, "study"):
             return
-        if self._next is not None and self._next[3] is not None:
-            self.study.give_back(self._next[3])
+        if self._next is not None and self._next.trial is not None:
+            self.study.give_back(self._next.trial)
         self._next = None
         self.study.write(report=True)  # what was found is safe before the test split is touched
         if test:

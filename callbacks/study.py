@@ -187,6 +187,11 @@ class SearchStudy:
         return sum(t.user_attrs.get(RESULT, {}).get("error") != INTERRUPTED for t in self._count(TrialState.FAIL))
 
     @property
+    def pruned_count(self) -> int:
+        """Trials that were given up for what they promised."""
+        return sum(RESULT in trial.user_attrs for trial in self._count(TrialState.PRUNED))
+
+    @property
     def done_count(self) -> int:
         """Complete trials and evaluated baselines."""
         return self.complete_count + len(self.baseline_names)
@@ -306,6 +311,13 @@ class SearchStudy:
                 for name, value in violations(entry, self._study.user_attrs.get(LIMITS, {})).items():
                     trial.set_constraint(name, value)
                 self._study.tell(trial, list(values))
+
+    def prune(self, trial: optuna.Trial, entry: dict[str, Any]) -> None:
+        """Give a trial up, and keep its entry."""
+        with self.lock:
+            if not self._study._storage.get_trial(trial._trial_id).state.is_finished():
+                trial.set_user_attr(RESULT, entry)
+                self._study.tell(trial, state=TrialState.PRUNED)
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds."""

@@ -20,7 +20,12 @@ OBJECTIVES = ("error", "latency", "size")
 REFERENCE_POINT = (1.0, 1.5, 1.1)
 RESULT, FLOAT, BASELINES, TEST, REWARDS = "result", "float", "baselines", "test_accuracy", "rewards"
 LIMITS = "limits"
-_STATES = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running", TrialState.FAIL: "failed"}
+_STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.RUNNING: "running",
+    TrialState.FAIL: "failed",
+    TrialState.PRUNED: "pruned",
+}
 _EMPTY: dict[str, Any] = {
     "accuracy": None,
     "fake_quant_accuracy": None,
@@ -54,8 +59,8 @@ def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
     baselines = [dict(entry) for entry in attributes.get(BASELINES, [])]
     trials = []
     for trial in study.get_trials(deepcopy=False):
-        if trial.state not in _STATES:
-            continue
+        if trial.state not in _STATES or (trial.state == TrialState.PRUNED and RESULT not in trial.user_attrs):
+            continue  # waiting, or a proposal that repeated another and was never begun
         known = trial.user_attrs.get(RESULT, {})
         entry = {"number": trial.number, "phase": "", "bits": {}, "schedules": {}, **_EMPTY, **known}
         trials.append({**entry, "state": _STATES[trial.state], "pareto": False})

@@ -31,7 +31,8 @@ Mode "paper" follows BAQE (sections III-B to III-E). Where the paper contradicts
 
 Mode "beyond" keeps the initial design and the acquisition. It breeds new candidates from the front for each trial,
 and uses one GP with ARD per objective. With `Knowledge`, what needs no trial is not modelled: exact objectives, sums
-that trials correct, parameters whose best value follows from others'.
+that trials correct, parameters whose best value follows from others'. `ParetoPruner` gives up trials whose cheap
+estimates tell that they cannot reach the front; the sampler learns from what they would probably have reached.
 """
 
 from lightning_baqe.search.acquisition import (
@@ -47,6 +48,7 @@ from lightning_baqe.search.knowledge import Knowledge, Sum
 from lightning_baqe.search.noisy_improvement import NoisyImprovementOptions, NoisyImprovementSampler
 from lightning_baqe.search.pareto import adrs, default_reference_point, hypervolume, pareto_mask
 from lightning_baqe.search.pool import spanning_pool
+from lightning_baqe.search.pruning import ParetoPruner
 from lightning_baqe.search.sampler import BaqeSampler, SamplerOptions
 from lightning_baqe.search.space import SearchSpace, encode
 from lightning_baqe.search.surrogate import ArdGP, ArdOptions, DeepKernelGP, DeepKernelOptions, Posterior, Surrogate
@@ -64,6 +66,7 @@ __all__ = [
     "NoisyImprovementOptions",
     "NoisyImprovementSampler",
     "OptunaSampler",
+    "ParetoPruner",
     "PoolSearch",
     "Posterior",
     "SamplerOptions",

@@ -2,7 +2,7 @@
 
 | symbol | meaning                                                          | shape |
 | ------ | ---------------------------------------------------------------- | ----- |
-| rows   | points of complete trials, internal values                       | n x d |
+| rows   | points of complete trials, and of pruned ones with expectations  | n x d |
 | Y      | their values, turned so that every objective is minimised        | n x m |
 | C      | their constraints, feasible where at most 0                      | n x c |
 | seen   | points of all trials in any state                                |       |
@@ -23,6 +23,7 @@ from lightning_baqe.search.space import Key, Rows, SearchSpace
 
 POINT_KEY = "baqe:point"  # system attribute: the proposal, for trials that have not suggested it yet
 PHASE_KEY = "baqe:phase"  # system attribute: which phase proposed the trial
+EXPECTED_KEY = "baqe:expected"  # system attribute: the values that a pruned trial would probably have reached
 
 
 def signs(study: Study) -> Tensor:
@@ -48,11 +49,13 @@ class History:
     """The trials of a study that concern one search space.
 
     Attributes:
-        rows: `n x d`, complete trials with finite values, in the order of their numbers.
+        rows: `n x d`, complete trials with finite values, and pruned ones of which is known what they would probably
+            have reached, in the order of their numbers.
         values: `n x m`, minimised.
         constraints: `n x c`.
         seen: points that must not be proposed again, whatever became of their trials.
         pending: `q x d`, points of running trials.
+        finished: bool, shape `n`; false for pruned trials, whose values are no more than expected.
     """
 
     rows: Rows
@@ -60,11 +63,12 @@ class History:
     constraints: Tensor
     seen: set[Key]
     pending: Rows
+    finished: Tensor
 
     @property
     def feasible(self) -> Tensor:
-        """Bool, shape `n`."""
-        return (self.constraints <= 0).all(1)
+        """Which points may be on the front: bool, shape `n`."""
+        return (self.constraints <= 0).all(1) & self.finished
 
     @classmethod
     def read(cls, study: Study, space: SearchSpace, exclude: int) -> History:
@@ -78,7 +82,7 @@ class History:
         Warns:
             UserWarning: some complete trials lack constraints that others have; their values are left out.
         """
-        complete: list[tuple[Key, list[float], dict[str, float]]] = []
+        complete: list[tuple[Key, list[float], dict[str, float], bool]] = []
         seen: set[Key] = set()
         pending: list[Key] = []
         for trial in study.get_trials(deepcopy=False):
@@ -89,9 +93,14 @@ class History:
             if trial.state == TrialState.RUNNING:
                 pending.append(key)
             # An infinite value says only that the point is bad; no model can hold it.
-            if trial.state == TrialState.COMPLETE and np.isfinite(trial.values).all() and space.holds(trial.params):
-                complete.append((key, trial.values, trial.constraints))
-        names = sorted({name for _, _, constraints in complete for name in constraints})
+            finished = trial.state == TrialState.COMPLETE
+            values = trial.values if finished else trial.system_attrs.get(EXPECTED_KEY)
+            ended = finished or trial.state == TrialState.PRUNED
+            if ended and values is not None and np.isfinite(values).all() and space.holds(trial.params):
+                complete.append((key, values, trial.constraints, finished))
+        names = sorted({name for _, _, constraints, _ in complete for name in constraints})
+        # Of what a pruned trial never had nothing is missing.
+        complete = [entry for entry in complete if entry[3] or set(entry[2]) == set(names)]
         lacking = [entry for entry in complete if set(entry[2]) != set(names)]
         if lacking:
             warnings.warn(
@@ -103,12 +112,13 @@ class History:
             complete = [entry for entry in complete if set(entry[2]) == set(names)]
         n, m = len(complete), len(study.directions)
         return cls(
-            rows=np.array([key for key, _, _ in complete], dtype=np.float64).reshape(n, len(space.names)),
-            values=torch.tensor([values for _, values, _ in complete], dtype=torch.float64).reshape(n, m)
+            rows=np.array([key for key, *_ in complete], dtype=np.float64).reshape(n, len(space.names)),
+            values=torch.tensor([values for _, values, *_ in complete], dtype=torch.float64).reshape(n, m)
             * signs(study),
             constraints=torch.tensor(
-                [[constraints[name] for name in names] for _, _, constraints in complete], dtype=torch.float64
+                [[constraints[name] for name in names] for _, _, constraints, _ in complete], dtype=torch.float64
             ).reshape(n, len(names)),
             seen=seen,
             pending=np.array(pending, dtype=np.float64).reshape(len(pending), len(space.names)),
+            finished=torch.tensor([finished for *_, finished in complete], dtype=torch.bool),
         )

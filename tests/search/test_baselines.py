@@ -172,6 +172,7 @@ def test_ranks_put_infeasible_trials_last_and_follow_the_weights() -> None:
         constraints=torch.tensor([[-1.0], [0.0], [0.0], [2.0]], dtype=torch.float64),
         seen=set(),
         pending=np.zeros((0, 1)),
+        finished=torch.ones(4, dtype=torch.bool),
     )
     assert ranks(history, np.array([1.0, 0.0])).tolist() == [3.0, 1.0, 2.0, 0.0]
     assert ranks(history, np.array([0.0, 1.0])).tolist() == [1.0, 3.0, 2.0, 0.0]

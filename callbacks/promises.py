@@ -1,0 +1,66 @@
+"""Trials that are given up before they are tuned to the end: what they promise, and when that is hopeless."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import optuna
+
+from lightning_baqe.deploy.evaluate import Batches, module_accuracy
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
+from lightning_baqe.search.pruning import ParetoPruner
+from lightning_baqe.search.space import SearchSpace
+
+
+class Promises:
+    """Accuracy of a network that is not tuned yet, or not to the end, with latency and size as far as they are known.
+
+    A trial promises something before its first epoch (post-training quantization) and after every epoch but the last.
+    Where the finished trials tell that it cannot reach the front any more, it is pruned
+    (:class:`~lightning_baqe.search.ParetoPruner`).
+
+    Args:
+        knowledge: of error, latency and size.
+        distributions: of the search's parameters.
+        batches: what the accuracy is taken on.
+
+    Raises:
+        ConfigError: latency or size is not known.
+    """
+
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        distributions: Mapping[str, optuna.distributions.BaseDistribution],
+        batches: Batches,
+    ) -> None:
+        self._space = SearchSpace({name: d for name, d in distributions.items() if not d.single()})
+        self._bound, self._batches = BoundKnowledge(knowledge, self._space), batches
+        _, latency, size = knowledge.objectives
+        if latency is None or size is None:
+            raise ConfigError(
+                "search.prune weighs a trial's latency before it is tuned, but no kernel was measured: give "
+                "search.tune_s > 0, or search.prune=false"
+            )
+        exact = [entry.kind == "exact" for entry in (latency, size)]
+        self._pruner = ParetoPruner((None, *(0.0 if known else None for known in exact)))
+
+    def accuracy(self, model: QuantizedModel) -> float:
+        """Of the fake-quantized network as it is now."""
+        return module_accuracy(model, self._batches, next(model.parameters()).device)
+
+    def is_hopeless(self, trial: optuna.Trial, rung: int, accuracy: float) -> bool:
+        """Keep what the trial promises, and say whether it is given up.
+
+        Args:
+            trial: of the search.
+            rung: epochs that it was tuned for.
+            accuracy: 0 to 1.
+        """
+        row = np.array([self._space.internal(trial.params)])
+        _, latency, size = self._bound.estimates(row)[0].tolist()
+        self._pruner.report(trial, rung, (1.0 - accuracy, latency, size))
+        return self._pruner.should_prune(trial)
