@@ -37,14 +37,14 @@ class Promises:
         distributions: Mapping[str, optuna.distributions.BaseDistribution],
         batches: Batches,
     ) -> None:
-        self._space = SearchSpace({name: d for name, d in distributions.items() if not d.single()})
-        self._bound, self._batches = BoundKnowledge(knowledge, self._space), batches
         _, latency, size = knowledge.objectives
         if latency is None or size is None:
             raise ConfigError(
                 "search.prune weighs a trial's latency before it is tuned, but no kernel was measured: give "
                 "search.tune_s > 0, or search.prune=false"
             )
+        self._space = SearchSpace({name: d for name, d in distributions.items() if not d.single()})
+        self._bound, self._batches = BoundKnowledge(knowledge, self._space), batches
         exact = [entry.kind == "exact" for entry in (latency, size)]
         self._pruner = ParetoPruner((None, *(0.0 if known else None for known in exact)))
 

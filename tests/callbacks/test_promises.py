@@ -16,12 +16,17 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.knowledge import Knowledge, Sum
 
 Make = Callable[..., Any]
-OPTIONS: dict[str, Any] = {"mode": "beyond", "prune": True, "tune_s": 5.0, "bit_choices": (4, 8), "baselines": ()}
+OPTIONS: dict[str, Any] = {"mode": "beyond", "prune": True, "tune_s": 5.0, "bit_choices": (3, 4, 8), "baselines": ()}
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return found
+
+
+def loaders(data: Any) -> tuple[Any, Any]:
+    """Without a test split, on which made-up artifacts could not be run."""
+    return data.train_dataloader(), data.val_dataloader()
 
 
 def judge(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[int, int], bool]) -> list[tuple[int, int, float]]:
@@ -43,7 +48,7 @@ def test_hopeless_trials_are_pruned_and_others_finish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
 ) -> None:
     asked = judge(monkeypatch, lambda number, rung: (number, rung) in {(1, 0), (2, 1)})
-    fit(foreign(), search(**OPTIONS, trials=3, epochs_per_trial=2), digits)
+    fit(foreign(), search(**OPTIONS, trials=3, epochs_per_trial=2), loaders(digits))
     assert [(number, rung) for number, rung, _ in asked] == [
         (0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1),
     ]  # fmt: skip
@@ -66,7 +71,7 @@ def test_no_more_are_pruned_than_are_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
 ) -> None:
     judge(monkeypatch, lambda number, rung: True)
-    fit(foreign(), search(**OPTIONS, trials=2), digits)
+    fit(foreign(), search(**OPTIONS, trials=2), loaders(digits))
     states = [entry["state"] for entry in summary_of(tmp_path / "run")["trials"]]
     assert states == ["pruned", "pruned", "complete", "complete"]
 
@@ -76,7 +81,7 @@ def test_without_pruning_nothing_is_promised(
     monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
 ) -> None:
     asked = judge(monkeypatch, lambda number, rung: True)
-    fit(foreign(), search(**{**OPTIONS, "prune": False}, trials=1), digits)
+    fit(foreign(), search(**{**OPTIONS, "prune": False}, trials=1), loaders(digits))
     assert asked == []
 
 
