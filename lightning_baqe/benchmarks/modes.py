@@ -1,0 +1,237 @@
+"""The main job itself, mode by mode: ``python -m lightning_baqe.benchmarks.modes``.
+
+``recipe=qat_search data=glyphs`` is run as a user runs it, with mode ``paper``, mode ``beyond`` and random search, from
+several seeds: every trial is trained, lowered, compiled and measured. Runs of a seed begin with the same float network
+and choose from the same bit-widths. Beside the hypervolumes stands what the landscape of the network says of the same
+samplers, so that both can be compared.
+
+Hypervolumes are those of the trials alone, without the baselines, over one float latency for all runs (the median of
+theirs). Seconds are those of the whole command, with tuning kernels and measuring the float model, without training it.
+
+Every run goes on where it was interrupted. Several processes may share the work: ``--seeds 0``, ``--seeds 1``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightning_baqe.benchmarks.replays import fill
+from lightning_baqe.benchmarks.rows import Rows
+from lightning_baqe.benchmarks.search_runs import replay
+from lightning_baqe.benchmarks.synthetic import problem_named
+from lightning_baqe.deploy.front import read_summary, replace_file
+from lightning_baqe.deploy.run_folder import REFERENCE_POINT, objectives
+from lightning_baqe.errors import BaqeError
+from lightning_baqe.search import hypervolume, pareto_mask
+from lightning_baqe.search.metrics import hypervolume_curve, trials_to_reach
+
+BITS = (4, 5, 6, 7, 8, 32)  # those of the landscapes
+MODES: dict[str, tuple[str, ...]] = {
+    "random": ("search.mode=paper", "+search.sampler._target_=optuna.samplers.RandomSampler"),
+    "paper": ("search.mode=paper",),
+    "beyond": ("search.mode=beyond",),
+}
+ANCHOR = "paper"
+_MAIN = "import sys; from lightning_baqe.train import main; sys.exit(main())"  # as the command lightning-baqe does it
+
+
+def command(mode: str, seed: int, trials: int, run_dir: Path, more: Sequence[str]) -> list[str]:
+    """The command line of a run.
+
+    Args:
+        mode: one of :data:`MODES`.
+        seed: of everything.
+        trials: to complete.
+        run_dir: of the run.
+        more: further arguments.
+    """
+    options = [*MODES[mode], *(["+search.sampler.seed=" + str(seed)] if mode == "random" else [])]
+    return [
+        sys.executable, "-c", _MAIN, "recipe=qat_search", "data=glyphs", f"seed={seed}",
+        f"search.trials={trials}", f"search.bit_choices={list(BITS)}".replace(" ", ""), f"run_dir={run_dir}",
+        *options, *more,
+    ]  # fmt: skip
+
+
+def run(mode: str, seed: int, trials: int, folder: Path, more: Sequence[str]) -> None:
+    """Run one, or let it go on; ``seconds.json`` in its folder sums the time of all its parts.
+
+    Raises:
+        BaqeError: it failed; its output is in ``output.log``.
+    """
+    run_dir = folder / f"{mode}_{seed}"
+    checkpoint = run_dir / "checkpoints" / "float.ckpt"
+    known = sorted(path for path in folder.glob(f"*_{seed}/checkpoints/float.ckpt") if path != checkpoint)
+    if not checkpoint.exists() and known:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(known[0], checkpoint)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with (run_dir / "output.log").open("ab") as log:
+        status = subprocess.run(command(mode, seed, trials, run_dir, more), stdout=log, stderr=log, check=False)
+    record = run_dir / "seconds.json"
+    before = json.loads(record.read_text()) if record.exists() else 0.0
+    replace_file(record, json.dumps(before + time.monotonic() - started).encode())
+    if status.returncode:
+        raise BaqeError(
+            f"{mode} with seed {seed} ended with status {status.returncode}; see {run_dir / 'output.log'}, and run the "
+            "same command again to go on"
+        )
+
+
+def values_of(summary: Mapping[str, Any], latency_us: float) -> torch.Tensor:
+    """Objectives of the complete trials, ``n x 3``, over a given float latency."""
+    reference = {**summary["float"], "latency_us": latency_us}
+    complete = [entry for entry in summary["trials"] if entry["state"] == "complete"]
+    return torch.tensor([objectives(entry, reference) for entry in complete], dtype=torch.float64)
+
+
+def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: Mapping[tuple[str, int], float]) -> Any:
+    """One entry a run.
+
+    Args:
+        summaries: ``{(mode, seed): content of summary.json}``.
+        seconds: of the whole commands.
+
+    Returns:
+        ``{"mode", "seed", "trials", "hypervolume": {trials: value}, "of_joint": final over that of all runs together,
+        "trials_to_paper": trials to reach paper's final hypervolume of the same seed, None where it is not reached,
+        "front": non-dominated trials, "of_front": of them on the joint front, "best_accuracy", "fastest_us",
+        "smallest_bytes", "trial_s": median seconds of a trial, "seconds", "float_us"}``.
+    """
+    latency_us = statistics.median(s["float"]["latency_us"] for s in summaries.values())
+    values = {key: values_of(summary, latency_us) for key, summary in summaries.items()}
+    joint = torch.cat([*values.values()])
+    joint = joint[pareto_mask(joint)]
+    best = hypervolume(joint, REFERENCE_POINT)
+    curves = {key: hypervolume_curve(found, REFERENCE_POINT) for key, found in values.items()}
+    entries = []
+    for (mode, seed), found in values.items():
+        curve, summary = curves[mode, seed], summaries[mode, seed]
+        front = found[pareto_mask(found)]
+        complete = [entry for entry in summary["trials"] if entry["state"] == "complete"]
+        target = curves.get((ANCHOR, seed))
+        entries.append(
+            {
+                "mode": mode,
+                "seed": seed,
+                "trials": len(found),
+                "hypervolume": {n: float(curve[n - 1]) for n in (5, 10, 20, 40) if n <= len(curve)},
+                "of_joint": float(curve[-1]) / best,
+                "trials_to_paper": None if target is None else trials_to_reach(curve, float(target[-1])),
+                "front": len(front),
+                "of_front": sum(bool((row == joint).all(1).any()) for row in front),
+                "best_accuracy": max(entry["accuracy"] for entry in complete),
+                "fastest_us": min(entry["latency_us"] for entry in complete),
+                "smallest_bytes": min(entry["size_bytes"] for entry in complete),
+                "trial_s": statistics.median(sum(entry["seconds"].values()) for entry in complete),
+                "seconds": seconds[mode, seed],
+                "float_us": summary["float"]["latency_us"],
+            }
+        )
+    return entries
+
+
+def predicted(landscape: str, modes: Sequence[str], trials: int, seeds: int, folder: Path, console: Console) -> Any:
+    """What the landscape says: ``{mode: {trials: median hypervolume}}``, with the noise of real measurements."""
+    rows = Rows(folder / "replays.jsonl")
+    keys = ("problem", "sampler", "seed", "trials", "initial", "noisy")
+    wanted = [(landscape, mode, seed, trials, min(10, trials - 1), True) for seed in range(seeds) for mode in modes]
+    fill(rows, keys, wanted, replay, 1, console, "replays")
+    reference = problem_named(landscape).reference_point
+    found: dict[str, dict[int, float]] = {}
+    for mode in modes:
+        curves = [
+            hypervolume_curve(torch.tensor(row["values"], dtype=torch.float64), reference)
+            for row in rows.all
+            if (row["problem"], row["sampler"], row["trials"]) == (landscape, mode, trials) and row["seed"] < seeds
+        ]
+        found[mode] = {n: statistics.median(float(c[n - 1]) for c in curves) for n in (5, 10, 20, 40) if n <= trials}
+    return found
+
+
+def show(console: Console, title: str, entries: Sequence[Mapping[str, Any]], landscape: Mapping[str, Any]) -> None:
+    """Print the table of both."""
+    points = list(entries[0]["hypervolume"])
+    table = Table(title=title)
+    names = ("mode", "seed", *(f"HV at {n}" for n in points), "of joint", "trials to paper's", "front", "on joint",
+             "best accuracy", "fastest", "smallest", "s a trial", "minutes", "float")  # fmt: skip
+    for name in names:
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for entry in entries:
+        reached = entry["trials_to_paper"]
+        table.add_row(
+            entry["mode"], str(entry["seed"]), *(f"{v:.4f}" for v in entry["hypervolume"].values()),
+            f"{entry['of_joint']:.1%}", f"> {entry['trials']}" if reached is None else str(reached),
+            str(entry["front"]), str(entry["of_front"]), f"{entry['best_accuracy']:.2%}",
+            f"{entry['fastest_us']:.0f} us", f"{entry['smallest_bytes'] / 1e6:.2f} MB", f"{entry['trial_s']:.1f}",
+            f"{entry['seconds'] / 60:.1f}", f"{entry['float_us']:.0f} us",
+        )  # fmt: skip
+    for mode, volumes in landscape.items():
+        table.add_row(f"{mode}, by the landscape", "", *(f"{value:.4f}" for value in volumes.values()))
+    console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--landscape", default="resnet18_glyphs", help="that says what to expect")
+    parser.add_argument("--replays", type=int, default=10, help="seeds of it; 0: none")
+    parser.add_argument("--table", action="store_true", help="of the runs that are complete; nothing is run")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks/modes"), help="for all that is kept")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further arguments of the recipe")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit status is 0."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.trials < 2:
+        parser.error("--trials is at least 2")
+    console = Console(width=200 if not Console().is_terminal else None, highlight=False)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for seed in () if options.table else options.seeds:
+        for mode in options.modes:
+            console.print(f"{mode}, seed {seed}", markup=False)
+            run(mode, seed, options.trials, options.folder, options.set)
+    runs = {(mode, seed): options.folder / f"{mode}_{seed}" for mode in options.modes for seed in options.seeds}
+    summaries = {key: read_summary(path) for key, path in runs.items() if (path / "seconds.json").exists()}
+    complete = {
+        key: summary
+        for key, summary in summaries.items()
+        if sum(entry["state"] == "complete" for entry in summary["trials"]) >= options.trials
+    }
+    if not complete:
+        parser.error(f"no run in {options.folder} has {options.trials} complete trials: run without --table")
+    seconds = {key: float(json.loads((runs[key] / "seconds.json").read_text())) for key in complete}
+    entries = summarise(complete, seconds)
+    said = {}
+    if options.replays:
+        said = predicted(options.landscape, options.modes, options.trials, options.replays, options.folder, console)
+    about = next(iter(complete.values()))["device"]
+    title = f"recipe=qat_search data=glyphs, {options.trials} trials, on {about['cpu']}, {os.cpu_count()} cores"
+    show(console, title, entries, said)
+    content = {"device": about, "runs": entries, "landscape": said}
+    replace_file(options.folder / "modes.json", json.dumps(content, indent=1).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
