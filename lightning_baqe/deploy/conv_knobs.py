@@ -28,6 +28,7 @@ from lightning_baqe.errors import ConfigError
 
 Knobs = Mapping[str, Any]
 CHANNEL_TILES = (16, 32, 64, 128, 256)
+FEW_PIXELS, MANY_WEIGHTS = 4, 64 * 1024  # of so few pixels, so many weights are read more slowly than multiplied
 CHOICES = {"order": ("channels", "pixels"), "weights": ("bytes", "packed"), "intrinsic": ("on", "off")}
 
 
@@ -122,8 +123,15 @@ def default_knobs(spec: ConvSpec) -> dict[str, Any]:
     space = knob_space(spec, limit=1)
     # Of madd16, a second step in one body wants more registers than there are.
     unroll = 2 if 2 in space["unroll"] and spec.dot != "madd16" else 1
-    fixed = {"order": "channels", "weights": "bytes", "reduction": "window", "intrinsic": "on"}
-    return {"tile": space["tile"][0], "unroll": unroll, **fixed}
+    fixed = {"order": "channels", "reduction": "window", "intrinsic": "on"}
+    weights = "packed" if "packed" in space["weights"] and _reads_weights(spec) else "bytes"
+    return {"tile": space["tile"][0], "unroll": unroll, "weights": weights, **fixed}
+
+
+def _reads_weights(spec: ConvSpec) -> bool:
+    """Whether the time goes into reading weights: half the bytes were half the time there (AVX512-VNNI, Zen 5)."""
+    pixels = spec.result.height * spec.result.width
+    return pixels <= FEW_PIXELS and spec.macs // pixels >= MANY_WEIGHTS
 
 
 def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
