@@ -186,14 +186,14 @@ class Landscape:
         """
         offered, base = self.space.bit_choices, max(min(c) for c in self.space.bit_choices.values())
         best, fixed = best_schedules(self.space)
-        plain = self._at(dict.fromkeys(offered, base))
+        plain = self.at(dict.fromkeys(offered, base))
         smallest, total = self.size(plain), float(self._reference["latency_us"])
         size: dict[str, dict[Any, float]] = {}
         latency: dict[str, dict[Any, float]] = {}
         for leader, choices in offered.items():
             group = next((group for group in self.space.base.ties if leader in group), (leader,))
             size[f"{leader}/bits"] = {
-                b: self.size(self._at({**dict.fromkeys(offered, base), leader: b})) - smallest for b in choices
+                b: self.size(self.at({**dict.fromkeys(offered, base), leader: b})) - smallest for b in choices
             }
             latency[f"{leader}/bits"] = {
                 b: sum(self.kernel_latency_us(layer, b, self.space.defaults[layer][b]) for layer in group) / total
@@ -227,8 +227,17 @@ class Landscape:
         used = {self._kernel(layer, b) for layer, of in self.space.defaults.items() for b in of}
         return TUNED * sum(self._kernel_seconds[index] for index in used)
 
-    def _at(self, bits: Mapping[str, int]) -> dict[str, Any]:
-        """The point with these bits and the best known knobs."""
+    @property
+    def reference(self) -> Mapping[str, float]:
+        """Of the float network: ``latency_us`` and ``size_bytes``."""
+        return self._reference
+
+    def at(self, bits: Mapping[str, int]) -> dict[str, Any]:
+        """The point with these bits and the best known knobs.
+
+        Args:
+            bits: of each layer that is searched, or of the first of those that are tied.
+        """
         best, fixed = best_schedules(self.space)
         point: dict[str, Any] = {f"{layer}/bits": width for layer, width in bits.items()}
         for layer, width in bits.items():

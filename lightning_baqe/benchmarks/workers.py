@@ -4,8 +4,9 @@
     python -m lightning_baqe.benchmarks.workers --storage postgres    # a PostgreSQL server, started for it
     python -m lightning_baqe.benchmarks.workers --storage postgresql://user@host/database
 
-The processes do what :class:`~lightning_baqe.callbacks.BayesianSearch` does with a study; training and measuring are
-replaced by a pause, the figures by a formula. One process alone does the same first, for comparison.
+The processes do what :class:`~lightning_baqe.callbacks.BayesianSearch` does with a study in mode ``beyond``; training
+and measuring are replaced by a pause, the figures by those of a landscape. One process alone does the same first, for
+comparison.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_baqe.benchmarks import postgres
+from lightning_baqe.benchmarks.landscapes import Landscape
 from lightning_baqe.callbacks.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
 from lightning_baqe.callbacks.workers import PREFIX
 from lightning_baqe.deploy.run_folder import RESULT
@@ -69,7 +72,54 @@ def made_up_figures(bits: BitConfig, schedules: Mapping[str, Mapping[str, Any]])
     }
 
 
-def work(folder: str, storage: str, trials: int, pause_s: float, initial: int) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What the workers search.
+
+    Args:
+        space: of the search.
+        sampler: of it.
+        reference: the float model's figures.
+        figures: of a trial's bits and schedules.
+    """
+
+    space: NetworkSpace
+    sampler: BaqeSampler
+    reference: Mapping[str, Any]
+    figures: Callable[[BitConfig, Mapping[str, Mapping[str, Any]]], dict[str, Any]]
+
+    @classmethod
+    def of(cls, landscape: str | None, initial: int) -> Job:
+        """The bits of a landscape; None: something made up and small.
+
+        Args:
+            landscape: a shipped one, or a path.
+            initial: trials of the initial design.
+        """
+        pool = max(200, initial)
+        if landscape is None:
+            space = made_up_space()
+            sampler = BaqeSampler(0, "paper", space.distributions, space.candidates, initial, pool)
+            return cls(space, sampler, FLOAT, made_up_figures)
+        found = Landscape.load(landscape)
+        space = NetworkSpace(found.space.base, found.space.bit_choices, {}, found.space.defaults)
+        sampler = BaqeSampler(
+            0, "beyond", space.distributions, space.candidates, initial, pool,
+            reference_point=found.reference_point, knowledge=found.knowledge(),
+        )  # fmt: skip
+
+        def figures(bits: BitConfig, schedules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+            point = found.at({leader: bits[leader].activation for leader in space.bit_choices})
+            return {
+                "accuracy": 1.0 - found.error(point),
+                "latency_us": found.latency_us(point),
+                "size_bytes": found.size_bytes(point),
+            }
+
+        return cls(space, sampler, {**FLOAT, **found.reference}, figures)
+
+
+def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, landscape: str | None) -> None:
     """Be one worker, to the end of the study.
 
     Args:
@@ -77,19 +127,19 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int) -
         storage: URL.
         trials: complete trials to reach.
         pause_s: mean length of a trial.
-        initial: trials of the initial design.
+        initial, landscape: of :meth:`Job.of`.
     """
     rng = np.random.default_rng(os.getpid())
-    space = made_up_space()
+    job = Job.of(landscape, initial)
+    space = job.space
     study = SearchStudy(
         Path(folder), storage, {"recipe": "workers", "model": "none", "dataset": "none"}, name="workers"
     )
     with study.lock:
         study.known_space({"space": space.record()})
-        sampler = BaqeSampler(0, "paper", space.distributions, space.candidates, initial, max(200, initial))
-        study.open(space, sampler)
+        study.open(space, job.sampler)
         if study.float_result is None:
-            study.set_float(dict(FLOAT))
+            study.set_float(dict(job.reference))
     waited = proposing = 0.0
     done = 0
     while study.complete_count < trials:
@@ -105,7 +155,7 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int) -
         time.sleep(pause_s * rng.uniform(0.5, 1.5))
         entry = {"phase": phase, "bits": {n: [b.weight, b.activation] for n, b in bits.items()},
                  "schedules": schedules, "seconds": {}, "error": None}  # fmt: skip
-        study.tell(trial, entry | made_up_figures(bits, schedules))
+        study.tell(trial, entry | job.figures(bits, schedules))
         study.write()
         done += 1
     (Path(folder) / f"worker_{os.getpid()}.json").write_text(
@@ -122,6 +172,7 @@ def run(
     pause_s: float = 1.0,
     kill: bool = True,
     initial: int = 10,
+    landscape: str | None = None,
 ) -> dict[str, Any]:
     """Let several processes finish one study and tell what is in it afterwards.
 
@@ -132,7 +183,7 @@ def run(
         trials: complete trials to reach.
         pause_s: mean length of a trial, seconds.
         kill: send SIGKILL to one that is in the middle of a trial, once a quarter of the trials is complete.
-        initial: trials of the initial design.
+        initial, landscape: of :meth:`Job.of`.
 
     Raises:
         BaqeError: a process failed by itself.
@@ -145,7 +196,8 @@ def run(
         from lightning_baqe.benchmarks.workers import work as target  # by a name that the others can import
     start = time.perf_counter()
     workers = [
-        context.Process(target=target, args=(str(folder), storage, trials, pause_s, initial)) for _ in range(processes)
+        context.Process(target=target, args=(str(folder), storage, trials, pause_s, initial, landscape))
+        for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
@@ -224,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--initial", type=int, default=10, help="trials of the initial design")
     parser.add_argument("--pause", type=float, default=2.0, help="mean length of a trial, seconds")
+    parser.add_argument("--landscape", default="mobilenet_v2_glyphs", help="that answers: a shipped one, or a path")
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     options = parser.parse_args(arguments)
     rows = []
@@ -237,10 +290,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif storage == "sqlite":
                 folder.mkdir()
                 storage = f"sqlite:///{folder / 'study.db'}"
-            rows.append(run(folder, storage, processes, options.trials, options.pause, processes > 1, options.initial))
+            rows.append(
+                run(folder, storage, processes, options.trials, options.pause, processes > 1, options.initial,
+                    options.landscape)
+            )  # fmt: skip
             if "://" in options.storage:
                 optuna.delete_study(study_name="workers", storage=storage)
-    table = Table(title=f"{options.trials} trials of {options.pause:g} s, {options.storage}")
+    table = Table(title=f"{options.trials} trials of {options.pause:g} s on {options.landscape}, {options.storage}")
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
