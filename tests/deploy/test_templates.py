@@ -325,6 +325,17 @@ class TestKnobs:
         assert check_knobs(wide, {"weights": "packed"})["weights"] == "bytes"
 
     @pytest.mark.parametrize(
+        ("channels", "size", "bits", "packed"),
+        [(256, 1, 4, True), (256, 2, 3, True), (256, 4, 4, False), (64, 1, 4, False), (256, 1, 8, False)],
+    )
+    def test_many_weights_of_few_pixels_stay_packed(self, channels: int, size: int, bits: int, packed: bool) -> None:
+        maker = Maker(channels, size)
+        maker.conv(out=channels, padding=1, weight_bits=bits)
+        spec = make_plan(maker.graph(), get_target("vnni512")).calls[1].spec
+        assert isinstance(spec, ConvSpec)
+        assert default_knobs(spec)["weights"] == ("packed" if packed else "bytes")
+
+    @pytest.mark.parametrize(
         "knobs",
         [
             {"tile": "9x9x9"},
