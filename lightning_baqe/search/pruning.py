@@ -106,7 +106,7 @@ class ParetoPruner:
         promise = torch.tensor(rungs[rung], dtype=torch.float64) * turned
         promises = torch.tensor([pair[0] for pair in finished], dtype=torch.float64) * turned
         finals = torch.tensor([pair[1] for pair in finished], dtype=torch.float64) * turned
-        if not is_hopeless(optimistic(promise, promises, finals, self.margins), _all_values(trial.study) * turned):
+        if not is_hopeless(optimistic(promise, promises, finals, self.margins), _feasible_values(trial.study) * turned):
             return False
         expected = (probable(promise, promises, finals, self.margins) * turned).tolist()
         trial.study._storage.set_trial_system_attr(trial._trial_id, EXPECTED_KEY, expected)
@@ -128,9 +128,10 @@ def _rungs(trial: Trial) -> dict[str, list[float]]:
     return found
 
 
-def _all_values(study: Study) -> Tensor:
+def _feasible_values(study: Study) -> Tensor:
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return torch.tensor([trial.values for trial in complete], dtype=torch.float64).reshape(-1, len(study.directions))
+    values = [trial.values for trial in complete if all(value <= 0 for value in trial.constraints.values())]
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, len(study.directions))
 
 
 def optimistic(promise: Tensor, promises: Tensor, finals: Tensor, margins: Sequence[float | None]) -> Tensor:

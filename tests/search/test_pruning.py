@@ -138,6 +138,20 @@ def test_the_sampler_learns_from_pruned_trials_and_keeps_them_off_the_front() ->
     np.testing.assert_allclose(history.values[history.finished][0], study.trials[0].values)
 
 
+@pytest.mark.parametrize("feasible", [True, False])
+def test_what_breaks_a_constraint_dominates_nothing(feasible: bool) -> None:
+    pruner = ParetoPruner(margins=(0.0, 0.0), warmup=2)
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for value in (1.0, 2.0):
+        trial = study.ask()
+        pruner.report(trial, 0, (value, value))
+        trial.set_constraint("limit", -1.0 if feasible else 1.0)
+        study.tell(trial, [value, value])
+    trial = study.ask()
+    pruner.report(trial, 0, (3.0, 3.0))
+    assert pruner.should_prune(trial) == feasible
+
+
 def test_pruned_trials_without_expectations_are_points_that_were_tried() -> None:
     study = optuna.create_study(directions=["minimize"] * 2)
     study.tell(study.ask(SPACE), state=TrialState.PRUNED)
