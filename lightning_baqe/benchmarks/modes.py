@@ -6,7 +6,8 @@ and choose from the same bit-widths. Beside the hypervolumes stands what the lan
 samplers, so that both can be compared.
 
 Hypervolumes are those of the trials alone, without the baselines, over one float latency for all runs (the median of
-theirs). Seconds are those of the whole command, with tuning kernels and measuring the float model, without training it.
+theirs). Seconds are those of the whole command, and every run tunes its kernels itself, in records of its own; only the
+first run of a seed trains the float network.
 
 Every run goes on where it was interrupted. Several processes may share the work: ``--seeds 0``, ``--seeds 1``.
 """
@@ -63,7 +64,7 @@ def command(mode: str, seed: int, trials: int, run_dir: Path, more: Sequence[str
     return [
         sys.executable, "-c", _MAIN, "recipe=qat_search", "data=glyphs", f"seed={seed}",
         f"search.trials={trials}", f"search.bit_choices={list(BITS)}".replace(" ", ""), f"run_dir={run_dir}",
-        *options, *more,
+        f"search.records={run_dir / 'records.db'}", *options, *more,
     ]  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit status is 0."""
+    """The command line; the exit status is 1 where a run failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.trials < 2:
@@ -210,7 +211,11 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in () if options.table else options.seeds:
         for mode in options.modes:
             console.print(f"{mode}, seed {seed}", markup=False)
-            run(mode, seed, options.trials, options.folder, options.set)
+            try:
+                run(mode, seed, options.trials, options.folder, options.set)
+            except BaqeError as error:
+                console.print(f"error: {error}", markup=False, style="red")
+                return 1
     runs = {(mode, seed): options.folder / f"{mode}_{seed}" for mode in options.modes for seed in options.seeds}
     summaries = {key: read_summary(path) for key, path in runs.items() if (path / "seconds.json").exists()}
     complete = {
