@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import numpy as np
 import optuna
 
+from lightning_baqe.callbacks.study import SearchStudy
 from lightning_baqe.deploy.evaluate import Batches, module_accuracy
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
@@ -26,6 +29,8 @@ class Promises:
         knowledge: of error, latency and size.
         distributions: of the search's parameters.
         batches: what the accuracy is taken on.
+        study: that is told of pruned trials.
+        most: trials that may be pruned.
 
     Raises:
         ConfigError: latency or size is not known.
@@ -36,6 +41,8 @@ class Promises:
         knowledge: Knowledge,
         distributions: Mapping[str, optuna.distributions.BaseDistribution],
         batches: Batches,
+        study: SearchStudy,
+        most: int,
     ) -> None:
         _, latency, size = knowledge.objectives
         if latency is None or size is None:
@@ -45,12 +52,31 @@ class Promises:
             )
         self._space = SearchSpace({name: d for name, d in distributions.items() if not d.single()})
         self._bound, self._batches = BoundKnowledge(knowledge, self._space), batches
+        self._study, self._most = study, most
         exact = [entry.kind == "exact" for entry in (latency, size)]
         self._pruner = ParetoPruner((None, *(0.0 if known else None for known in exact)))
 
-    def accuracy(self, model: QuantizedModel) -> float:
-        """Of the fake-quantized network as it is now."""
-        return module_accuracy(model, self._batches, next(model.parameters()).device)
+    def gives_up(self, trial: optuna.Trial, rung: int, model: QuantizedModel, entry: MutableMapping[str, Any]) -> bool:
+        """Keep what a trial promises; where that is hopeless, prune it.
+
+        Args:
+            trial: of the search.
+            rung: epochs that it was tuned for.
+            model: its fake-quantized network as it is now.
+            entry: of the trial, kept if it is pruned. The seconds spent here are added to its ``seconds``.
+
+        Returns:
+            Whether the trial is pruned.
+        """
+        start = time.perf_counter()
+        accuracy = module_accuracy(model, self._batches, next(model.parameters()).device)
+        hopeless = self.is_hopeless(trial, rung, accuracy) and self._study.pruned_count < self._most
+        seconds = entry["seconds"]
+        seconds["estimate"] = seconds.get("estimate", 0.0) + time.perf_counter() - start
+        if hopeless:
+            self._study.prune(trial, {**entry, "promised_accuracy": accuracy})
+            self._study.write()
+        return hopeless
 
     def is_hopeless(self, trial: optuna.Trial, rung: int, accuracy: float) -> bool:
         """Keep what the trial promises, and say whether it is given up.

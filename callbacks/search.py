@@ -53,6 +53,11 @@ class _Plan:
     model: QuantizedModel | None = None  # calibrated, where the trial has promised something already
     estimate_s: float = 0.0
 
+    def entry(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """What the study keeps of it before it is evaluated; ``seconds`` by part."""
+        schedules = self.schedules if isinstance(self.schedules, dict) else {}
+        return {"phase": self.phase, "bits": bits_entry(self.bits), "schedules": schedules, "seconds": seconds}
+
 
 @dataclass
 class _Running:
@@ -293,7 +298,7 @@ class BayesianSearch(pl.Callback):
         self._promises = None
         if self.prune and isinstance(sampler, BaqeSampler) and sampler.knowledge is not None:
             batches = [*islice(self._validation, PROMISED)]
-            self._promises = Promises(sampler.knowledge, self.space.distributions, batches)
+            self._promises = Promises(sampler.knowledge, self.space.distributions, batches, self.study, self._wanted)
         self.study.set_limits(self.limits)
         if self.limits:
             prepare.check_limits(self.space, self.limits)
@@ -414,38 +419,24 @@ class BayesianSearch(pl.Callback):
             return True
         start = time.perf_counter()
         plan.model = calibrate(self._quantize(plan.bits), self._calibration).to(self.host.module.device)
-        accuracy = self._promises.accuracy(plan.model)
-        hopeless = self._promises.is_hopeless(plan.trial, 0, accuracy)
-        plan.estimate_s = time.perf_counter() - start
-        if hopeless and self.study.pruned_count < self._wanted:
-            self._prune(plan, accuracy, {"propose": plan.propose_s, "estimate": plan.estimate_s})
-            return False
-        return True
+        seconds = {"propose": plan.propose_s, "estimate": time.perf_counter() - start}
+        pruned = self._promises.gives_up(plan.trial, 0, plan.model, plan.entry(seconds))
+        plan.estimate_s = seconds["estimate"]
+        if pruned:
+            self.progress.update(self.study, f"{plan.name} pruned", plan.phase)
+        return not pruned
 
     def _given_up(self) -> bool:
         """Whether the running trial is pruned after this epoch; all ranks agree."""
         running, pruned = self._running, False
         assert running is not None
-        if self.host.is_leader and self._promises is not None and running.plan.trial is not None:
-            accuracy = self._promises.accuracy(running.model)
-            pruned = self._promises.is_hopeless(running.plan.trial, running.epochs, accuracy)
-            pruned = pruned and self.study.pruned_count < self._wanted
+        plan = running.plan
+        if self.host.is_leader and self._promises is not None and plan.trial is not None:
+            entry = plan.entry(running.seconds)
+            pruned = self._promises.gives_up(plan.trial, running.epochs, running.model, entry)
             if pruned:
-                self._prune(running.plan, accuracy, running.seconds)
+                self.progress.update(self.study, f"{plan.name} pruned", plan.phase)
         return bool(self.host.broadcast(pruned))
-
-    def _prune(self, plan: _Plan, accuracy: float, seconds: dict[str, float]) -> None:
-        assert plan.trial is not None
-        entry = {
-            "phase": plan.phase,
-            "bits": bits_entry(plan.bits),
-            "schedules": plan.schedules,
-            "promised_accuracy": accuracy,
-            "seconds": seconds,
-        }
-        self.study.prune(plan.trial, entry)
-        self.study.write()
-        self.progress.update(self.study, f"{plan.name} pruned", plan.phase)
 
     def _end(self, running: _Running) -> None:
         """Evaluate on the device, tell the study, write the summary."""
@@ -460,12 +451,7 @@ class BayesianSearch(pl.Callback):
         assert self.run_dir is not None
         plan = running.plan
         seconds = running.seconds
-        entry: dict[str, Any] = {
-            "phase": plan.phase,
-            "bits": bits_entry(plan.bits),
-            "schedules": plan.schedules if isinstance(plan.schedules, dict) else {},
-            "seconds": seconds,
-        }
+        entry = plan.entry(seconds)
         folder = self.run_dir / "artifacts" / (f"baseline_{plan.name}" if plan.trial is None else plan.name)
         if running.failure is None:
             try:

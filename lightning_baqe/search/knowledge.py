@@ -89,7 +89,7 @@ class Knowledge:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Knowledge:
-        """What a record holds."""
+        """What a record holds; one that was made before there were groups has none."""
         return cls(
             [
                 None
@@ -99,8 +99,8 @@ class Knowledge:
                     entry["offset"],
                     entry["kind"],
                     tuple(entry["rest"]),
-                    tuple((tuple(names), tuple(beside)) for names, beside in entry["groups"]),
-                    entry["step"],
+                    tuple((tuple(names), tuple(beside)) for names, beside in entry.get("groups", ())),
+                    entry.get("step", 0.0),
                 )
                 for entry in record["objectives"]
             ],

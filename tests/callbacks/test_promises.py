@@ -16,6 +16,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.knowledge import Knowledge, Sum
 
 Make = Callable[..., Any]
+NO_STUDY: Any = None  # which is asked for nothing where nothing is pruned
 OPTIONS: dict[str, Any] = {"mode": "beyond", "prune": True, "tune_s": 5.0, "bit_choices": (3, 4, 8), "baselines": ()}
 
 
@@ -91,7 +92,7 @@ def test_pruning_wants_to_know_latencies(foreign: Make, search: Make, fit: Make,
     with pytest.raises(ConfigError, match="sampler=RandomSampler"):
         search(**OPTIONS, sampler=optuna.samplers.RandomSampler())
     with pytest.raises(ConfigError, match="no kernel was measured"):
-        Promises(Knowledge([None, None, Sum({})]), {}, [])
+        Promises(Knowledge([None, None, Sum({})]), {}, [], NO_STUDY, 0)
 
 
 def test_what_finished_trials_tell() -> None:
@@ -99,7 +100,7 @@ def test_what_finished_trials_tell() -> None:
     space = {f"{layer}/bits": optuna.distributions.CategoricalDistribution((4, 8)) for layer in "abcdef"}
     terms = {name: {4: 0.05, 8: 0.1} for name in space}
     knowledge = Knowledge([Sum({}, kind="score"), Sum(terms), Sum(terms, kind="exact")])
-    promises = Promises(knowledge, space, [])
+    promises = Promises(knowledge, space, [], NO_STUDY, 0)
     study = optuna.create_study(directions=["minimize"] * 3)
 
     def ask(wide: int) -> optuna.Trial:

@@ -242,6 +242,18 @@ def test_records_hold_everything(knowledge: Knowledge) -> None:
     assert again.record() == knowledge.record()
 
 
+def test_records_from_before_there_were_groups(knowledge: Knowledge) -> None:
+    old = json.loads(json.dumps(knowledge.record()))
+    for entry in filter(None, old["objectives"]):
+        del entry["groups"], entry["step"]
+    found = Knowledge.from_record(old)
+    assert found.best == knowledge.best
+    for entry, known in zip(found.objectives, knowledge.objectives, strict=True):
+        assert (entry is None) == (known is None)
+        if entry is not None and known is not None:
+            assert (entry.terms, entry.groups, entry.step) == (known.terms, (), 0.0)
+
+
 def test_paper_mode_takes_no_knowledge(knowledge: Knowledge) -> None:
     with pytest.raises(ConfigError, match="beyond"):
         BaqeSampler(mode="paper", knowledge=knowledge)
