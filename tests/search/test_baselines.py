@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,9 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from optuna.distributions import BaseDistribution, IntDistribution
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 from sampler_conformance import DISCRETE, SamplerConformance, discrete, minimised, point, suggest
@@ -36,6 +39,8 @@ from lightning_baqe.search import (
 )
 from lightning_baqe.search.annealing import ranks
 from lightning_baqe.search.history import History
+from lightning_baqe.search.noisy_improvement import climb
+from lightning_baqe.search.space import SearchSpace
 
 BASELINES: dict[str, Callable[..., BaseSampler]] = {
     "random": random_search,
@@ -143,6 +148,27 @@ def test_finds_better_fronts_than_random_search(baseline: str) -> None:
         theirs = run(random_search(seed, DISCRETE), 18)
         gains.append(hypervolume(minimised(ours), reference) / hypervolume(minimised(theirs), reference))
     assert sorted(gains)[1] > 1.0
+
+
+@given(seed=st.integers(0, 1000), avoided=st.integers(0, 30))
+def test_local_search_ends_where_no_neighbour_is_better(seed: int, avoided: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = "abcde"
+    space = SearchSpace({name: CategoricalDistribution((1, 2, 3)) for name in names})
+    pairs = rng.normal(size=(5, 5, 3, 3))  # every pair of parameters has its say
+
+    def values_of(rows: Any) -> Any:
+        index = rows.astype(int)
+        return sum(pairs[i, j, index[:, i], index[:, j]] for i in range(5) for j in range(5))
+
+    every = np.array([*itertools.product(range(3), repeat=5)], dtype=float)
+    seen = {tuple(row.tolist()) for row in every[rng.choice(len(every), avoided, replace=False)]}
+    start = next(row for row in every[rng.permutation(len(every))] if tuple(row.tolist()) not in seen)
+    row, value = climb(values_of, space, start, float(values_of(start[None])[0]), seen, 0.0)
+    assert tuple(row.tolist()) not in seen
+    assert value == pytest.approx(float(values_of(row[None])[0]))
+    near = [other for other in every if (other != row).sum() == 1 and tuple(other.tolist()) not in seen]
+    assert not near or value >= values_of(np.array(near)).max() - 1e-12
 
 
 def test_without_ted_the_first_points_are_others_of_the_same_pool() -> None:
