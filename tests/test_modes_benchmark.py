@@ -69,6 +69,7 @@ def test_table_by_hand() -> None:
     assert (beyond["front"], beyond["of_front"], random["of_front"]) == (1, 1, 0)
     assert (beyond["best_accuracy"], beyond["fastest_us"], beyond["trial_s"]) == (0.9, 50.0, 3.0)
     assert [entry["seconds"] for entry in entries] == [60.0, 30.0, 90.0]
+    assert paper["adrs"] == beyond["adrs"] == 0.0 < random["adrs"]
 
 
 def test_runs_share_the_float_network_and_go_on(

@@ -33,6 +33,7 @@ from rich.table import Table
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.rows import Rows
 from lightning_baqe.benchmarks.search_runs import replay
+from lightning_baqe.benchmarks.search_tables import scaled_adrs
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.deploy.front import read_summary, replace_file
 from lightning_baqe.deploy.run_folder import REFERENCE_POINT, objectives
@@ -47,6 +48,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "beyond": ("search.mode=beyond",),
 }
 ANCHOR = "paper"
+MARKS = (5, 10, 20, 40)  # trials after which the hypervolume is told
 _MAIN = "import sys; from lightning_baqe.train import main; sys.exit(main())"  # as the command lightning-baqe does it
 
 
@@ -110,9 +112,10 @@ def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: M
 
     Returns:
         ``{"mode", "seed", "trials", "hypervolume": {trials: value}, "of_joint": final over that of all runs together,
-        "trials_to_paper": trials to reach paper's final hypervolume of the same seed, None where it is not reached,
-        "front": non-dominated trials, "of_front": of them on the joint front, "best_accuracy", "fastest_us",
-        "smallest_bytes", "trial_s": median seconds of a trial, "seconds", "float_us"}``.
+        "adrs": BAQE eq. 16 to the front of all runs together, "trials_to_paper": trials to reach paper's final
+        hypervolume of the same seed, None where it is not reached, "front": non-dominated trials, "of_front": of them
+        on the joint front, "best_accuracy", "fastest_us", "smallest_bytes", "trial_s": median seconds of a trial,
+        "seconds", "float_us"}``.
     """
     latency_us = statistics.median(s["float"]["latency_us"] for s in summaries.values())
     values = {key: values_of(summary, latency_us) for key, summary in summaries.items()}
@@ -131,8 +134,9 @@ def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: M
                 "mode": mode,
                 "seed": seed,
                 "trials": len(found),
-                "hypervolume": {n: float(curve[n - 1]) for n in (5, 10, 20, 40) if n <= len(curve)},
+                "hypervolume": {n: float(curve[n - 1]) for n in MARKS if n <= len(curve)},
                 "of_joint": float(curve[-1]) / best,
+                "adrs": scaled_adrs(found, joint),
                 "trials_to_paper": None if target is None else trials_to_reach(curve, float(target[-1])),
                 "front": len(front),
                 "of_front": sum(bool((row == joint).all(1).any()) for row in front),
@@ -148,20 +152,35 @@ def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: M
 
 
 def predicted(landscape: str, modes: Sequence[str], trials: int, seeds: int, folder: Path, console: Console) -> Any:
-    """What the landscape says: ``{mode: {trials: median hypervolume}}``, with the noise of real measurements."""
+    """What the landscape says, with the noise of real measurements.
+
+    Returns:
+        ``{mode: {"hypervolume": {trials: median over the seeds}, "of_joint", "adrs": medians, as those of the runs}}``.
+    """
     rows = Rows(folder / "replays.jsonl")
     keys = ("problem", "sampler", "seed", "trials", "initial", "noisy")
     wanted = [(landscape, mode, seed, trials, min(10, trials - 1), True) for seed in range(seeds) for mode in modes]
     fill(rows, keys, wanted, replay, 1, console, "replays")
     reference = problem_named(landscape).reference_point
-    found: dict[str, dict[int, float]] = {}
-    for mode in modes:
-        curves = [
-            hypervolume_curve(torch.tensor(row["values"], dtype=torch.float64), reference)
+    values = {
+        mode: [
+            torch.tensor(row["values"], dtype=torch.float64)
             for row in rows.all
             if (row["problem"], row["sampler"], row["trials"]) == (landscape, mode, trials) and row["seed"] < seeds
         ]
-        found[mode] = {n: statistics.median(float(c[n - 1]) for c in curves) for n in (5, 10, 20, 40) if n <= trials}
+        for mode in modes
+    }
+    joint = torch.cat([run for of in values.values() for run in of])
+    joint = joint[pareto_mask(joint)]
+    best = hypervolume(joint, reference)
+    found = {}
+    for mode, of in values.items():
+        curves = [hypervolume_curve(run, reference) for run in of]
+        found[mode] = {
+            "hypervolume": {n: statistics.median(float(c[n - 1]) for c in curves) for n in MARKS if n <= trials},
+            "of_joint": statistics.median(float(c[-1]) / best for c in curves),
+            "adrs": statistics.median(scaled_adrs(run, joint) for run in of),
+        }
     return found
 
 
@@ -169,21 +188,22 @@ def show(console: Console, title: str, entries: Sequence[Mapping[str, Any]], lan
     """Print the table of both."""
     points = list(entries[0]["hypervolume"])
     table = Table(title=title)
-    names = ("mode", "seed", *(f"HV at {n}" for n in points), "of joint", "trials to paper's", "front", "on joint",
-             "best accuracy", "fastest", "smallest", "s a trial", "minutes", "float")  # fmt: skip
+    names = ("mode", "seed", *(f"HV at {n}" for n in points), "of joint", "ADRS", "trials to paper's", "front",
+             "on joint", "best accuracy", "fastest", "smallest", "s a trial", "minutes", "float")  # fmt: skip
     for name in names:
         table.add_column(name, justify="left" if name == "mode" else "right")
     for entry in entries:
         reached = entry["trials_to_paper"]
         table.add_row(
             entry["mode"], str(entry["seed"]), *(f"{v:.4f}" for v in entry["hypervolume"].values()),
-            f"{entry['of_joint']:.1%}", f"> {entry['trials']}" if reached is None else str(reached),
-            str(entry["front"]), str(entry["of_front"]), f"{entry['best_accuracy']:.2%}",
+            f"{entry['of_joint']:.1%}", f"{entry['adrs']:.3f}",
+            f"> {entry['trials']}" if reached is None else str(reached), str(entry["front"]), str(entry["of_front"]), f"{entry['best_accuracy']:.2%}",
             f"{entry['fastest_us']:.0f} us", f"{entry['smallest_bytes'] / 1e6:.2f} MB", f"{entry['trial_s']:.1f}",
             f"{entry['seconds'] / 60:.1f}", f"{entry['float_us']:.0f} us",
         )  # fmt: skip
-    for mode, volumes in landscape.items():
-        table.add_row(f"{mode}, by the landscape", "", *(f"{value:.4f}" for value in volumes.values()))
+    for mode, said in landscape.items():
+        volumes = (f"{value:.4f}" for value in said["hypervolume"].values())
+        table.add_row(f"{mode}, by the landscape", "", *volumes, f"{said['of_joint']:.1%}", f"{said['adrs']:.3f}")
     console.print(table)
 
 

@@ -89,6 +89,12 @@ def curves_of(runs: Runs, front: Tensor, reference_point: Sequence[float], n_see
     return Curves(tuple(runs), tuple(seeds), len(first[0]), relative, proposing, total)
 
 
+def scaled_adrs(values: Tensor, front: Tensor) -> float:
+    """Eq. 16 of BAQE from the non-dominated ones of some values to a front, every objective over the front's range."""
+    low, span = front.amin(0), (front.amax(0) - front.amin(0)).clamp_min(1e-12)
+    return adrs((values[pareto_mask(values)] - low) / span, (front - low) / span)
+
+
 def _distances(runs: Runs, curves: Curves, front: Tensor) -> dict[str, dict[str, float]]:
     """ADRS and optimal points of each sampler, means over the seeds."""
     low, span = front.amin(0), (front.amax(0) - front.amin(0)).clamp_min(1e-12)
@@ -104,7 +110,7 @@ def _distances(runs: Runs, curves: Curves, front: Tensor) -> dict[str, dict[str,
         for name in curves.names:
             of = found[name]
             own = (fronts[name] - low) / span
-            of["adrs"].append(adrs(own, scaled))
+            of["adrs"].append(scaled_adrs(fronts[name], front))
             of["adrs_of_all"].append(adrs((values[name] - low) / span, scaled))
             of["front_to_found"].append(adrs(scaled, own))
             of["optimal"].append(found_count(fronts[name], joint))
