@@ -197,9 +197,9 @@ def show(console: Console, title: str, entries: Sequence[Mapping[str, Any]], lan
         table.add_row(
             entry["mode"], str(entry["seed"]), *(f"{v:.4f}" for v in entry["hypervolume"].values()),
             f"{entry['of_joint']:.1%}", f"{entry['adrs']:.3f}",
-            f"> {entry['trials']}" if reached is None else str(reached), str(entry["front"]), str(entry["of_front"]), f"{entry['best_accuracy']:.2%}",
-            f"{entry['fastest_us']:.0f} us", f"{entry['smallest_bytes'] / 1e6:.2f} MB", f"{entry['trial_s']:.1f}",
-            f"{entry['seconds'] / 60:.1f}", f"{entry['float_us']:.0f} us",
+            f"> {entry['trials']}" if reached is None else str(reached), str(entry["front"]), str(entry["of_front"]),
+            f"{entry['best_accuracy']:.2%}", f"{entry['fastest_us']:.0f} us", f"{entry['smallest_bytes'] / 1e6:.2f} MB",
+            f"{entry['trial_s']:.1f}", f"{entry['seconds'] / 60:.1f}", f"{entry['float_us']:.0f} us",
         )  # fmt: skip
     for mode, said in landscape.items():
         volumes = (f"{value:.4f}" for value in said["hypervolume"].values())
