@@ -30,6 +30,7 @@ from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
 from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.device import digest, fingerprint
+from lightning_baqe.deploy.evaluate import give_back_memory
 from lightning_baqe.deploy.kernel_bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S, KernelBench
 from lightning_baqe.deploy.kernels import Call
 from lightning_baqe.deploy.layout import SLACK
@@ -372,6 +373,7 @@ def measure_whole(
     yield len(left)
     for index, (key, again) in enumerate(left):
         bits, schedules = space.point(by_key[key])
+        give_back_memory()
         started = time.perf_counter()
         artifact = build(subject.graph(bits), subject.target, schedules, 1, records)
         with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:

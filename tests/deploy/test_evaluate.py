@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,13 @@ from torch import nn
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy import evaluate as module
-from lightning_baqe.deploy.evaluate import MeasureOptions, deployed_accuracy, evaluate, measure_quietly
+from lightning_baqe.deploy.evaluate import (
+    MeasureOptions,
+    deployed_accuracy,
+    evaluate,
+    give_back_memory,
+    measure_quietly,
+)
 from lightning_baqe.deploy.measure import Measurement
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.errors import BuildError, ConfigError
@@ -95,3 +103,16 @@ def test_the_graph_of_any_version_can_be_read(artifact: Any, tmp_path: Path) -> 
     (tmp_path / "artifact" / "tensors.npz").write_bytes(b"cut")
     with pytest.raises(BuildError, match="cannot be read"):
         baqe.Artifact.load_graph(tmp_path / "artifact")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what was freed")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [bytearray(60_000) for _ in range(3000)]
+    del pieces[:-1]  # the last one keeps the heap from shrinking
+    before = resident()
+    give_back_memory()
+    assert resident() < before - 50_000_000
+    assert len(pieces) == 1
