@@ -138,7 +138,7 @@ class BayesianSearch(pl.Callback):
         bit_choices: Sequence[int] | Literal["auto"] = "auto",
         baselines: Sequence[int] = (8, 4),
         schedules: bool = True,
-        mode: Mode = "paper",
+        mode: Mode = "beyond",
         n_initial: int = 10,
         pool_size: int = 500,
         seed: int = 0,

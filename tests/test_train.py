@@ -212,7 +212,7 @@ SMALLEST_OF = {
     "qat": ["qat.epochs=1", "qat.calibration_batches=1"],
     "qat_search": [
         *("search.steps_per_trial=2", "search.baselines=[8]", "search.calibration_batches=1"),
-        *("search.n_initial=2", "search.pool_size=8", "search.tune_s=0"),
+        *("search.n_initial=2", "search.pool_size=8", "search.tune_s=5"),
     ],
     "tune": ["model._target_=smallest.network", "image_size=16", "num_classes=10", "candidates=2"],
 }
@@ -330,8 +330,9 @@ def test_a_missing_bit_config_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "bits.file" in capsys.readouterr().err
 
 
-def test_qat_search_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["recipe=qat_search", *SMALLEST, *SMALLEST_OF["qat_search"], f"run_dir={tmp_path}/run"]
+@pytest.mark.parametrize("options", [[], ["search.mode=paper", "search.tune_s=0"]], ids=["default", "paper"])
+def test_qat_search_and_its_resumption(options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["recipe=qat_search", *SMALLEST, *SMALLEST_OF["qat_search"], *options, f"run_dir={tmp_path}/run"]
     assert main([*arguments, "search.trials=2"]) == 0
     assert "Report:" in capfd.readouterr().out
     first = summary_of(tmp_path / "run")
@@ -341,6 +342,8 @@ def test_qat_search_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixt
     assert [trial["latency_us"] for trial in second["trials"][:2]] == [trial["latency_us"] for trial in first["trials"]]
     assert len(second["trials"]) == 3
     assert second["recipe"] == "qat_search"
+    schedules = {name: knobs for trial in second["trials"] for name, knobs in trial["schedules"].items()}
+    assert schedules  # best known ones, or those of the trial
 
 
 def test_tune_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

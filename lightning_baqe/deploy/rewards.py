@@ -274,8 +274,8 @@ def default_bit_choices(
     unknown = [bits for bits, speedup in found.items() if speedup is None]
     if unknown:
         raise ConfigError(
-            f"no kernel is measured at {unknown} bit and at {REFERENCE}: tune first (python -m "
-            "lightning_baqe.benchmarks.rewards), or give bit_choices"
+            f"no kernel is measured at {unknown} bit and at {REFERENCE}: give search.tune_s > 0, "
+            "tune first (python -m lightning_baqe.benchmarks.rewards), or give bit_choices"
         )
     speedups = {bits: speedup for bits, speedup in found.items() if speedup is not None and bits <= REFERENCE}
     kept = [REFERENCE]

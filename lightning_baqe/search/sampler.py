@@ -132,7 +132,7 @@ class BaqeSampler(StudySampler):
     def __init__(
         self,
         seed: int = 0,
-        mode: Mode = "paper",
+        mode: Mode = "beyond",
         search_space: Mapping[str, BaseDistribution] | None = None,
         candidates: Candidates | None = None,
         n_initial: int = 10,

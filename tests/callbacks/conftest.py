@@ -56,7 +56,8 @@ def search(tmp_path: Path) -> Callable[..., BayesianSearch]:
 
     def make(**options: Any) -> BayesianSearch:
         smallest = {
-            "network": "body.classifier", "trials": 3, "n_initial": 2, "pool_size": 20, "steps_per_trial": 2,
+            "network": "body.classifier", "mode": "paper", "trials": 3, "n_initial": 2, "pool_size": 20,
+            "steps_per_trial": 2,
             "baselines": (8,), "run_dir": tmp_path / "run", "measurement": MeasureOptions(repeats=5, warmup=1),
             "calibration_batches": 1, "tune_s": 0.0, "records": tmp_path / "records.db", "progress": False,
         }  # fmt: skip

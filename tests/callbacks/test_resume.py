@@ -22,7 +22,7 @@ from lightning_baqe.deploy.evaluate import MeasureOptions
 torch.set_num_threads(1)
 torch.manual_seed(0)
 search = BayesianSearch(
-    network="body.classifier", trials=4, n_initial=2, pool_size=20, steps_per_trial=3, baselines=(8,),
+    network="body.classifier", mode="paper", trials=4, n_initial=2, pool_size=20, steps_per_trial=3, baselines=(8,),
     run_dir=sys.argv[1],
     measurement=MeasureOptions(repeats=5, warmup=1), calibration_batches=1, tune_s=0.0, records=sys.argv[2],
     progress=False)

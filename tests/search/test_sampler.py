@@ -35,7 +35,7 @@ QUICK = SamplerOptions(
     children=40,
     rounds=2,
 )
-quick = partial(BaqeSampler, options=QUICK, n_initial=4, pool_size=60)
+quick = partial(BaqeSampler, mode="paper", options=QUICK, n_initial=4, pool_size=60)
 
 
 @pytest.fixture(autouse=True)
