@@ -279,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--landscape", default="mobilenet_v2_glyphs", help="that answers: a shipped one, or a path")
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     options = parser.parse_args(arguments)
+    if options.storage not in ("sqlite", "postgres") and "://" not in options.storage:
+        parser.error(f"--storage is sqlite, postgres or a database's URL, got {options.storage!r}")
     rows = []
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -191,6 +191,12 @@ class TestAlive:
         assert study.user_attrs[f"{PREFIX}{worker.id}"]["beat"] is None
 
 
+def test_the_benchmark_names_the_storages_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        workers.main(["--storage", "postgresql"])
+    assert "sqlite, postgres or a database's URL, got 'postgresql'" in capsys.readouterr().err
+
+
 def test_the_owner_of_a_trial_is_its_worker(studies: tuple[SearchStudy, SearchStudy]) -> None:
     asked = [study.ask(SPACE) for study in studies]
     assert [found[0].user_attrs[OWNER] for found in asked if found] == [study._worker.id for study in studies]
