@@ -11,6 +11,7 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.kernels import Call, Plan
 from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.deploy.pixel_templates import PixelSpec
 from lightning_baqe.errors import BuildError
 
@@ -22,8 +23,10 @@ def constants(plan: Plan) -> list[np.ndarray]:
     return [np.ascontiguousarray(a) for call in plan.calls for a in call.arguments if isinstance(a, np.ndarray)]
 
 
-def compile_plan(plan: Plan, input_shape: tuple[int, ...]) -> Any:
-    """Compile all kernels and the function that calls them.
+def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObjects | None = None) -> Any:
+    """Compile those kernels that never were, and the functions that call them.
+
+    To Relax, kernels are packed functions known by name, whose object files are linked to the module.
 
     The module has two functions of (image, *constants): ``main`` returns the logits, ``main_all`` a tuple of every
     call's result in order.
@@ -31,6 +34,7 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...]) -> Any:
     Args:
         plan: the kernel calls.
         input_shape: ``(channels, height, width)``.
+        objects: where compiled kernels are kept; by default the user's.
 
     Returns:
         a ``tvm.relax.Executable``.
@@ -39,15 +43,12 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...]) -> Any:
         BuildError: TVM or LLVM refuses the module.
     """
     builder = relax.BlockBuilder()
-    functions: dict[str, Any] = {}
-    for call in plan.calls:
-        if call.key not in functions:
-            functions[call.key] = builder.add_func(call.function().with_attr("global_symbol", call.key), call.key)
     for name, keep_all in ((MAIN, False), (ALL, True)):
         image = relax.Var("image", relax.TensorType((1, *input_shape), "float32"))
         arrays = constants(plan)
         parameters = [relax.Var(f"c{i}", relax.TensorType(a.shape, str(a.dtype))) for i, a in enumerate(arrays)]
-        with builder.function(name, [image, *parameters]):
+        # Kernels write into their last argument; nothing may reorder or drop their calls, so none is said to be pure.
+        with builder.function(name, [image, *parameters], {"relax.force_pure": True}):
             values: dict[str, Any] = {}
             results = []
             remaining = iter(parameters)
@@ -56,16 +57,19 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...]) -> Any:
                     next(remaining) if isinstance(a, np.ndarray) else values.get(plan.buffer(a), image)
                     for a in call.arguments
                 ]
-                kernel, out, buffer = functions[call.key], result_type(call, plan), plan.buffer(call.result)
-                if buffer in values:  # another slice of what an earlier call began
-                    emitted = relax.op.call_tir_inplace(kernel, [*arguments, values[buffer]], [len(arguments)], out)
-                else:
-                    emitted = relax.call_tir(kernel, arguments, out_ty=out)
-                values[buffer] = builder.emit(emitted)
+                buffer = plan.buffer(call.result)
+                if buffer not in values:  # else another slice of what an earlier call began
+                    out = result_type(call, plan)
+                    values[buffer] = builder.emit(relax.op.builtin.alloc_tensor(out.shape, str(out.dtype), 0))
+                kernel = relax.ExternFunc(call.key)
+                builder.emit(relax.Call(kernel, [*arguments, values[buffer]], ty_args=[relax.TupleType([])]))
                 results.append(values[buffer])
             builder.emit_func_output(relax.Tuple(results) if keep_all else results[-1])
-    module = builder.get()
+    kept = KernelObjects() if objects is None else objects
+    kernels = {call.key: call for call in plan.calls}
     try:
+        libraries = [kept.library(key, plan.target, call.function) for key, call in kernels.items()]
+        module = builder.get().with_attr("external_mods", libraries)
         with tvm.transform.PassContext(opt_level=3):
             return relax.build(module, target=Target(plan.target.tvm), relax_pipeline="default_build")
     except (RuntimeError, ValueError) as error:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
-from tvm.target import Target
 
 from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.measure import worker
+from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.strategies import Tried
 from lightning_baqe.deploy.target import CpuTarget
@@ -212,14 +211,13 @@ def _good(record: KernelRecord) -> bool:
 
 
 def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], path: Path) -> None:
-    """Compile one kernel into a library with the function ``main``.
+    """Link one kernel, compiled if it never was, into a library with the function ``main``.
 
     Raises:
         BuildError: TVM, LLVM or the linker refuses it.
     """
-    function = template_of(spec).build(spec, knobs).with_attr("global_symbol", "main")
+    build = functools.partial(template_of(spec).build, spec, knobs)
     try:
-        compiled = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
-        compiled.export_library(str(path))
+        KernelObjects().library(kernel_key(spec, knobs), target, build).export_library(str(path))
     except (RuntimeError, ValueError) as error:
         raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error

@@ -22,7 +22,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import sqlite3
 import time
 import warnings
@@ -34,6 +33,7 @@ from typing import Any
 
 import tvm
 
+from lightning_baqe.cache import cache_folder
 from lightning_baqe.deploy.device import code_digest, device_info, device_key, digest, toolchain
 from lightning_baqe.deploy.kernels import Call, Spec
 from lightning_baqe.deploy.target import CpuTarget
@@ -65,10 +65,7 @@ _SCHEMA = (
 
 def default_records_path() -> Path:
     """``$LIGHTNING_BAQE_CACHE/records.db``, by default ``~/.cache/lightning_baqe/records.db``."""
-    base = os.environ.get("LIGHTNING_BAQE_CACHE")
-    if base is None:
-        base = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lightning_baqe")
-    return Path(base) / "records.db"
+    return cache_folder() / "records.db"
 
 
 @dataclass(frozen=True)
