@@ -16,24 +16,24 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host
-from lightning_baqe.callbacks.preparation import Preparation
-from lightning_baqe.callbacks.progress import SearchProgress
-from lightning_baqe.callbacks.promises import Promises
-from lightning_baqe.callbacks.results import log_hypervolume, log_results
-from lightning_baqe.callbacks.study import SearchStudy, bits_entry
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
-from lightning_baqe.deploy.evaluate import Evaluation, MeasureOptions, evaluate, module_accuracy
-from lightning_baqe.deploy.limits import read_limits
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import PAPER_CHOICES, WIDTHS
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import get_target
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature, layers
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.observer import parse_range
+from lightning_baqe.runs.evaluation import Evaluation, MeasureOptions, evaluate, module_accuracy
+from lightning_baqe.runs.limits import read_limits
+from lightning_baqe.runs.loggers import log_hypervolume, log_results
+from lightning_baqe.runs.network_space import NetworkSpace
+from lightning_baqe.runs.preparation import Preparation
+from lightning_baqe.runs.progress import SearchProgress
+from lightning_baqe.runs.promises import Promises
+from lightning_baqe.runs.study import SearchStudy, bits_entry
 from lightning_baqe.search.sampler import BaqeSampler, Mode
 
 WAIT_S = 1.0  # between looks at what other workers do

@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Artifact": "lightning_baqe.deploy.artifact",
     "BitConfig": "lightning_baqe.quantization.config",
-    "Front": "lightning_baqe.deploy.front",
+    "Front": "lightning_baqe.runs.front",
     "IntegerGraph": "lightning_baqe.integer.graph",
     "LayerBits": "lightning_baqe.quantization.config",
     "Measurement": "lightning_baqe.deploy.measure",

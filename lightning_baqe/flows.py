@@ -189,9 +189,9 @@ def _write_single(
 
     from lightning_baqe.deploy.artifact import Artifact
     from lightning_baqe.deploy.device import device_info, versions
-    from lightning_baqe.deploy.evaluate import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
-    from lightning_baqe.deploy.run_folder import OBJECTIVES, REFERENCE_POINT, objectives, write_summary
-    from lightning_baqe.report import write_report
+    from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
+    from lightning_baqe.runs.objectives import OBJECTIVES, REFERENCE_POINT, objectives, write_summary
+    from lightning_baqe.runs.report import write_report
     from lightning_baqe.search import hypervolume
 
     def figures(model: QuantizedModel, name: str) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
 
 def _close(run_dir: Path) -> None:
     """Show the front, and where the report is."""
-    from lightning_baqe.deploy.front import Front
+    from lightning_baqe.runs.front import Front
 
     console = Console(highlight=False)
     console.print(Front.load(run_dir).table())

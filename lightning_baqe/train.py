@@ -196,7 +196,7 @@ def open_run(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: the folder holds a run of another configuration.
     """
-    from lightning_baqe.deploy.front import replace_file
+    from lightning_baqe.files import replace_file
 
     recipe = recipe_name(cfg)
     if cfg.run_dir is None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sample_run import make_summary, write_run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or writes the user's records."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_BAQE_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture

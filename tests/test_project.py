@@ -20,10 +20,11 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # A module may import from its own part and from every part of an earlier row.
 ORDER = (
-    ("errors",),
+    ("errors", "files"),
     ("quantization", "search", "data"),
     ("integer", "allocation", "latency", "supernet"),
-    ("deploy", "report_figures", "report", "records"),
+    ("deploy", "records"),
+    ("runs",),
     ("tasks",),
     ("callbacks",),
     ("train", "flows", "benchmarks", "recipes"),
@@ -32,9 +33,6 @@ RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
 BESIDE = {
     ("flows", "train"),
     ("records", "deploy"),
-    ("report", "deploy"),
-    ("report", "report_figures"),
-    ("report_figures", "deploy"),
 }  # in one row, and one idea in two places
 THIRD_PARTIES = {"search": {"pytorch_lightning", "tvm"}, "quantization": {"pytorch_lightning", "tvm"}}
 

@@ -220,7 +220,7 @@ SMALLEST_OF = {
 
 @pytest.fixture(autouse=True)
 def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIGHTNING_BAQE_CACHE", str(tmp_path / "cache"))
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:

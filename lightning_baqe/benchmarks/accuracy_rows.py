@@ -20,13 +20,13 @@ from lightning_baqe.callbacks import Distillation
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.device import device_info, versions
-from lightning_baqe.deploy.evaluate import deployed_accuracy, module_accuracy
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError, DataError
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.runs.evaluation import deployed_accuracy, module_accuracy
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
 
 BITS = {"w8a8": (8, 8), "w4a4": (4, 4)}

@@ -27,7 +27,6 @@ from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer.graph import IntegerGraph
@@ -35,6 +34,7 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
 
 WIDTHS = (4, 5, 6, 7, 8, 32)

@@ -30,14 +30,12 @@ from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
 from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.device import digest, fingerprint
-from lightning_baqe.deploy.evaluate import give_back_memory
 from lightning_baqe.deploy.kernel_bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S, KernelBench
 from lightning_baqe.deploy.kernels import Call
 from lightning_baqe.deploy.layout import SLACK
 from lightning_baqe.deploy.measure import measure, worker
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records, canonical, code_key
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.strategies import Ranked
 from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tunable import TunableSpec, as_tunable, kernel_space, template_of
@@ -49,6 +47,8 @@ from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.sensitivity import layer_scores
+from lightning_baqe.runs.evaluation import give_back_memory
+from lightning_baqe.runs.network_space import NetworkSpace
 
 TILES = 4  # of each kernel's tiles, the best by estimated cost; all other knobs keep all of their values
 TUNED = 4  # knobs of each kernel that a search has tried before its first trial

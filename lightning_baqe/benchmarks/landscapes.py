@@ -29,12 +29,12 @@ from lightning_baqe.benchmarks.landscape_correction import Correction
 from lightning_baqe.benchmarks.landscape_latency import TUNED
 from lightning_baqe.benchmarks.landscape_models import from_logit, from_record, logit
 from lightning_baqe.benchmarks.landscape_structure import SizeTable, Structure
-from lightning_baqe.deploy.knowledge import best_schedules, conversion_groups
-from lightning_baqe.deploy.run_folder import OBJECTIVES, REFERENCE_POINT
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.sharing import shared_in
+from lightning_baqe.runs.network_knowledge import best_schedules, conversion_groups
+from lightning_baqe.runs.network_space import NetworkSpace
+from lightning_baqe.runs.objectives import OBJECTIVES, REFERENCE_POINT
 from lightning_baqe.search.knowledge import Kind, Knowledge, Sum
 from lightning_baqe.tasks.networks import network
 
@@ -82,7 +82,7 @@ class Landscape:
     """One landscape, a :class:`~lightning_baqe.search.problem.Problem`.
 
     A parameter is named ``<layer>/bits`` or ``<layer>/<knob>``, as in
-    :class:`~lightning_baqe.deploy.space.NetworkSpace`.
+    :class:`~lightning_baqe.runs.network_space.NetworkSpace`.
     Only :meth:`evaluate` and :meth:`error` tell what takes training to know. Size and latency are known before:
     :meth:`size`, :meth:`latency_us` and, kernel by kernel, :meth:`kernel_latency_us`, which once cost
     :meth:`kernel_seconds`.

@@ -35,9 +35,10 @@ from lightning_baqe.benchmarks.rows import Rows
 from lightning_baqe.benchmarks.search_runs import replay
 from lightning_baqe.benchmarks.search_tables import scaled_adrs
 from lightning_baqe.benchmarks.synthetic import problem_named
-from lightning_baqe.deploy.front import read_summary, replace_file
-from lightning_baqe.deploy.run_folder import REFERENCE_POINT, objectives
 from lightning_baqe.errors import BaqeError
+from lightning_baqe.files import replace_file
+from lightning_baqe.runs.front import read_summary
+from lightning_baqe.runs.objectives import REFERENCE_POINT, objectives
 from lightning_baqe.search import hypervolume, pareto_mask
 from lightning_baqe.search.metrics import hypervolume_curve, trials_to_reach
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from lightning_baqe.benchmarks.loops import FUNCTIONS, METHODS, function_of, reference_of, run
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.rows import Rows, begin
-from lightning_baqe.deploy.front import replace_file
+from lightning_baqe.files import replace_file
 from lightning_baqe.search import hypervolume
 from lightning_baqe.search.metrics import bootstrap_interval, compare_paired
 

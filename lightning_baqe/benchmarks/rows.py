@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.files import replace_file
 
 
 class Rows:

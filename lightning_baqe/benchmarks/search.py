@@ -32,7 +32,7 @@ from lightning_baqe.benchmarks.search_figures import draw_curves, draw_points
 from lightning_baqe.benchmarks.search_runs import SAMPLERS, best_known_front, proposing_seconds, replay
 from lightning_baqe.benchmarks.search_tables import Runs, curves_of, print_summary, runs_of, summarise
 from lightning_baqe.benchmarks.synthetic import problem_named
-from lightning_baqe.deploy.front import replace_file
+from lightning_baqe.files import replace_file
 from lightning_baqe.search import pareto_mask
 
 _KEY = ("problem", "sampler", "seed", "trials", "initial", "noisy")

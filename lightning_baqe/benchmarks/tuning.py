@@ -37,7 +37,6 @@ from lightning_baqe.benchmarks.rows import Rows, begin
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.device import device_info, fingerprint, versions
-from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.deploy.kernel_bench import KernelBench
 from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.measure import measure
@@ -48,6 +47,7 @@ from lightning_baqe.deploy.tunable import kernel_space
 from lightning_baqe.deploy.tune_report import TuneProgress, kernel_entry, knobs_text
 from lightning_baqe.deploy.tuner import TuneResult, tunable_layers, tune
 from lightning_baqe.errors import MeasurementError
+from lightning_baqe.files import replace_file
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.config import BitConfig

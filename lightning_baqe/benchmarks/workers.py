@@ -33,12 +33,12 @@ from rich.table import Table
 
 from lightning_baqe.benchmarks import postgres
 from lightning_baqe.benchmarks.landscapes import Landscape
-from lightning_baqe.callbacks.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
-from lightning_baqe.callbacks.workers import PREFIX
-from lightning_baqe.deploy.run_folder import RESULT
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.quantization.config import BitConfig, LayerBits
+from lightning_baqe.runs.liveness import PREFIX
+from lightning_baqe.runs.network_space import NetworkSpace
+from lightning_baqe.runs.objectives import RESULT
+from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
 from lightning_baqe.search import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
 

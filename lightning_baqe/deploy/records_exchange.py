@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_baqe.deploy.device import device_key, digest
-from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.deploy.records import (
     FIGURES,
     KERNEL_KEY,
@@ -37,6 +36,7 @@ from lightning_baqe.deploy.records import (
     check_latencies,
 )
 from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.files import replace_file
 
 _JSON_COLUMNS = ("info", "versions", "target", "spec", "knobs", "samples_us")
 _TABLES = {"device": "devices", "toolchain": "toolchains", "kernel": "kernels", "model": "models", "peak": "peaks"}

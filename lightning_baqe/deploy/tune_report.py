@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lightning_baqe.deploy.device import device_info, versions
-from lightning_baqe.deploy.front import replace_file
 from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.tunable import template_of
 from lightning_baqe.deploy.tuner import Step, TunedKernel, TuneResult
+from lightning_baqe.files import replace_file
 
 
 class TuneProgress:

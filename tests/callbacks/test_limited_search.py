@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 import pytest
 
-from lightning_baqe.deploy.limits import violations
 from lightning_baqe.errors import ConfigError, InfeasibleError
+from lightning_baqe.runs.limits import violations
 
 Make = Callable[..., Any]
 

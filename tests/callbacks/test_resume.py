@@ -18,7 +18,7 @@ import sys, torch, pytorch_lightning as pl
 from foreign_module import ForeignModule
 from lightning_baqe.callbacks import BayesianSearch
 from lightning_baqe.data import DigitsDataModule
-from lightning_baqe.deploy.evaluate import MeasureOptions
+from lightning_baqe.runs.evaluation import MeasureOptions
 torch.set_num_threads(1)
 torch.manual_seed(0)
 search = BayesianSearch(

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
 import lightning_baqe.recipes
-from lightning_baqe.callbacks import preparation
 from lightning_baqe.callbacks import search as search_module
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.rewards import KernelReward, Rewards
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
+from lightning_baqe.runs import preparation
 
 Make = Callable[..., Any]
 FILES = ("study.db", "summary.json", "pareto.csv", "report.html")

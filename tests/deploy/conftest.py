@@ -1,9 +1,8 @@
-"""Fixtures of the deployment tests: a records database of their own, one mixed-precision ResNet-18."""
+"""Fixtures of the deployment tests: one mixed-precision ResNet-18."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,6 @@ import torchvision
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.integer.graph import IntegerGraph
-
-
-@pytest.fixture(autouse=True, scope="session")
-def own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test reads or writes the user's records."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTNING_BAQE_CACHE", str(folder))
-        yield folder
 
 
 def lowered(

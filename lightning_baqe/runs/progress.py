@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_baqe.callbacks.study import SearchStudy
+from lightning_baqe.runs.study import SearchStudy
 
 
 class SearchProgress:

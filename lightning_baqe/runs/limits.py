@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_baqe.deploy.front import LIMITS, check_limits, is_measured, number
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tunable import as_tunable
 from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.runs.front import LIMITS, check_limits, is_measured, number
 
 SLACK = 0.1  # the sum of kernels is an estimate of the network's latency: a tenth less is not ruled out
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lightning_baqe.deploy.limits import Reach, feasible, read_limits, violations
 from lightning_baqe.errors import ConfigError, InfeasibleError
+from lightning_baqe.runs.limits import Reach, feasible, read_limits, violations
 
 REACH = Reach((1000, 2000, 8000), (100.0, 150.0, 600.0), 9, 10, 0.95)
 ENTRY = {"accuracy": 0.9, "latency_us": 120.0, "size_bytes": 1500, "state": "complete"}

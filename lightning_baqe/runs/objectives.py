@@ -12,8 +12,9 @@ import torch
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from lightning_baqe.deploy.front import pareto_entries, replace_file, write_pareto_csv
-from lightning_baqe.deploy.limits import feasible
+from lightning_baqe.files import replace_file
+from lightning_baqe.runs.front import pareto_entries, write_pareto_csv
+from lightning_baqe.runs.limits import feasible
 from lightning_baqe.search.pareto import hypervolume, pareto_mask
 
 OBJECTIVES = ("error", "latency", "size")

@@ -8,13 +8,13 @@ from typing import Any
 
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tunable import TunableSpec, as_tunable
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph, node_bytes
 from lightning_baqe.quantization.config import FLOAT_BITS
 from lightning_baqe.quantization.sharing import Shared
+from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.search.knowledge import Group, Knowledge, Sum
 
 Terms = dict[str, dict[int, float]]

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.knowledge import NEGLIGIBLE, conversion_groups, search_knowledge
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import get_target
 from lightning_baqe.deploy.tunable import as_tunable
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.nodes import Requantize
 from lightning_baqe.quantization.sharing import shared_tensors
+from lightning_baqe.runs.network_knowledge import NEGLIGIBLE, conversion_groups, search_knowledge
+from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge, Sum
 from lightning_baqe.search.space import SearchSpace
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_baqe.deploy.front import (
+from lightning_baqe.errors import ConfigError, DataError, InfeasibleError
+from lightning_baqe.files import replace_file
+from lightning_baqe.runs.front import (
     Front,
     FrontPoint,
     bits_summary,
     pareto_entries,
     read_summary,
-    replace_file,
     write_pareto_csv,
 )
-from lightning_baqe.errors import ConfigError, DataError, InfeasibleError
 
 
 def point(name: str, accuracy: float, latency_us: float, size_bytes: int) -> FrontPoint:

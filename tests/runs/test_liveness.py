@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from lightning_baqe.benchmarks import postgres, workers
-from lightning_baqe.callbacks import workers as life
-from lightning_baqe.callbacks.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
-from lightning_baqe.callbacks.workers import PREFIX, Worker
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.runs import liveness as life
+from lightning_baqe.runs.liveness import PREFIX, Worker
+from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
 from lightning_baqe.search import BaqeSampler
 
 ABOUT = {"recipe": "workers", "model": "none", "dataset": "none"}

@@ -9,8 +9,8 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from lightning_baqe.deploy.front import pareto_entries
-from lightning_baqe.report_figures import hypervolume_over_trials
+from lightning_baqe.runs.front import pareto_entries
+from lightning_baqe.runs.report_figures import hypervolume_over_trials
 
 COLUMNS = ("name", "accuracy", "test_accuracy", "latency_us", "size_bytes", "speedup", "smaller", "feasible", "bits")
 

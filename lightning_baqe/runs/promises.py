@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import optuna
 
-from lightning_baqe.callbacks.study import SearchStudy
-from lightning_baqe.deploy.evaluate import Batches, module_accuracy
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.runs.evaluation import Batches, module_accuracy
+from lightning_baqe.runs.study import SearchStudy
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
 from lightning_baqe.search.pruning import ParetoPruner
 from lightning_baqe.search.space import SearchSpace

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy import evaluate as module
-from lightning_baqe.deploy.evaluate import (
+from lightning_baqe.deploy.measure import Measurement
+from lightning_baqe.deploy.records import Records
+from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.runs import evaluation as module
+from lightning_baqe.runs.evaluation import (
     MeasureOptions,
     deployed_accuracy,
     evaluate,
     give_back_memory,
     measure_quietly,
 )
-from lightning_baqe.deploy.measure import Measurement
-from lightning_baqe.deploy.records import Records
-from lightning_baqe.errors import BuildError, ConfigError
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file that works offline, and the picture for a README.
 
-    python -m lightning_baqe.report <run_dir> [--picture out.png]
+    python -m lightning_baqe.runs.report <run_dir> [--picture out.png]
 
 Both are made from `summary.json` alone, so a report can be written again at any time, also while the run goes on.
 """
@@ -17,9 +17,10 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from lightning_baqe.deploy.front import bits_summary, pareto_entries, read_summary, replace_file
 from lightning_baqe.errors import BaqeError
-from lightning_baqe.report_figures import (
+from lightning_baqe.files import replace_file
+from lightning_baqe.runs.front import bits_summary, pareto_entries, read_summary
+from lightning_baqe.runs.report_figures import (
     PARETO_COLOUR,
     Entry,
     Figure,
@@ -342,7 +343,8 @@ dark.addEventListener("change", draw);
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write `report.html` of a run folder again. Returns the exit status: 0, or 2 when the summary cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_baqe.report", description=(__doc__ or "").split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m lightning_baqe.runs.report", description=about)
     parser.add_argument("run_dir", type=Path, help="run folder, the one that holds summary.json")
     parser.add_argument("--picture", type=Path, metavar="out.png", help="draw the picture for a README, too")
     options = parser.parse_args(arguments)

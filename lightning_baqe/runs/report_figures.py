@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_baqe.deploy.front import bits_summary, is_measured, pareto_entries
+from lightning_baqe.runs.front import bits_summary, is_measured, pareto_entries
 from lightning_baqe.search import hypervolume
 
 Summary = Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
-from lightning_baqe.callbacks.results import COLUMNS, pareto_rows
-from lightning_baqe.deploy.front import pareto_entries
+from lightning_baqe.runs.front import pareto_entries
+from lightning_baqe.runs.loggers import COLUMNS, pareto_rows
 
 Make = Callable[..., Any]
 

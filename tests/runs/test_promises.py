@@ -11,8 +11,8 @@ import numpy as np
 import optuna
 import pytest
 
-from lightning_baqe.callbacks.promises import Promises
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.runs.promises import Promises
 from lightning_baqe.search.knowledge import Knowledge, Sum
 
 Make = Callable[..., Any]

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_baqe.errors import ConfigError, DataError, InfeasibleError
+from lightning_baqe.files import replace_file
 
 if TYPE_CHECKING:
     from lightning_baqe.deploy.artifact import Artifact
@@ -277,21 +277,6 @@ def write_pareto_csv(summary: Mapping[str, Any], path: Path) -> None:
         mean = sum(weight for weight, _ in bits.values()) / len(bits) if bits else ""
         writer.writerow([name, *(entry.get(key) for key in header[1:]), *ratios, mean, json.dumps(bits)])
     replace_file(Path(path), text.getvalue().encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old or the new file, never a part of one.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _point(name: str, entry: Mapping[str, Any], run_dir: Path) -> FrontPoint:

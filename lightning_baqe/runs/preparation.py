@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_baqe.callbacks.progress import SearchProgress
-from lightning_baqe.callbacks.study import SearchStudy
-from lightning_baqe.deploy.knowledge import search_knowledge
-from lightning_baqe.deploy.limits import Reach
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import REFERENCE, Rewards, default_bit_choices, rewards_of
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tuner import tune
 from lightning_baqe.integer.graph import IntegerGraph
@@ -22,6 +17,11 @@ from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.sensitivity import layer_scores
 from lightning_baqe.quantization.sharing import shared_tensors
+from lightning_baqe.runs.limits import Reach
+from lightning_baqe.runs.network_knowledge import search_knowledge
+from lightning_baqe.runs.network_space import NetworkSpace
+from lightning_baqe.runs.progress import SearchProgress
+from lightning_baqe.runs.study import SearchStudy
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import Mode
 

@@ -13,9 +13,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 from sample_run import make_summary
 
-from lightning_baqe.deploy.front import pareto_entries
-from lightning_baqe.report import main, write_picture, write_report
-from lightning_baqe.report_figures import hypervolume_over_trials
+from lightning_baqe.runs.front import pareto_entries
+from lightning_baqe.runs.report import main, write_picture, write_report
+from lightning_baqe.runs.report_figures import hypervolume_over_trials
 
 PARTIAL: dict[str, dict[str, Any]] = {
     "nothing": {"trials": [], "baselines": []},

@@ -13,9 +13,9 @@ import lightning_baqe as baqe
 from lightning_baqe.deploy.conv_knobs import check_knobs
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.deploy.space import NetworkSpace
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.runs.network_space import NetworkSpace
 
 CHOICES = (4, 8, 32)
 

@@ -13,13 +13,16 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from lightning_baqe.callbacks.workers import Worker
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.device import device_info, versions
-from lightning_baqe.deploy.evaluate import Batches, deployed_accuracy
-from lightning_baqe.deploy.front import pareto_entries
-from lightning_baqe.deploy.limits import violations
-from lightning_baqe.deploy.run_folder import (
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.runs.evaluation import Batches, deployed_accuracy
+from lightning_baqe.runs.front import pareto_entries
+from lightning_baqe.runs.limits import violations
+from lightning_baqe.runs.liveness import Worker
+from lightning_baqe.runs.network_space import NetworkSpace
+from lightning_baqe.runs.objectives import (
     BASELINES,
     FLOAT,
     LIMITS,
@@ -31,10 +34,7 @@ from lightning_baqe.deploy.run_folder import (
     summarise,
     write_summary,
 )
-from lightning_baqe.deploy.space import NetworkSpace
-from lightning_baqe.errors import ConfigError
-from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.report import write_report
+from lightning_baqe.runs.report import write_report
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
