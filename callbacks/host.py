@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.runs.summary import Entry
 
 
 class Host:
@@ -180,12 +181,12 @@ class Host:
         found = Pairs(loader, int(limit) if isinstance(limit, int) else None, "test")
         return found if next(iter(found), None) is not None else None
 
-    def log(self, name: str, entry: dict[str, Any]) -> None:
+    def log(self, entry: Entry) -> None:
         """Send a trial's figures to the trainer's loggers."""
         figures = {
-            f"search/{key}": float(entry[key])
+            f"search/{key}": float(getattr(entry, key))
             for key in ("accuracy", "fake_quant_accuracy", "latency_us", "size_bytes")
-            if isinstance(entry.get(key), int | float)
+            if getattr(entry, key) is not None
         }
         for logger in self.trainer.loggers if figures else ():
             logger.log_metrics(figures, step=self.trainer.global_step)

@@ -34,6 +34,7 @@ from lightning_baqe.runs.preparation import Preparation
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.promises import Promises
 from lightning_baqe.runs.study import SearchStudy, bits_entry
+from lightning_baqe.runs.summary import Baseline, Trial
 from lightning_baqe.search.sampler import BaqeSampler, Mode
 
 WAIT_S = 1.0  # between looks at what other workers do
@@ -53,10 +54,13 @@ class _Plan:
     model: QuantizedModel | None = None  # calibrated, where the trial has promised something already
     estimate_s: float = 0.0
 
-    def entry(self, seconds: dict[str, float]) -> dict[str, Any]:
+    def entry(self, seconds: dict[str, float]) -> Trial | Baseline:
         """What the study keeps of it before it is evaluated; ``seconds`` by part."""
-        schedules = self.schedules if isinstance(self.schedules, dict) else {}
-        return {"phase": self.phase, "bits": bits_entry(self.bits), "schedules": schedules, "seconds": seconds}
+        known: dict[str, Any] = {
+            "state": "running", "phase": self.phase, "bits": bits_entry(self.bits), "seconds": seconds,
+            "schedules": self.schedules if isinstance(self.schedules, dict) else {},
+        }  # fmt: skip
+        return Baseline(name=self.name, **known) if self.trial is None else Trial(number=self.trial.number, **known)
 
 
 @dataclass
@@ -368,17 +372,7 @@ class BayesianSearch(pl.Callback):
             model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement,
             self.fuse_residual,
         )  # fmt: skip
-        self.study.set_float(
-            {
-                "accuracy": found.accuracy,
-                "latency_us": found.latency_us,
-                "size_bytes": found.size_bytes,
-                "spread": found.spread,
-                "noisy": found.noisy,
-                "schedules": found.schedules,
-                "seconds": found.seconds,
-            }
-        )
+        self.study.set_float(found.figures)
 
     def _begin(self) -> None:
         """Install the next network: baselines first, then what the sampler proposes."""
@@ -421,7 +415,7 @@ class BayesianSearch(pl.Callback):
         plan.model = calibrate(self._quantize(plan.bits), self._calibration).to(self.host.module.device)
         seconds = {"propose": plan.propose_s, "estimate": time.perf_counter() - start}
         pruned = self._promises.gives_up(plan.trial, 0, plan.model, plan.entry(seconds))
-        plan.estimate_s = seconds["estimate"]
+        plan.estimate_s = time.perf_counter() - start
         if pruned:
             self.progress.update(self.study, f"{plan.name} pruned", plan.phase)
         return not pruned
@@ -450,26 +444,22 @@ class BayesianSearch(pl.Callback):
     def _evaluate(self, running: _Running) -> None:
         assert self.run_dir is not None
         plan = running.plan
-        seconds = running.seconds
-        entry = plan.entry(seconds)
-        folder = self.run_dir / "artifacts" / (f"baseline_{plan.name}" if plan.trial is None else plan.name)
+        entry = plan.entry(running.seconds)
         if running.failure is None:
             try:
-                found = self._figures(running, folder)
-                entry.update(found)
-                seconds.update(found["seconds"])
-                entry["seconds"] = seconds
+                entry = self._complete(running, entry, self.run_dir / "artifacts" / entry.key)
             except BaqeError as error:
                 running.failure = f"{type(error).__name__}: {error}"
-        entry["error"] = running.failure
+        if running.failure is not None:
+            entry = entry.model_copy(update={"state": "failed", "error": running.failure})
         if plan.trial is None:
-            state = "failed" if running.failure is not None else "complete"
-            self.study.add_baseline({"name": plan.name, **entry, "state": state})
+            assert isinstance(entry, Baseline)
+            self.study.add_baseline(entry)
         else:
             self.study.tell(plan.trial, entry)
-        self.host.log(plan.name, entry)
+        self.host.log(entry)
 
-    def _figures(self, running: _Running, folder: Path) -> dict[str, Any]:
+    def _complete(self, running: _Running, entry: Trial | Baseline, folder: Path) -> Trial | Baseline:
         device = next(running.model.parameters()).device
         fake = module_accuracy(running.model, self._validation, device)
         model = running.model if device.type == "cpu" else copy.deepcopy(running.model).cpu()
@@ -484,10 +474,7 @@ class BayesianSearch(pl.Callback):
             self.measurement,
             self.fuse_residual,
         )
-        return {"accuracy": found.accuracy, "fake_quant_accuracy": fake, "latency_us": found.latency_us,
-                "size_bytes": found.size_bytes, "spread": found.spread, "noisy": found.noisy,
-                "schedules": found.schedules,
-                "differing_elements": sum(found.wrong.values()), "seconds": found.seconds}  # fmt: skip
+        return found.complete(entry, fake)
 
     def _check_trained(self, module: pl.LightningModule) -> None:
         """Warn where the first step of a trial gave the installed network no gradient."""

@@ -190,55 +190,29 @@ def _write_single(
     from lightning_baqe.deploy.artifact import Artifact
     from lightning_baqe.deploy.device import device_info, versions
     from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
-    from lightning_baqe.runs.objectives import OBJECTIVES, REFERENCE_POINT, objectives, write_summary
+    from lightning_baqe.runs.objectives import summarise
     from lightning_baqe.runs.report import write_report
-    from lightning_baqe.search import hypervolume
+    from lightning_baqe.runs.study import bits_entry
+    from lightning_baqe.runs.summary import Trial
 
-    def figures(model: QuantizedModel, name: str) -> dict[str, Any]:
+    options = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
+    found, tests = {}, {}
+    for name, model in {"float": reference, "trial_0": quantized}.items():
         folder = run_dir / "artifacts" / name
-        options = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
-        batches = datamodule.val_dataloader()
-        found = evaluate(
-            model, batches, folder, device.target, threads=device.threads, options=options,
+        found[name] = evaluate(
+            model, datamodule.val_dataloader(), folder, device.target, threads=device.threads, options=options,
             fuse_residual=device.fuse_residual,
         )  # fmt: skip
-        return {
-            "accuracy": found.accuracy,
-            "test_accuracy": deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader()),
-            "latency_us": found.latency_us,
-            "size_bytes": found.size_bytes,
-            "spread": found.spread,
-            "noisy": found.noisy,
-            "schedules": found.schedules,
-            "seconds": found.seconds,
-        }
-
-    float_figures, trial = figures(reference, "float"), figures(quantized, "trial_0")
-    trial |= {
-        "number": 0,
-        "state": "complete",
-        "phase": "qat",
-        "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},
-        "fake_quant_accuracy": module_accuracy(quantized, datamodule.val_dataloader(), torch.device("cpu")),
-        "pareto": True,
-        "seconds": seconds | trial["seconds"] | {"propose": 0.0},
-        "error": None,
-    }
-    summary = {
-        "recipe": recipe_name(cfg),
-        "model": cfg.model.name,
-        "dataset": datamodule.name,
-        "device": device_info(cfg.deploy.threads),
-        "versions": versions(),
-        "float": float_figures,
-        "baselines": [],
-        "objectives": list(OBJECTIVES),
-        "reference_point": list(REFERENCE_POINT),
-        "hypervolume": hypervolume(torch.tensor([objectives(trial, float_figures)]), REFERENCE_POINT),
-        "baselines_hypervolume": 0.0,
-        "trials": [trial],
-    }
-    write_summary(run_dir, summary)
+        tests[name] = deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader())
+    begun = Trial(number=0, phase="qat", bits=bits_entry(quantized.bits), seconds=seconds | {"propose": 0.0})
+    fake = module_accuracy(quantized, datamodule.val_dataloader(), torch.device("cpu"))
+    about = {
+        "recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name,
+        "device": device_info(cfg.deploy.threads), "versions": versions(),
+    }  # fmt: skip
+    trial = found["trial_0"].complete(begun, fake)
+    summary = summarise(about, found["float"].figures, [trial], tests=tests)
+    summary.write(run_dir)
     write_report(summary, run_dir / "report.html")
 
 

@@ -11,28 +11,22 @@ import pytest
 
 from lightning_baqe.benchmarks import modes
 from lightning_baqe.errors import BaqeError
+from lightning_baqe.runs.summary import Figures, Summary, Trial
 from lightning_baqe.train import compose
 
-FLOAT = {"accuracy": 0.9, "latency_us": 100.0, "size_bytes": 1000}
 
-
-def summary_of(points: list[tuple[float, float, float]], float_us: float = 100.0) -> dict[str, Any]:
+def summary_of(points: list[tuple[float, float, float]], float_us: float = 100.0) -> Summary:
     """Accuracy, microseconds and bytes of each trial."""
     trials = [
-        {
-            "accuracy": a,
-            "latency_us": us,
-            "size_bytes": size,
-            "state": "complete",
-            "seconds": {"train": 2.0, "build": 1.0},
-        }
-        for a, us, size in points
+        Trial(number=n, accuracy=a, latency_us=us, size_bytes=size, seconds={"train": 2.0, "build": 1.0})
+        for n, (a, us, size) in enumerate(points)
     ]
-    return {
-        "float": {**FLOAT, "latency_us": float_us},
-        "trials": [*trials, {"state": "failed"}],
-        "device": {"cpu": "x"},
-    }
+    return Summary(
+        reference=Figures(accuracy=0.9, latency_us=float_us, size_bytes=1000),
+        trials=(*trials, Trial(number=len(trials), state="failed")),
+        baselines=(),
+        device={"cpu": "x"},
+    )
 
 
 @pytest.mark.parametrize("mode", modes.MODES)
@@ -86,11 +80,10 @@ def test_runs_share_the_float_network_and_go_on(
             checkpoint.parent.mkdir(parents=True)
             checkpoint.write_text(run_dir.name)
         points = [(0.5 + 0.01 * n, 50.0 + n, 500.0) for n in range(5)]
-        (run_dir / "summary.json").write_text(json.dumps(summary_of(points)))
+        summary_of(points).write(run_dir)
         return subprocess.CompletedProcess(command, status[0])
 
     monkeypatch.setattr(modes.subprocess, "run", pretend)
-    monkeypatch.setattr(modes, "read_summary", lambda path: json.loads((path / "summary.json").read_text()))
     arguments = ["--modes", "beyond", "paper", "--seeds", "0", "--trials", "5", "--folder", str(tmp_path)]
     assert modes.main([*arguments, "--replays", "0"]) == 0
     assert [path.name for path in called] == ["beyond_0", "paper_0"]

@@ -37,8 +37,8 @@ from lightning_baqe.benchmarks.search_tables import scaled_adrs
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.files import replace_file
-from lightning_baqe.runs.front import read_summary
 from lightning_baqe.runs.objectives import REFERENCE_POINT, objectives
+from lightning_baqe.runs.summary import Figures, Measured, Summary, is_measured
 from lightning_baqe.search import hypervolume, pareto_mask
 from lightning_baqe.search.metrics import hypervolume_curve, trials_to_reach
 
@@ -97,18 +97,22 @@ def run(mode: str, seed: int, trials: int, folder: Path, more: Sequence[str]) ->
         )
 
 
-def values_of(summary: Mapping[str, Any], latency_us: float) -> torch.Tensor:
+def complete_trials(summary: Summary) -> list[Measured]:
+    """The trials with figures, without the baselines."""
+    return [entry for entry in summary.trials if is_measured(entry)]
+
+
+def values_of(summary: Summary, latency_us: float) -> torch.Tensor:
     """Objectives of the complete trials, ``n x 3``, over a given float latency."""
-    reference = {**summary["float"], "latency_us": latency_us}
-    complete = [entry for entry in summary["trials"] if entry["state"] == "complete"]
-    return torch.tensor([objectives(entry, reference) for entry in complete], dtype=torch.float64)
+    reference = (summary.reference or Figures()).model_copy(update={"latency_us": latency_us})
+    return torch.tensor([objectives(entry, reference) for entry in complete_trials(summary)], dtype=torch.float64)
 
 
-def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: Mapping[tuple[str, int], float]) -> Any:
+def summarise(summaries: Mapping[tuple[str, int], Summary], seconds: Mapping[tuple[str, int], float]) -> Any:
     """One entry a run.
 
     Args:
-        summaries: ``{(mode, seed): content of summary.json}``.
+        summaries: by mode and seed.
         seconds: of the whole commands.
 
     Returns:
@@ -118,7 +122,8 @@ def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: M
         on the joint front, "best_accuracy", "fastest_us", "smallest_bytes", "trial_s": median seconds of a trial,
         "seconds", "float_us"}``.
     """
-    latency_us = statistics.median(s["float"]["latency_us"] for s in summaries.values())
+    floats = {key: (summary.reference or Figures()).triple[1] for key, summary in summaries.items()}
+    latency_us = statistics.median(floats.values())
     values = {key: values_of(summary, latency_us) for key, summary in summaries.items()}
     joint = torch.cat([*values.values()])
     joint = joint[pareto_mask(joint)]
@@ -126,9 +131,8 @@ def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: M
     curves = {key: hypervolume_curve(found, REFERENCE_POINT) for key, found in values.items()}
     entries = []
     for (mode, seed), found in values.items():
-        curve, summary = curves[mode, seed], summaries[mode, seed]
+        curve, complete = curves[mode, seed], complete_trials(summaries[mode, seed])
         front = found[pareto_mask(found)]
-        complete = [entry for entry in summary["trials"] if entry["state"] == "complete"]
         target = curves.get((ANCHOR, seed))
         entries.append(
             {
@@ -141,12 +145,12 @@ def summarise(summaries: Mapping[tuple[str, int], Mapping[str, Any]], seconds: M
                 "trials_to_paper": None if target is None else trials_to_reach(curve, float(target[-1])),
                 "front": len(front),
                 "of_front": sum(bool((row == joint).all(1).any()) for row in front),
-                "best_accuracy": max(entry["accuracy"] for entry in complete),
-                "fastest_us": min(entry["latency_us"] for entry in complete),
-                "smallest_bytes": min(entry["size_bytes"] for entry in complete),
-                "trial_s": statistics.median(sum(entry["seconds"].values()) for entry in complete),
+                "best_accuracy": max(entry.accuracy for entry in complete),
+                "fastest_us": min(entry.latency_us for entry in complete),
+                "smallest_bytes": min(entry.size_bytes for entry in complete),
+                "trial_s": statistics.median(sum(entry.seconds.values()) for entry in complete),
                 "seconds": seconds[mode, seed],
-                "float_us": summary["float"]["latency_us"],
+                "float_us": floats[mode, seed],
             }
         )
     return entries
@@ -238,12 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(f"error: {error}", markup=False, style="red")
                 return 1
     runs = {(mode, seed): options.folder / f"{mode}_{seed}" for mode in options.modes for seed in options.seeds}
-    summaries = {key: read_summary(path) for key, path in runs.items() if (path / "seconds.json").exists()}
-    complete = {
-        key: summary
-        for key, summary in summaries.items()
-        if sum(entry["state"] == "complete" for entry in summary["trials"]) >= options.trials
-    }
+    summaries = {key: Summary.load(path) for key, path in runs.items() if (path / "seconds.json").exists()}
+    complete = {key: found for key, found in summaries.items() if len(complete_trials(found)) >= options.trials}
     if not complete:
         parser.error(f"no run in {options.folder} has {options.trials} complete trials: run without --table")
     seconds = {key: float(json.loads((runs[key] / "seconds.json").read_text())) for key in complete}
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     said = {}
     if options.replays:
         said = predicted(options.landscape, options.modes, options.trials, options.replays, options.folder, console)
-    about = next(iter(complete.values()))["device"]
+    about = next(iter(complete.values())).device
     title = f"recipe=qat_search data=glyphs, {options.trials} trials, on {about['cpu']}, {os.cpu_count()} cores"
     show(console, title, entries, said)
     content = {"device": about, "runs": entries, "landscape": said}

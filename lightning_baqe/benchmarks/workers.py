@@ -37,15 +37,15 @@ from lightning_baqe.errors import BaqeError
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.runs.liveness import PREFIX
 from lightning_baqe.runs.network_space import NetworkSpace
-from lightning_baqe.runs.objectives import RESULT
-from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
+from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, RESULT, SearchStudy, bits_entry
+from lightning_baqe.runs.summary import Figures, Trial
 from lightning_baqe.search import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
 
 LAYERS = 5
 BITS = (4, 6, 8)
 TILES = (1, 2, 4, 8)
-FLOAT = {"accuracy": 0.95, "latency_us": 1000.0, "size_bytes": 4000, "spread": 0.0, "noisy": False}
+FLOAT = Figures(accuracy=0.95, latency_us=1000.0, size_bytes=4000, spread=0.0, noisy=False)
 
 
 def made_up_space() -> NetworkSpace:
@@ -85,7 +85,7 @@ class Job:
 
     space: NetworkSpace
     sampler: BaqeSampler
-    reference: Mapping[str, Any]
+    reference: Figures
     figures: Callable[[BitConfig, Mapping[str, Mapping[str, Any]]], dict[str, Any]]
 
     @classmethod
@@ -116,7 +116,7 @@ class Job:
                 "size_bytes": found.size_bytes(point),
             }
 
-        return cls(space, sampler, {**FLOAT, **found.reference}, figures)
+        return cls(space, sampler, FLOAT.model_copy(update=dict(found.reference)), figures)
 
 
 def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, landscape: str | None) -> None:
@@ -139,7 +139,7 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, l
         study.known_space({"space": space.record()})
         study.open(space, job.sampler)
         if study.float_result is None:
-            study.set_float(dict(job.reference))
+            study.set_float(job.reference)
     waited = proposing = 0.0
     done = 0
     while study.complete_count < trials:
@@ -153,9 +153,10 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, l
         trial, phase = asked
         bits, schedules = space.point(trial.params)
         time.sleep(pause_s * rng.uniform(0.5, 1.5))
-        entry = {"phase": phase, "bits": {n: [b.weight, b.activation] for n, b in bits.items()},
-                 "schedules": schedules, "seconds": {}, "error": None}  # fmt: skip
-        study.tell(trial, entry | job.figures(bits, schedules))
+        figures = job.figures(bits, schedules)
+        study.tell(
+            trial, Trial(number=trial.number, phase=phase, bits=bits_entry(bits), schedules=schedules, **figures)
+        )
         study.write()
         done += 1
     (Path(folder) / f"worker_{os.getpid()}.json").write_text(

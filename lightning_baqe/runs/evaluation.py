@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,8 +23,10 @@ from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.runs.summary import Entry, Figures
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,25 @@ class Evaluation:
     wrong: dict[str, int]
     schedules: dict[str, dict[str, Any]]
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> Figures:
+        """As a run's summary holds them."""
+        return Figures(
+            accuracy=self.accuracy, latency_us=self.latency_us, size_bytes=self.size_bytes, spread=self.spread,
+            noisy=self.noisy, schedules=self.schedules, seconds=self.seconds,
+        )  # fmt: skip
+
+    def complete(self, begun: AnyEntry, fake_quant_accuracy: float) -> AnyEntry:
+        """The entry of a trial or baseline with these figures; the seconds before them are kept.
+
+        Args:
+            begun: the entry as far as it was known before.
+            fake_quant_accuracy: of the network before it was lowered.
+        """
+        more = {"state": "complete", "fake_quant_accuracy": fake_quant_accuracy,
+                "differing_elements": sum(self.wrong.values()), "seconds": begun.seconds | self.seconds}  # fmt: skip
+        return begun.model_copy(update={**dict(self.figures), "test_accuracy": None, **more})
 
 
 def give_back_memory() -> None:

@@ -6,28 +6,24 @@ can be looked at where the compiled modules cannot run.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from lightning_baqe.errors import ConfigError, DataError, InfeasibleError
-from lightning_baqe.files import replace_file
+from lightning_baqe.runs.summary import Summary, Width, mean_width
 
 if TYPE_CHECKING:
     from lightning_baqe.deploy.artifact import Artifact
 
-Bits = Mapping[str, tuple[int, int]]
+Bits = Mapping[str, tuple[Width, int]]
 
 LIMITS = {"latency_us": "<=", "size_bytes": "<=", "accuracy": ">="}
-_RESUME = "Start the run again with the same run_dir: it resumes from study.db and writes the summary anew."
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,6 @@ class FrontPoint:
         latency_us: median latency of one image, in microseconds.
         size_bytes: size of the integer model, in bytes.
         artifact_path: folder of the artifact.
-
-    Raises:
-        ConfigError: a figure is not a number or out of its range.
     """
 
     name: str
@@ -54,14 +47,6 @@ class FrontPoint:
     latency_us: float
     size_bytes: int
     artifact_path: Path
-
-    def __post_init__(self) -> None:
-        for key, value in (("accuracy", self.accuracy), ("test_accuracy", self.test_accuracy)):
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{self.name} has {key} {value}; wanted is a fraction from 0 to 1.")
-        for key, figure in (("latency_us", self.latency_us), ("size_bytes", self.size_bytes)):
-            if not (math.isfinite(figure) and figure > 0):
-                raise ConfigError(f"{self.name} has {key} {figure}; wanted is a finite number above 0.")
 
     @property
     def figures(self) -> str:
@@ -88,13 +73,19 @@ class Front:
         """Read the front from `summary.json`; the run may still go on, or have been interrupted.
 
         Raises:
-            DataError: there is no summary, it is cut off, or it has another schema.
+            DataError: there is no summary, or it is cut off.
+            ConfigError: it is of a newer version, or has another schema.
         """
         run_dir = Path(run_dir)
-        summary = read_summary(run_dir)
-        points = [_point(name, entry, run_dir) for name, entry in pareto_entries(summary)]
-        points.sort(key=lambda point: (point.latency_us, point.size_bytes, point.name))
-        return cls(run_dir, tuple(points), (summary.get("float") or {}).get("latency_us"))
+        summary = Summary.load(run_dir)
+        points = tuple(
+            FrontPoint(
+                entry.key, entry.bits, entry.accuracy, entry.test_accuracy, entry.latency_us, entry.size_bytes,
+                run_dir / "artifacts" / entry.key,
+            )
+            for entry in summary.pareto
+        )  # fmt: skip
+        return cls(run_dir, points, summary.reference.latency_us if summary.reference else None)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -192,107 +183,18 @@ class Front:
         return table
 
 
-def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """Read and check `summary.json` of a run folder, that of a run which goes on or was interrupted included.
-
-    Raises:
-        DataError: there is no summary, it is cut off, or it has another schema.
-    """
-    path = Path(run_dir) / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{path} does not exist. Wanted is a run folder (outputs/<recipe>/<date_time>/); also an interrupted run "
-            f"has a summary of what it found so far, once its first trial has ended. {_RESUME}"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not whole JSON ({error}): it was cut while being copied or written. {_RESUME}"
-        ) from None
-    problem = _schema_problem(summary)
-    if problem:
-        raise DataError(f"{path} is not a summary that this version can read: {problem}. {_RESUME}")
-    return summary
-
-
-def _schema_problem(summary: object) -> str | None:
-    if not isinstance(summary, dict):
-        return f"wanted is an object, it holds a {type(summary).__name__}"
-    for key in ("trials", "baselines"):
-        entries = summary.get(key)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            return f"{key!r} is missing or no list of objects"
-    for key, ident in (("trials", "number"), ("baselines", "name")):
-        for index, entry in enumerate(summary[key]):
-            if ident not in entry:
-                return f"entry {index} of {key!r} has no {ident!r}"
-            if entry.get("pareto") and not is_measured(entry):
-                return f"{ident} {entry[ident]} of {key!r} is on the front without all of {', '.join(LIMITS)}"
-    if not isinstance(summary.get("float") or {}, dict):
-        return "'float' is no object"
-    return None
-
-
-def pareto_entries(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The Pareto points of a summary, baselines first: (`baseline_<name>` or `trial_<number>`, entry)."""
-    named = [(f"baseline_{entry['name']}", entry) for entry in summary.get("baselines") or []]
-    named += [(f"trial_{entry['number']}", entry) for entry in summary.get("trials") or []]
-    return [(name, entry) for name, entry in named if entry.get("pareto") and is_measured(entry)]
-
-
-def is_measured(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a summary is complete and has its three figures, as finite numbers."""
-    figures = [entry.get(key) for key in LIMITS]
-    finite = all(isinstance(figure, int | float) and math.isfinite(figure) for figure in figures)
-    return finite and entry.get("state", "complete") == "complete"
-
-
 def bits_summary(bits: Bits, ranges: bool = True) -> str:
     """Bit-widths in a few letters: `W4.3 (2-8) A8`, that is the mean over the layers and the range, if there is one."""
 
-    def one(letter: str, values: list[int]) -> str:
+    def one(letter: str, values: list[float]) -> str:
         span = f" ({min(values)}-{max(values)})" if ranges and min(values) != max(values) else ""
         return f"{letter}{round(sum(values) / len(values), 1):g}{span}"
 
     if not bits:
         return "–"
-    return " ".join(one(letter, [pair[index] for pair in bits.values()]) for index, letter in enumerate("WA"))
-
-
-def write_pareto_csv(summary: Mapping[str, Any], path: Path) -> None:
-    """Write the Pareto points, fastest first, as comma separated values; the file is replaced in one step.
-
-    Columns: name, accuracy and test_accuracy (0..1), latency_us, size_bytes, latency_ratio and size_ratio (over the
-    float model's, empty without one), mean_weight_bits (over the layers), bits (JSON: {layer: [weight, activation]}).
-    """
-    reference = summary.get("float") or {}
-    header = ["name", "accuracy", "test_accuracy", "latency_us", "size_bytes"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*header, "latency_ratio", "size_ratio", "mean_weight_bits", "bits"])
-    for name, entry in sorted(pareto_entries(summary), key=lambda item: (item[1]["latency_us"], item[1]["size_bytes"])):
-        bits = entry.get("bits") or {}
-        ratios = [entry[key] / reference[key] if reference.get(key) else "" for key in ("latency_us", "size_bytes")]
-        mean = sum(weight for weight, _ in bits.values()) / len(bits) if bits else ""
-        writer.writerow([name, *(entry.get(key) for key in header[1:]), *ratios, mean, json.dumps(bits)])
-    replace_file(Path(path), text.getvalue().encode())
-
-
-def _point(name: str, entry: Mapping[str, Any], run_dir: Path) -> FrontPoint:
-    try:
-        return FrontPoint(
-            name=name,
-            bits={layer: (int(weight), int(activation)) for layer, (weight, activation) in entry["bits"].items()},
-            accuracy=float(entry["accuracy"]),
-            test_accuracy=None if entry.get("test_accuracy") is None else float(entry["test_accuracy"]),
-            latency_us=float(entry["latency_us"]),
-            size_bytes=int(entry["size_bytes"]),
-            artifact_path=run_dir / "artifacts" / name,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{run_dir / 'summary.json'}: {name} cannot be read: {reason}. {_RESUME}") from error
+    return " ".join(
+        one(letter, [mean_width(pair[index]) for pair in bits.values()]) for index, letter in enumerate("WA")
+    )
 
 
 def check_limits(**limits: float | None) -> dict[str, float]:

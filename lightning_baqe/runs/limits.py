@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
@@ -14,7 +13,8 @@ from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tunable import as_tunable
 from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.runs.front import LIMITS, check_limits, is_measured, number
+from lightning_baqe.runs.front import LIMITS, check_limits, number
+from lightning_baqe.runs.summary import Entry, Figures, is_measured
 
 SLACK = 0.1  # the sum of kernels is an estimate of the network's latency: a tenth less is not ruled out
 
@@ -34,23 +34,23 @@ def read_limits(limits: Mapping[str, float | None] | None) -> dict[str, float]:
     return check_limits(**(limits or {}))
 
 
-def violations(entry: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, float]:
+def violations(entry: Figures, limits: Mapping[str, float]) -> dict[str, float]:
     """How far a measured entry is beyond each limit, at most 0 where it is met: Optuna's constraints.
 
     Args:
-        entry: with ``accuracy``, ``latency_us`` and ``size_bytes``.
+        entry: measured.
         limits: from :func:`read_limits`.
 
     Returns:
         Latency and size relative to their limits, accuracy as the difference.
     """
     return {
-        name: limit - entry[name] if LIMITS[name] == ">=" else (entry[name] - limit) / limit
+        name: limit - getattr(entry, name) if LIMITS[name] == ">=" else (getattr(entry, name) - limit) / limit
         for name, limit in limits.items()
     }
 
 
-def feasible(entry: Mapping[str, Any], limits: Mapping[str, float]) -> bool:
+def feasible(entry: Entry, limits: Mapping[str, float]) -> bool:
     """Whether an entry of a summary is measured and meets all limits."""
     return is_measured(entry) and all(value <= 0 for value in violations(entry, limits).values())
 
@@ -101,7 +101,7 @@ class Reach:
             sums = (sum(map(min, rows)), sum(row[1] for row in rows), sum(row[2] for row in rows))
         return cls(sizes, sums, len(everywhere), len(found[0]), accuracy)
 
-    def check(self, limits: Mapping[str, float], measured: Sequence[Mapping[str, Any]] = ()) -> None:
+    def check(self, limits: Mapping[str, float], measured: Sequence[Entry] = ()) -> None:
         """Refuse limits that nothing can meet.
 
         Args:
@@ -118,7 +118,7 @@ class Reach:
         for name, least in smallest.items():
             if name not in limits or limits[name] >= least:
                 continue
-            if any(is_measured(entry) and entry[name] <= limits[name] for entry in measured):
+            if any(is_measured(entry) and getattr(entry, name) <= limits[name] for entry in measured):
                 continue
             what = "all layers at their fewest bits, exact"
             if name == "latency_us" and self.latency_us is not None:

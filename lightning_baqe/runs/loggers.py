@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from lightning_baqe.runs.front import pareto_entries
 from lightning_baqe.runs.report_figures import hypervolume_over_trials
+from lightning_baqe.runs.summary import Figures, Summary
 
 COLUMNS = ("name", "accuracy", "test_accuracy", "latency_us", "size_bytes", "speedup", "smaller", "feasible", "bits")
 
 
-def log_hypervolume(loggers: Iterable[Logger], summary: Mapping[str, Any], step: int) -> None:
+def log_hypervolume(loggers: Iterable[Logger], summary: Summary, step: int) -> None:
     """Log the hypervolume so far as ``search/hypervolume``: the metric that a sweep maximises."""
     for logger in loggers:
-        logger.log_metrics({"search/hypervolume": float(summary["hypervolume"])}, step=step)
+        logger.log_metrics({"search/hypervolume": summary.hypervolume or 0.0}, step=step)
 
 
-def log_results(loggers: Iterable[Logger], summary: Mapping[str, Any], run_dir: Path) -> None:
+def log_results(loggers: Iterable[Logger], summary: Summary, run_dir: Path) -> None:
     """Log what a search found to those of the loggers that are W&B's.
 
     The table ``search/pareto``, the chart ``search/hypervolume_curve``, and an artifact of type ``pareto-front`` with
@@ -47,18 +47,22 @@ def log_results(loggers: Iterable[Logger], summary: Mapping[str, Any], run_dir: 
         for name in ("summary.json", "report.html"):
             if (run_dir / name).exists():
                 artifact.add_file(str(run_dir / name))
-        for name, _ in pareto_entries(summary):
-            if (run_dir / "artifacts" / name).is_dir():  # not so for another worker's, with a run folder of its own
-                artifact.add_dir(str(run_dir / "artifacts" / name), name=f"artifacts/{name}")
+        for entry in summary.pareto:
+            folder = run_dir / "artifacts" / entry.key
+            if folder.is_dir():  # not so for another worker's, with a run folder of its own
+                artifact.add_dir(str(folder), name=f"artifacts/{entry.key}")
         run.log_artifact(artifact)
 
 
-def pareto_rows(summary: Mapping[str, Any]) -> list[list[Any]]:
+def pareto_rows(summary: Summary) -> list[list[Any]]:
     """The Pareto points as rows of a table, fastest first, with the columns ``COLUMNS``."""
-    reference = summary.get("float") or {}
-    rows = []
-    for name, entry in sorted(pareto_entries(summary), key=lambda item: (item[1]["latency_us"], item[0])):
-        ratios = [reference[key] / entry[key] if reference.get(key) else None for key in ("latency_us", "size_bytes")]
-        figures = [entry.get(key) for key in ("accuracy", "test_accuracy", "latency_us", "size_bytes")]
-        rows.append([name, *figures, *ratios, entry.get("feasible"), json.dumps(entry.get("bits") or {})])
-    return rows
+    of = summary.reference or Figures()
+    return [
+        [
+            entry.key, entry.accuracy, entry.test_accuracy, entry.latency_us, entry.size_bytes,
+            of.latency_us / entry.latency_us if of.latency_us else None,
+            of.size_bytes / entry.size_bytes if of.size_bytes else None,
+            entry.feasible, json.dumps(entry.bits),
+        ]
+        for entry in summary.pareto
+    ]  # fmt: skip

@@ -1,112 +1,69 @@
-"""The run folder: what a search writes down. The study is the truth; ``summary.json`` and the rest are made from it."""
+"""What a run minimises, and the summary that scores its trials by it."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from optuna.study import Study
-from optuna.trial import TrialState
 
-from lightning_baqe.files import replace_file
-from lightning_baqe.runs.front import pareto_entries, write_pareto_csv
 from lightning_baqe.runs.limits import feasible
+from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, is_measured
 from lightning_baqe.search.pareto import hypervolume, pareto_mask
 
 OBJECTIVES = ("error", "latency", "size")
 REFERENCE_POINT = (1.0, 1.5, 1.1)
-RESULT, FLOAT, BASELINES, TEST, REWARDS = "result", "float", "baselines", "test_accuracy", "rewards"
-LIMITS = "limits"
-_STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.RUNNING: "running",
-    TrialState.FAIL: "failed",
-    TrialState.PRUNED: "pruned",
-}
-_EMPTY: dict[str, Any] = {
-    "accuracy": None,
-    "fake_quant_accuracy": None,
-    "latency_us": None,
-    "size_bytes": None,
-    "seconds": {},
-    "error": None,
-}
 
 
-def objectives(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, float, float]:
-    """``(1 - accuracy, latency / float's, size / float's)``, all minimised."""
-    return (
-        1.0 - entry["accuracy"],
-        entry["latency_us"] / reference["latency_us"],
-        entry["size_bytes"] / reference["size_bytes"],
-    )
+def objectives(entry: Figures, reference: Figures) -> tuple[float, float, float]:
+    """``(1 - accuracy, latency / float's, size / float's)``, all minimised; NaN where a figure is unknown."""
+    accuracy, latency_us, size_bytes = entry.triple
+    _, float_us, float_bytes = reference.triple
+    return 1.0 - accuracy, latency_us / float_us, size_bytes / float_bytes
 
 
-def summarise(study: Study, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``summary.json``.
+def summarise(
+    about: Mapping[str, Any],
+    reference: Figures,
+    trials: Sequence[Trial],
+    baselines: Sequence[Baseline] = (),
+    limits: Mapping[str, float] | None = None,
+    rewards: Mapping[str, Any] | None = None,
+    tests: Mapping[str, float] | None = None,
+) -> Summary:
+    """The summary of a run: front and hypervolumes of what it measured.
 
     Args:
-        study: of the search; its user attributes hold the float model, the baselines, what the device rewards and the
-            limits; where there are limits, ``feasible`` says of each measured entry whether it meets them.
         about: recipe, model, dataset, device, versions.
+        reference: the float model's figures.
+        trials, baselines: as they ended.
+        limits: where there are some, ``feasible`` says of each complete entry whether it meets them.
+        rewards: what the device rewards.
+        tests: accuracies on the test split: ``float`` and keys of entries; those on the front get theirs.
     """
-    attributes = study.user_attrs
-    reference = attributes[FLOAT]
-    tests: Mapping[str, float] = attributes.get(TEST, {})
-    baselines = [dict(entry) for entry in attributes.get(BASELINES, [])]
-    trials = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state not in _STATES or (trial.state == TrialState.PRUNED and RESULT not in trial.user_attrs):
-            continue  # waiting, or a proposal that repeated another and was never begun
-        known = trial.user_attrs.get(RESULT, {})
-        entry = {"number": trial.number, "phase": "", "bits": {}, "schedules": {}, **_EMPTY, **known}
-        trials.append({**entry, "state": _STATES[trial.state], "pareto": False})
-    entries = baselines + trials
-    measured = [entry for entry in entries if entry["state"] == "complete"]
-    limits = attributes.get(LIMITS) or {}
-    for entry in entries:
-        entry["pareto"] = False
-        if limits and entry["state"] == "complete":
-            entry["feasible"] = feasible(entry, limits)
-    level = found = 0.0
-    if measured:
-        points = torch.tensor([objectives(entry, reference) for entry in measured], dtype=torch.float64)
-        for entry, on_front in zip(measured, pareto_mask(points).tolist(), strict=True):
-            entry["pareto"] = on_front
-        found = hypervolume(points, REFERENCE_POINT)
-        plain = [objectives(entry, reference) for entry in baselines if entry["state"] == "complete"]
-        level = hypervolume(torch.tensor(plain, dtype=torch.float64), REFERENCE_POINT) if plain else 0.0
-    summary = {
+    tests = tests or {}
+    measured = [entry for entry in (*baselines, *trials) if is_measured(entry)]
+    points = torch.tensor([objectives(entry, reference) for entry in measured], dtype=torch.float64)
+    front = {e.key for e, on in zip(measured, pareto_mask(points).tolist(), strict=True) if on} if measured else set()
+    plain = points[: sum(entry.name is not None for entry in measured)]
+
+    def scored(entry: Entry) -> dict[str, Any]:
+        found: dict[str, Any] = {"pareto": entry.key in front}
+        if limits and entry.state == "complete":
+            found["feasible"] = feasible(entry, limits)
+        if entry.key in front & tests.keys():
+            found["test_accuracy"] = tests[entry.key]
+        return found
+
+    return Summary(
         **about,
-        "float": {"test_accuracy": tests.get("float"), **reference},
-        "baselines": baselines,
-        "objectives": list(OBJECTIVES),
-        "reference_point": list(REFERENCE_POINT),
-        "hypervolume": found,
-        "baselines_hypervolume": level,
-        "rewards": attributes.get(REWARDS),
-        "limits": limits or None,
-        "trials": trials,
-    }
-    for entry in entries:
-        name = f"baseline_{entry['name']}" if "name" in entry else f"trial_{entry['number']}"
-        if entry["pareto"] and name in tests:
-            entry["test_accuracy"] = tests[name]
-    return summary
-
-
-def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``summary.json`` and ``pareto.csv``, and delete artifacts that are no longer on the front."""
-    replace_file(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
-    write_pareto_csv(summary, run_dir / "pareto.csv")
-    keep = {name for name, _ in pareto_entries(summary)}
-    ended = {f"trial_{entry['number']}" for entry in summary["trials"] if entry["state"] != "running"}
-    ended |= {f"baseline_{entry['name']}" for entry in summary["baselines"]}
-    for name in ended - keep:  # what another worker builds at this moment stays
-        folder = run_dir / "artifacts" / name
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        reference=reference.model_copy(update={"test_accuracy": tests.get("float")}),
+        baselines=tuple(entry.model_copy(update=scored(entry)) for entry in baselines),
+        objectives=OBJECTIVES,
+        reference_point=REFERENCE_POINT,
+        hypervolume=hypervolume(points, REFERENCE_POINT) if len(points) else 0.0,
+        baselines_hypervolume=hypervolume(plain, REFERENCE_POINT) if len(plain) else 0.0,
+        rewards=None if rewards is None else dict(rewards),
+        limits=dict(limits) if limits else None,
+        trials=tuple(entry.model_copy(update=scored(entry)) for entry in trials),
+    )

@@ -22,6 +22,7 @@ from lightning_baqe.runs.network_knowledge import search_knowledge
 from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.study import SearchStudy
+from lightning_baqe.runs.summary import Figures
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import Mode
 
@@ -115,8 +116,8 @@ class Preparation:
             scores = {b: layer_scores(model, images[:SCORED]) for b, model in models.items() if b != FLOAT_BITS}
             graphs = {bits: lower(model) for bits, model in models.items()}
             known = search_knowledge(
-                space, graphs, self._reference(), self.target, self.threads, self.records, scores, self.fuse_residual,
-                shared_tensors(self.network, images[:1], space.base),
+                space, graphs, self._reference().model_dump(), self.target, self.threads, self.records, scores,
+                self.fuse_residual, shared_tensors(self.network, images[:1], space.base),
             )  # fmt: skip
             self.study.set_knowledge(known)
         return known
@@ -129,13 +130,12 @@ class Preparation:
         """
         eight = BitConfig.uniform(self.network, REFERENCE, REFERENCE)
         graphs = [lower(self.quantized(bits)) for bits in (space.extreme(min), eight, space.extreme(max))]
-        accuracy = self._reference()["accuracy"]
+        accuracy = self._reference().triple[0]
         reach = Reach.of(graphs, self.target, self.threads, self.records, accuracy, self.fuse_residual)
         self.progress.show(reach.table(limits))
-        summary = self.study.summary()
-        reach.check(limits, summary["baselines"] + summary["trials"])
+        reach.check(limits, self.study.summary().entries)
 
-    def _reference(self) -> Mapping[str, float]:
+    def _reference(self) -> Figures:
         """The float model's figures, which come before all of this."""
         found = self.study.float_result
         assert found is not None

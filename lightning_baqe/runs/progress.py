@@ -45,10 +45,10 @@ class SearchProgress:
         figures = ""
         if study.float_result is not None:
             summary = study.summary()
-            done = [e for e in summary["trials"] + summary["baselines"] if e["state"] == "complete"]
-            best = max((entry["accuracy"] for entry in done), default=None)
-            if best is not None:
-                figures = f"best accuracy {best:.4f}  hypervolume {summary['hypervolume']:.4f}"
+            done = summary.complete
+            if done:
+                best = max(entry.accuracy for entry in done)
+                figures = f"best accuracy {best:.4f}  hypervolume {summary.hypervolume:.4f}"
             line = f"{len(done)} evaluated: {figures}"
             if self._bar is None and self._other is not None:
                 self._other.print(line)

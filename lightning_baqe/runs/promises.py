@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import optuna
@@ -13,6 +12,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.evaluation import Batches, module_accuracy
 from lightning_baqe.runs.study import SearchStudy
+from lightning_baqe.runs.summary import Entry
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
 from lightning_baqe.search.pruning import ParetoPruner
 from lightning_baqe.search.space import SearchSpace
@@ -56,14 +56,14 @@ class Promises:
         exact = [entry.kind == "exact" for entry in (latency, size)]
         self._pruner = ParetoPruner((None, *(0.0 if known else None for known in exact)))
 
-    def gives_up(self, trial: optuna.Trial, rung: int, model: QuantizedModel, entry: MutableMapping[str, Any]) -> bool:
+    def gives_up(self, trial: optuna.Trial, rung: int, model: QuantizedModel, entry: Entry) -> bool:
         """Keep what a trial promises; where that is hopeless, prune it.
 
         Args:
             trial: of the search.
             rung: epochs that it was tuned for.
             model: its fake-quantized network as it is now.
-            entry: of the trial, kept if it is pruned. The seconds spent here are added to its ``seconds``.
+            entry: of the trial, kept if it is pruned, with the seconds spent here.
 
         Returns:
             Whether the trial is pruned.
@@ -71,10 +71,10 @@ class Promises:
         start = time.perf_counter()
         accuracy = module_accuracy(model, self._batches, next(model.parameters()).device)
         hopeless = self.is_hopeless(trial, rung, accuracy) and self._study.pruned_count < self._most
-        seconds = entry["seconds"]
-        seconds["estimate"] = seconds.get("estimate", 0.0) + time.perf_counter() - start
         if hopeless:
-            self._study.prune(trial, {**entry, "promised_accuracy": accuracy})
+            spent = entry.seconds.get("estimate", 0.0) + time.perf_counter() - start
+            more = {"promised_accuracy": accuracy, "seconds": {**entry.seconds, "estimate": spent}}
+            self._study.prune(trial, entry.model_copy(update=more))
             self._study.write()
         return hopeless
 

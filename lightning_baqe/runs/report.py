@@ -19,12 +19,10 @@ from plotly.offline import get_plotlyjs
 
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.files import replace_file
-from lightning_baqe.runs.front import bits_summary, pareto_entries, read_summary
+from lightning_baqe.runs.front import bits_summary
 from lightning_baqe.runs.report_figures import (
     PARETO_COLOUR,
-    Entry,
     Figure,
-    Summary,
     axis_ticks,
     bits_figure,
     escaped,
@@ -39,6 +37,7 @@ from lightning_baqe.runs.report_figures import (
     time_figure,
     trade_off_figure,
 )
+from lightning_baqe.runs.summary import Figures, Measured, Summary
 
 _FLAGS = (
     "avx2",
@@ -70,7 +69,7 @@ def write_report(summary: Summary, path: Path) -> None:
         "bits": bits_figure(summary),
         "seconds": time_figure(summary),
     }
-    title = f"{escaped(summary, 'model')} on {escaped(summary, 'dataset')}"
+    title = f"{escaped(summary.model)} on {escaped(summary.dataset)}"
     body = [
         _header(summary, title),
         _cards(summary),
@@ -110,8 +109,8 @@ def write_picture(summary: Summary, path: Path) -> None:
         groups = point_groups(summary)
         for group in groups:
             xs, ys = (
-                [entry[key] * scale for entry in group.entries],
-                [100 * entry["accuracy"] for entry in group.entries],
+                [getattr(entry, key) * scale for entry in group.entries],
+                [100 * entry.accuracy for entry in group.entries],
             )
             look: dict[str, Any] = {"label": group.name, "marker": group.mark, "s": 0.55 * group.size**2, "zorder": 3}
             if group.ring:
@@ -119,7 +118,7 @@ def write_picture(summary: Summary, path: Path) -> None:
             else:
                 axis.scatter(xs, ys, color=group.colour, edgecolors="white", linewidths=0.6, **look)
         if groups:
-            ticks = axis_ticks([entry[key] * scale for group in groups for entry in group.entries])
+            ticks = axis_ticks([getattr(entry, key) * scale for group in groups for entry in group.entries])
             axis.set_xscale("log")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.set_xticks([], minor=True)
@@ -137,8 +136,7 @@ def write_picture(summary: Summary, path: Path) -> None:
     handles, labels = first.get_legend_handles_labels()
     if labels:
         canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    cpu = (summary.get("device") or {}).get("cpu") or "unknown CPU"
-    title = f"{summary.get('model')} on {summary.get('dataset')}, {cpu}"
+    title = f"{summary.model} on {summary.dataset}, {summary.device.get('cpu') or 'unknown CPU'}"
     canvas.suptitle(title.replace("$", r"\$"), fontsize=12, fontweight="bold")
     content = io.BytesIO()
     canvas.savefig(content, format="png")
@@ -159,41 +157,40 @@ def _chart(title: str, figure: Figure | None, name: str, nothing: str) -> str:
 
 
 def _header(summary: Summary, title: str) -> str:
-    device, versions = summary.get("device") or {}, summary.get("versions") or {}
+    device = summary.device
     flags = [flag for flag in _FLAGS if flag in (device.get("flags") or [])]
     threads = device.get("threads")
     rows = {
-        "recipe": escaped(summary, "recipe"),
-        "device": f"{escaped(device, 'cpu')}, {escaped(device, 'cores')} cores"
+        "recipe": escaped(summary.recipe),
+        "device": f"{escaped(device.get('cpu'))}, {escaped(device.get('cores'))} cores"
         + ("" if threads is None else f", measured on {html.escape(str(threads))} thread{'s' * (threads != 1)}"),
         "instructions": " ".join(f"<code>{flag}</code>" for flag in flags) or "–",
-        "limits": html.escape(", ".join(f"{name} {value:g}" for name, value in (summary.get("limits") or {}).items())),
-        "bits here": html.escape((summary.get("rewards") or {}).get("line", "")),
-        "versions": ", ".join(html.escape(f"{name} {version}") for name, version in versions.items()) or "–",
+        "limits": html.escape(", ".join(f"{name} {value:g}" for name, value in (summary.limits or {}).items())),
+        "bits here": html.escape((summary.rewards or {}).get("line", "")),
+        "versions": ", ".join(html.escape(f"{name} {version}") for name, version in summary.versions.items()) or "–",
     }
     facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items() if value)
     return f"<header><h1>{title}</h1><dl>{facts}</dl></header>"
 
 
 def _cards(summary: Summary) -> str:
-    reference = summary.get("float") or {}
-    points = [{**entry, "name": name} for name, entry in pareto_entries(summary)]
-    best = max(points, key=lambda entry: (entry["accuracy"], -entry["latency_us"]), default=None)
-    floor = reference.get("accuracy")
-    near = [entry for entry in points if floor is not None and entry["accuracy"] >= floor - 0.01]
-    fastest = min(near, key=lambda entry: (entry["latency_us"], -entry["accuracy"]), default=None)
-    figures = f"{in_microseconds(reference.get('latency_us'))}, {in_kilobytes(reference.get('size_bytes'))}"
-    found, level = summary.get("hypervolume"), summary.get("baselines_hypervolume")
-    gain = f"baselines alone {level:.4f}" if summary.get("baselines") and level is not None else "no baselines"
+    reference, points = summary.reference or Figures(), summary.pareto
+    best = max(points, key=lambda entry: (entry.accuracy, -entry.latency_us), default=None)
+    floor = reference.accuracy
+    near = [entry for entry in points if floor is not None and entry.accuracy >= floor - 0.01]
+    fastest = min(near, key=lambda entry: (entry.latency_us, -entry.accuracy), default=None)
+    figures = f"{in_microseconds(reference.latency_us)}, {in_kilobytes(reference.size_bytes)}"
+    found, level = summary.hypervolume, summary.baselines_hypervolume
+    gain = f"baselines alone {level:.4f}" if summary.baselines and level is not None else "no baselines"
     gain += f" ({found / level - 1:+.1%})" if level and found is not None else ""
-    states = [str(entry.get("state")) for entry in summary.get("trials") or []]
-    counts = ", ".join(f"{states.count(state)} {html.escape(state)}" for state in dict.fromkeys(states)) or "none yet"
+    states = [entry.state for entry in summary.trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none yet"
     cards = [
         ("Float model", in_percent(floor), figures),
-        ("Most accurate", *_figures(best, reference, lambda entry: in_percent(entry["accuracy"]))),
+        ("Most accurate", *_figures(best, reference, lambda entry: in_percent(entry.accuracy))),
         (
             "Fastest within 1 point of float",
-            *_figures(fastest, reference, lambda entry: in_microseconds(entry["latency_us"])),
+            *_figures(fastest, reference, lambda entry: in_microseconds(entry.latency_us)),
         ),
         ("Hypervolume", "–" if found is None else f"{found:.4f}", gain),
         ("Trials", str(len(states)), counts),
@@ -205,14 +202,13 @@ def _card(title: str, value: str, note: str) -> str:
     return f'<div class="card"><h3>{title}</h3><p class="value">{value}</p><p class="quiet">{note}</p></div>'
 
 
-def _figures(entry: Entry | None, reference: Entry, key: Callable[[Entry], str]) -> tuple[str, str]:
+def _figures(entry: Measured | None, reference: Figures, key: Callable[[Measured], str]) -> tuple[str, str]:
     if entry is None:
         return "–", "no such point so far"
-    faster = speedup(reference.get("latency_us"), entry["latency_us"])
-    smaller = speedup(reference.get("size_bytes"), entry["size_bytes"])
-    latency, size = in_microseconds(entry["latency_us"]), in_kilobytes(entry["size_bytes"])
-    figures = f"{in_percent(entry['accuracy'])}, {latency}, {size}"
-    return key(entry), f"{html.escape(str(entry['name']))}: {figures}<br>{faster} faster, {smaller} smaller than float"
+    faster = speedup(reference.latency_us, entry.latency_us)
+    smaller = speedup(reference.size_bytes, entry.size_bytes)
+    figures = f"{in_percent(entry.accuracy)}, {in_microseconds(entry.latency_us)}, {in_kilobytes(entry.size_bytes)}"
+    return key(entry), f"{html.escape(entry.key)}: {figures}<br>{faster} faster, {smaller} smaller than float"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
@@ -228,44 +224,41 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> s
 
 
 def _pareto_table(summary: Summary) -> str:
-    reference = summary.get("float") or {}
-    points = sorted(pareto_entries(summary), key=lambda point: (point[1]["latency_us"], point[0]))
-    if not points:
+    reference = summary.reference or Figures()
+    if not summary.pareto:
         return '<p class="quiet">There is no Pareto point yet.</p>'
     header = ["point", "phase", "bits: mean (range)", "accuracy", "fake-quantized", "test accuracy"]
     header += ["latency", "speedup", "size", "smaller"]
-    limits = summary.get("limits")
-    header += ["within limits"] if limits else []
+    header += ["within limits"] if summary.limits else []
     rows = [
         [
-            html.escape(name),
-            escaped(entry, "phase"),
-            html.escape(bits_summary(entry.get("bits") or {})),
-            in_percent(entry["accuracy"]),
-            in_percent(entry.get("fake_quant_accuracy")),
-            in_percent(entry.get("test_accuracy")),
-            in_microseconds(entry["latency_us"]),
-            speedup(reference.get("latency_us"), entry["latency_us"]),
-            in_kilobytes(entry["size_bytes"]),
-            speedup(reference.get("size_bytes"), entry["size_bytes"]),
-            *(["yes" if entry.get("feasible") else "no"] if limits else []),
+            html.escape(entry.key),
+            escaped(entry.phase),
+            html.escape(bits_summary(entry.bits)),
+            in_percent(entry.accuracy),
+            in_percent(entry.fake_quant_accuracy),
+            in_percent(entry.test_accuracy),
+            in_microseconds(entry.latency_us),
+            speedup(reference.latency_us, entry.latency_us),
+            in_kilobytes(entry.size_bytes),
+            speedup(reference.size_bytes, entry.size_bytes),
+            *(["yes" if entry.feasible else "no"] if summary.limits else []),
         ]
-        for name, entry in points
+        for entry in summary.pareto
     ]
     return _table(header, rows, left=3)
 
 
 def _failures(summary: Summary) -> str:
-    entries = [*(summary.get("baselines") or []), *(summary.get("trials") or [])]
-    failed = [entry for entry in entries if entry.get("state") == "failed"]
+    failed = [entry for entry in summary.entries if entry.state == "failed"]
     if not failed:
         return ""
     rows = [
         [
             name_of(entry),
-            escaped(entry, "phase"),
-            html.escape(bits_summary(entry.get("bits") or {})),
-            f"<pre>{html.escape(str(entry.get('error') or 'no reason was recorded'))}</pre>",
+            escaped(entry.phase),
+            html.escape(bits_summary(entry.bits)),
+            f"<pre>{html.escape(entry.error or 'no reason was recorded')}</pre>",
         ]
         for entry in failed
     ]
@@ -349,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, metavar="out.png", help="draw the picture for a README, too")
     options = parser.parse_args(arguments)
     try:
-        summary = read_summary(options.run_dir)
+        summary = Summary.load(options.run_dir)
     except BaqeError as error:
         parser.exit(2, f"{error}\n")
     write_report(summary, options.run_dir / "report.html")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lightning_baqe.runs.front import bits_summary, is_measured, pareto_entries
+from lightning_baqe.runs.front import bits_summary
+from lightning_baqe.runs.objectives import objectives
+from lightning_baqe.runs.summary import Baseline, Entry, Measured, Summary, is_measured
 from lightning_baqe.search import hypervolume
 
-Summary = Mapping[str, Any]
-Entry = Mapping[str, Any]
 Figure = dict[str, Any]
 
 _PHASE_COLOURS = {"ted": "#e08a1e", "bo": "#3b82c4", "random": "#8d6cc4"}
@@ -29,34 +29,22 @@ def hypervolume_over_trials(summary: Summary) -> list[tuple[int, float]]:
 
     Objectives as in the summary: error, latency and size over the float model's. Empty without a float model.
     """
-    reference = torch.tensor(summary.get("reference_point") or [1.0, 1.5, 1.1], dtype=torch.float64)
+    of = summary.reference
+    if of is None or not (of.latency_us and of.size_bytes):
+        return []
     front: list[tuple[float, ...]] = []
     volume, curve = 0.0, []
-    trials = sorted(complete_entries(summary.get("trials")), key=lambda entry: entry["number"])
-    for entry in [*complete_entries(summary.get("baselines")), *trials]:
-        point = _objectives(entry, summary.get("float") or {})
-        if point is None:
-            return []
+    for entry in sorted(summary.complete, key=lambda entry: -1 if entry.number is None else entry.number):
+        point = objectives(entry, of)
         if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in front):
             front = [other for other in front if any(b > a for a, b in zip(other, point, strict=True))] + [point]
-            volume = float(hypervolume(torch.tensor(front, dtype=torch.float64), reference))
-        if "name" not in entry:
-            curve.append((int(entry["number"]), volume))
+            volume = float(hypervolume(torch.tensor(front, dtype=torch.float64), summary.reference_point))
+        if entry.number is not None:
+            curve.append((entry.number, volume))
     return curve
 
 
 # --- what is in the summary ---------------------------------------------------------------------------------------
-
-
-def complete_entries(entries: Sequence[Entry] | None) -> list[Entry]:
-    return [entry for entry in entries or [] if is_measured(entry)]
-
-
-def _objectives(entry: Entry, reference: Entry) -> tuple[float, ...] | None:
-    if not (reference.get("latency_us") and reference.get("size_bytes")):
-        return None
-    latency, size = entry["latency_us"] / reference["latency_us"], entry["size_bytes"] / reference["size_bytes"]
-    return 1 - entry["accuracy"], latency, size
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class _Group:
     """Points that are drawn alike; `symbol` is Plotly's name of the marker, `mark` matplotlib's."""
 
     name: str
-    entries: list[Entry]
+    entries: list[Measured]
     colour: str
     symbol: str = "circle"
     mark: str = "o"
@@ -74,17 +62,17 @@ class _Group:
 
 def point_groups(summary: Summary) -> list[_Group]:
     """All complete entries by how they are drawn, from back to front; Pareto points come once more, as rings."""
-    trials, baselines = complete_entries(summary.get("trials")), complete_entries(summary.get("baselines"))
+    trials = [entry for entry in summary.complete if entry.name is None]
+    baselines = [entry for entry in summary.complete if entry.name is not None]
     groups = []
-    for phase in dict.fromkeys(str(entry.get("phase")) for entry in trials):
-        entries = [entry for entry in trials if str(entry.get("phase")) == phase]
+    for phase in dict.fromkeys(entry.phase for entry in trials):
+        entries = [entry for entry in trials if entry.phase == phase]
         groups.append(_Group(f"trials: {phase}", entries, _PHASE_COLOURS.get(phase, _OTHER)))
     groups.append(_Group("baselines", baselines, _BASELINE, "square", "s", 9))
-    reference = summary.get("float") or {}
+    reference = Baseline(name="float", **dict(summary.reference or {}))
     if is_measured(reference):
-        groups.append(_Group("float model", [{**reference, "name": "float"}], _FLOAT, "star", "*", 14))
-    pareto = [entry for _, entry in pareto_entries(summary)]
-    groups.append(_Group("Pareto set", pareto, PARETO_COLOUR, size=14, ring=True))
+        groups.append(_Group("float model", [reference], _FLOAT, "star", "*", 14))
+    groups.append(_Group("Pareto set", summary.pareto, PARETO_COLOUR, size=14, ring=True))
     return [group for group in groups if group.entries]
 
 
@@ -98,20 +86,18 @@ def axis_ticks(values: Sequence[float]) -> list[float]:
 
 def front_steps(summary: Summary, key: str) -> list[tuple[float, float]]:
     """(cost, accuracy) of the Pareto points that no other beats in this one cost, by rising cost."""
-    entries = [entry for _, entry in pareto_entries(summary) if entry.get(key) is not None]
     steps: list[tuple[float, float]] = []
-    for entry in sorted(entries, key=lambda entry: (entry[key], -entry["accuracy"])):
-        if not steps or entry["accuracy"] > steps[-1][1]:
-            steps.append((entry[key], entry["accuracy"]))
+    for entry in sorted(summary.pareto, key=lambda entry: (getattr(entry, key), -entry.accuracy)):
+        if not steps or entry.accuracy > steps[-1][1]:
+            steps.append((getattr(entry, key), entry.accuracy))
     return steps
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def escaped(entry: Entry, key: str) -> str:
-    value = entry.get(key)
-    return "–" if value is None else html.escape(str(value))
+def escaped(value: object) -> str:
+    return "–" if value in (None, "") else html.escape(str(value))
 
 
 def in_percent(value: float | None) -> str:
@@ -131,14 +117,14 @@ def speedup(reference: float | None, value: float | None) -> str:
 
 
 def name_of(entry: Entry) -> str:
-    return html.escape(str(entry["name"])) if "name" in entry else f"#{html.escape(str(entry.get('number')))}"
+    return f"#{entry.number}" if entry.name is None else html.escape(entry.name)
 
 
-def _hover(entry: Entry) -> str:
-    bits = html.escape(bits_summary(entry.get("bits") or {}))
+def _hover(entry: Measured) -> str:
+    bits = html.escape(bits_summary(entry.bits))
     return (
-        f"<b>{name_of(entry)}</b>  {bits}<br>accuracy {in_percent(entry['accuracy'])}"
-        f"<br>latency {in_microseconds(entry['latency_us'])}<br>size {in_kilobytes(entry['size_bytes'])}"
+        f"<b>{name_of(entry)}</b>  {bits}<br>accuracy {in_percent(entry.accuracy)}"
+        f"<br>latency {in_microseconds(entry.latency_us)}<br>size {in_kilobytes(entry.size_bytes)}"
     )
 
 
@@ -171,8 +157,8 @@ def trade_off_figure(summary: Summary, key: str, label: str, scale: float) -> Fi
             marker |= {"symbol": "circle-open", "line": {"width": 2}}
         traces.append(
             {
-                "x": [entry[key] * scale for entry in group.entries],
-                "y": [100 * entry["accuracy"] for entry in group.entries],
+                "x": [getattr(entry, key) * scale for entry in group.entries],
+                "y": [100 * entry.accuracy for entry in group.entries],
                 "text": [_hover(entry) for entry in group.entries],
                 "mode": "markers",
                 "marker": marker,
@@ -182,7 +168,7 @@ def trade_off_figure(summary: Summary, key: str, label: str, scale: float) -> Fi
         )
     if not groups:
         return None
-    ticks = axis_ticks([entry[key] * scale for group in groups for entry in group.entries])
+    ticks = axis_ticks([getattr(entry, key) * scale for group in groups for entry in group.entries])
     costs = _axis(label, type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     axes = {"xaxis": costs, "yaxis": _axis("validation accuracy, deployed (%)")}
     return {"data": [{"type": "scatter", **trace} for trace in traces], "layout": {**axes, "height": 440}}
@@ -197,7 +183,7 @@ def progress_figure(summary: Summary) -> Figure | None:
     line = {"shape": "hv", "color": PARETO_COLOUR, "width": 2}
     traces = [{"x": numbers, "y": volumes, "mode": "lines+markers", "line": line, "marker": {"size": 5}}]
     traces[0] |= {"name": "baselines and trials so far", "hovertemplate": hover}
-    level = summary.get("baselines_hypervolume")
+    level = summary.baselines_hypervolume
     if level is not None:
         ends = [numbers[0], numbers[-1]] if len(numbers) > 1 else [numbers[0] - 0.5, numbers[0] + 0.5]
         dashed = {"color": _BASELINE, "width": 2, "dash": "dash"}
@@ -209,10 +195,9 @@ def progress_figure(summary: Summary) -> Figure | None:
 
 def bits_figure(summary: Summary) -> Figure | None:
     points = sorted(
-        ((name_of(entry), entry) for _, entry in pareto_entries(summary) if entry.get("bits")),
-        key=lambda point: -point[1]["accuracy"],
+        ((name_of(entry), entry) for entry in summary.pareto if entry.bits), key=lambda point: -point[1].accuracy
     )
-    layers = list(dict.fromkeys(layer for _, entry in points for layer in entry["bits"]))
+    layers = list(dict.fromkeys(layer for _, entry in points for layer in entry.bits))
     if not layers:
         return None
     steps = len(_BITS)
@@ -220,7 +205,7 @@ def bits_figure(summary: Summary) -> Figure | None:
     shown = "%{text}" if len(points) <= 24 else ""
     traces = []
     for index, kind in enumerate(("weight", "activation")):
-        cells = [[(entry["bits"].get(layer) or (None, None))[index] for _, entry in points] for layer in layers]
+        cells = [[(entry.bits.get(layer) or (None, None))[index] for _, entry in points] for layer in layers]
         traces.append(
             {
                 "type": "heatmap",
@@ -259,13 +244,13 @@ def bits_figure(summary: Summary) -> Figure | None:
 
 
 def time_figure(summary: Summary) -> Figure | None:
-    trials = [entry for entry in summary.get("trials") or [] if entry.get("seconds")]
+    trials = [entry for entry in summary.trials if entry.seconds]
     if not trials:
         return None
     traces = []
-    numbers = [entry["number"] for entry in trials]
+    numbers = [entry.number for entry in trials]
     for key, colour in _SECONDS.items():
-        reported = [entry["seconds"].get(key) or 0 for entry in trials]
+        reported = [entry.seconds.get(key, 0.0) for entry in trials]
         values = [seconds if math.isfinite(seconds) else 0 for seconds in reported]
         name = f"{key}: {_duration(sum(values))}"
         hover = f"trial %{{x}}: {key} %{{y:.1f}} s<extra></extra>"

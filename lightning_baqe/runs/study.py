@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import optuna
 from optuna.storages import RDBStorage
@@ -18,38 +18,35 @@ from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.runs.evaluation import Batches, deployed_accuracy
-from lightning_baqe.runs.front import pareto_entries
 from lightning_baqe.runs.limits import violations
 from lightning_baqe.runs.liveness import Worker
 from lightning_baqe.runs.network_space import NetworkSpace
-from lightning_baqe.runs.objectives import (
-    BASELINES,
-    FLOAT,
-    LIMITS,
-    REFERENCE_POINT,
-    RESULT,
-    REWARDS,
-    TEST,
-    objectives,
-    summarise,
-    write_summary,
-)
+from lightning_baqe.runs.objectives import REFERENCE_POINT, objectives, summarise
 from lightning_baqe.runs.report import write_report
+from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, Width
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
 
+RESULT, FLOAT, BASELINES, TEST, REWARDS = "result", "float", "baselines", "test_accuracy", "rewards"
+LIMITS = "limits"
 OWNER, SPACE, CONDITIONS, PHASE, ATTEMPTS = "owner", "space", "conditions", "phase", "attempts"
 KNOWLEDGE = "knowledge"
 AGAIN, CLAIMS = "again", "baseline_owners"
 REPEATS = 20  # proposals of another sampler that repeat a point, before one is taken all the same
 MAX_ATTEMPTS = 3  # of a point whose trials end with the process: perhaps because of it
 INTERRUPTED = "interrupted: the process ended in the middle of this trial"
+_STATES: dict[TrialState, Literal["complete", "running", "failed", "pruned"]] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.RUNNING: "running",
+    TrialState.FAIL: "failed",
+    TrialState.PRUNED: "pruned",
+}
 
 
-def bits_entry(bits: BitConfig) -> dict[str, list[Any]]:
-    """Bits as the summary holds them: ``{layer: [weight, activation]}``."""
-    return {name: [layer.weight, layer.activation] for name, layer in bits.items()}
+def bits_entry(bits: BitConfig) -> dict[str, tuple[Width, int]]:
+    """Bits as the summary holds them: ``{layer: (weight, activation)}``."""
+    return {name: (layer.weight, layer.activation) for name, layer in bits.items()}
 
 
 class SearchStudy:
@@ -158,10 +155,10 @@ class SearchStudy:
         self._study.set_user_attr(KNOWLEDGE, knowledge.record())
 
     @property
-    def float_result(self) -> dict[str, Any] | None:
+    def float_result(self) -> Figures | None:
         """The float model's figures, None before it was evaluated."""
-        found: dict[str, Any] | None = self._study.user_attrs.get(FLOAT)
-        return found
+        found = self._study.user_attrs.get(FLOAT)
+        return None if found is None else Figures.model_validate(found)
 
     def drop_failed_baselines(self) -> None:
         """Forget baselines that failed, so that they are tried again."""
@@ -202,9 +199,9 @@ class SearchStudy:
         failed = self._count(TrialState.FAIL)
         return str(failed[-1].user_attrs.get(RESULT, {}).get("error")) if failed else "none"
 
-    def set_float(self, result: dict[str, Any]) -> None:
+    def set_float(self, result: Figures) -> None:
         """Keep the float model's figures."""
-        self._study.set_user_attr(FLOAT, result)
+        self._study.set_user_attr(FLOAT, result.model_dump(mode="json"))
 
     def set_rewards(self, rewards: Mapping[str, Any]) -> None:
         """Keep what each bit-width buys on the device, a :meth:`~lightning_baqe.deploy.rewards.Rewards.summary`."""
@@ -234,10 +231,10 @@ class SearchStudy:
                     return name
         return None
 
-    def add_baseline(self, entry: dict[str, Any]) -> None:
+    def add_baseline(self, entry: Baseline) -> None:
         """Keep a baseline's entry."""
         with self.lock:
-            self._study.set_user_attr(BASELINES, [*self._study.user_attrs.get(BASELINES, []), entry])
+            self._study.set_user_attr(BASELINES, [*self._study.user_attrs.get(BASELINES, []), entry.record()])
 
     def ask(self, space: NetworkSpace, wanted: int | None = None) -> tuple[optuna.Trial, str] | None:
         """The next trial, its parameters suggested, and the phase that proposed it.
@@ -284,7 +281,7 @@ class SearchStudy:
         """Let somebody else evaluate a trial that was asked for and never begun."""
         self._study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
-    def tell(self, trial: optuna.Trial, entry: dict[str, Any]) -> None:
+    def tell(self, trial: optuna.Trial, entry: Entry) -> None:
         """Keep a trial's entry; without an error its objectives count.
 
         Warns:
@@ -292,9 +289,9 @@ class SearchStudy:
         """
         reference = self.float_result
         assert reference is not None
-        values = objectives(entry, reference) if entry["error"] is None else None
+        values = objectives(entry, reference) if entry.error is None else None
         if values is not None and not all(math.isfinite(value) for value in values):
-            entry["error"], values = f"objectives are not finite: {values}", None
+            entry, values = entry.model_copy(update={"error": f"objectives are not finite: {values}"}), None
         with self.lock:
             if self._study._storage.get_trial(trial._trial_id).state.is_finished():
                 warnings.warn(
@@ -304,7 +301,7 @@ class SearchStudy:
                     stacklevel=2,
                 )
                 return
-            trial.set_user_attr(RESULT, entry)
+            trial.set_user_attr(RESULT, entry.record())
             if values is None:
                 self._study.tell(trial, state=TrialState.FAIL)
             else:
@@ -312,16 +309,26 @@ class SearchStudy:
                     trial.set_constraint(name, value)
                 self._study.tell(trial, list(values))
 
-    def prune(self, trial: optuna.Trial, entry: dict[str, Any]) -> None:
+    def prune(self, trial: optuna.Trial, entry: Entry) -> None:
         """Give a trial up, and keep its entry."""
         with self.lock:
             if not self._study._storage.get_trial(trial._trial_id).state.is_finished():
-                trial.set_user_attr(RESULT, entry)
+                trial.set_user_attr(RESULT, entry.record())
                 self._study.tell(trial, state=TrialState.PRUNED)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """What ``summary.json`` holds."""
-        return summarise(self._study, self._about)
+        attributes, reference = self._study.user_attrs, self.float_result
+        assert reference is not None
+        trials = [
+            Trial(**{**trial.user_attrs.get(RESULT, {}), "number": trial.number, "state": _STATES[trial.state]})
+            for trial in self._study.get_trials(deepcopy=False, states=tuple(_STATES))
+            # Without a result: a proposal that repeated another and was never begun.
+            if trial.state != TrialState.PRUNED or RESULT in trial.user_attrs
+        ]
+        baselines = [Baseline(**entry) for entry in attributes.get(BASELINES, [])]
+        more = {name: attributes.get(key) for name, key in (("limits", LIMITS), ("rewards", REWARDS), ("tests", TEST))}
+        return summarise(self._about, reference, trials, baselines, **more)
 
     def write(self, report: bool = False) -> None:
         """Write ``summary.json`` and ``pareto.csv``, and with ``report`` also ``report.html``."""
@@ -329,7 +336,7 @@ class SearchStudy:
             return
         with self.lock:  # an older summary must not replace a newer one
             summary = self.summary()
-            write_summary(self.run_dir, summary)
+            summary.write(self.run_dir)
         if report:
             write_report(summary, self.run_dir / "report.html")
 
@@ -342,7 +349,7 @@ class SearchStudy:
             return
         with self.lock:  # the second of two workers finds it done
             tests: dict[str, float] = dict(self._study.user_attrs.get(TEST, {}))
-            for name in ["float", *(name for name, _ in pareto_entries(self.summary()))]:
+            for name in ["float", *(entry.key for entry in self.summary().pareto)]:
                 folder = self.run_dir / "artifacts" / name
                 if name not in tests and folder.is_dir():
                     tests[name] = deployed_accuracy(Artifact.load(folder), batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import sys
@@ -15,15 +14,12 @@ import pytest
 from rich.console import Console
 
 from lightning_baqe.errors import ConfigError, DataError, InfeasibleError
-from lightning_baqe.files import replace_file
 from lightning_baqe.runs.front import (
     Front,
     FrontPoint,
     bits_summary,
-    pareto_entries,
-    read_summary,
-    write_pareto_csv,
 )
+from lightning_baqe.runs.summary import Summary
 
 
 def point(name: str, accuracy: float, latency_us: float, size_bytes: int) -> FrontPoint:
@@ -121,9 +117,9 @@ def test_limits_that_make_no_sense_are_refused(front: Front, limits: dict[str, A
         front.select_point(**limits)
 
 
-def test_load_reads_every_pareto_point_fastest_first(sample_run_dir: Path, sample_summary: dict[str, Any]) -> None:
+def test_load_reads_every_pareto_point_fastest_first(sample_run_dir: Path) -> None:
     front = Front.load(str(sample_run_dir))
-    assert len(front) == len(pareto_entries(sample_summary)) == len(list(front))
+    assert len(front) == len(Summary.load(sample_run_dir).pareto) == len(list(front))
     assert [p.latency_us for p in front] == sorted(p.latency_us for p in front)
     assert {p.name for p in front} >= {"baseline_w8a8"}
     for loaded in front:
@@ -158,44 +154,6 @@ def test_a_folder_without_summary_says_what_is_wanted(tmp_path: Path) -> None:
         Front.load(tmp_path / "nowhere")
 
 
-def test_a_half_written_summary_is_refused(sample_run_dir: Path) -> None:
-    path = sample_run_dir / "summary.json"
-    path.write_text(path.read_text()[:5000])
-    with pytest.raises(DataError, match=r"summary\.json is not whole JSON.*resumes from study\.db"):
-        Front.load(sample_run_dir)
-
-
-@pytest.mark.parametrize(
-    ("summary", "pattern"),
-    [
-        ([], "holds a list"),
-        ({"trials": []}, "'baselines' is missing"),
-        ({"trials": {}, "baselines": []}, "'trials' is missing or no list"),
-        ({"trials": [{"pareto": True}], "baselines": []}, "entry 0 of 'trials' has no 'number'"),
-        (
-            {"trials": [{"number": 4, "pareto": True, "accuracy": 0.5}], "baselines": []},
-            "number 4 of 'trials' is on the",
-        ),
-        ({"trials": [], "baselines": [], "float": 3}, "'float' is no object"),
-    ],
-)
-def test_another_schema_is_refused(tmp_path: Path, summary: Any, pattern: str) -> None:
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(DataError, match=pattern):
-        read_summary(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "pattern"),
-    [({"accuracy": 92.0}, "from 0 to 1"), ({"latency_us": -3.0}, "above 0"), ({"bits": {"fc": 8}}, "trial_2")],
-)
-def test_impossible_figures_are_refused(tmp_path: Path, change: dict[str, Any], pattern: str) -> None:
-    entry = {"number": 2, "pareto": True, "accuracy": 0.9, "latency_us": 1.0, "size_bytes": 1, "bits": {"fc": [8, 8]}}
-    (tmp_path / "summary.json").write_text(json.dumps({"trials": [entry | change], "baselines": []}))
-    with pytest.raises(DataError, match=pattern):
-        Front.load(tmp_path)
-
-
 def test_a_run_that_has_just_begun_is_an_empty_front(tmp_path: Path) -> None:
     summary = {"trials": [{"number": 0, "state": "running"}], "baselines": [], "float": None}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
@@ -215,37 +173,3 @@ def test_bits_in_a_few_letters() -> None:
     assert bits_summary(bits) == "W4.3 (2-6) A8"
     assert bits_summary(bits, ranges=False) == "W4.3 A8"
     assert bits_summary({}) == "–"
-
-
-def test_csv_holds_the_pareto_points_and_their_ratios(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
-    write_pareto_csv(sample_summary, tmp_path / "pareto.csv")
-    rows = list(csv.DictReader((tmp_path / "pareto.csv").read_text().splitlines()))
-    entries = dict(pareto_entries(sample_summary))
-    assert {row["name"] for row in rows} == set(entries)
-    assert [float(row["latency_us"]) for row in rows] == sorted(float(row["latency_us"]) for row in rows)
-    for row in rows:
-        entry = entries[row["name"]]
-        assert json.loads(row["bits"]) == entry["bits"]
-        assert float(row["latency_ratio"]) == entry["latency_us"] / sample_summary["float"]["latency_us"]
-        assert float(row["size_ratio"]) == entry["size_bytes"] / sample_summary["float"]["size_bytes"]
-        assert 2 <= float(row["mean_weight_bits"]) <= 8
-    assert [path.name for path in tmp_path.iterdir()] == ["pareto.csv"]
-
-
-def test_csv_without_float_model_leaves_the_ratios_empty(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
-    write_pareto_csv(sample_summary | {"float": None}, tmp_path / "pareto.csv")
-    assert {row["latency_ratio"] for row in csv.DictReader((tmp_path / "pareto.csv").read_text().splitlines())} == {""}
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "pareto.csv"
-    path.write_text("old")
-
-    def full_disk(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(OSError, match="disk full"):
-        replace_file(path, b"new")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["pareto.csv"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +9,10 @@ from rich.console import Console
 
 from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.runs.limits import Reach, feasible, read_limits, violations
+from lightning_baqe.runs.summary import Trial
 
 REACH = Reach((1000, 2000, 8000), (100.0, 150.0, 600.0), 9, 10, 0.95)
-ENTRY = {"accuracy": 0.9, "latency_us": 120.0, "size_bytes": 1500, "state": "complete"}
+ENTRY = Trial(number=0, accuracy=0.9, latency_us=120.0, size_bytes=1500)
 
 
 @given(
@@ -22,10 +21,10 @@ ENTRY = {"accuracy": 0.9, "latency_us": 120.0, "size_bytes": 1500, "state": "com
 )
 def test_feasible_is_what_meets_every_limit(costs: dict[str, float], accuracy: float | None) -> None:
     limits = read_limits({**costs, "accuracy": accuracy})
-    wanted = all(ENTRY[name] <= limit for name, limit in costs.items())  # type: ignore[operator]
-    wanted = wanted and (accuracy is None or ENTRY["accuracy"] >= accuracy)  # type: ignore[operator]
+    wanted = all(getattr(ENTRY, name) <= limit for name, limit in costs.items())
+    wanted = wanted and (accuracy is None or ENTRY.triple[0] >= accuracy)
     assert feasible(ENTRY, limits) == wanted == all(value <= 0 for value in violations(ENTRY, limits).values())
-    assert not feasible({**ENTRY, "state": "failed"}, limits)
+    assert not feasible(ENTRY.model_copy(update={"state": "failed"}), limits)
 
 
 def test_limits_that_make_no_sense() -> None:
@@ -57,11 +56,11 @@ def test_what_cannot_be_met_is_refused(limits: dict[str, float], match: str) -> 
     [
         ({"size_bytes": 1000.0, "latency_us": 100.0, "accuracy": 0.99}, []),
         ({"latency_us": 95.0}, []),  # within what an estimate may be wrong by
-        ({"latency_us": 50.0}, [{**ENTRY, "latency_us": 49.0}]),
+        ({"latency_us": 50.0}, [ENTRY.model_copy(update={"latency_us": 49.0})]),
         ({}, []),
     ],
 )
-def test_what_may_be_met_is_searched(limits: dict[str, float], measured: list[dict[str, Any]]) -> None:
+def test_what_may_be_met_is_searched(limits: dict[str, float], measured: list[Trial]) -> None:
     REACH.check(limits, measured)
 
 

@@ -17,6 +17,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.runs import liveness as life
 from lightning_baqe.runs.liveness import PREFIX, Worker
 from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
+from lightning_baqe.runs.summary import Trial
 from lightning_baqe.search import BaqeSampler
 
 ABOUT = {"recipe": "workers", "model": "none", "dataset": "none"}
@@ -32,7 +33,7 @@ def check_four_workers(folder: Path, storage: str) -> None:
     assert sum(found["by_worker"]) <= 40  # the dead one tells nothing
     assert len(found["by_worker"]) == 3
     summary = workers.SearchStudy(folder, storage, ABOUT, name="workers")
-    states = [entry["state"] for entry in summary.summary()["trials"]]
+    states = [entry.state for entry in summary.summary().trials]
     summary.close()
     assert states.count("complete") == 40
     assert states.count("failed") == found["interrupted"]
@@ -53,7 +54,7 @@ def open_study(folder: Path, sampler: optuna.samplers.BaseSampler | None = None)
     space = SPACE.distributions
     study.open(SPACE, sampler or BaqeSampler(0, "paper", space, SPACE.candidates, 20, 50))
     if study.float_result is None:
-        study.set_float(dict(workers.FLOAT))
+        study.set_float(workers.FLOAT)
     return study
 
 
@@ -66,9 +67,8 @@ def studies(tmp_path: Path) -> Iterator[tuple[SearchStudy, SearchStudy]]:
         study.close()
 
 
-def entry_of(trial: optuna.Trial, **more: Any) -> dict[str, Any]:
-    bits, schedules = SPACE.point(trial.params)
-    return {"error": None, **workers.made_up_figures(bits, schedules), **more}
+def entry_of(trial: optuna.Trial, **more: Any) -> Trial:
+    return Trial(number=trial.number, **workers.made_up_figures(*SPACE.point(trial.params)), **more)
 
 
 def test_no_trial_beyond_those_that_are_wanted(studies: tuple[SearchStudy, SearchStudy]) -> None:
@@ -99,8 +99,8 @@ def test_what_a_dead_worker_had_begun_is_begun_again(studies: tuple[SearchStudy,
     assert again is not None
     assert again[0].params == asked[0].params
     assert again[0].user_attrs[AGAIN] == asked[0].number
-    (dead,) = [entry for entry in two.summary()["trials"] if entry["state"] == "failed"]
-    assert dead["error"] == INTERRUPTED
+    (dead,) = [entry for entry in two.summary().trials if entry.state == "failed"]
+    assert dead.error == INTERRUPTED
     with pytest.warns(UserWarning, match="was given to another worker"):
         one.tell(asked[0], entry_of(asked[0]))  # it was not dead after all: its figures come too late
     two.tell(again[0], entry_of(again[0]))

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
-from lightning_baqe.runs.front import pareto_entries
 from lightning_baqe.runs.loggers import COLUMNS, pareto_rows
+from lightning_baqe.runs.summary import Summary
 
 Make = Callable[..., Any]
 
 
 def test_rows_are_the_pareto_points(sample_summary: dict[str, Any]) -> None:
-    rows = pareto_rows(sample_summary)
-    assert {row[0] for row in rows} == {name for name, _ in pareto_entries(sample_summary)}
+    summary = Summary.model_validate(sample_summary)
+    rows = pareto_rows(summary)
+    assert [row[0] for row in rows] == [entry.key for entry in summary.pareto]
     latency = [row[COLUMNS.index("latency_us")] for row in rows]
     assert latency == sorted(latency)
     assert all(len(row) == len(COLUMNS) for row in rows)
@@ -54,7 +55,7 @@ def test_wandb_gets_table_curve_and_artifacts(
         fit(foreign(), search(trials=2), loaders, logger=loggers)
     finally:
         wandb.finish()
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = Summary.load(tmp_path / "run")
     (path,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/search/pareto_*.table.json")
     table = json.loads(path.read_text())
     assert table["columns"] == list(COLUMNS)
@@ -63,10 +64,10 @@ def test_wandb_gets_table_curve_and_artifacts(
     volumes = [row["search/hypervolume"] for row in logged if "search/hypervolume" in row]
     assert len(volumes) == 3  # a baseline and two trials
     assert volumes == sorted(volumes)
-    assert volumes[-1] == pytest.approx(summary["hypervolume"])
+    assert volumes[-1] == pytest.approx(summary.hypervolume)
     assert sum("search/hypervolume_curve" in row for row in logged) == 1
     (artifact,) = [a for a in artifacts if a.type == "pareto-front"]  # W&B makes one of the table itself
     held = set(artifact.manifest.entries)
     assert {"summary.json", "report.html"} <= held
-    assert {f"artifacts/{name}/artifact" for name, _ in pareto_entries(summary)} <= held
+    assert {f"artifacts/{entry.key}/artifact" for entry in summary.pareto} <= held
     assert "search/hypervolume" in next((tmp_path / "csv").rglob("metrics.csv")).read_text()

@@ -13,13 +13,12 @@ import pytest
 from plotly.offline import get_plotlyjs
 from sample_run import make_summary
 
-from lightning_baqe.runs.front import pareto_entries
 from lightning_baqe.runs.report import main, write_picture, write_report
 from lightning_baqe.runs.report_figures import hypervolume_over_trials
+from lightning_baqe.runs.summary import Summary
 
 PARTIAL: dict[str, dict[str, Any]] = {
     "nothing": {"trials": [], "baselines": []},
-    "nulls": dict.fromkeys(make_summary(0)),
     "no trials, no baselines": make_summary(0, baselines=False),
     "only baselines": make_summary(0),
     "one Pareto point": make_summary(1, baselines=False, failed=()),
@@ -31,7 +30,7 @@ PARTIAL: dict[str, dict[str, Any]] = {
 
 def page_of(summary: dict[str, Any], folder: Path) -> str:
     """The report without the plotly.js in it."""
-    write_report(summary, folder / "report.html")
+    write_report(Summary.model_validate(summary), folder / "report.html")
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count(get_plotlyjs()) == 1
     return page.replace(get_plotlyjs(), "")
@@ -53,10 +52,10 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path, sample_summary: dict[s
 
 def test_every_pareto_point_is_in_table_and_charts(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
     page = page_of(sample_summary, tmp_path)
-    entries = pareto_entries(sample_summary)
-    for name, entry in entries:
-        assert f"<td>{name}</td>" in page
-        assert f"{entry['test_accuracy']:.2%}" in page
+    entries = Summary.model_validate(sample_summary).pareto
+    for entry in entries:
+        assert f"<td>{entry.key}</td>" in page
+        assert f"{entry.test_accuracy:.2%}" in page
     figures = figures_of(page)
     assert set(figures) == {"accuracy-latency", "accuracy-size", "hypervolume", "bits", "seconds"}
     for name in ("accuracy-latency", "accuracy-size"):
@@ -108,7 +107,7 @@ def test_text_of_the_summary_is_escaped(tmp_path: Path) -> None:
     assert "alert(1)</script>" not in page
     assert page.count("<script") == page.count("</script>") == 3
     figures_of(page)
-    write_picture(summary | {"model": "$a_b$ costs 5$"}, tmp_path / "picture.png")
+    write_picture(Summary.model_validate(summary | {"model": "$a_b$ costs 5$"}), tmp_path / "picture.png")
 
 
 @pytest.mark.parametrize("name", PARTIAL)
@@ -116,28 +115,28 @@ def test_parts_of_a_run_are_reported(tmp_path: Path, name: str) -> None:
     page = page_of(PARTIAL[name], tmp_path)
     figures_of(page)
     assert "None" not in page
-    write_picture(PARTIAL[name], tmp_path / "picture.png")
+    write_picture(Summary.model_validate(PARTIAL[name]), tmp_path / "picture.png")
 
 
 def test_figures_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
     summary = make_summary(5, failed=())
     summary["trials"][1] |= {"accuracy": float("nan"), "pareto": False}
-    summary["trials"][2] |= {"seconds": {"train": None, "build": float("nan")}}
+    summary["trials"][2] |= {"seconds": {"build": float("nan")}}
     assert "NaN" not in page_of(summary, tmp_path)
 
 
 def test_hypervolume_grows_to_that_of_the_summary(sample_summary: dict[str, Any]) -> None:
-    curve = hypervolume_over_trials(sample_summary)
+    curve = hypervolume_over_trials(Summary.model_validate(sample_summary))
     assert [number for number, _ in curve] == [n for n in range(39) if n not in (7, 23)]
     volumes = [volume for _, volume in curve]
     assert volumes == sorted(volumes)
     assert volumes[0] >= sample_summary["baselines_hypervolume"]
     assert volumes[-1] == pytest.approx(sample_summary["hypervolume"])
-    assert hypervolume_over_trials(sample_summary | {"float": None}) == []
+    assert hypervolume_over_trials(Summary.model_validate(sample_summary | {"float": None})) == []
 
 
 def test_picture_is_a_png(tmp_path: Path, sample_summary: dict[str, Any]) -> None:
-    write_picture(sample_summary, tmp_path / "picture.png")
+    write_picture(Summary.model_validate(sample_summary), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
