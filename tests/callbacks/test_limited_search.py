@@ -12,6 +12,7 @@ import pytest
 
 from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.runs.limits import violations
+from lightning_baqe.runs.summary import Figures
 
 Make = Callable[..., Any]
 
@@ -33,7 +34,7 @@ def test_limits_are_constraints_and_marks(
     assert summary["limits"] == limits
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
     for trial, entry in zip(study.trials, summary["trials"], strict=True):
-        assert trial.constraints == pytest.approx(violations(entry, limits))
+        assert trial.constraints == pytest.approx(violations(Figures.model_validate(entry), limits))
         assert entry["feasible"] == (entry["size_bytes"] <= 9000 and entry["accuracy"] >= 0.3)
     assert [entry["phase"] for entry in summary["trials"]][-1] == "bo"
     assert "within limits" in (tmp_path / "run" / "report.html").read_text()
