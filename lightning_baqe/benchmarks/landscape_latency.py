@@ -38,7 +38,7 @@ from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records, canonical, code_key
 from lightning_baqe.deploy.strategies import Ranked
 from lightning_baqe.deploy.target import CpuTarget
-from lightning_baqe.deploy.tunable import TunableSpec, as_tunable, kernel_space, template_of
+from lightning_baqe.deploy.tunable import TunableSpec, kernel_space, template_of
 from lightning_baqe.deploy.tuner import tune
 from lightning_baqe.errors import MeasurementError
 from lightning_baqe.integer.graph import IntegerGraph
@@ -142,16 +142,15 @@ def make_grid(subject: Subject) -> Grid:
     specs: dict[str, dict[int, TunableSpec]] = {layer: {} for layer in base}
     offered: dict[str, dict[str, list[Any]]] = {layer: {} for layer in base}
     for width, graph in graphs.items():
-        for call in make_plan(graph, subject.target).calls:
-            spec = as_tunable(call.spec)
-            if spec is None or call.layer is None or (call.layer not in choices and width != 8):
+        for layer, spec in make_plan(graph, subject.target).tunable().items():
+            if layer not in choices and width != 8:
                 continue
-            specs[call.layer][graph.bits[call.layer][1]] = spec
+            specs[layer][graph.bits[layer][1]] = spec
             template = template_of(spec)
             for knob, values in template.knob_space(spec).items():
                 if knob in template.unsearched:
                     continue
-                found = offered[call.layer].setdefault(knob, [])
+                found = offered[layer].setdefault(knob, [])
                 found.extend(v for v in (values[: subject.tiles] if knob == "tile" else values) if v not in found)
     knobs = {
         layer: {knob: tuple(values) for knob, values in found.items() if len(values) > 1}
@@ -224,7 +223,7 @@ class KernelTable:
         """
         full = template_of(spec).check_knobs(spec, knobs)
         found = self._by_code.get(self._code(spec, canonical(full)))
-        if found is None or found.latency_us is None or found.error is not None:
+        if found is None or not found.usable or found.latency_us is None:
             raise MeasurementError(
                 f"the kernel with knobs {full} has no latency: {found.error if found else 'not measured'}; run the "
                 "latency stage again, or measure with fewer --tiles"

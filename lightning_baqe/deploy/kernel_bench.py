@@ -58,7 +58,7 @@ class KernelBench:
     def tried(self) -> list[Tried]:
         """All that the records hold of this kernel."""
         return [
-            Tried(record.knobs, record.latency_us if _good(record) else None)
+            Tried(record.knobs, record.latency_us if record.usable else None)
             for record in self.records.kernels(self.spec, self.target)
         ]
 
@@ -77,8 +77,8 @@ class KernelBench:
     def confirm(self) -> None:
         """Measure the fastest and the default again, in turns, until the fastest record is a confirmed one."""
         default = self.records.kernel(self.spec, self.target, self.default)
-        while default is not None and default.error is None:
-            best = next((r for r in self.records.kernels(self.spec, self.target) if _good(r)), None)
+        while default is not None and default.usable:
+            best = next((r for r in self.records.kernels(self.spec, self.target) if r.usable), None)
             if best is None or self._is_confirmed(best):
                 return
             pair = [self.default] if best.knobs == self.default else [self.default, best.knobs]
@@ -204,10 +204,6 @@ def ask_kernel(library: Path, arguments: Path, threads: int) -> dict[str, Any]:
         "min_repeat_ms": MIN_REPEAT_MS,
     }
     return worker(threads).ask(request, TIMEOUT_S)
-
-
-def _good(record: KernelRecord) -> bool:
-    return record.error is None and record.exact is not False
 
 
 def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], path: Path) -> None:

@@ -108,6 +108,10 @@ class Plan:
     threads: int
     fuse_residual: bool = True
 
+    def tunable(self) -> dict[str, TunableSpec]:
+        """``{layer: its kernel}`` of those with knobs, on buffers of their own, as they are measured and kept."""
+        return {c.layer: alone(c.spec) for c in self.calls if c.layer is not None and isinstance(c.spec, TunableSpec)}
+
     def buffer(self, name: str) -> str:
         """The value whose buffer a value lies in: itself, or a concatenation."""
         return self.buffers.get(name, name)

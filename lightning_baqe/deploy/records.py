@@ -89,6 +89,11 @@ class KernelRecord:
     exact: bool | None
     error: str | None = None
 
+    @property
+    def usable(self) -> bool:
+        """Whether it has a latency, and its result was not found wrong."""
+        return self.error is None and self.latency_us is not None and self.exact is not False
+
     def __post_init__(self) -> None:
         check_latencies(self.latency_us, self.samples_us)
         if self.latency_us is None and self.error is None:
@@ -171,10 +176,8 @@ class Records:
         return list(self._current(spec, target))
 
     def best_knobs(self, spec: Spec, target: CpuTarget) -> dict[str, Any] | None:
-        """The knobs of the fastest exact record of an operator, None if there is none."""
-        right = "error IS NULL AND latency_us IS NOT NULL AND exact IS NOT 0"
-        best = next(self._current(spec, target, right), None)
-        return None if best is None else best.knobs
+        """The knobs of the fastest usable record of an operator, None if there is none."""
+        return next((record.knobs for record in self._current(spec, target) if record.usable), None)
 
     def add_model(self, plan_digest: str, threads: int, samples_us: list[float], latency_us: float) -> None:
         """Keep a whole model's latency."""

@@ -16,7 +16,7 @@ from typing import Any
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records, canonical, code_key
 from lightning_baqe.deploy.target import CpuTarget
-from lightning_baqe.deploy.tunable import TunableSpec, as_tunable, template_of
+from lightning_baqe.deploy.tunable import TunableSpec, template_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 
@@ -163,22 +163,15 @@ def searched_kernels(
     if REFERENCE not in graphs:
         raise ConfigError(f"rewards compare with {REFERENCE} bit; got graphs at {sorted(graphs)}: add {REFERENCE}")
     widths = tuple(sorted(graphs))
-    specs = {bits: _specs(graphs[bits], target, threads, fuse_residual) for bits in widths}
+    specs = {
+        bits: make_plan(graphs[bits], target, None, threads, fuse_residual=fuse_residual).tunable() for bits in widths
+    }
     groups: dict[tuple[TunableSpec, ...], list[str]] = {}
     for layer in specs[REFERENCE]:
         searched = all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths)
         if searched:
             groups.setdefault(tuple(specs[b][layer] for b in widths), []).append(layer)
     return [SearchedKernel(tuple(layers), dict(zip(widths, key, strict=True))) for key, layers in groups.items()]
-
-
-def _specs(graph: IntegerGraph, target: CpuTarget, threads: int, fuse_residual: bool) -> dict[str, TunableSpec]:
-    found = {}
-    for call in make_plan(graph, target, None, threads, fuse_residual=fuse_residual).calls:
-        spec = as_tunable(call.spec)
-        if spec is not None and call.layer:
-            found[call.layer] = spec
-    return found
 
 
 @dataclass(frozen=True)
@@ -214,7 +207,7 @@ def fastest_codes(specs: Mapping[int, TunableSpec], target: CpuTarget, records: 
     knobs: set[str] = set()
     for spec in set(specs.values()):
         for record in records.kernels(spec, target):
-            if record.error is None and record.exact is not False and record.latency_us is not None:
+            if record.usable and record.latency_us is not None:
                 text = canonical(record.knobs)
                 code = code_key(spec, text) or ""
                 figure = (-len(record.samples_us), record.latency_us)

@@ -19,7 +19,7 @@ from lightning_baqe.deploy.depthwise_template import (
     depthwise_cost,
     depthwise_knob_space,
 )
-from lightning_baqe.deploy.kernels import Spec, TunableSpec, alone, kernel_key
+from lightning_baqe.deploy.kernels import TunableSpec, kernel_key
 from lightning_baqe.deploy.sample import sample_kernel
 from lightning_baqe.deploy.strategies import KernelSpace
 
@@ -90,11 +90,6 @@ def _conv_cost(spec: ConvSpec, tile: str) -> float:
 def _depthwise_cost(spec: DepthwiseSpec, tile: str) -> float:
     height, width = map(int, tile.split("x"))
     return depthwise_cost(spec, (height, width))
-
-
-def as_tunable(spec: Spec) -> TunableSpec | None:
-    """The spec if its kernel has knobs, on buffers of its own, as kernels are measured and kept; else None."""
-    return alone(spec) if isinstance(spec, TunableSpec) else None
 
 
 def template_of(spec: TunableSpec) -> Template:

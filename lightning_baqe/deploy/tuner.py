@@ -24,7 +24,7 @@ from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.strategies import KernelSpace, Ranked, Strategy
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
-from lightning_baqe.deploy.tunable import TunableSpec, as_tunable, kernel_space
+from lightning_baqe.deploy.tunable import TunableSpec, kernel_space
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 
@@ -185,10 +185,8 @@ def tunable_layers(
 ) -> dict[TunableSpec, tuple[str, ...]]:
     """The distinct kernels with knobs and the layers that call them, most work first."""
     layers: dict[TunableSpec, list[str]] = {}
-    for call in make_plan(graph, target, None, threads, fuse_residual=fuse_residual).calls:
-        spec = as_tunable(call.spec)
-        if spec is not None and call.layer is not None:
-            layers.setdefault(spec, []).append(call.layer)
+    for layer, spec in make_plan(graph, target, None, threads, fuse_residual=fuse_residual).tunable().items():
+        layers.setdefault(spec, []).append(layer)
     return {spec: tuple(layers[spec]) for spec in sorted(layers, key=lambda spec: -spec.macs * len(layers[spec]))}
 
 
@@ -238,8 +236,7 @@ class _Kernel:
 
     def gmacs(self, record: KernelRecord) -> float | None:
         """1e9 multiply-accumulates a second of a record; None if it failed."""
-        works = record.latency_us is not None and record.error is None
-        return self.bench.spec.macs / record.latency_us / 1e3 if works and record.latency_us else None
+        return self.bench.spec.macs / record.latency_us / 1e3 if record.usable and record.latency_us else None
 
     def _measure_peak(self) -> None:
         usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
@@ -250,7 +247,7 @@ class _Kernel:
         """What the records now say."""
         bench = self.bench
         found = bench.records.kernels(bench.spec, bench.target)
-        good = [record for record in found if record.error is None and record.exact is not False]
+        good = [record for record in found if record.usable]
         default_us = next((record.latency_us for record in good if record.knobs == bench.default), None)
         best_us, knobs = (good[0].latency_us, good[0].knobs) if good else (None, None)
         return TunedKernel(

@@ -10,7 +10,6 @@ from rich.table import Table
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import CpuTarget
-from lightning_baqe.deploy.tunable import as_tunable
 from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.runs.front import LIMITS, check_limits, number
@@ -155,12 +154,8 @@ def _kernels(
     graph: IntegerGraph, target: CpuTarget, threads: int, records: Records, fuse_residual: bool
 ) -> dict[str, float | None]:
     """``{layer: best known latency of its kernel}`` of the layers whose kernels can be tuned."""
-    found: dict[str, float | None] = {}
     plan = make_plan(graph, target, None, threads, fuse_residual=fuse_residual)
-    for call in plan.calls:
-        spec = as_tunable(call.spec)
-        if call.layer is None or spec is None:
-            continue
-        right = (r.latency_us for r in records.kernels(spec, target) if r.error is None and r.exact is not False)
-        found[call.layer] = next(right, None)  # the fastest comes first
-    return found
+    return {  # the fastest comes first
+        layer: next((r.latency_us for r in records.kernels(spec, target) if r.usable), None)
+        for layer, spec in plan.tunable().items()
+    }

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import CpuTarget
-from lightning_baqe.deploy.tunable import TunableSpec, as_tunable
+from lightning_baqe.deploy.tunable import TunableSpec
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph, node_bytes
 from lightning_baqe.quantization.config import FLOAT_BITS
@@ -166,13 +166,12 @@ def _latency(
     known: dict[int, dict[str, float]] = {}
     specs: dict[int, dict[str, TunableSpec]] = {}
     for bits, graph in graphs.items():
-        plan = make_plan(graph, target, None, threads, fuse_residual=fuse_residual)
-        specs[bits] = {c.layer: spec for c in plan.calls if c.layer and (spec := as_tunable(c.spec)) is not None}
+        specs[bits] = make_plan(graph, target, None, threads, fuse_residual=fuse_residual).tunable()
         known[bits] = {}
         for layer, spec in specs[bits].items():
             knobs = space.defaults.get(layer, {}).get(bits)
             record = records.kernel(spec, target, dict(knobs)) if knobs else None
-            if record is not None and record.error is None and record.latency_us is not None:
+            if record is not None and record.usable and record.latency_us is not None:
                 known[bits][layer] = record.latency_us / total
     if not any(known.values()):
         return None

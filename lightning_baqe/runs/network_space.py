@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import CpuTarget
-from lightning_baqe.deploy.tunable import as_tunable, template_of
+from lightning_baqe.deploy.tunable import template_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.quantization.config import BitConfig, LayerBits
@@ -68,20 +68,17 @@ class NetworkSpace:
         offered: dict[str, dict[str, list[Any]]] = {name: {} for name in layers}
         for graph in graphs.values():
             plan = make_plan(graph, target, None, threads, best, fuse_residual=fuse_residual)
-            for call in plan.calls:
-                spec = as_tunable(call.spec)
-                if call.layer is None or spec is None:
-                    continue
-                bits = graph.bits[call.layer][1]
-                if call.layer not in choices and call.layer not in followers and bits != base[call.layer].activation:
+            for layer, spec in plan.tunable().items():
+                bits = graph.bits[layer][1]
+                if layer not in choices and layer not in followers and bits != base[layer].activation:
                     continue  # the first or the last layer, at bits that it never gets
-                default = plan.schedules[call.layer]
-                defaults[call.layer][bits] = default
+                default = plan.schedules[layer]
+                defaults[layer][bits] = default
                 template = template_of(spec)
                 for knob, values in template.knob_space(spec).items():
                     if knob in template.unsearched:
                         continue
-                    found = offered[call.layer].setdefault(knob, [])
+                    found = offered[layer].setdefault(knob, [])
                     found.extend(value for value in (default[knob], *values[:TILES]) if value not in found)
         knobs = {
             layer: {knob: tuple(found) for knob, found in space.items() if len(found) > 1}

@@ -14,7 +14,7 @@ from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.compiler import compile_plan
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run
-from lightning_baqe.deploy.tunable import as_tunable, template_of
+from lightning_baqe.deploy.tunable import template_of
 from lightning_baqe.deploy.verify import FLOAT_TOLERANCE, float_errors, verify
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.dyadic import Dyadic
@@ -332,11 +332,9 @@ def random_schedules(graph: IntegerGraph, target: CpuTarget, seed: int) -> dict[
     """Random knobs for every tunable layer, any tile that fits."""
     rng = random.Random(seed)
     found = {}
-    for call in make_plan(graph, target).calls:
-        spec = as_tunable(call.spec)
-        if spec is not None and call.layer is not None:
-            space = template_of(spec).knob_space(spec)
-            found[call.layer] = {name: rng.choice(values) for name, values in space.items()}
+    for layer, spec in make_plan(graph, target).tunable().items():
+        space = template_of(spec).knob_space(spec)
+        found[layer] = {name: rng.choice(values) for name, values in space.items()}
     return found
 
 

@@ -124,3 +124,14 @@ def test_what_tvm_refuses_is_a_build_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(compiler.relax, "build", refuse)
     with pytest.raises(BuildError, match="no such instruction"):
         compiler.compile_plan(make_plan(small(), TARGET), (16, 8, 8))
+
+
+def test_one_loop_over_kernels_with_knobs() -> None:
+    maker = Maker(16, 8)
+    first, second = maker.conv(out=16), maker.conv(out=16, groups=16)
+    maker.concat(first, second)
+    plan = make_plan(maker.graph(), TARGET)
+    found = plan.tunable()
+    assert list(found) == list(plan.schedules)
+    assert all(not spec.source.shared and not spec.result.shared for spec in found.values())
+    assert any(layout.shared for layout in plan.layouts.values())

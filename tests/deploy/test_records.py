@@ -243,3 +243,12 @@ def test_peaks(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
         records.add_peak(TARGET, "vnni", 1, 0.0)
     monkeypatch.setattr("lightning_baqe.deploy.records.code_digest", lambda: "other sources")
     assert records.peak(TARGET, "vnni", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("latency_us", "exact", "error", "usable"),
+    [(1.0, True, None, True), (1.0, None, None, True), (1.0, False, None, False), (1.0, True, "slow", False),
+     (None, None, "crashed", False)],
+)  # fmt: skip
+def test_usable(latency_us: float | None, exact: bool | None, error: str | None, usable: bool) -> None:
+    assert KernelRecord({}, latency_us, [], exact, error).usable == usable

@@ -24,7 +24,7 @@ from lightning_baqe.deploy.strategies import (
     observations,
 )
 from lightning_baqe.deploy.target import get_target
-from lightning_baqe.deploy.tunable import as_tunable, kernel_space
+from lightning_baqe.deploy.tunable import kernel_space
 from lightning_baqe.errors import ConfigError
 
 Make = Callable[[int], Strategy]
@@ -128,8 +128,7 @@ class TestConformance:
     def test_real_kernels(self, make: Make) -> None:
         maker = Maker(16, 10)
         maker.conv(out=32, padding=1, weight_bits=3, limits=None)
-        specs = [as_tunable(call.spec) for call in make_plan(maker.graph(), get_target("vnni512")).calls]
-        (space,) = [kernel_space(spec) for spec in specs if spec is not None]
+        (space,) = map(kernel_space, make_plan(maker.graph(), get_target("vnni512")).tunable().values())
         tried = run(make(0), space, 16, latency=lambda knobs: space.cost(knobs))
         assert len(tried) == 16
         assert all(space.check(one.knobs) == one.knobs for one in tried)

@@ -13,7 +13,6 @@ import lightning_baqe as baqe
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.target import get_target
-from lightning_baqe.deploy.tunable import as_tunable
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.nodes import Requantize
 from lightning_baqe.quantization.sharing import shared_tensors
@@ -57,11 +56,10 @@ def known(
     base = baqe.BitConfig.uniform(network, 8, 8, ties=TIES)
     space = NetworkSpace.of({bits: graphs[bits] for bits in choices}, base, target)
     for bits in choices:
-        for call in make_plan(graphs[bits], target).calls:
-            spec = as_tunable(call.spec)
-            if call.layer and spec is not None:
-                knobs = space.defaults[call.layer][bits] if bits in space.defaults[call.layer] else dict(call.knobs)
-                records.add_kernel(spec, target, KernelRecord(dict(knobs), float(bits), [float(bits)], True, None))
+        plan = make_plan(graphs[bits], target)
+        for layer, spec in plan.tunable().items():
+            knobs = space.defaults[layer].get(bits, plan.schedules[layer])
+            records.add_kernel(spec, target, KernelRecord(dict(knobs), float(bits), [float(bits)], True, None))
     reference = {"latency_us": LATENCY_US, "size_bytes": SIZE_BYTES}
     scores = {bits: {layer: 1.0 / bits for layer in base} for bits in choices}
     return search_knowledge(space, graphs, reference, target, 1, records, scores), space, graphs
