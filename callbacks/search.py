@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from lightning_baqe.callbacks.host import Host
 from lightning_baqe.deploy.description import DeviceDescription
 from lightning_baqe.deploy.device import fingerprint
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.deploy.target import get_target
@@ -193,8 +194,8 @@ class BayesianSearch(pl.Callback):
         self.mode, self.n_initial, self.pool_size, self.seed = mode, n_initial, pool_size, seed
         self.sampler, self.storage, self.study_name, self.max_failures = sampler, storage, study_name, max_failures
         self.limits = read_limits(limits)
-        self.target, self.threads, self.device = get_target(target), threads, device
-        self.fuse_residual = device is None or device.fuse_residual
+        self.device = device
+        self.options = BuildOptions(get_target(target), threads, device is None or device.options.fuse_residual)
         self.measurement = measurement or MeasureOptions()
         self.calibration_batches, self.tune_s = calibration_batches, tune_s
         self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
@@ -258,7 +259,7 @@ class BayesianSearch(pl.Callback):
         self._validation = self.host.validation_batches()
         about = {"recipe": self.recipe, "model": self.model_name or type(self._float).__name__,
                  "dataset": self.host.dataset_name}  # fmt: skip
-        self.study = SearchStudy(self.run_dir, self.storage, about, self.threads, self.study_name)
+        self.study = SearchStudy(self.run_dir, self.storage, about, self.options.threads, self.study_name)
         bar = self.show_progress and trainer.progress_bar_callback is None
         self.progress = SearchProgress(self._wanted + len(self._planned), bar, trainer.progress_bar_callback)
         with self.study.lock:  # one worker prepares, the others wait and find everything there
@@ -271,7 +272,7 @@ class BayesianSearch(pl.Callback):
         """Space, study and the float model's figures, each if it is not there yet."""
         prepare = Preparation(
             self._float, lambda bits: calibrate(self._quantize(bits), self._calibration[:1]), self.study, self.records,
-            self.progress, self.target, self.threads, self.fuse_residual,
+            self.progress, self.options,
         )  # fmt: skip
         known = self.study.known_space(self._conditions())
         base = BitConfig.uniform(self._float, 8, 8)
@@ -354,9 +355,9 @@ class BayesianSearch(pl.Callback):
             "bit_choices": list(self.bit_choices),
             "schedules": self.search_schedules,
             "activation_range": self.activation_range,
-            "target": vars(self.target),
-            "fuse_residual": self.fuse_residual,
-            "device": fingerprint(self.threads),
+            "target": vars(self.options.target),
+            "fuse_residual": self.options.fuse_residual,
+            "device": fingerprint(self.options.threads),
         }
 
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
@@ -369,8 +370,7 @@ class BayesianSearch(pl.Callback):
         model = quantize(self._float, bits, self._example).eval()
         folder = self.run_dir / "artifacts" / "float"
         found = evaluate(
-            model, self._validation, folder, self.target, None, self.threads, self.records, self.measurement,
-            self.fuse_residual,
+            model, self._validation, folder, self.options, None, self.records, self.measurement,
         )  # fmt: skip
         self.study.set_float(found.figures)
 
@@ -467,12 +467,10 @@ class BayesianSearch(pl.Callback):
             model,
             self._validation,
             folder,
-            self.target,
+            self.options,
             running.plan.schedules,
-            self.threads,
             self.records,
             self.measurement,
-            self.fuse_residual,
         )
         return found.complete(entry, fake)
 

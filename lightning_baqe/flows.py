@@ -200,8 +200,7 @@ def _write_single(
     for name, model in {"float": reference, "trial_0": quantized}.items():
         folder = run_dir / "artifacts" / name
         found[name] = evaluate(
-            model, datamodule.val_dataloader(), folder, device.target, threads=device.threads, options=options,
-            fuse_residual=device.fuse_residual,
+            model, datamodule.val_dataloader(), folder, device.options, options=options,
         )  # fmt: skip
         tests[name] = deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader())
     begun = Trial(number=0, phase="qat", bits=bits_entry(quantized.bits), seconds=seconds | {"propose": 0.0})
@@ -227,7 +226,6 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
 
     from lightning_baqe.deploy import tune_report, tuner
     from lightning_baqe.deploy.records import Records
-    from lightning_baqe.deploy.target import get_target
     from lightning_baqe.integer.lowering import lower
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.convert import quantize
@@ -240,7 +238,6 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
         raise ConfigError(f"budget_s={cfg.budget_s!r}, but seconds are wanted, or null for no limit: change budget_s.")
     _ignore_known_warnings()
     device, strategy = _device(cfg), make(cfg.strategy)
-    target = get_target(device.target)
     console = Console(stderr=True, highlight=False)
     torch.manual_seed(cfg.seed)
     images = torch.randn(4, 3, cfg.image_size, cfg.image_size)
@@ -251,8 +248,7 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     graph = lower(quantized, example_input=images[:1])
     with tune_report.TuneProgress(console) as bar:
         result = tuner.tune(
-            graph, target, device.threads, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update,
-            device.fuse_residual,
+            graph, device.options, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update,
         )  # fmt: skip
     about = {
         "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,

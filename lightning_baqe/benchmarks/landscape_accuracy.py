@@ -26,6 +26,7 @@ from lightning_baqe.benchmarks.accuracy_rows import Rows, Sizes
 from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.device import device_info, versions
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import BuildError
@@ -158,7 +159,7 @@ class CompiledKernels:
         Raises:
             BuildError: an operator without a kernel.
         """
-        return KernelProfile(make_plan(graph, self.target), graph.input_shape, self._compiled).run
+        return KernelProfile(make_plan(graph, BuildOptions(self.target)), graph.input_shape, self._compiled).run
 
 
 def deployed_accuracy(

@@ -34,6 +34,7 @@ from lightning_baqe.deploy.kernel_bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S
 from lightning_baqe.deploy.kernels import Call
 from lightning_baqe.deploy.layout import SLACK
 from lightning_baqe.deploy.measure import measure, worker
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records, canonical, code_key
 from lightning_baqe.deploy.strategies import Ranked
@@ -142,7 +143,7 @@ def make_grid(subject: Subject) -> Grid:
     specs: dict[str, dict[int, TunableSpec]] = {layer: {} for layer in base}
     offered: dict[str, dict[str, list[Any]]] = {layer: {} for layer in base}
     for width, graph in graphs.items():
-        for layer, spec in make_plan(graph, subject.target).tunable().items():
+        for layer, spec in make_plan(graph, BuildOptions(subject.target)).tunable().items():
             if layer not in choices and width != 8:
                 continue
             specs[layer][graph.bits[layer][1]] = spec
@@ -304,7 +305,7 @@ def measure_conversions(subject: Subject, structure: Structure, space: NetworkSp
         if not set(structure.conversions(config)) - set(known):
             continue
         graph = subject.graph(config)
-        profile = KernelProfile(make_plan(graph, subject.target), graph.input_shape, compiled)
+        profile = KernelProfile(make_plan(graph, BuildOptions(subject.target)), graph.input_shape, compiled)
         profile.run(subject.images[:1].numpy())
         for call, arguments in profile.calls():
             name = conversion_name(call)
@@ -389,7 +390,7 @@ def measure_float(subject: Subject, records: Records, folder: Path) -> dict[str,
     rows = Rows(rows_folder(folder) / "float.jsonl")
     if not rows.read():
         graph = subject.graph(BitConfig.uniform(subject.net, FLOAT_BITS, FLOAT_BITS))
-        tune(graph, subject.target, 1, TUNED, None, records)
+        tune(graph, BuildOptions(subject.target), TUNED, None, records)
         artifact = build(graph, subject.target, None, 1, records)
         found = measure(artifact, repeats=WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
         rows.append({"latency_us": found.latency_us, "size_bytes": graph.size_bytes})

@@ -37,7 +37,7 @@ class KernelProfile:
         missing = {call.key: call for call in plan.calls if call.key not in compiled}
         if missing:
             kernels = {key: call.function().with_attr("global_symbol", key) for key, call in missing.items()}
-            library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.target.tvm))
+            library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.options.target.tvm))
             compiled.update({key: library.mod[key] for key in missing})  # each keeps its library alive
         self._image = tvm.runtime.empty((1, *input_shape), "float32")
         self._steps = [

@@ -28,6 +28,7 @@ from lightning_baqe.benchmarks.networks import calibrated, settled_network
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.device import device_info
 from lightning_baqe.deploy.kernel_bench import REPEATS, KernelBench, interleaved
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import (
     GAIN,
@@ -64,7 +65,7 @@ def measure_missing(
     with Progress(console=Console(stderr=True)) as progress:
         for bits, graph in graphs.items():
             bar = _Bar(progress, f"kernels of {bits} bit")
-            tune(graph, target, threads, candidates, records=records, progress=bar.advance)
+            tune(graph, BuildOptions(target, threads), candidates, records=records, progress=bar.advance)
             bar.close()
 
 
@@ -76,7 +77,7 @@ def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thread
     """
     with Progress(console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as folder:
         bar = _Bar(progress, "bit-widths in turns")
-        for number, kernel in enumerate(searched_kernels(graphs, target, threads)):
+        for number, kernel in enumerate(searched_kernels(graphs, BuildOptions(target, threads))):
             benches: dict[TunableSpec, KernelBench] = {}
             while True:
                 fastest = fastest_codes(kernel.specs, target, records)
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         graphs = graphs_at(options.model, options.library, options.size, sorted({*options.bits, REFERENCE}))
         measure_missing(graphs, target, options.threads, options.candidates, records)
         compare_widths(graphs, target, options.threads, records)
-        rewards = rewards_of(graphs, target, options.threads, records)
+        rewards = rewards_of(graphs, BuildOptions(target, options.threads), records)
         info: dict[str, Any] = device_info(options.threads)
         console.print(f"{info['cpu']}, {options.model}, image {graphs[REFERENCE].input_shape[-1]}", markup=False)
         console.print(table(rewards))

@@ -40,6 +40,7 @@ from lightning_baqe.deploy.device import device_info, fingerprint, versions
 from lightning_baqe.deploy.kernel_bench import KernelBench
 from lightning_baqe.deploy.kernels import kernel_key
 from lightning_baqe.deploy.measure import measure
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.strategies import DeepKernel, Random, Ranked, SimulatedAnnealing, Strategy
 from lightning_baqe.deploy.target import get_target
@@ -110,7 +111,9 @@ def run_strategy(
     try:
         with TuneProgress(console) as bar:
             strategy, known = STRATEGIES[name](setup.seed), records_of(folder, name)
-            result = tune(graph, setup.target, setup.threads, candidates, None, known, strategy, bar.update)
+            result = tune(
+                graph, BuildOptions(setup.target, setup.threads), candidates, None, known, strategy, bar.update
+            )
     finally:
         measured = None if result is None else result.measured
         row = {"strategy": name, "candidates": candidates, "seconds": time.monotonic() - started, "measured": measured}
@@ -129,7 +132,7 @@ def compare_kernels(
     """
     target = get_target(setup.target)
     rows = Rows(folder / "compare.jsonl")
-    layers = tunable_layers(graph, target, setup.threads)
+    layers = tunable_layers(graph, BuildOptions(target, setup.threads))
     wanted = {
         kernel_key(spec, {}): {name: records_of(folder, name).best_knobs(spec, target) for name in strategies}
         for spec in layers
@@ -322,7 +325,7 @@ def beside_metaschedule(
     target, records = get_target(setup.target), records_of(folder, strategy)
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
         kernels: dict[ConvSpec, tuple[tuple[str, ...], KernelBench, dict[str, Any]]] = {}
-        for spec, layers in tunable_layers(graph, target, setup.threads).items():
+        for spec, layers in tunable_layers(graph, BuildOptions(target, setup.threads)).items():
             if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.dot != "fma" and len(kernels) < count:
                 bench = KernelBench(spec, target, Records(folder / "compare.db"), Path(place) / str(len(kernels)))
                 kernels[spec] = (layers, bench, records.best_knobs(spec, target) or bench.default)
@@ -400,7 +403,14 @@ def main(arguments: list[str] | None = None) -> None:
     rebuilt = None
     if options.rebuild:
         other = setup.graph(options.rebuild)
-        tune(other, setup.target, setup.threads, 1, None, records_of(folder, first), STRATEGIES[first](setup.seed))
+        tune(
+            other,
+            BuildOptions(setup.target, setup.threads),
+            1,
+            None,
+            records_of(folder, first),
+            STRATEGIES[first](setup.seed),
+        )
         rebuilt = rebuild_seconds(setup, options.rebuild, records_of(folder, first).path)
         console.print(
             f"build of {options.rebuild} from records: {rebuilt['build_s']:.1f} s, "

@@ -21,6 +21,7 @@ from tvm import relax
 from lightning_baqe.deploy.compiler import ALL, MAIN, constants
 from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.deploy.kernels import Plan
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run
 from lightning_baqe.errors import BuildError, ConfigError
@@ -53,11 +54,11 @@ class Artifact:
 
     @property
     def target(self) -> CpuTarget:
-        return self.plan.target
+        return self.plan.options.target
 
     @property
     def threads(self) -> int:
-        return self.plan.threads
+        return self.plan.options.threads
 
     @property
     def schedules(self) -> dict[str, dict[str, Any]]:
@@ -188,7 +189,7 @@ class Artifact:
                 "target": vars(self.target),
                 "threads": self.threads,
                 "schedules": self.schedules,
-                "fuse_residual": self.plan.fuse_residual,
+                "fuse_residual": self.plan.options.fuse_residual,
                 "plan": self.plan.digest,
                 "device": device_info(self.threads),
                 "versions": versions(),
@@ -222,8 +223,9 @@ class Artifact:
                 f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again"
             )
         graph = cls.load_graph(folder)
-        target, fuse_residual = CpuTarget(**manifest["target"]), manifest.get("fuse_residual", True)
-        plan = make_plan(graph, target, manifest["schedules"], manifest["threads"], fuse_residual=bool(fuse_residual))
+        fuse_residual = bool(manifest.get("fuse_residual", True))
+        options = BuildOptions(CpuTarget(**manifest["target"]), manifest["threads"], fuse_residual)
+        plan = make_plan(graph, options, manifest["schedules"])
         if plan.digest != manifest["plan"]:
             raise BuildError(
                 f"{folder} was built by other templates (versions {manifest['versions']}); build its graph again: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.compiler import compile_plan
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import Schedules, make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import CpuTarget, get_target
@@ -17,7 +18,6 @@ def build(
     schedules: Schedules | str | None = None,
     threads: int = 1,
     records: Records | None = None,
-    fuse_residual: bool = True,
 ) -> Artifact:
     """Compile a graph for batch 1.
 
@@ -28,7 +28,6 @@ def build(
             template's default. ``"default"``: the template's defaults for all.
         threads: of every convolution.
         records: the database to look in; by default the user's.
-        fuse_residual: whether a convolution's kernel may end with a residual sum; else sums have kernels of their own.
 
     Returns:
         the artifact, whose outputs equal the graph's.
@@ -37,17 +36,22 @@ def build(
         ConfigError: an unknown layer, knob or value.
         BuildError: an operator without a kernel, or a target that cannot be compiled for.
     """
-    if threads < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads}")
-    if isinstance(schedules, str) and schedules != "default":
-        raise ConfigError(f"schedules is a mapping, 'default' or None, got {schedules!r}")
     chosen = get_target(target) if isinstance(target, str) else target
-    if schedules == "default":
-        plan = make_plan(graph, chosen, None, threads, fuse_residual=fuse_residual)
+    return build_with(graph, BuildOptions(chosen, threads), schedules, records)
+
+
+def build_with(
+    graph: IntegerGraph,
+    options: BuildOptions,
+    schedules: Schedules | str | None = None,
+    records: Records | None = None,
+) -> Artifact:
+    """:func:`build` where all options are one value."""
+    if isinstance(schedules, str):
+        if schedules != "default":
+            raise ConfigError(f"schedules is a mapping, 'default' or None, got {schedules!r}")
+        plan = make_plan(graph, options)
     else:
-        assert not isinstance(schedules, str)
         known = records if records is not None else Records()
-        plan = make_plan(
-            graph, chosen, schedules, threads, lambda spec: known.best_knobs(spec, chosen), fuse_residual=fuse_residual
-        )
+        plan = make_plan(graph, options, schedules, lambda spec: known.best_knobs(spec, options.target))
     return Artifact(graph, plan, compile_plan(plan, graph.input_shape))

@@ -71,9 +71,9 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
         libraries = [kept.library(key, plan.target, call.function) for key, call in kernels.items()]
         module = builder.get().with_attr("external_mods", libraries)
         with tvm.transform.PassContext(opt_level=3):
-            return relax.build(module, target=Target(plan.target.tvm), relax_pipeline="default_build")
+            return relax.build(module, target=Target(plan.options.target.tvm), relax_pipeline="default_build")
     except (RuntimeError, ValueError) as error:
-        raise BuildError(f"TVM cannot compile the network for {plan.target.mcpu}: {error}") from error
+        raise BuildError(f"TVM cannot compile the network for {plan.options.target.mcpu}: {error}") from error
 
 
 def result_type(call: Call, plan: Plan) -> Any:

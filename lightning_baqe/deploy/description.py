@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.target import can_run, cpu_flags, get_target
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.quantization.config import FLOAT_BITS, MAX_BITS, MIN_BITS, BitConfig, layers
@@ -135,9 +136,9 @@ class DeviceDescription(_Part):
         return fuses
 
     @property
-    def fuse_residual(self) -> bool:
-        """Whether kernels of convolutions may end with a residual sum."""
-        return "residual" in self.fuses
+    def options(self) -> BuildOptions:
+        """What is compiled for the device."""
+        return BuildOptions(get_target(self.target), self.threads, "residual" in self.fuses)
 
     @model_validator(mode="after")
     def _consistent(self) -> DeviceDescription:

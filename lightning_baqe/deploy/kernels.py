@@ -17,9 +17,9 @@ from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, build_depthw
 from lightning_baqe.deploy.device import code_digest
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.movement_templates import MoveSpec, build_move
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.pixel_templates import PixelSpec, build_byte_table, build_pack, build_pointwise, build_unpack
 from lightning_baqe.deploy.pool_template import PoolSpec, build_pool
-from lightning_baqe.deploy.target import CpuTarget
 
 TunableSpec = ConvSpec | DepthwiseSpec
 Spec = ConvSpec | DepthwiseSpec | PixelSpec | PoolSpec | MoveSpec
@@ -97,16 +97,14 @@ class Plan:
         layouts: of every value but the network's input and output.
         buffers: ``{value: the value whose buffer it lies in}``, of those that have none of their own.
         schedules: the knobs that every tunable layer got.
-        fuse_residual: whether kernels of convolutions may end with a residual sum.
+        options: that it was made with.
     """
 
     calls: tuple[Call, ...]
     layouts: Mapping[str, Layout]
     buffers: Mapping[str, str]
     schedules: dict[str, dict[str, Any]]
-    target: CpuTarget
-    threads: int
-    fuse_residual: bool = True
+    options: BuildOptions
 
     def tunable(self) -> dict[str, TunableSpec]:
         """``{layer: its kernel}`` of those with knobs, on buffers of their own, as they are measured and kept."""
@@ -120,5 +118,5 @@ class Plan:
     def digest(self) -> str:
         """Identifies all code of the network and what generated it: equal digests run equally fast."""
         keys = [call.key for call in self.calls]
-        text = json.dumps([keys, dataclasses.asdict(self.target), self.threads, code_digest()])
+        text = json.dumps([keys, dataclasses.asdict(self.options.target), self.options.threads, code_digest()])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,6 @@
 """From an integer graph to kernel calls: storage types, layouts, fusion, the arithmetic and the knobs of every kernel.
 
-A plan is a pure function of (graph, target, schedules, threads): an artifact stores those and makes its plan again when
+A plan is a pure function of (graph, options, schedules): an artifact stores those and makes its plan again when
 it is loaded, so that weights are kept once, packed to their bits.
 """
 
@@ -25,6 +25,7 @@ from lightning_baqe.deploy.depthwise_template import (
 from lightning_baqe.deploy.dot import choose_dot
 from lightning_baqe.deploy.in_place import find_slices
 from lightning_baqe.deploy.kernels import Call, Plan, Spec, alone
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan_pixels import (
     INT32_MAX,
     Kernel,
@@ -36,7 +37,7 @@ from lightning_baqe.deploy.plan_pixels import (
     unpack_kernel,
 )
 from lightning_baqe.deploy.requantize import requant_numbers
-from lightning_baqe.deploy.target import VNNI_PATHS, CpuTarget
+from lightning_baqe.deploy.target import VNNI_PATHS
 from lightning_baqe.deploy.values import Slice, Values, pad_of
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer import nodes as ir
@@ -48,23 +49,19 @@ BestKnobs = Callable[[ConvSpec | DepthwiseSpec], Mapping[str, Any] | None]
 
 def make_plan(
     graph: IntegerGraph,
-    target: CpuTarget,
+    options: BuildOptions,
     schedules: Schedules | None = None,
-    threads: int = 1,
     best: BestKnobs | None = None,
     fuse: bool = True,
-    fuse_residual: bool = True,
 ) -> Plan:
     """Plan all kernels of a graph.
 
     Args:
         graph: what is compiled.
-        target: for which CPU.
+        options: for which CPU, and how.
         schedules: ``{layer: {knob: value}}``; what is missing comes from ``best``, then from the template's default.
-        threads: of every convolution.
         best: looks up the best known knobs of a kernel.
         fuse: False keeps every node's value (for debugging).
-        fuse_residual: whether a convolution's kernel may end with a residual sum; else sums have kernels of their own.
 
     Raises:
         ConfigError: a schedule names an unknown layer or knob.
@@ -78,27 +75,19 @@ def make_plan(
             raise ConfigError(
                 f"schedules name the layer {name!r}, which the graph does not have; near: {near or layers}"
             )
-    return _Planner(graph, target, schedules, threads, best, fuse, fuse_residual).plan()
+    return _Planner(graph, options, schedules, best, fuse).plan()
 
 
 class _Planner:
     def __init__(
-        self,
-        graph: IntegerGraph,
-        target: CpuTarget,
-        schedules: Schedules,
-        threads: int,
-        best: BestKnobs | None,
-        fuse: bool,
-        fuse_residual: bool,
+        self, graph: IntegerGraph, options: BuildOptions, schedules: Schedules, best: BestKnobs | None, fuse: bool
     ) -> None:
-        self.graph, self.target, self.threads = graph, target, threads
+        self.graph, self.options, self.target = graph, options, options.target
         self.schedules, self.best = schedules, best
         self.values = Values(graph)
-        self.fuse_residual = fuse_residual
-        self.fused = self._fused_adds() if fuse and fuse_residual else {}
+        self.fused = self._fused_adds() if fuse and options.fuse_residual else {}
         if fuse:
-            slices = find_slices(self.values, target.vbmi)
+            slices = find_slices(self.values, self.target.vbmi)
             self.values.share(slices.places, slices.halos)
         self.copies: dict[tuple[str, int], str] = {}
         self.buffers = {name: place.owner for name, place in self.values.places.items()}
@@ -138,10 +127,7 @@ class _Planner:
             else:
                 self._emit(node)
         self._output()
-        return Plan(
-            tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.target, self.threads,
-            self.fuse_residual,
-        )  # fmt: skip
+        return Plan(tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.options)
 
     def _value(self, name: str, reader: ir.Node) -> str:
         """The value that a node reads: packed, or copied with another halo, before its first reader."""
@@ -221,7 +207,8 @@ class _Planner:
         geometry["groups"] = getattr(node, "groups", 1)
         spec = ConvSpec(
             "fma" if is_float else "vnni", 1, self.target.lanes, self.target.registers, source, layout, **geometry,
-            epilogue="acc", weight_bits=32 if is_float else 4 if node.weight_bits <= 4 else 8, threads=self.threads,
+            epilogue="acc", weight_bits=32 if is_float else 4 if node.weight_bits <= 4 else 8,
+            threads=self.options.threads,
         )  # fmt: skip
         residual = None
         if is_float:
@@ -286,7 +273,8 @@ class _Planner:
             narrow, high = _requant_width(node)
         spec = DepthwiseSpec(
             dot, self.target.lanes, self.target.registers, source, layout, weight.shape[2:], node.stride, node.dilation,
-            node.padding[0], node.padding[2], epilogue, narrow, high, self.threads, self.target.vbmi and dot == "vnni",
+            node.padding[0], node.padding[2], epilogue, narrow, high, self.options.threads,
+            self.target.vbmi and dot == "vnni",
         )  # fmt: skip
         bias = by_channel(node.bias, layout, np.float32 if dot == "fma" else np.int32)
         params = np.zeros(DEPTHWISE_PARAMS, np.int64)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records, canonical, code_key
 from lightning_baqe.deploy.target import CpuTarget
@@ -105,9 +106,7 @@ class Rewards:
         }
 
 
-def rewards_of(
-    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records, fuse_residual: bool = True
-) -> Rewards:
+def rewards_of(graphs: Mapping[int, IntegerGraph], options: BuildOptions, records: Records) -> Rewards:
     """What the records say of a network's kernels.
 
     A record counts for every bit-width at which the template generates the same code: what is one program has one
@@ -115,19 +114,18 @@ def rewards_of(
 
     Args:
         graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
-        target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
+        options: what the kernels are compiled for.
         records: where latencies are looked up; nothing is measured.
 
     Raises:
         ConfigError: the network at 8 bit is missing.
     """
     kernels = [
-        _kernel(kernel.specs, kernel.layers, target, records)
-        for kernel in searched_kernels(graphs, target, threads, fuse_residual)
+        _kernel(kernel.specs, kernel.layers, options.target, records) for kernel in searched_kernels(graphs, options)
     ]
     size = graphs[REFERENCE].size_bytes
     return Rewards(
-        target.path,
+        options.target.path,
         tuple(sorted(graphs)),
         tuple(sorted(kernels, key=lambda k: -len(k.layers) * k.macs)),
         {bits: graph.size_bytes / size for bits, graph in graphs.items()},
@@ -147,15 +145,13 @@ class SearchedKernel:
     specs: Mapping[int, TunableSpec]
 
 
-def searched_kernels(
-    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, fuse_residual: bool = True
-) -> list[SearchedKernel]:
+def searched_kernels(graphs: Mapping[int, IntegerGraph], options: BuildOptions) -> list[SearchedKernel]:
     """The distinct kernels, dense and depthwise, of the layers whose bits a search chooses: those that each graph has
     at its own bits.
 
     Args:
         graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
-        target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
+        options: what the kernels are compiled for.
 
     Raises:
         ConfigError: the network at 8 bit is missing.
@@ -163,9 +159,7 @@ def searched_kernels(
     if REFERENCE not in graphs:
         raise ConfigError(f"rewards compare with {REFERENCE} bit; got graphs at {sorted(graphs)}: add {REFERENCE}")
     widths = tuple(sorted(graphs))
-    specs = {
-        bits: make_plan(graphs[bits], target, None, threads, fuse_residual=fuse_residual).tunable() for bits in widths
-    }
+    specs = {bits: make_plan(graphs[bits], options).tunable() for bits in widths}
     groups: dict[tuple[TunableSpec, ...], list[str]] = {}
     for layer in specs[REFERENCE]:
         searched = all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_baqe.deploy.kernel_bench import KernelBench
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.peak import pinned_peak_gmacs
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.strategies import KernelSpace, Ranked, Strategy
-from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
+from lightning_baqe.deploy.target import can_run
 from lightning_baqe.deploy.tunable import TunableSpec, kernel_space
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
@@ -131,14 +132,12 @@ class TuneResult:
 
 def tune(
     graph: IntegerGraph,
-    target: str | CpuTarget = "native",
-    threads: int = 1,
+    options: BuildOptions | None = None,
     candidates: int = 8,
     budget_s: float | None = None,
     records: Records | None = None,
     strategy: Strategy | None = None,
     progress: Progress | None = None,
-    fuse_residual: bool = True,
 ) -> TuneResult:
     """Measure knobs of a network's kernels; :func:`build` then takes the best.
 
@@ -148,7 +147,7 @@ def tune(
 
     Args:
         graph: whose kernels.
-        target, threads, fuse_residual: as :func:`lightning_baqe.build` will get them.
+        options: what the kernels are compiled for; None: one thread of this CPU.
         candidates: knobs to know of each kernel, on average.
         budget_s: stop proposing after so many seconds; confirming the winners comes on top. None: no limit.
         records: the database; by default the user's.
@@ -161,15 +160,16 @@ def tune(
     """
     if candidates < 1:
         raise ConfigError(f"candidates must be at least 1, got {candidates}")
-    chosen = get_target(target) if isinstance(target, str) else target
-    if not can_run(chosen.path):
-        raise BuildError(f"this CPU does not run {chosen.path} code ({chosen.mcpu}): tune on a machine that does")
+    options = options or BuildOptions()
+    target = options.target
+    if not can_run(target.path):
+        raise BuildError(f"this CPU does not run {target.path} code ({target.mcpu}): tune on a machine that does")
     started = time.monotonic()
     known = records if records is not None else Records()
-    layers = tunable_layers(graph, chosen, threads, fuse_residual)
+    layers = tunable_layers(graph, options)
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
         states = [
-            _Kernel(KernelBench(spec, chosen, known, Path(folder) / str(i)), names)
+            _Kernel(KernelBench(spec, target, known, Path(folder) / str(i)), names)
             for i, (spec, names) in enumerate(layers.items())
         ]
         deadline = None if budget_s is None else started + budget_s
@@ -180,12 +180,10 @@ def tune(
     return TuneResult(kernels, time.monotonic() - started, complete)
 
 
-def tunable_layers(
-    graph: IntegerGraph, target: CpuTarget, threads: int = 1, fuse_residual: bool = True
-) -> dict[TunableSpec, tuple[str, ...]]:
+def tunable_layers(graph: IntegerGraph, options: BuildOptions) -> dict[TunableSpec, tuple[str, ...]]:
     """The distinct kernels with knobs and the layers that call them, most work first."""
     layers: dict[TunableSpec, list[str]] = {}
-    for layer, spec in make_plan(graph, target, None, threads, fuse_residual=fuse_residual).tunable().items():
+    for layer, spec in make_plan(graph, options).tunable().items():
         layers.setdefault(spec, []).append(layer)
     return {spec: tuple(layers[spec]) for spec in sorted(layers, key=lambda spec: -spec.macs * len(layers[spec]))}
 

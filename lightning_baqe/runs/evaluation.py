@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_baqe.deploy.artifact import Artifact
-from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.build import build_with
 from lightning_baqe.deploy.device import device_info
 from lightning_baqe.deploy.measure import PRECISION, Measurement, measure
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
 from lightning_baqe.integer.lowering import lower
@@ -171,12 +171,10 @@ def evaluate(
     model: QuantizedModel,
     batches: Batches,
     folder: Path,
-    target: CpuTarget | str = "native",
+    build_options: BuildOptions,
     schedules: Schedules | str | None = None,
-    threads: int = 1,
     records: Records | None = None,
     options: MeasureOptions | None = None,
-    fuse_residual: bool = True,
 ) -> Evaluation:
     """Compile a fake-quantized network and take its figures on the device.
 
@@ -184,7 +182,8 @@ def evaluate(
         model: calibrated and tuned.
         batches: images and labels that accuracy is taken on; walked through twice.
         folder: where the artifact is saved.
-        target, schedules, threads, records, fuse_residual: of :func:`lightning_baqe.build`.
+        build_options: what it is compiled for.
+        schedules, records: of :func:`lightning_baqe.build`.
         options: of the latency measurement.
 
     Raises:
@@ -196,7 +195,7 @@ def evaluate(
     sample = next((x[:1] for x, _ in batches), None)
     start = time.perf_counter()
     graph = lower(model)
-    artifact = build(graph, target, schedules, threads, records, fuse_residual)
+    artifact = build_with(graph, build_options, schedules, records)
     artifact.save(folder)
     built = time.perf_counter()
     wrong = verify(artifact, sample) if sample is not None else {}

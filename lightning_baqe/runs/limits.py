@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.runs.front import LIMITS, check_limits, number
@@ -73,26 +73,18 @@ class Reach:
     accuracy: float
 
     @classmethod
-    def of(
-        cls,
-        graphs: Sequence[IntegerGraph],
-        target: CpuTarget,
-        threads: int,
-        records: Records,
-        accuracy: float,
-        fuse_residual: bool = True,
-    ) -> Reach:
+    def of(cls, graphs: Sequence[IntegerGraph], options: BuildOptions, records: Records, accuracy: float) -> Reach:
         """Add up sizes and kernels.
 
         Args:
             graphs: the network at the fewest bits, at 8 and at the most.
-            target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
+            options: what the kernels are compiled for.
             records: where their latencies are looked up; nothing is measured.
             accuracy: of the float model.
         """
         few, eight, most = graphs
         sizes = (few.size_bytes, eight.size_bytes, most.size_bytes)
-        found = [_kernels(graph, target, threads, records, fuse_residual) for graph in graphs]
+        found = [_kernels(graph, options, records) for graph in graphs]
         everywhere = [layer for layer in found[0] if all(kernels.get(layer) is not None for kernels in found)]
         sums: tuple[float, float, float] | None = None
         if everywhere:
@@ -150,12 +142,9 @@ class Reach:
         return table
 
 
-def _kernels(
-    graph: IntegerGraph, target: CpuTarget, threads: int, records: Records, fuse_residual: bool
-) -> dict[str, float | None]:
+def _kernels(graph: IntegerGraph, options: BuildOptions, records: Records) -> dict[str, float | None]:
     """``{layer: best known latency of its kernel}`` of the layers whose kernels can be tuned."""
-    plan = make_plan(graph, target, None, threads, fuse_residual=fuse_residual)
     return {  # the fastest comes first
-        layer: next((r.latency_us for r in records.kernels(spec, target) if r.usable), None)
-        for layer, spec in plan.tunable().items()
+        layer: next((r.latency_us for r in records.kernels(spec, options.target) if r.usable), None)
+        for layer, spec in make_plan(graph, options).tunable().items()
     }

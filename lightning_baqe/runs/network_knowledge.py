@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tunable import TunableSpec
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph, node_bytes
@@ -25,11 +25,9 @@ def search_knowledge(
     space: NetworkSpace,
     graphs: Mapping[int, IntegerGraph],
     reference: Mapping[str, Any],
-    target: CpuTarget,
-    threads: int,
+    options: BuildOptions,
     records: Records,
     scores: Mapping[int, Mapping[str, float]] | None = None,
-    fuse_residual: bool = True,
     shared: Sequence[Shared] = (),
 ) -> Knowledge:
     """Knowledge about error, latency and size of the points of a space, the last two relative to the float network.
@@ -43,7 +41,7 @@ def search_knowledge(
         space: of the search.
         graphs: ``{bits: the network with its searched layers at these bits}``, all choices of the space.
         reference: ``latency_us`` and ``size_bytes`` of the float network.
-        target, threads, fuse_residual: what the kernels are compiled for.
+        options: what the kernels are compiled for.
         records: of the kernels.
         scores: ``{bits: {layer: sensitivity}}``, of any scale; None: all that is known of the error is that it depends
             on bits alone.
@@ -60,7 +58,7 @@ def search_knowledge(
     given = {b: (scores or {}).get(b, {}) for b in choices}
     error = Sum(_terms(space, groups, given) if scores is not None else {}, 0.0, "score", names)
     best, fixed = best_schedules(space)
-    latency = _latency(space, groups, graphs, reference, target, threads, records, fuse_residual)
+    latency = _latency(space, groups, graphs, reference, options, records)
     if latency is not None:
         latency = replace(latency, groups=conversion_groups(space, shared))
     return Knowledge([error, latency, _size(space, groups, graphs, reference)], best, fixed)
@@ -156,21 +154,19 @@ def _latency(
     groups: Mapping[str, tuple[str, ...]],
     graphs: Mapping[int, IntegerGraph],
     reference: Mapping[str, Any],
-    target: CpuTarget,
-    threads: int,
+    options: BuildOptions,
     records: Records,
-    fuse_residual: bool,
 ) -> Sum | None:
     """None where the records hold no kernel of the network."""
     total = float(reference["latency_us"])
     known: dict[int, dict[str, float]] = {}
     specs: dict[int, dict[str, TunableSpec]] = {}
     for bits, graph in graphs.items():
-        specs[bits] = make_plan(graph, target, None, threads, fuse_residual=fuse_residual).tunable()
+        specs[bits] = make_plan(graph, options).tunable()
         known[bits] = {}
         for layer, spec in specs[bits].items():
             knobs = space.defaults.get(layer, {}).get(bits)
-            record = records.kernel(spec, target, dict(knobs)) if knobs else None
+            record = records.kernel(spec, options.target, dict(knobs)) if knobs else None
             if record is not None and record.usable and record.latency_us is not None:
                 known[bits][layer] = record.latency_us / total
     if not any(known.values()):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tunable import template_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
@@ -41,19 +41,17 @@ class NetworkSpace:
         cls,
         graphs: Mapping[int, IntegerGraph],
         base: BitConfig,
-        target: CpuTarget,
-        threads: int = 1,
+        options: BuildOptions,
         schedules: bool = True,
         records: Records | None = None,
         supported: Mapping[str, tuple[int, ...]] | None = None,
-        fuse_residual: bool = True,
     ) -> NetworkSpace:
         """The space of a network.
 
         Args:
             graphs: ``{bits: the network at these bits}``, one for each choice of the layers between first and last.
             base: bits of the first and the last layer, which are not searched.
-            target, threads, fuse_residual: what the kernels are compiled for, as :func:`lightning_baqe.build` takes it.
+            options: what the kernels are compiled for.
             schedules: False leaves all knobs at their best known values.
             records: where best known knobs are looked up.
             supported: ``{layer: bits that the device has kernels for}``; None: all.
@@ -63,11 +61,11 @@ class NetworkSpace:
         choices = {name: tuple(graphs) for name in layers[1:-1] if name not in followers}
         if supported is not None:
             choices = {name: _supported(found, name, base, supported) for name, found in choices.items()}
-        best = (lambda spec: records.best_knobs(spec, target)) if records is not None else None
+        best = (lambda spec: records.best_knobs(spec, options.target)) if records is not None else None
         defaults: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in layers}
         offered: dict[str, dict[str, list[Any]]] = {name: {} for name in layers}
         for graph in graphs.values():
-            plan = make_plan(graph, target, None, threads, best, fuse_residual=fuse_residual)
+            plan = make_plan(graph, options, None, best)
             for layer, spec in plan.tunable().items():
                 bits = graph.bits[layer][1]
                 if layer not in choices and layer not in followers and bits != base[layer].activation:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.rewards import REFERENCE, Rewards, default_bit_choices, rewards_of
-from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.deploy.tuner import tune
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
@@ -40,7 +40,7 @@ class Preparation:
         study: of the search.
         records: of the kernels.
         progress: told what is going on.
-        target, threads, fuse_residual: what is compiled for, as :func:`lightning_baqe.build` takes it.
+        options: what is compiled for.
     """
 
     network: torch.nn.Module
@@ -48,9 +48,7 @@ class Preparation:
     study: SearchStudy
     records: Records
     progress: SearchProgress
-    target: CpuTarget
-    threads: int
-    fuse_residual: bool
+    options: BuildOptions
 
     def _uniform(self, bits: int) -> QuantizedModel:
         return self.quantized(BitConfig.uniform(self.network, bits, bits))
@@ -81,15 +79,12 @@ class Preparation:
             graphs[bits] = lower(self._uniform(bits))
             if tuning_s > 0:
                 self.progress.say(f"tuning kernels of {bits} bit")
-                tune(
-                    graphs[bits], self.target, self.threads, TUNED, tuning_s, self.records,
-                    fuse_residual=self.fuse_residual,
-                )  # fmt: skip
+                tune(graphs[bits], self.options, TUNED, tuning_s, self.records)
         rewards = self._rewards(graphs)
         offered = default_bit_choices(rewards, mode) if rewarded else bit_choices
         return NetworkSpace.of(
-            {bits: graphs[bits] for bits in offered}, base, self.target, self.threads,
-            schedules and mode == "paper", self.records, supported, self.fuse_residual,
+            {bits: graphs[bits] for bits in offered}, base, self.options,
+            schedules and mode == "paper", self.records, supported,
         )  # fmt: skip
 
     def _rewards(self, graphs: Mapping[int, IntegerGraph]) -> Rewards | None:
@@ -97,7 +92,7 @@ class Preparation:
         if REFERENCE not in graphs:
             return None
         integer = {bits: graph for bits, graph in graphs.items() if bits != FLOAT_BITS}
-        rewards = rewards_of(integer, self.target, self.threads, self.records, self.fuse_residual)
+        rewards = rewards_of(integer, self.options, self.records)
         self.study.set_rewards(rewards.summary())
         return rewards
 
@@ -116,8 +111,8 @@ class Preparation:
             scores = {b: layer_scores(model, images[:SCORED]) for b, model in models.items() if b != FLOAT_BITS}
             graphs = {bits: lower(model) for bits, model in models.items()}
             known = search_knowledge(
-                space, graphs, self._reference().model_dump(), self.target, self.threads, self.records, scores,
-                self.fuse_residual, shared_tensors(self.network, images[:1], space.base),
+                space, graphs, self._reference().model_dump(), self.options, self.records, scores,
+                shared_tensors(self.network, images[:1], space.base),
             )  # fmt: skip
             self.study.set_knowledge(known)
         return known
@@ -131,7 +126,7 @@ class Preparation:
         eight = BitConfig.uniform(self.network, REFERENCE, REFERENCE)
         graphs = [lower(self.quantized(bits)) for bits in (space.extreme(min), eight, space.extreme(max))]
         accuracy = self._reference().triple[0]
-        reach = Reach.of(graphs, self.target, self.threads, self.records, accuracy, self.fuse_residual)
+        reach = Reach.of(graphs, self.options, self.records, accuracy)
         self.progress.show(reach.table(limits))
         reach.check(limits, self.study.summary().entries)
 

@@ -101,7 +101,7 @@ def test_a_device_that_fuses_no_sums(tmp_path: Path, foreign: Make, search: Make
     artifacts = [baqe.Artifact.load(folder) for folder in (tmp_path / "run" / "artifacts").iterdir()]
     assert artifacts
     for artifact in artifacts:
-        assert not artifact.plan.fuse_residual
+        assert not artifact.plan.options.fuse_residual
         assert all(getattr(call.spec, "residual", None) is None for call in artifact.plan.calls)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.compiler import compile_plan
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run
 from lightning_baqe.deploy.tunable import template_of
@@ -332,7 +333,7 @@ def random_schedules(graph: IntegerGraph, target: CpuTarget, seed: int) -> dict[
     """Random knobs for every tunable layer, any tile that fits."""
     rng = random.Random(seed)
     found = {}
-    for layer, spec in make_plan(graph, target).tunable().items():
+    for layer, spec in make_plan(graph, BuildOptions(target)).tunable().items():
         space = template_of(spec).knob_space(spec)
         found[layer] = {name: rng.choice(values) for name, values in space.items()}
     return found
@@ -346,7 +347,7 @@ def compiled(
     threads: int = 1,
 ) -> Artifact:
     """An artifact without a look into the records."""
-    plan = make_plan(graph, target, schedules, threads, fuse=fuse)
+    plan = make_plan(graph, BuildOptions(target, threads), schedules, fuse=fuse)
     return Artifact(graph, plan, compile_plan(plan, graph.input_shape))
 
 

@@ -83,8 +83,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_residual_sums_are_fused_where_the_device_says_so(mapping: dict[str, Any]) -> None:
-    assert DeviceDescription.of(mapping).fuse_residual
-    assert not DeviceDescription.of({**mapping, "fuses": ["requantization"]}).fuse_residual
+    assert DeviceDescription.of(mapping).options.fuse_residual
+    assert not DeviceDescription.of({**mapping, "fuses": ["requantization"]}).options.fuse_residual
 
 
 @pytest.mark.parametrize("name", WRONG)

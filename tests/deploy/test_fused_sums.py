@@ -11,9 +11,10 @@ import torch
 from small_graphs import Maker, images
 
 from lightning_baqe.deploy.artifact import MANIFEST, Artifact
-from lightning_baqe.deploy.build import build
+from lightning_baqe.deploy.build import build_with
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.kernels import Plan
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.pixel_templates import PixelSpec
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import get_target
@@ -43,7 +44,7 @@ def sums(plan: Plan) -> tuple[int, int]:
 
 def test_sums_are_where_they_are_wanted(graph: IntegerGraph) -> None:
     target = get_target()
-    fused, apart = make_plan(graph, target), make_plan(graph, target, fuse_residual=False)
+    fused, apart = make_plan(graph, BuildOptions(target)), make_plan(graph, BuildOptions(target, fuse_residual=False))
     assert (sums(fused), sums(apart)) == ((1, 0), (0, 1))
     assert len(apart.calls) == len(fused.calls) + 1
     assert len(apart.buffers) == len(fused.buffers) == 2  # concatenations need no copy either way
@@ -51,7 +52,7 @@ def test_sums_are_where_they_are_wanted(graph: IntegerGraph) -> None:
 
 
 def test_an_artifact_says_so_and_is_loaded_so(graph: IntegerGraph, tmp_path: Path) -> None:
-    artifact = build(graph, schedules="default", fuse_residual=False)
+    artifact = build_with(graph, BuildOptions(fuse_residual=False), "default")
     x = images(graph)
     assert torch.equal(artifact.run(x), graph.run(x))
     assert not any(verify(artifact, x).values())
@@ -69,12 +70,12 @@ def test_an_artifact_says_so_and_is_loaded_so(graph: IntegerGraph, tmp_path: Pat
 def test_what_is_tuned_and_searched_is_what_is_built(graph: IntegerGraph) -> None:
     target = get_target()
     for fuse_residual in (True, False):
-        specs = tunable_layers(graph, target, fuse_residual=fuse_residual)
+        specs = tunable_layers(graph, BuildOptions(target, fuse_residual=fuse_residual))
         assert any(isinstance(spec, ConvSpec) and spec.residual is not None for spec in specs) == fuse_residual
     base = BitConfig({layer: LayerBits(8, 8) for layer in graph.bits}, ties=())
-    space = NetworkSpace.of({8: graph}, base, target, fuse_residual=False)
+    space = NetworkSpace.of({8: graph}, base, BuildOptions(target, fuse_residual=False))
     schedules = {layer: found[8] for layer, found in space.defaults.items()}
-    assert make_plan(graph, target, schedules, fuse_residual=False).schedules == schedules
+    assert make_plan(graph, BuildOptions(target, fuse_residual=False), schedules).schedules == schedules
 
 
 def test_evaluation_hands_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -82,10 +83,11 @@ def test_evaluation_hands_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         """Raised in place of a build."""
 
     def spy(*args: Any) -> None:
-        raise Stop(args[-1])
+        raise Stop(args[1])
 
-    monkeypatch.setattr(evaluate_module, "build", spy)
+    monkeypatch.setattr(evaluate_module, "build_with", spy)
     monkeypatch.setattr(evaluate_module, "lower", lambda model: None)
-    for fuse_residual in (True, False):
-        with pytest.raises(Stop, match=str(fuse_residual)):
-            evaluate_module.evaluate(None, [], tmp_path, fuse_residual=fuse_residual)  # type: ignore[arg-type]
+    options = BuildOptions(threads=3, fuse_residual=False)
+    with pytest.raises(Stop) as stopped:
+        evaluate_module.evaluate(None, [], tmp_path, options)  # type: ignore[arg-type]
+    assert stopped.value.args == (options,)

@@ -14,6 +14,7 @@ from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.movement_templates import MoveSpec
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
 from lightning_baqe.deploy.tuner import tunable_layers
@@ -30,7 +31,9 @@ def target(request: pytest.FixtureRequest) -> CpuTarget:
 
 def copies(graph: IntegerGraph, fuse: bool = True, path: str = "native") -> int:
     """Kernels that only move values."""
-    return sum(isinstance(call.spec, MoveSpec) for call in make_plan(graph, get_target(path), fuse=fuse).calls)
+    return sum(
+        isinstance(call.spec, MoveSpec) for call in make_plan(graph, BuildOptions(get_target(path)), fuse=fuse).calls
+    )
 
 
 def inception(maker: Maker, source: str, branches: Sequence[int] = (64, 48, 32)) -> str:
@@ -111,7 +114,7 @@ def test_other_readers_of_a_slice(target: CpuTarget) -> None:
     maker.table(b)
     maker.requantize(b, INT8)
     check(maker, target, None)
-    places = make_plan(maker.graph(), target).buffers
+    places = make_plan(maker.graph(), BuildOptions(target)).buffers
     assert {a, b} <= set(places)
 
 
@@ -121,7 +124,7 @@ def test_what_small_tables_read_or_write_keeps_its_rows() -> None:
     maker.table(a)
     maker.concat(a, b, maker.conv(out=16, padding=1), maker.table(maker.conv(out=96, padding=1)))
     plan = check(maker, get_target()).plan
-    assert ({a, b} & set(plan.buffers) == set()) == plan.target.vbmi
+    assert ({a, b} & set(plan.buffers) == set()) == plan.options.target.vbmi
 
 
 def test_other_halos(target: CpuTarget) -> None:
@@ -200,12 +203,14 @@ def test_kernels_are_measured_as_if_they_had_their_own_buffers() -> None:
     maker = Maker(16, 6)
     inception(maker, maker.conv(out=64, padding=1))
     graph = maker.graph()
-    assert all(not (spec.source.shared or spec.result.shared) for spec in tunable_layers(graph, get_target()))
+    assert all(
+        not (spec.source.shared or spec.result.shared) for spec in tunable_layers(graph, BuildOptions(get_target()))
+    )
     asked: list[Layout] = []
 
     def known(spec: ConvSpec | DepthwiseSpec) -> None:
         asked.append(spec.result)
 
-    make_plan(graph, get_target(), best=known)
+    make_plan(graph, BuildOptions(get_target()), best=known)
     assert asked
     assert not any(layout.shared for layout in asked)

@@ -14,6 +14,7 @@ from lightning_baqe.deploy.conv_knobs import check_knobs
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.conv_weights import pack_weights, weight_quads
 from lightning_baqe.deploy.layout import SLACK, VECTOR, Layout, storage_dtype, stored_channels
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import get_target
 
@@ -58,7 +59,7 @@ def test_stored_channels_are_whole_vectors() -> None:
 def spec(request: pytest.FixtureRequest) -> ConvSpec:
     maker = Maker(20, 6)
     maker.conv(out=24, padding=1, weight_bits=4)
-    found = make_plan(maker.graph(), get_target(request.param)).calls[1].spec
+    found = make_plan(maker.graph(), BuildOptions(get_target(request.param))).calls[1].spec
     assert isinstance(found, ConvSpec)
     return found
 

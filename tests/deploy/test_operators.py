@@ -11,6 +11,7 @@ from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, image
 
 from lightning_baqe.deploy import float_functions
 from lightning_baqe.deploy.movement_templates import MoveSpec
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import BuildError
@@ -163,9 +164,13 @@ def test_a_flatten_is_a_copy_only_where_its_readers_want_one() -> None:
     maker = Maker(16, 4)
     image = maker.conv(out=16, padding=1)
     maker.linear(maker.flatten(image), 8)
-    assert not any(isinstance(call.spec, MoveSpec) for call in make_plan(maker.graph(), get_target()).calls)
+    assert not any(
+        isinstance(call.spec, MoveSpec) for call in make_plan(maker.graph(), BuildOptions(get_target())).calls
+    )
     maker.table(maker.flatten(image))
-    assert sum(isinstance(call.spec, MoveSpec) for call in make_plan(maker.graph(), get_target()).calls) == 1
+    assert (
+        sum(isinstance(call.spec, MoveSpec) for call in make_plan(maker.graph(), BuildOptions(get_target())).calls) == 1
+    )
 
 
 def test_a_table_that_does_not_fit_its_input_is_refused() -> None:
@@ -174,7 +179,7 @@ def test_a_table_that_does_not_fit_its_input_is_refused() -> None:
     name = maker.table("x")
     maker.nodes[-1] = dataclasses.replace(maker[name], inputs=(low,))
     with pytest.raises(BuildError, match=rf"{name}.*256 entries.*\s0\.\.90"):
-        make_plan(maker.graph(), get_target())
+        make_plan(maker.graph(), BuildOptions(get_target()))
 
 
 # -- floats -----------------------------------------------------------------------------------------------------------

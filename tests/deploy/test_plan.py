@@ -10,6 +10,7 @@ from small_graphs import UINT8, Maker
 from lightning_baqe.deploy import compiler
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import BuildError, ConfigError
@@ -28,31 +29,31 @@ def small(seed: int = 0, weight_bits: int = 8) -> IntegerGraph:
 
 def test_an_unknown_layer_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"frist.*first"):
-        make_plan(small(), TARGET, {"frist": {"unroll": 1}})
+        make_plan(small(), BuildOptions(TARGET), {"frist": {"unroll": 1}})
 
 
 @pytest.mark.parametrize("knobs", [{"speed": 3}, {"tile": "99x1x1"}, {"unroll": 5}, {"order": "random"}])
 def test_wrong_knobs_are_refused(knobs: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        make_plan(small(), TARGET, {"first": knobs})
+        make_plan(small(), BuildOptions(TARGET), {"first": knobs})
 
 
 def test_given_knobs_win_over_known_ones_and_those_over_defaults() -> None:
-    plan = make_plan(small(), TARGET, {"first": {"tile": "1x1x2"}}, best=lambda spec: {"tile": "2x1x1"})
+    plan = make_plan(small(), BuildOptions(TARGET), {"first": {"tile": "1x1x2"}}, best=lambda spec: {"tile": "2x1x1"})
     assert {layer: knobs["tile"] for layer, knobs in plan.schedules.items()} == {"first": "1x1x2", "second": "2x1x1"}
     assert set(plan.schedules["first"]) == {"tile", "order", "unroll", "weights", "reduction", "intrinsic"}
 
 
 def test_the_digest_tells_code_not_weights() -> None:
-    digest = make_plan(small(0), TARGET).digest
-    assert make_plan(small(1), TARGET).digest == digest
-    assert make_plan(small(0), TARGET, {"first": {"order": "pixels"}}).digest != digest
-    assert make_plan(small(0), TARGET, threads=2).digest != digest
-    assert make_plan(small(0), get_target("avx2")).digest != digest
+    digest = make_plan(small(0), BuildOptions(TARGET)).digest
+    assert make_plan(small(1), BuildOptions(TARGET)).digest == digest
+    assert make_plan(small(0), BuildOptions(TARGET), {"first": {"order": "pixels"}}).digest != digest
+    assert make_plan(small(0), BuildOptions(TARGET, threads=2)).digest != digest
+    assert make_plan(small(0), BuildOptions(get_target("avx2"))).digest != digest
 
 
 def test_bits_that_need_no_other_code_share_it() -> None:
-    digests = {bits: make_plan(small(0, bits), TARGET).digest for bits in (2, 4, 5, 8)}
+    digests = {bits: make_plan(small(0, bits), BuildOptions(TARGET)).digest for bits in (2, 4, 5, 8)}
     assert digests[2] == digests[4]
     assert digests[5] == digests[8]
 
@@ -63,7 +64,9 @@ def test_equal_layers_share_a_kernel() -> None:
     for _ in range(3):
         value = maker.conv(value, out=16, padding=1)
     maker.conv(value, out=16, padding=1, limits=None)
-    keys = [call.key for call in make_plan(maker.graph(), TARGET).calls if isinstance(call.spec, ConvSpec)]
+    keys = [
+        call.key for call in make_plan(maker.graph(), BuildOptions(TARGET)).calls if isinstance(call.spec, ConvSpec)
+    ]
     assert len(keys) == 5
     assert len(set(keys)) == 2
 
@@ -73,14 +76,14 @@ def test_a_network_that_ends_in_integers_is_refused() -> None:
     maker.conv(out=16, padding=1)
     graph = maker.graph()
     with pytest.raises(BuildError, match="Dequantize"):
-        make_plan(IntegerGraph(graph.nodes[:-1], graph.bits), TARGET)
+        make_plan(IntegerGraph(graph.nodes[:-1], graph.bits), BuildOptions(TARGET))
 
 
 def test_operators_without_a_kernel_are_named() -> None:
     graph = small()
     unknown = ir.FloatFunction(name="odd", inputs=("input",), type=graph.nodes[0].type, function="gamma", parameters=())
     with pytest.raises(BuildError, match=r"odd.*gamma.*relu"):
-        make_plan(IntegerGraph((graph.nodes[0], unknown), {}), TARGET)
+        make_plan(IntegerGraph((graph.nodes[0], unknown), {}), BuildOptions(TARGET))
 
 
 def test_inputs_other_than_images_are_refused() -> None:
@@ -91,7 +94,7 @@ def test_inputs_other_than_images_are_refused() -> None:
         ir.Dequantize(name="y", inputs=("x",), type=ir.TensorType((16,)), scale=torch.tensor(1.0), zero_point=0),
     )
     with pytest.raises(BuildError, match=r"images.*\(16,\)"):
-        make_plan(IntegerGraph(nodes, {}), TARGET)
+        make_plan(IntegerGraph(nodes, {}), BuildOptions(TARGET))
 
 
 def test_targets() -> None:
@@ -123,14 +126,14 @@ def test_what_tvm_refuses_is_a_build_error(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(compiler.relax, "build", refuse)
     with pytest.raises(BuildError, match="no such instruction"):
-        compiler.compile_plan(make_plan(small(), TARGET), (16, 8, 8))
+        compiler.compile_plan(make_plan(small(), BuildOptions(TARGET)), (16, 8, 8))
 
 
 def test_one_loop_over_kernels_with_knobs() -> None:
     maker = Maker(16, 8)
     first, second = maker.conv(out=16), maker.conv(out=16, groups=16)
     maker.concat(first, second)
-    plan = make_plan(maker.graph(), TARGET)
+    plan = make_plan(maker.graph(), BuildOptions(TARGET))
     found = plan.tunable()
     assert list(found) == list(plan.schedules)
     assert all(not spec.source.shared and not spec.result.shared for spec in found.values())

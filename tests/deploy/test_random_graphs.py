@@ -13,6 +13,7 @@ from random_graphs import INTEGER_NODES, draw_graph
 from small_graphs import Maker, assert_exact, compiled, images, random_schedules
 
 from lightning_baqe.deploy.kernels import Call
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.integer import nodes as ir
@@ -53,7 +54,7 @@ def float_types(call: Call) -> set[str]:
 
 def float_kernels(graph: IntegerGraph, path: str) -> list[str]:
     """Kernels with floats, but the one that quantizes the image and the one that dequantizes the output."""
-    return [call.result for call in make_plan(graph, get_target(path)).calls[1:-1] if float_types(call)]
+    return [call.result for call in make_plan(graph, BuildOptions(get_target(path))).calls[1:-1] if float_types(call)]
 
 
 def test_random_graphs() -> None:
@@ -80,7 +81,7 @@ def test_integer_networks_compute_with_integers_only(path: str) -> None:
     joined = maker.concat(maker.gather(total, [3, -1, 2]), maker.max_pool(total, 3, 1, 1), maker.clip(total, (0, 9)))
     maker.linear(maker.flatten(maker.avg_pool(joined, 2, 2)), 5)
     graph = maker.graph()
-    plan = make_plan(graph, get_target(path))
+    plan = make_plan(graph, BuildOptions(get_target(path)))
     assert {type(node) for node in graph} >= set(INTEGER_NODES)
     assert float_kernels(graph, path) == []
     assert float_types(plan.calls[0]) == float_types(plan.calls[-1]) == {"float32"}

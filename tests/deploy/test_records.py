@@ -18,6 +18,7 @@ from lightning_baqe.deploy.conv_knobs import check_knobs
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.conv_template import build_conv
 from lightning_baqe.deploy.kernels import Call
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import (
     VERSION,
@@ -38,7 +39,7 @@ TARGET = get_target("vnni512")
 def spec() -> ConvSpec:
     maker = Maker(16, 8)
     maker.conv(out=64, padding=1)
-    found = make_plan(maker.graph(), TARGET).calls[1].spec
+    found = make_plan(maker.graph(), BuildOptions(TARGET)).calls[1].spec
     assert isinstance(found, ConvSpec)
     return found
 

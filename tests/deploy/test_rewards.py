@@ -16,6 +16,7 @@ import lightning_baqe as baqe
 from lightning_baqe.deploy.conv_knobs import check_knobs, knob_space
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, default_depthwise_knobs
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.rewards import (
@@ -48,7 +49,7 @@ def graphs() -> Graphs:
 
 
 def _spec(graphs: Graphs, bits: int, layer: str, target: CpuTarget) -> ConvSpec:
-    plan = make_plan(graphs[bits], target)
+    plan = make_plan(graphs[bits], BuildOptions(target))
     return next(c.spec for c in plan.calls if c.layer == layer and isinstance(c.spec, ConvSpec))
 
 
@@ -61,7 +62,7 @@ def test_one_program_has_one_latency(graphs: Graphs, tmp_path: Path) -> None:
     target, records = get_target("vnni512"), Records(tmp_path / "records.db")
     for layer in ("2", "4"):
         _add(records, _spec(graphs, 8, layer, target), target, 10.0)
-    rewards = rewards_of(graphs, target, 1, records)
+    rewards = rewards_of(graphs, BuildOptions(target), records)
     assert sorted(layer for kernel in rewards.kernels for layer in kernel.layers) == ["2", "4"]  # those searched
     assert rewards.speedup(4) == rewards.speedup(6) == 1.0
     assert all(kernel.same == (4, 6, 8) for kernel in rewards.kernels)
@@ -75,7 +76,7 @@ def test_packed_nibbles_that_are_faster_count(graphs: Graphs, tmp_path: Path) ->
     for layer in ("2", "4"):
         _add(records, _spec(graphs, 8, layer, target), target, 10.0)
         _add(records, _spec(graphs, 4, layer, target), target, 5.0, weights="packed")
-    rewards = rewards_of(graphs, target, 1, records)
+    rewards = rewards_of(graphs, BuildOptions(target), records)
     assert rewards.speedup(4) == 2.0
     assert rewards.speedup(6) == 1.0
 
@@ -85,7 +86,7 @@ def test_chains_of_fewer_bits(graphs: Graphs, tmp_path: Path) -> None:
     times = {8: 12.0, 6: 10.0, 4: 6.0}
     for bits, layer in itertools.product(times, ("2", "4")):
         _add(records, _spec(graphs, bits, layer, target), target, times[bits])
-    rewards = rewards_of(graphs, target, 1, records)
+    rewards = rewards_of(graphs, BuildOptions(target), records)
     for kernel in rewards.kernels:  # code of whole bytes depends on the arithmetic, not on what the weights would fit
         specs = {
             bits: dataclasses.replace(_spec(graphs, bits, kernel.layers[0], target), weight_bits=8) for bits in times
@@ -106,13 +107,13 @@ def test_wrong_and_failed_records_do_not_count(graphs: Graphs, tmp_path: Path) -
     _add(records, spec, target, 9.0, tile=tiles[0])
     wrong = KernelRecord(check_knobs(spec, {"tile": tiles[1]}), 1.0, [1.0], False, "differs")
     records.add_kernel(spec, target, wrong)
-    rewards = rewards_of(graphs, target, 1, records)
+    rewards = rewards_of(graphs, BuildOptions(target), records)
     found = next(kernel for kernel in rewards.kernels if "2" in kernel.layers)
     assert found.latency_us == {4: 9.0, 6: 9.0, 8: 9.0}
 
 
 def test_nothing_is_known(graphs: Graphs, tmp_path: Path) -> None:
-    rewards = rewards_of(graphs, get_target("vnni512"), 1, Records(tmp_path / "records.db"))
+    rewards = rewards_of(graphs, BuildOptions(get_target("vnni512")), Records(tmp_path / "records.db"))
     assert rewards.speedup(4) is None
     assert rewards.coverage(4) == 0
     assert rewards.line == ""
@@ -122,7 +123,7 @@ def test_nothing_is_known(graphs: Graphs, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got no rewards"):
         default_bit_choices(None, "beyond")
     with pytest.raises(ConfigError, match="add 8"):
-        rewards_of({4: graphs[4]}, get_target("vnni512"), 1, Records(tmp_path / "records.db"))
+        rewards_of({4: graphs[4]}, BuildOptions(get_target("vnni512")), Records(tmp_path / "records.db"))
 
 
 def _made_up(speedups: dict[int, float]) -> Rewards:
@@ -190,12 +191,12 @@ def test_depthwise_kernels_are_told(tmp_path: Path) -> None:
     bits = {b: baqe.BitConfig.uniform(model, b, b) for b in (4, 8)}
     found = {b: baqe.lower(baqe.calibrate(baqe.quantize(model, config, x), [x])) for b, config in bits.items()}
     target, records = get_target("vnni512"), Records(tmp_path / "records.db")
-    kernels = searched_kernels(found, target, 1)
+    kernels = searched_kernels(found, BuildOptions(target))
     depthwise = next(kernel for kernel in kernels if "2" in kernel.layers)
     assert all(isinstance(spec, DepthwiseSpec) for spec in depthwise.specs.values())
     for spec in set(depthwise.specs.values()):
         knobs = default_depthwise_knobs(spec)  # type: ignore[arg-type]
         records.add_kernel(spec, target, KernelRecord(knobs, 3.0, [3.0], True))
-    reward = next(kernel for kernel in rewards_of(found, target, 1, records).kernels if "2" in kernel.layers)
+    reward = next(kernel for kernel in rewards_of(found, BuildOptions(target), records).kernels if "2" in kernel.layers)
     assert reward.latency_us == {4: 3.0, 8: 3.0}
     assert 8 in reward.same

@@ -15,6 +15,7 @@ from lightning_baqe.deploy import kernel_bench
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.target import can_run, get_target
 from lightning_baqe.integer.graph import IntegerGraph
@@ -50,7 +51,7 @@ def test_bit_widths_are_compared_in_turns(tmp_path: Path, monkeypatch: pytest.Mo
     target, records = get_target("avx2"), Records(tmp_path / "records.db")
     graphs = _graphs()
     rewards.measure_missing(graphs, target, 1, 1, records)
-    (kernel,) = rewards.searched_kernels(graphs, target, 1)
+    (kernel,) = rewards.searched_kernels(graphs, BuildOptions(target))
     before = rewards.fastest_codes(kernel.specs, target, records)
     assert before[4].code != before[8].code
     asked: list[tuple[str, ...]] = []

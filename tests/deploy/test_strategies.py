@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from small_graphs import Maker
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.strategies import (
     DeepKernel,
@@ -128,7 +129,7 @@ class TestConformance:
     def test_real_kernels(self, make: Make) -> None:
         maker = Maker(16, 10)
         maker.conv(out=32, padding=1, weight_bits=3, limits=None)
-        (space,) = map(kernel_space, make_plan(maker.graph(), get_target("vnni512")).tunable().values())
+        (space,) = map(kernel_space, make_plan(maker.graph(), BuildOptions(get_target("vnni512"))).tunable().values())
         tried = run(make(0), space, 16, latency=lambda knobs: space.cost(knobs))
         assert len(tried) == 16
         assert all(space.check(one.knobs) == one.knobs for one in tried)

@@ -15,6 +15,7 @@ from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, image
 from lightning_baqe.deploy.conv_knobs import check_knobs, default_knobs, knob_space, tiles
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, depthwise_knob_space
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
 from lightning_baqe.errors import BuildError, ConfigError
@@ -86,7 +87,7 @@ def test_orders_of_the_sum_and_plain_arithmetic(weight_bits: int, target: CpuTar
     last = maker.conv(out=24, kernel=(1, 3), stride=2, padding=(0, 0, 1, 1), dilation=(1, 2), weight_bits=weight_bits)
     maker.float_conv(maker.dequantize(last), 16, padding=1)
     graph = maker.graph()
-    specs = {c.layer: c.spec for c in make_plan(graph, target).calls if isinstance(c.spec, ConvSpec)}
+    specs = {c.layer: c.spec for c in make_plan(graph, BuildOptions(target)).calls if isinstance(c.spec, ConvSpec)}
     spaces = {layer: knob_space(spec) for layer, spec in specs.items() if layer is not None}
     assert max(len(space["reduction"]) for space in spaces.values()) > 1
     assert any("off" in space["intrinsic"] for space in spaces.values()) == (target.path != "portable")
@@ -157,7 +158,7 @@ def test_depthwise_knobs(stride: int, dilation: int, kernel: int, target: CpuTar
     padding = (kernel - 1) * dilation
     name = maker.conv(out=24, kernel=kernel, padding=padding, stride=stride, dilation=dilation, groups=24)
     graph = maker.graph()
-    spec = next(c.spec for c in make_plan(graph, target).calls if isinstance(c.spec, DepthwiseSpec))
+    spec = next(c.spec for c in make_plan(graph, BuildOptions(target)).calls if isinstance(c.spec, DepthwiseSpec))
     space = depthwise_knob_space(spec)
     assert len(space["tile"]) > 5
     for tile, order in zip(random.Random(1).sample(space["tile"], 4), space["order"] * 2, strict=True):
@@ -169,9 +170,9 @@ def test_depthwise_knobs_that_do_not_exist() -> None:
     name = maker.conv(out=16, groups=16)
     for knobs in ({"unroll": 1}, {"tile": "1x9"}, {"order": "rows"}):
         with pytest.raises(ConfigError, match="depthwise"):
-            make_plan(maker.graph(), get_target(), {name: knobs})
-    default = make_plan(maker.graph(), get_target()).schedules[name]
-    assert make_plan(maker.graph(), get_target(), {name: default}).schedules == {name: default}
+            make_plan(maker.graph(), BuildOptions(get_target()), {name: knobs})
+    default = make_plan(maker.graph(), BuildOptions(get_target())).schedules[name]
+    assert make_plan(maker.graph(), BuildOptions(get_target()), {name: default}).schedules == {name: default}
 
 
 @pytest.mark.parametrize("limits", [UINT8, INT8, WIDE])
@@ -296,7 +297,7 @@ def test_signed_inputs_are_refused_where_instructions_want_bytes() -> None:
     signed = maker.conv(out=16, limits=INT8)
     maker.conv(signed, out=16, kernel=1)
     with pytest.raises(BuildError, match="unsigned"):
-        make_plan(maker.graph(), get_target("avx2"))
+        make_plan(maker.graph(), BuildOptions(get_target("avx2")))
 
 
 class TestKnobs:
@@ -304,7 +305,7 @@ class TestKnobs:
     def spec(self) -> ConvSpec:
         maker = Maker(32, 14)
         maker.conv(out=64, padding=1, weight_bits=4)
-        spec = make_plan(maker.graph(), get_target("vnni512")).calls[1].spec
+        spec = make_plan(maker.graph(), BuildOptions(get_target("vnni512"))).calls[1].spec
         assert isinstance(spec, ConvSpec)
         return spec
 
@@ -331,7 +332,7 @@ class TestKnobs:
     def test_many_weights_of_few_pixels_stay_packed(self, channels: int, size: int, bits: int, packed: bool) -> None:
         maker = Maker(channels, size)
         maker.conv(out=channels, padding=1, weight_bits=bits)
-        spec = make_plan(maker.graph(), get_target("vnni512")).calls[1].spec
+        spec = make_plan(maker.graph(), BuildOptions(get_target("vnni512"))).calls[1].spec
         assert isinstance(spec, ConvSpec)
         assert default_knobs(spec)["weights"] == ("packed" if packed else "bytes")
 

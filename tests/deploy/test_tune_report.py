@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from small_graphs import Maker
 
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.records import KernelRecord
 from lightning_baqe.deploy.target import get_target
 from lightning_baqe.deploy.tune_report import TuneProgress, step_text, tuning_line, tuning_table, write_tuning
@@ -26,7 +27,7 @@ def result() -> TuneResult:
     maker.conv(maker.conv(out=16, kernel=1, name="a"), out=16, kernel=1, name="b")
     maker.conv("b", out=32, kernel=3, limits=None, name="c")
     kernels = []
-    for spec, layers in tunable_layers(maker.graph(), get_target("vnni512")).items():
+    for spec, layers in tunable_layers(maker.graph(), BuildOptions(get_target("vnni512"))).items():
         figures = (spec.macs / 1e5, spec.macs / 2e5) if "c" in layers else (None, None)
         known = (7, 1, 3, 2) if "c" in layers else (1, 0, 1, 1)
         kernels.append(TunedKernel(spec, layers, *figures, KNOBS if figures[0] else None, 400.0, *known))

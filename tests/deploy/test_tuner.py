@@ -19,6 +19,7 @@ from lightning_baqe.deploy.conv_knobs import default_knobs
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
 from lightning_baqe.deploy.kernels import kernel_key
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.strategies import Ranked, SimulatedAnnealing, Strategy, Tried
@@ -113,7 +114,7 @@ def test_an_allotment_is_complete_and_ordered(work: list[float], each: int) -> N
 def test_kernels_of_other_paths_are_exact(graph: IntegerGraph, path: str, tmp_path: Path) -> None:
     if not can_run(path):
         pytest.skip(f"this CPU does not run {path} code")
-    result = tuner.tune(graph, target=path, candidates=2, records=Records(tmp_path / "records.db"))
+    result = tuner.tune(graph, BuildOptions(get_target(path)), candidates=2, records=Records(tmp_path / "records.db"))
     assert all(kernel.failed == 0 and kernel.best_us for kernel in result.kernels)
 
 
@@ -157,7 +158,7 @@ def one(monkeypatch: pytest.MonkeyPatch) -> tuple[IntegerGraph, ConvSpec]:
     maker = Maker(16, 12)
     maker.conv(out=64, padding=1, limits=None)
     graph = maker.graph()
-    spec = make_plan(graph, get_target()).calls[1].spec
+    spec = make_plan(graph, BuildOptions(get_target())).calls[1].spec
     assert isinstance(spec, ConvSpec)
     monkeypatch.setattr(kernel_bench, "compile_kernel", lambda spec, target, knobs, path: path.write_text(""))
     return graph, spec

@@ -13,6 +13,7 @@ from torch import nn
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.measure import Measurement
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.records import Records
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.runs import evaluation as module
@@ -76,7 +77,7 @@ def test_evaluate_takes_all_figures(quantized: baqe.QuantizedModel, tmp_path: Pa
     y[:5] = (y[:5] + 1) % 5
     options = MeasureOptions(repeats=5, warmup=1, attempts=1)
     found = evaluate(
-        quantized, [(x[:10], y[:10]), (x[10:], y[10:])], tmp_path / "a", "native", "default", options=options
+        quantized, [(x[:10], y[:10]), (x[10:], y[10:])], tmp_path / "a", BuildOptions(), "default", options=options
     )
     assert found.accuracy == 15 / 20
     assert found.latency_us > 0

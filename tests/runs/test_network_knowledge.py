@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.records import KernelRecord, Records
 from lightning_baqe.deploy.target import get_target
@@ -54,15 +55,15 @@ def known(
     target = get_target()
     graphs = {bits: lowered(network, baqe.BitConfig.uniform(network, bits, bits)) for bits in (*choices, 32)}
     base = baqe.BitConfig.uniform(network, 8, 8, ties=TIES)
-    space = NetworkSpace.of({bits: graphs[bits] for bits in choices}, base, target)
+    space = NetworkSpace.of({bits: graphs[bits] for bits in choices}, base, BuildOptions(target))
     for bits in choices:
-        plan = make_plan(graphs[bits], target)
+        plan = make_plan(graphs[bits], BuildOptions(target))
         for layer, spec in plan.tunable().items():
             knobs = space.defaults[layer].get(bits, plan.schedules[layer])
             records.add_kernel(spec, target, KernelRecord(dict(knobs), float(bits), [float(bits)], True, None))
     reference = {"latency_us": LATENCY_US, "size_bytes": SIZE_BYTES}
     scores = {bits: {layer: 1.0 / bits for layer in base} for bits in choices}
-    return search_knowledge(space, graphs, reference, target, 1, records, scores), space, graphs
+    return search_knowledge(space, graphs, reference, BuildOptions(target), records, scores), space, graphs
 
 
 def test_sizes_are_exact_for_any_point(network: nn.Module, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_counts_are_the_conversions_of_the_lowered_network(network: nn.Module, t
     _, space, graphs = known(network, (3, 4, 8), records)
     shared = shared_tensors(network, torch.zeros(1, 3, 12, 12), space.base)
     reference = {"latency_us": LATENCY_US, "size_bytes": SIZE_BYTES}
-    knowledge = search_knowledge(space, graphs, reference, get_target(), 1, records, shared=shared)
+    knowledge = search_knowledge(space, graphs, reference, BuildOptions(get_target()), records, shared=shared)
     internal = SearchSpace(space.distributions)
     bound, counted = BoundKnowledge(knowledge, internal), set()
     for params in space.candidates(12, np.random.default_rng(1)):
@@ -133,7 +134,7 @@ def test_float_layers_count_as_two_conversions(network: nn.Module, tmp_path: Pat
 def test_without_records_latency_is_not_known(network: nn.Module, tmp_path: Path) -> None:
     _, space, graphs = known(network, (4, 8), Records(tmp_path / "full.db"))
     reference = {"latency_us": LATENCY_US, "size_bytes": SIZE_BYTES}
-    knowledge = search_knowledge(space, graphs, reference, get_target(), 1, Records(tmp_path / "empty.db"))
+    knowledge = search_knowledge(space, graphs, reference, BuildOptions(get_target()), Records(tmp_path / "empty.db"))
     error, latency, _ = knowledge.objectives
     assert latency is None
     assert isinstance(error, Sum)
@@ -145,5 +146,9 @@ def test_every_choice_needs_a_graph(network: nn.Module, tmp_path: Path) -> None:
     _, space, graphs = known(network, (4, 8), Records(tmp_path / "r.db"))
     with pytest.raises(ConfigError, match="graphs at"):
         search_knowledge(
-            space, {8: graphs[8]}, {"latency_us": 1.0, "size_bytes": 1}, get_target(), 1, Records(tmp_path / "r.db")
+            space,
+            {8: graphs[8]},
+            {"latency_us": 1.0, "size_bytes": 1},
+            BuildOptions(get_target()),
+            Records(tmp_path / "r.db"),
         )

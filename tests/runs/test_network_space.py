@@ -12,6 +12,7 @@ from torch import nn
 import lightning_baqe as baqe
 from lightning_baqe.deploy.conv_knobs import check_knobs
 from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import ConfigError
@@ -41,7 +42,7 @@ def target(request: pytest.FixtureRequest) -> CpuTarget:
 
 def test_every_candidate_is_a_point_whose_kernels_exist(target: CpuTarget) -> None:
     found, base = graphs()
-    space = NetworkSpace.of(found, base, target)
+    space = NetworkSpace.of(found, base, BuildOptions(target))
     points = space.candidates(40, np.random.default_rng(0))
     assert len({json.dumps(point, sort_keys=True) for point in points}) == 40
     for point in points:
@@ -50,7 +51,7 @@ def test_every_candidate_is_a_point_whose_kernels_exist(target: CpuTarget) -> No
         bits, schedules = space.point(point)
         assert bits["0"] == bits["8"] == baqe.LayerBits(8, 8)
         for layer in ("2", "4"):
-            plan = make_plan(found[bits[layer].activation], target, {layer: schedules[layer]})
+            plan = make_plan(found[bits[layer].activation], BuildOptions(target), {layer: schedules[layer]})
             call = next(call for call in plan.calls if call.layer == layer)
             assert isinstance(call.spec, ConvSpec)
             assert call.knobs["tile"] == check_knobs(call.spec, schedules[layer])["tile"] == schedules[layer]["tile"]
@@ -58,7 +59,7 @@ def test_every_candidate_is_a_point_whose_kernels_exist(target: CpuTarget) -> No
 
 def test_the_pool_spans_the_space(target: CpuTarget) -> None:
     found, base = graphs()
-    space = NetworkSpace.of(found, base, target)
+    space = NetworkSpace.of(found, base, BuildOptions(target))
     points = space.candidates(300, np.random.default_rng(1))
     for bits in CHOICES:  # uniform networks are among them
         assert any(all(point[f"{layer}/bits"] == bits for layer in ("2", "4")) for point in points)
@@ -70,7 +71,7 @@ def test_the_pool_spans_the_space(target: CpuTarget) -> None:
 
 def test_the_pool_depends_on_the_generator_only(target: CpuTarget) -> None:
     found, base = graphs()
-    first = NetworkSpace.of(found, base, target)
+    first = NetworkSpace.of(found, base, BuildOptions(target))
     again = NetworkSpace.from_record(base, json.loads(json.dumps(first.record())))
     assert again == first
     assert again.candidates(30, np.random.default_rng(3)) == first.candidates(30, np.random.default_rng(3))
@@ -78,7 +79,7 @@ def test_the_pool_depends_on_the_generator_only(target: CpuTarget) -> None:
 
 def test_tied_layers_follow_their_leader(target: CpuTarget) -> None:
     found, base = graphs(ties=(("2", "4"),))
-    space = NetworkSpace.of(found, base, target)
+    space = NetworkSpace.of(found, base, BuildOptions(target))
     assert "4/bits" not in space.distributions
     for point in space.candidates(20, np.random.default_rng(0)):
         bits, _ = space.point(point)
@@ -87,7 +88,7 @@ def test_tied_layers_follow_their_leader(target: CpuTarget) -> None:
 
 def test_without_schedules_only_bits_are_searched(target: CpuTarget) -> None:
     found, base = graphs()
-    space = NetworkSpace.of(found, base, target, schedules=False)
+    space = NetworkSpace.of(found, base, BuildOptions(target), schedules=False)
     assert set(space.distributions) == {"2/bits", "4/bits"}
     _, schedules = space.point({"2/bits": 4, "4/bits": 32})
     assert schedules["2"] == space.defaults["2"][4]
@@ -98,11 +99,11 @@ def test_without_schedules_only_bits_are_searched(target: CpuTarget) -> None:
 
 def test_only_supported_bits_are_searched(target: CpuTarget) -> None:
     found, base = graphs()
-    space = NetworkSpace.of(found, base, target, supported={"2": (8, 32), "4": (32,)})
+    space = NetworkSpace.of(found, base, BuildOptions(target), supported={"2": (8, 32), "4": (32,)})
     assert space.bit_choices == {"2": (8, 32), "4": (32,)}
     assert all(point["4/bits"] == 32 for point in space.candidates(10, np.random.default_rng(0)))
     found, base = graphs(ties=(("2", "4"),))
-    tied = NetworkSpace.of(found, base, target, supported={"2": (8, 32), "4": (4, 32)})
+    tied = NetworkSpace.of(found, base, BuildOptions(target), supported={"2": (8, 32), "4": (4, 32)})
     assert tied.bit_choices == {"2": (32,)}
     with pytest.raises(ConfigError, match=r"\['2', '4'\] share their bits"):
-        NetworkSpace.of(found, base, target, supported={"2": (8,), "4": (4,)})
+        NetworkSpace.of(found, base, BuildOptions(target), supported={"2": (8,), "4": (4,)})
