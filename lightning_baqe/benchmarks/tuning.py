@@ -112,7 +112,13 @@ def run_strategy(
         with TuneProgress(console) as bar:
             strategy, known = STRATEGIES[name](setup.seed), records_of(folder, name)
             result = tune(
-                graph, BuildOptions(setup.target, setup.threads), candidates, None, known, strategy, bar.update
+                graph,
+                BuildOptions(get_target(setup.target), setup.threads),
+                candidates,
+                None,
+                known,
+                strategy,
+                bar.update,
             )
     finally:
         measured = None if result is None else result.measured
@@ -405,7 +411,7 @@ def main(arguments: list[str] | None = None) -> None:
         other = setup.graph(options.rebuild)
         tune(
             other,
-            BuildOptions(setup.target, setup.threads),
+            BuildOptions(get_target(setup.target), setup.threads),
             1,
             None,
             records_of(folder, first),
