@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from lightning_baqe.deploy.compiler import ALL, MAIN, constants
@@ -32,6 +33,11 @@ FORMAT = 1
 MANIFEST, MODULE, GRAPH, TENSORS, BITS = "manifest.json", "module.so", "graph.json", "tensors.npz", "bits.json"
 
 
+def load_library(path: Path) -> Any:
+    """A compiled module, unloaded with the last reference to it; TVM's default keeps it until the process ends."""
+    return tvm_ffi.load_module(str(path), keep_module_alive=False)
+
+
 class Artifact:
     """A compiled network for batch 1.
 
@@ -46,9 +52,10 @@ class Artifact:
 
     def __init__(self, graph: IntegerGraph, plan: Plan, executable: Any, library: Path | None = None) -> None:
         self.graph, self.plan, self._executable = graph, plan, executable
-        self._module = None if library is None else tvm.runtime.load_module(str(library))
+        self._module = None if library is None else load_library(library)
         self._library = library
         self._vm: Any = None
+        self._image: Any = None
         self._lock = threading.Lock()
         self._constants: list[Any] = []
 
@@ -86,12 +93,21 @@ class Artifact:
                 )
             library = self._linked()
             if self._module is None:
-                self._module = tvm.runtime.load_module(str(library))
+                self._module = load_library(library)
             self._vm = relax.VirtualMachine(self._module, tvm.cpu())
             self._constants = [tvm.runtime.tensor(array) for array in constants(self.plan)]
             self._image = tvm.runtime.empty((1, *self.graph.input_shape), "float32")
             self._vm.set_input(MAIN, self._image, *self._constants)
         return self._vm
+
+    def close(self) -> None:
+        """Free the machine and its constants, and unload the module; whatever needs them next loads them again.
+
+        The module stays loaded as long as somebody else holds ``vm`` or one of its functions.
+        """
+        with self._lock:
+            self._vm = self._module = self._image = None
+            self._constants = []
 
     def _linked(self) -> Path:
         """The linked module. Machine code is made once, here: running, saving and measuring all use this file."""
