@@ -58,8 +58,8 @@ class KernelProfile:
             if target not in held:
                 held[target] = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
             arguments = [
-                tvm.runtime.tensor(np.ascontiguousarray(a))
-                if isinstance(a, np.ndarray)
+                tvm.runtime.tensor(self.plan.constants[a])
+                if a in self.plan.constants
                 else held.get(self.plan.buffer(a), self._image)
                 for a in call.arguments
             ]
@@ -72,7 +72,7 @@ class KernelProfile:
 
     def _buffers(self, call: Call) -> set[str]:
         """Buffers that a call reads, and a shared one that it writes to."""
-        read = {self.plan.buffer(argument) for argument in call.arguments if isinstance(argument, str)}
+        read = {self.plan.buffer(argument) for argument in call.arguments if argument not in self.plan.constants}
         return read | ({self.plan.buffer(call.result)} if call.result in self.plan.buffers else set())
 
     def run(self, image: np.ndarray) -> np.ndarray:

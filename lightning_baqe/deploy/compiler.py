@@ -20,7 +20,7 @@ MAIN, ALL = "main", "main_all"
 
 def constants(plan: Plan) -> list[np.ndarray]:
     """The constant arguments of all calls, in the order in which the module's functions take them."""
-    return [np.ascontiguousarray(a) for call in plan.calls for a in call.arguments if isinstance(a, np.ndarray)]
+    return [plan.constants[a] for call in plan.calls for a in call.arguments if a in plan.constants]
 
 
 def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObjects | None = None) -> Any:
@@ -54,7 +54,7 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
             remaining = iter(parameters)
             for call in plan.calls:
                 arguments = [
-                    next(remaining) if isinstance(a, np.ndarray) else values.get(plan.buffer(a), image)
+                    next(remaining) if a in plan.constants else values.get(plan.buffer(a), image)
                     for a in call.arguments
                 ]
                 buffer = plan.buffer(call.result)

@@ -14,6 +14,7 @@ one 32-bit word and broadcast to all lanes) with the weights of as many output c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -103,12 +104,12 @@ def quad_of(dot: str) -> int:
     return 1 if dot in ("portable", "fma") else 4
 
 
-def choose_dot(target: CpuTarget, quads: np.ndarray, activation_max: int) -> tuple[str, int]:
+def choose_dot(target: CpuTarget, make_quads: Callable[[], np.ndarray], activation_max: int) -> tuple[str, int]:
     """The fastest dot that is exact for these weights, and its chain length.
 
     Args:
         target: the CPU.
-        quads: int weights by output channel and quad, shape ``(out, segments, quads, 4)``.
+        make_quads: int weights by output channel and quad, ``(out, segments, quads, 4)``; asked for where they decide.
         activation_max: largest input value.
 
     Returns:
@@ -119,6 +120,7 @@ def choose_dot(target: CpuTarget, quads: np.ndarray, activation_max: int) -> tup
         return "vnni", 1
     if target.path != "avx2":
         return "portable", 1
+    quads = make_quads()
     out, segments, length, _ = quads.shape
     pairs = quads.reshape(out, segments, length, 2, 2)
     positive = np.maximum(pairs, 0).sum(-1) * activation_max

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from lightning_baqe.deploy.constants import Constants
 from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.conv_template import build_conv
 from lightning_baqe.deploy.depthwise_template import DepthwiseSpec, build_depthwise
@@ -33,14 +32,14 @@ class Call:
         nodes: the graph's nodes that it computes; the last one's value is its result.
         layer: the layer whose knobs it takes, if any.
         spec, knobs: what its code depends on.
-        arguments: its arguments but the result: names of values, or constants.
+        arguments: its arguments but the result: names of values, or of the plan's constants.
     """
 
     nodes: tuple[str, ...]
     layer: str | None
     spec: Spec
     knobs: Mapping[str, Any]
-    arguments: tuple[str | np.ndarray, ...]
+    arguments: tuple[str, ...]
 
     @property
     def result(self) -> str:
@@ -98,6 +97,7 @@ class Plan:
         buffers: ``{value: the value whose buffer it lies in}``, of those that have none of their own.
         schedules: the knobs that every tunable layer got.
         options: that it was made with.
+        constants: what calls take besides values, by name.
     """
 
     calls: tuple[Call, ...]
@@ -105,6 +105,7 @@ class Plan:
     buffers: Mapping[str, str]
     schedules: dict[str, dict[str, Any]]
     options: BuildOptions
+    constants: Constants
 
     def tunable(self) -> dict[str, TunableSpec]:
         """``{layer: its kernel}`` of those with knobs, on buffers of their own, as they are measured and kept."""

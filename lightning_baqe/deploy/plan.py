@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from lightning_baqe.deploy.constants import Constants
 from lightning_baqe.deploy.conv_knobs import check_knobs
 from lightning_baqe.deploy.conv_spec import ConvSpec
+from lightning_baqe.deploy.conv_template import PARAMS
 from lightning_baqe.deploy.conv_weights import pack_weights, weight_quads
 from lightning_baqe.deploy.depthwise_template import (
     DEPTHWISE_PARAMS,
@@ -25,6 +28,7 @@ from lightning_baqe.deploy.depthwise_template import (
 from lightning_baqe.deploy.dot import choose_dot
 from lightning_baqe.deploy.in_place import find_slices
 from lightning_baqe.deploy.kernels import Call, Plan, Spec, alone
+from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan_pixels import (
     INT32_MAX,
@@ -92,6 +96,7 @@ class _Planner:
         self.copies: dict[tuple[str, int], str] = {}
         self.buffers = {name: place.owner for name, place in self.values.places.items()}
         self.calls: list[Call] = []
+        self.makers: dict[str, Callable[[], np.ndarray]] = {}
         self.resolved: dict[str, dict[str, Any]] = {}
 
     def _fused_adds(self) -> dict[str, str]:
@@ -127,7 +132,9 @@ class _Planner:
             else:
                 self._emit(node)
         self._output()
-        return Plan(tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.options)
+        return Plan(
+            tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.options, Constants(self.makers)
+        )
 
     def _value(self, name: str, reader: ir.Node) -> str:
         """The value that a node reads: packed, or copied with another halo, before its first reader."""
@@ -150,13 +157,21 @@ class _Planner:
     # -- kernels ------------------------------------------------------------------------------------------------------
 
     def _add(
-        self, nodes: tuple[str, ...], layer: str | None, spec: Spec, knobs: Mapping[str, Any], arguments: Any
+        self, nodes: tuple[str, ...], layer: str | None, spec: Spec, knobs: Mapping[str, Any], arguments: Iterable[Any]
     ) -> None:
-        self.calls.append(Call(nodes, layer, spec, knobs, tuple(arguments)))
+        """Add a call; of its arguments, those that are no names are what makes constants."""
+        names = []
+        for index, argument in enumerate(arguments):
+            names.append(argument if isinstance(argument, str) else f"{nodes[-1]}/{index}")
+            if not isinstance(argument, str):
+                self.makers[names[-1]] = argument
+        self.calls.append(Call(nodes, layer, spec, knobs, tuple(names)))
 
     def _pixels(self, name: str, kernel: Kernel, values: list[str]) -> None:
         pad = self.values.pads.get(name, 0)
-        self._add((name,), None, kernel.spec, {}, (*values, *kernel.arguments(pad)))
+        self._add(
+            (name,), None, kernel.spec, {}, (*values, *(partial(np.asarray, array) for array in kernel.arguments(pad)))
+        )
 
     def _emit(self, node: ir.Node) -> None:
         result = self.values.layouts[node.name]
@@ -219,7 +234,7 @@ class _Planner:
                     f"layer {node.layer!r} reads {source.dtype} values ({name!r}, {node.input_range[0]}.."
                     f"{node.input_range[1]}); its kernels want unsigned 8 bit: quantize its input to 0..255 or less"
                 )
-            dot, chain = choose_dot(self.target, weight_quads(spec, weight), int(node.input_range[1]))
+            dot, chain = choose_dot(self.target, lambda: weight_quads(spec, weight), int(node.input_range[1]))
             spec = dataclasses.replace(spec, dot=dot, chain=chain)
             if node.requant is not None:
                 narrow, high = _requant_width(node)
@@ -233,23 +248,19 @@ class _Planner:
                 )
                 spec = dataclasses.replace(spec, epilogue="requant_add", residual=other_layout, narrow_add=narrow)
         knobs = self._knobs(node.layer, spec)
-        bias = np.zeros(layout.stored, np.float32 if is_float else np.int32)
-        bias[: layout.channels] = node.bias.numpy()
-        numbers = np.zeros(2 * layout.stored, np.int64)
-        params = np.zeros(12, np.int64)
-        params[11] = self.values.pads[result]
+        params: dict[str, Any] = {"pad": self.values.pads[result]}
+        numbers: Callable[[], np.ndarray] = partial(np.zeros, 2 * layout.stored, np.int64)
         if not is_float and node.requant is not None:
-            numbers = _requant_numbers(node, spec)
-            params[:4] = _requant_params(node)
+            numbers = partial(_requant_numbers, node, spec)
+            params |= zip(("shift", "zero_point", "low", "high"), _requant_params(node), strict=True)
         if add is not None:
-            first = add.inputs[0] == node.name
-            m = add.multipliers if first else add.multipliers[::-1]
-            assert add.type.low is not None
-            assert add.type.high is not None
-            params[4:11] = *m, add.shift, add.offset, add.type.zero_point, add.type.low, add.type.high
+            own, others = add.multipliers if add.inputs[0] == node.name else add.multipliers[::-1]
+            params |= {"m_conv": own, "m_residual": others, "add_shift": add.shift, "add_offset": add.offset}
+            params |= {"add_zero_point": add.type.zero_point, "add_low": add.type.low, "add_high": add.type.high}
         nodes = (node.name, add.name) if add is not None else (node.name,)
-        packed = pack_weights(spec, knobs, weight)
-        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, params, residual or name))
+        packed, bias = partial(pack_weights, spec, knobs, weight), _bias(node, layout, is_float)
+        numbered = partial(np.array, [params.get(key, 0) for key in PARAMS], np.int64)
+        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, numbered, residual or name))
 
     def _knobs(self, layer: str, spec: ConvSpec | DepthwiseSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
@@ -276,16 +287,15 @@ class _Planner:
             node.padding[0], node.padding[2], epilogue, narrow, high, self.options.threads,
             self.target.vbmi and dot == "vnni",
         )  # fmt: skip
-        bias = by_channel(node.bias, layout, np.float32 if dot == "fma" else np.int32)
-        params = np.zeros(DEPTHWISE_PARAMS, np.int64)
-        params[-1] = self.values.pads[node.name]
         knobs = self._knobs(node.layer, spec)
-        arguments: list[Any] = [name, pack_depthwise(spec, knobs, weight), bias]
+        arguments: list[Any] = [name, partial(pack_depthwise, spec, knobs, weight), _bias(node, layout, dot == "fma")]
+        params = [0] * (DEPTHWISE_PARAMS - 1)
         if epilogue == "requant":
             assert isinstance(node, ir.Conv)
-            params[:4] = _requant_params(node)
-            arguments.append(_requant_numbers(node, spec))
-        self._add((node.name,), node.layer, spec, knobs, (*arguments, params))
+            params = _requant_params(node)
+            arguments.append(partial(_requant_numbers, node, spec))
+        numbered = partial(np.array, [*params, self.values.pads[node.name]], np.int64)
+        self._add((node.name,), node.layer, spec, knobs, (*arguments, numbered))
 
     def _output(self) -> None:
         last = self.graph.output
@@ -296,6 +306,11 @@ class _Planner:
             raise BuildError(f"the network ends in the integers of {last.name!r}; end it with a Dequantize")
         name = f"{last.name}.output" if end is None else last.name
         self._pixels(name, unpack_kernel(layout, end), [value])
+
+
+def _bias(node: Any, layout: Layout, is_float: bool) -> Callable[[], np.ndarray]:
+    """What makes a layer's bias by stored channel."""
+    return partial(by_channel, node.bias, layout, np.float32 if is_float else np.int32)
 
 
 def _requant_numbers(node: ir.Conv | ir.Linear, spec: ConvSpec | DepthwiseSpec) -> np.ndarray:

@@ -138,3 +138,14 @@ def test_one_loop_over_kernels_with_knobs() -> None:
     assert list(found) == list(plan.schedules)
     assert all(not spec.source.shared and not spec.result.shared for spec in found.values())
     assert any(layout.shared for layout in plan.layouts.values())
+
+
+def test_planning_packs_nothing() -> None:
+    maker = Maker(16, 8)
+    maker.conv(maker.conv(out=16), out=16, groups=16)
+    plan = make_plan(maker.graph(), BuildOptions(TARGET))
+    assert not plan.constants.made
+    assert {a for call in plan.calls for a in call.arguments} >= set(plan.constants)
+    arrays = compiler.constants(plan)
+    assert len(arrays) == len(plan.constants) == len(plan.constants.made)
+    assert all(a is b for a, b in zip(arrays, compiler.constants(plan), strict=True))
