@@ -101,9 +101,9 @@ class Artifact:
         return self._vm
 
     def close(self) -> None:
-        """Free the machine and its constants, and unload the module; whatever needs them next loads them again.
+        """Let go of the machine, its constants and the module; whatever needs them next loads them again.
 
-        The module stays loaded as long as somebody else holds ``vm`` or one of its functions.
+        The module is unloaded by the next garbage collection, unless somebody else holds ``vm`` or one of its functions.
         """
         with self._lock:
             self._vm = self._module = self._image = None
