@@ -11,8 +11,8 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_baqe.callbacks.bayesian_search import BayesianSearch
 from lightning_baqe.callbacks.host import Host, network_of
-from lightning_baqe.callbacks.search import BayesianSearch
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.batch_norm import Foldable, fold_batch_norm, foldable, freeze_batch_norm
 from lightning_baqe.quantization.convert import QuantizedModel

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import nn
 
-    from lightning_baqe.deploy.description import DeviceDescription
+    from lightning_baqe.hardware.description import DeviceDescription
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel
     from lightning_baqe.tasks import ImageClassifier
@@ -142,7 +142,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
 
 def _device(cfg: DictConfig) -> DeviceDescription:
     """The device that ``cfg.deploy`` describes, which this machine can compile for and run."""
-    from lightning_baqe.deploy.description import DeviceDescription
+    from lightning_baqe.hardware.description import DeviceDescription
 
     device = DeviceDescription.of(cast("dict[str, Any]", OmegaConf.to_container(cfg.deploy)))
     device.check_here()
@@ -188,7 +188,7 @@ def _write_single(
     import torch
 
     from lightning_baqe.deploy.artifact import Artifact
-    from lightning_baqe.deploy.device import device_info, versions
+    from lightning_baqe.hardware.identity import device_info, versions
     from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
     from lightning_baqe.runs.objectives import summarise
     from lightning_baqe.runs.report import write_report
@@ -224,12 +224,12 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     """
     import torch
 
-    from lightning_baqe.deploy import tune_report, tuner
-    from lightning_baqe.deploy.records import Records
     from lightning_baqe.integer.lowering import lower
+    from lightning_baqe.measurement.database import Records
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.convert import quantize
     from lightning_baqe.tasks.networks import settle
+    from lightning_baqe.tuning import tune_report, tuner
 
     for name in ("candidates", "image_size", "num_classes"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:

@@ -20,10 +20,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightning_baqe.deploy.device import device_info, device_key
-from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.records_exchange import export_records, import_records
 from lightning_baqe.errors import BaqeError
+from lightning_baqe.hardware.identity import device_info, device_key
+from lightning_baqe.measurement.database import Records
+from lightning_baqe.measurement.records_exchange import export_records, import_records
 
 _OPERATORS = """
     SELECT operator, target, count(DISTINCT spec), sum(error IS NULL), sum(error IS NOT NULL), max(measured_at)

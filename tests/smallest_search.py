@@ -13,7 +13,7 @@ from foreign_module import ForeignModule
 from torch.nn import functional
 
 from lightning_baqe.callbacks import BayesianSearch
-from lightning_baqe.callbacks import search as search_module
+from lightning_baqe.callbacks import bayesian_search as search_module
 from lightning_baqe.data import DigitsDataModule
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.runs.evaluation import Evaluation, MeasureOptions, module_accuracy

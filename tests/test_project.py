@@ -145,8 +145,8 @@ def test_wheel_holds_recipes_and_callbacks(tmp_path: Path) -> None:
         }
         assert wanted <= names
     assert "lightning_baqe/py.typed" in names
-    landscapes = (ROOT / "lightning_baqe/benchmarks/landscapes_data").glob("*.json.gz")
-    assert {f"lightning_baqe/benchmarks/landscapes_data/{path.name}" for path in landscapes} <= names
+    landscapes = (ROOT / "lightning_baqe/landscapes/data").glob("*.json.gz")
+    assert {f"lightning_baqe/landscapes/data/{path.name}" for path in landscapes} <= names
     assert not [name for name in names if name.startswith(("tests", "callbacks", "recipes", "train"))]
 
 

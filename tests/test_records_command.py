@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_baqe.deploy.device import device_info
-from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.target import get_target
+from lightning_baqe.hardware.identity import device_info
+from lightning_baqe.hardware.target import get_target
+from lightning_baqe.measurement.database import Records
 from lightning_baqe.records import main
 
 

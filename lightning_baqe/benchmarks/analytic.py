@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_baqe.benchmarks.networks import calibrated
+from lightning_baqe.engines.zoo import calibrated
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower

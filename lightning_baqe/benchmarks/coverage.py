@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_baqe.deploy.device import device_info, versions
+from lightning_baqe.hardware.identity import device_info, versions
 
 STAGES = ("quantize", "lower", "build", "match")
 WANTED = {"torchvision": 0.8, "timm": 0.6}
@@ -144,9 +144,9 @@ def try_network(library: str, family: str, member: str, size: int = 64) -> Row:
     """Take one network through all stages."""
     import torch
 
-    from lightning_baqe.benchmarks.networks import calibrated, random_bits, settled_network
     from lightning_baqe.deploy.build import build
     from lightning_baqe.deploy.verify import verify
+    from lightning_baqe.engines.zoo import calibrated, random_bits, settled_network
     from lightning_baqe.errors import BaqeError
     from lightning_baqe.integer.lowering import lower
 

@@ -1,7 +1,7 @@
 """Measure a landscape: ``python -m lightning_baqe.benchmarks.landscape --network mobilenet_v2``.
 
 A landscape answers any point of a search over bits and schedules at once, so that samplers are compared over many seeds
-without training (:mod:`lightning_baqe.benchmarks.landscapes`). Here it is made from measurements, in three stages:
+without training (:mod:`lightning_baqe.landscapes.measured`). Here it is made from measurements, in three stages:
 
 - ``accuracy``: bit-configs are tuned and deployed, each as a trial of ``recipe=qat_search data=glyphs`` is. Processes
   may share a folder: ``--share 0/2`` and ``--share 1/2``.
@@ -32,17 +32,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lightning_baqe.benchmarks import landscape_latency as latency
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.accuracy_rows import Rows
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, float_network, measure_rows, row_key
-from lightning_baqe.benchmarks.landscape_correction import PLAIN
-from lightning_baqe.benchmarks.landscape_models import choose, spread_of_repeats
-from lightning_baqe.benchmarks.landscape_structure import Structure
-from lightning_baqe.benchmarks.landscapes import FORMAT, SUFFIX, Landscape, write_record
-from lightning_baqe.deploy.device import device_info, toolchain, versions
-from lightning_baqe.deploy.target import get_target
+from lightning_baqe.costs.accuracy_models import choose, spread_of_repeats
+from lightning_baqe.costs.correction import PLAIN
+from lightning_baqe.costs.structure import Structure
 from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.hardware.identity import device_info, toolchain, versions
+from lightning_baqe.hardware.target import get_target
+from lightning_baqe.landscapes import latency_tables as latency
+from lightning_baqe.landscapes.measured import FORMAT, SUFFIX, Landscape, write_record
 
 STAGES = ("accuracy", "latency", "table")
 PROGRAM = "python -m lightning_baqe.benchmarks.landscape"

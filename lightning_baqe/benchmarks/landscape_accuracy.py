@@ -23,20 +23,20 @@ from torch import nn
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.accuracy_rows import Rows, Sizes
-from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.data import GlyphsDataModule
-from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import BuildError
+from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
+from lightning_baqe.tuning.network_space import NetworkSpace
 
 WIDTHS = (4, 5, 6, 7, 8, 32)
 REPEATED = (4, 6, 8)  # uniform bits that are tuned again, in other orders: the spread of equal trials

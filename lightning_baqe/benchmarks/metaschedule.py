@@ -51,13 +51,13 @@ from lightning_baqe.benchmarks.metaschedule_workload import (
     workload_result,
 )
 from lightning_baqe.benchmarks.rows import Rows
-from lightning_baqe.deploy.conv_spec import ConvSpec
-from lightning_baqe.deploy.dot import step
-from lightning_baqe.deploy.kernel_bench import CONFIRM_ROUNDS, KernelBench, Turns, ask_kernel, in_turns, save_arguments
-from lightning_baqe.deploy.kernels import kernel_key
-from lightning_baqe.deploy.sample import sample_kernel
-from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.deploy.calls import kernel_key
 from lightning_baqe.errors import BuildError
+from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.kernels.sample import sample_kernel
+from lightning_baqe.kernels.x86.arithmetic import step
+from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, Turns, ask_kernel, in_turns, save_arguments
 
 FINALISTS = 4
 FAILED_US = 1e12  # what failed has seconds of 1e10 in its log

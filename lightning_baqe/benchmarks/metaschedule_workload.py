@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from tvm import te, tirx
 
-from lightning_baqe.deploy.conv_spec import ConvSpec
-from lightning_baqe.deploy.conv_template import PARAMS
-from lightning_baqe.deploy.layout import Layout
-from lightning_baqe.deploy.sample import KernelSample
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.kernels.sample import KernelSample
+from lightning_baqe.kernels.x86.conv import PARAMS
+from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.kernels.x86.layout import Layout
 
 QUAD = 4  # input channels of one dot product
 LARGEST_BLOCK = 64  # input channels that are innermost
@@ -66,7 +66,7 @@ def workload(spec: ConvSpec, params: np.ndarray) -> Any:
 
     Args:
         spec: the kernel; its ``dot`` and ``chain`` are not used.
-        params: int64, by :data:`~lightning_baqe.deploy.conv_template.PARAMS`.
+        params: int64, by :data:`~lightning_baqe.kernels.x86.conv.PARAMS`.
 
     Raises:
         ConfigError: see :func:`check_workload`.

@@ -40,12 +40,12 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from lightning_baqe.benchmarks.engines import missing_packages
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.data.base import ImageTensorDataset, Split
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.verify import verify
+from lightning_baqe.engines.engine_process import missing_packages
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower

@@ -24,13 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_baqe.benchmarks.networks import calibrated, settled_network
-from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
-from lightning_baqe.deploy.device import device_info
-from lightning_baqe.deploy.kernel_bench import REPEATS, KernelBench, interleaved
-from lightning_baqe.deploy.options import BuildOptions
-from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.rewards import (
+from lightning_baqe.costs.bit_rewards import (
     GAIN,
     REFERENCE,
     WIDTHS,
@@ -41,13 +35,19 @@ from lightning_baqe.deploy.rewards import (
     rewards_of,
     searched_kernels,
 )
-from lightning_baqe.deploy.target import CpuTarget, get_target
-from lightning_baqe.deploy.tunable import TunableSpec
-from lightning_baqe.deploy.tuner import tune
+from lightning_baqe.deploy.options import BuildOptions
+from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.hardware.identity import device_info
+from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.kernels.tunable import TunableSpec
+from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec
+from lightning_baqe.measurement.database import Records
 from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.tuning.bench import REPEATS, KernelBench, interleaved
+from lightning_baqe.tuning.tuner import tune
 
 ROUNDS = 8  # of a comparison; more than the tuner's, so that the number of samples tells which figures are of one
 

@@ -24,8 +24,8 @@ from typing import Any, cast
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from lightning_baqe.benchmarks.landscapes import Landscape
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.landscapes.measured import Landscape
 from lightning_baqe.search import spanning_pool
 from lightning_baqe.search.knowledge import Knowledge, Sum
 from lightning_baqe.search.problem import Problem

@@ -32,15 +32,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_baqe.benchmarks import postgres
-from lightning_baqe.benchmarks.landscapes import Landscape
 from lightning_baqe.errors import BaqeError
+from lightning_baqe.landscapes.measured import Landscape
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.runs.liveness import PREFIX
-from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, RESULT, SearchStudy, bits_entry
 from lightning_baqe.runs.summary import Figures, Trial
 from lightning_baqe.search import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
+from lightning_baqe.tuning.network_space import NetworkSpace
 
 LAYERS = 5
 BITS = (4, 6, 8)

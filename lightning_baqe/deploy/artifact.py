@@ -19,13 +19,13 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
+from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.compiler import ALL, MAIN, constants
-from lightning_baqe.deploy.device import device_info, versions
-from lightning_baqe.deploy.kernels import Plan
 from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.deploy.target import CpuTarget, can_run
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.target import CpuTarget, can_run
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
 

@@ -9,11 +9,11 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
-from lightning_baqe.deploy.kernels import Call, Plan
-from lightning_baqe.deploy.layout import Layout
+from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.objects import KernelObjects
-from lightning_baqe.deploy.pixel_templates import PixelSpec
 from lightning_baqe.errors import BuildError
+from lightning_baqe.kernels.x86.layout import Layout
+from lightning_baqe.kernels.x86.pixels import PixelSpec
 
 MAIN, ALL = "main", "main_all"
 

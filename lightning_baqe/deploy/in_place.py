@@ -1,7 +1,7 @@
 """Concatenations without a copy: which values are written where a concatenation wants them, in a slice of its buffer.
 
 A concatenation rescales nothing, so a value that it reads can lie in it from the start. Its writer puts whole vectors
-of channels, the spare ones too, so that slices begin at multiples of :data:`~lightning_baqe.deploy.layout.VECTOR`; and
+of channels, the spare ones too, so that slices begin at multiples of :data:`~lightning_baqe.kernels.x86.layout.VECTOR`; and
 there is one halo for all, so that all readers must pad with one number. Where a value cannot lie there, it is copied.
 
 A concatenation may itself lie in a later one; or it is the beginning of a later one (in dense blocks all of them are),
@@ -13,11 +13,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from lightning_baqe.deploy.layout import VECTOR, stored_channels
-from lightning_baqe.deploy.values import Slice, Values, halos
+from lightning_baqe.deploy.placement import Slice, Values, halos
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.kernels.x86.layout import VECTOR, stored_channels
 
-_LOOKED_UP = 64  # bytes that a table takes at once, see :func:`lightning_baqe.deploy.pixel_templates.build_byte_table`
+_LOOKED_UP = 64  # bytes that a table takes at once, see :func:`lightning_baqe.kernels.x86.pixels.build_byte_table`
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import tvm
 from tvm.target import Target
 
 from lightning_baqe.cache import cache_folder
-from lightning_baqe.deploy.device import code_digest, digest, toolchain
-from lightning_baqe.deploy.target import CpuTarget
+from lightning_baqe.hardware.identity import code_digest, digest, toolchain
+from lightning_baqe.hardware.target import CpuTarget
 
 LIMIT_BYTES = 256 * 2**20  # some ten thousand kernels
 _CHECK_BYTES = hashlib.sha256().digest_size
@@ -50,7 +50,7 @@ class KernelObjects:
         """A kernel's machine code as a TVM module that can be linked, with the functions ``key`` and ``main``.
 
         Args:
-            key: of :func:`~lightning_baqe.deploy.kernels.kernel_key`.
+            key: of :func:`~lightning_baqe.deploy.calls.kernel_key`.
             target: what it is compiled for.
             function: makes its TIR; called only if it must be compiled.
 

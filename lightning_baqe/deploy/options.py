@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_baqe.deploy.target import CpuTarget, get_target
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.hardware.target import CpuTarget, get_target
 
 
 @dataclass(frozen=True)

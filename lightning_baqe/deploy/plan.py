@@ -14,22 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from lightning_baqe.deploy.calls import Call, Plan, Spec, alone
 from lightning_baqe.deploy.constants import Constants
-from lightning_baqe.deploy.conv_knobs import check_knobs
-from lightning_baqe.deploy.conv_spec import ConvSpec
-from lightning_baqe.deploy.conv_template import PARAMS
-from lightning_baqe.deploy.conv_weights import pack_weights, weight_quads
-from lightning_baqe.deploy.depthwise_template import (
-    DEPTHWISE_PARAMS,
-    DepthwiseSpec,
-    check_depthwise_knobs,
-    pack_depthwise,
-)
-from lightning_baqe.deploy.dot import choose_dot
 from lightning_baqe.deploy.in_place import find_slices
-from lightning_baqe.deploy.kernels import Call, Plan, Spec, alone
-from lightning_baqe.deploy.layout import Layout
 from lightning_baqe.deploy.options import BuildOptions
+from lightning_baqe.deploy.placement import Slice, Values, pad_of
 from lightning_baqe.deploy.plan_pixels import (
     INT32_MAX,
     Kernel,
@@ -40,12 +29,23 @@ from lightning_baqe.deploy.plan_pixels import (
     pixel_kernel,
     unpack_kernel,
 )
-from lightning_baqe.deploy.requantize import requant_numbers
-from lightning_baqe.deploy.target import VNNI_PATHS
-from lightning_baqe.deploy.values import Slice, Values, pad_of
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.hardware.target import VNNI_PATHS
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.kernels.x86.arithmetic import choose_dot
+from lightning_baqe.kernels.x86.conv import PARAMS
+from lightning_baqe.kernels.x86.conv_knobs import check_knobs
+from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.kernels.x86.conv_weights import pack_weights, weight_quads
+from lightning_baqe.kernels.x86.depthwise import (
+    DEPTHWISE_PARAMS,
+    DepthwiseSpec,
+    check_depthwise_knobs,
+    pack_depthwise,
+)
+from lightning_baqe.kernels.x86.layout import Layout
+from lightning_baqe.kernels.x86.requantize import requant_numbers
 
 Schedules = Mapping[str, Mapping[str, Any]]
 BestKnobs = Callable[[ConvSpec | DepthwiseSpec], Mapping[str, Any] | None]

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_baqe.deploy import float_functions
-from lightning_baqe.deploy.layout import VECTOR, Layout
-from lightning_baqe.deploy.movement_templates import MOVE_PARAMS, MoveSpec
-from lightning_baqe.deploy.pixel_templates import PIXEL_PARAMS, PixelSpec
-from lightning_baqe.deploy.pool_template import POOL_PARAMS, PoolSpec
-from lightning_baqe.deploy.target import CpuTarget
 from lightning_baqe.errors import BuildError
+from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.kernels.x86 import float_functions
+from lightning_baqe.kernels.x86.layout import VECTOR, Layout
+from lightning_baqe.kernels.x86.moves import MOVE_PARAMS, MoveSpec
+from lightning_baqe.kernels.x86.pixels import PIXEL_PARAMS, PixelSpec
+from lightning_baqe.kernels.x86.pooling import POOL_PARAMS, PoolSpec
 
 INT32_MAX = 2**31 - 1
 

@@ -121,13 +121,13 @@ class IntegerGraph:
         """Write the graph as an ONNX model, for devices that TVM does not reach.
 
         Args:
-            path, options: see :func:`lightning_baqe.integer.onnx_export.export_onnx`.
+            path, options: see :func:`lightning_baqe.onnx.export.export_onnx`.
 
         Raises:
             ConfigError: onnx is not installed, or an option cannot be right.
             UnsupportedModelError: numbers that have no place in ONNX.
         """
-        from lightning_baqe.integer.onnx_export import export_onnx
+        from lightning_baqe.onnx.export import export_onnx
 
         return export_onnx(self, path, **options)
 

@@ -15,14 +15,14 @@ import torch
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.build import build_with
-from lightning_baqe.deploy.device import device_info
-from lightning_baqe.deploy.measure import PRECISION, Measurement, measure
 from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import Schedules
-from lightning_baqe.deploy.records import Records
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
+from lightning_baqe.hardware.identity import device_info
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.measurement.database import Records
+from lightning_baqe.measurement.measure import PRECISION, Measurement, measure
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.summary import Entry, Figures
 

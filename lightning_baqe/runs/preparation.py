@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_baqe.costs.bit_rewards import REFERENCE, Rewards, default_bit_choices, rewards_of
+from lightning_baqe.costs.network_knowledge import search_knowledge
 from lightning_baqe.deploy.options import BuildOptions
-from lightning_baqe.deploy.records import Records
-from lightning_baqe.deploy.rewards import REFERENCE, Rewards, default_bit_choices, rewards_of
-from lightning_baqe.deploy.tuner import tune
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.measurement.database import Records
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.sensitivity import layer_scores
 from lightning_baqe.quantization.sharing import shared_tensors
 from lightning_baqe.runs.limits import Reach
-from lightning_baqe.runs.network_knowledge import search_knowledge
-from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.study import SearchStudy
 from lightning_baqe.runs.summary import Figures
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import Mode
+from lightning_baqe.tuning.network_space import NetworkSpace
+from lightning_baqe.tuning.tuner import tune
 
 TUNED = 4  # knobs that are tried for each kernel before the search
 SCORED = 64  # images that the layers' sensitivity is taken on

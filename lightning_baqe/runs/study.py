@@ -14,19 +14,19 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from lightning_baqe.deploy.artifact import Artifact
-from lightning_baqe.deploy.device import device_info, versions
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.runs.evaluation import Batches, deployed_accuracy
 from lightning_baqe.runs.limits import violations
 from lightning_baqe.runs.liveness import Worker
-from lightning_baqe.runs.network_space import NetworkSpace
 from lightning_baqe.runs.objectives import REFERENCE_POINT, objectives, summarise
 from lightning_baqe.runs.report import write_report
 from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, Width
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
+from lightning_baqe.tuning.network_space import NetworkSpace
 
 RESULT, FLOAT, BASELINES, TEST, REWARDS = "result", "float", "baselines", "test_accuracy", "rewards"
 LIMITS = "limits"
@@ -204,7 +204,7 @@ class SearchStudy:
         self._study.set_user_attr(FLOAT, result.model_dump(mode="json"))
 
     def set_rewards(self, rewards: Mapping[str, Any]) -> None:
-        """Keep what each bit-width buys on the device, a :meth:`~lightning_baqe.deploy.rewards.Rewards.summary`."""
+        """Keep what each bit-width buys on the device, a :meth:`~lightning_baqe.costs.bit_rewards.Rewards.summary`."""
         self._study.set_user_attr(REWARDS, dict(rewards))
 
     def set_limits(self, limits: Mapping[str, float]) -> None:

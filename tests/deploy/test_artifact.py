@@ -15,10 +15,10 @@ from conftest import lowered
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import GRAPH, MANIFEST, MODULE, TENSORS, Artifact
-from lightning_baqe.deploy.conv_spec import ConvSpec
 from lightning_baqe.deploy.verify import FLOAT_TOLERANCE, float_errors
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 
 Sample = tuple[IntegerGraph, torch.Tensor]
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images
 
-from lightning_baqe.benchmarks.layers import KernelProfile
 from lightning_baqe.deploy.artifact import Artifact
-from lightning_baqe.deploy.conv_spec import ConvSpec
-from lightning_baqe.deploy.depthwise_template import DepthwiseSpec
-from lightning_baqe.deploy.layout import Layout
-from lightning_baqe.deploy.movement_templates import MoveSpec
 from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.deploy.target import CpuTarget, can_run, get_target
-from lightning_baqe.deploy.tuner import tunable_layers
+from lightning_baqe.hardware.target import CpuTarget, can_run, get_target
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec
+from lightning_baqe.kernels.x86.layout import Layout
+from lightning_baqe.kernels.x86.moves import MoveSpec
+from lightning_baqe.measurement.profile import KernelProfile
+from lightning_baqe.tuning.tuner import tunable_layers
 
 PATHS = ("native", "portable")
 

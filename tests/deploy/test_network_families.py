@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lightning_baqe as baqe
-from lightning_baqe.benchmarks.networks import calibrated, random_bits, settled_network
+from lightning_baqe.engines.zoo import calibrated, random_bits, settled_network
 
 FAMILIES = [
     ("torchvision", "resnet18", 64),

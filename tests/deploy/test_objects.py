@@ -14,14 +14,14 @@ import torch
 from small_graphs import Maker, images
 
 from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.compiler import compile_plan
-from lightning_baqe.deploy.kernel_bench import ask_kernel, compile_kernel, save_arguments
-from lightning_baqe.deploy.kernels import Plan
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.deploy.target import get_target
-from lightning_baqe.deploy.tunable import as_tunable, template_of
+from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.kernels.tunable import as_tunable, template_of
+from lightning_baqe.tuning.bench import ask_kernel, compile_kernel, save_arguments
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.measure import Measurement
 from lightning_baqe.deploy.options import BuildOptions
-from lightning_baqe.deploy.records import Records
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.measurement.database import Records
+from lightning_baqe.measurement.measure import Measurement
 from lightning_baqe.runs import evaluation as module
 from lightning_baqe.runs.evaluation import (
     MeasureOptions,

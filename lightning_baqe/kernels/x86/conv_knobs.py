@@ -1,0 +1,177 @@
+"""The knobs of dense and grouped convolutions and matrix products.
+
+Knobs (in BAQE's terms, section III-B):
+
+| knob | values | meaning |
+| --- | --- | --- |
+| tile | ``"oct x oht x owt"`` | tile sizes over output channels (in register widths), height and width |
+| order | ``channels``, ``pixels`` | the outermost loop: a block's weights stay in cache, or a tile's inputs |
+| unroll | 1, 2, 4 | steps of the reduction in one loop body; of a chain, in pairs |
+| weights | ``bytes``, ``packed`` | 4-bit weights widened to bytes on load of the artifact, or expanded in registers |
+| reduction | ``window``, ``channels/64`` | outermost in the sum: rows of the window, or tiles of 64 channels |
+| intrinsic | ``on``, ``off`` | the dot-product instructions, or plain 32-bit arithmetic |
+
+Two of BAQE's are missing. Data layout: kernels that read channels in blocks were tried and are no faster, with VNNI and
+with AVX2, since a tile's inputs lie in the fastest cache either way. The place of padding: the producer's halo costs a
+few stores; any other place is a copy before the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.kernels.x86.arithmetic import quad_of
+from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+
+Knobs = Mapping[str, Any]
+CHANNEL_TILES = (16, 32, 64, 128, 256)
+FEW_PIXELS, MANY_WEIGHTS = 4, 64 * 1024  # of so few pixels, so many weights are read more slowly than multiplied
+CHOICES = {"order": ("channels", "pixels"), "weights": ("bytes", "packed"), "intrinsic": ("on", "off")}
+
+
+def channel_tiles(spec: ConvSpec) -> list[int]:
+    """Tiles of input channels that an outer loop of the sum may take: whole ones, and more than one of them."""
+    if spec.groups > 1 or spec.kernel == (1, 1):  # of one pixel, the order is the same
+        return []
+    return [inner for inner in CHANNEL_TILES if inner < spec.source.stored and spec.source.stored % inner == 0]
+
+
+def inner_channels(knobs: Knobs) -> int:
+    """Input channels of a tile, 0 where the window's rows are the outer loop."""
+    return 0 if knobs["reduction"] == "window" else int(knobs["reduction"].removeprefix("channels/"))
+
+
+def with_intrinsic(spec: ConvSpec, knobs: Knobs) -> ConvSpec:
+    """The spec whose dot product the knobs ask for."""
+    return spec if knobs["intrinsic"] == "on" else dataclasses.replace(spec, dot="portable", chain=1)
+
+
+def _keeps_groups(spec: ConvSpec, packed: bool, inner: int) -> bool:
+    """Whether tiles of input channels leave every group whole: its sum was proven exact as it is."""
+    group = spec.group(packed) * quad_of(spec.dot)
+    return inner % group == 0 and spec.source.stored % group == 0
+
+
+def _unrolls(spec: ConvSpec, packed: bool, inner: int, unroll: int) -> bool:
+    """Whether an unroll factor divides its loop: over the pairs of a chain, without one over groups."""
+    if unroll == 1:
+        return True
+    if spec.dot == "maddubs" and spec.chain > 1:
+        return spec.chain % (2 * unroll) == 0
+    return spec.steps(packed, inner) // spec.group(packed) % unroll == 0
+
+
+def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
+    """Every tile that fits the registers: accumulators, one weight vector a channel block, one input word."""
+    found = []
+    for oct_ in (1, 2, 3, 4, 6, 8):
+        for oht in (1, 2, 4):
+            for owt in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14):
+                if oct_ > spec.blocks or oht > spec.result.height or owt > spec.result.width:
+                    continue
+                if oct_ * oht * owt + oct_ + 1 <= spec.registers:
+                    found.append((oct_, oht, owt))
+    return found
+
+
+def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
+    """The values of each knob, best guess first.
+
+    Args:
+        spec: the kernel.
+        limit: how many tiles to offer, by estimated cost.
+    """
+    ranked = sorted(tiles(spec), key=lambda tile: (tile_cost(spec, tile), tile))
+    space: dict[str, list[Any]] = {
+        "tile": ["x".join(map(str, tile)) for tile in ranked[:limit]],
+        "order": ["channels", "pixels"],
+        "unroll": [u for u in (1, 2, 4) if _unrolls(spec, False, 0, u)],
+        "weights": ["bytes"],
+    }
+    if spec.weight_bits <= 4 and spec.dot in ("vnni", "maddubs"):
+        space["weights"].append("packed")
+    inner = [tile for tile in channel_tiles(spec) if _keeps_groups(spec, False, tile)]
+    space["reduction"] = ["window", *(f"channels/{tile}" for tile in inner)]
+    space["intrinsic"] = ["on"] if spec.dot in ("fma", "portable") else ["on", "off"]
+    return space
+
+
+def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
+    """Estimated cycles of one pass over the output: multiply steps against loads, recomputed edges counted."""
+    oct_, oht, owt = tile
+    pixels = oht * owt
+    passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
+    outer = spec.result.channels // spec.groups
+    shared = 1 if spec.groups == 1 or outer % (oct_ * spec.lanes) == 0 else oct_  # blocks of one group read the same
+    words, vectors = pixels * shared, oct_ * pixels
+    if spec.dot == "maddubs":  # products and int16 sums; once a chain, the widening
+        spilled = max(0, vectors + oct_ + 3 - spec.registers)
+        return passes * (vectors * (2.0 + 3.0 / spec.chain) + 0.5 * (oct_ + words) + 2.0 * spilled)
+    if spec.dot == "madd16":  # two products, two sums; each word becomes two vectors of int16
+        spilled = max(0, vectors + 2 * oct_ + 4 - spec.registers)
+        return passes * (vectors * 4.0 + oct_ + 3.0 * words + 2.0 * spilled)
+    multiplies = (2.0 if spec.dot == "portable" else 1.0) * vectors
+    # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
+    return passes * (max(multiplies, 8.0) + (2.0 if spec.dot == "portable" else 0.1) * (oct_ + words))
+
+
+def default_knobs(spec: ConvSpec) -> dict[str, Any]:
+    """Good knobs without tuning."""
+    space = knob_space(spec, limit=1)
+    # Of madd16, a second step in one body wants more registers than there are.
+    unroll = 2 if 2 in space["unroll"] and spec.dot != "madd16" else 1
+    fixed = {"order": "channels", "reduction": "window", "intrinsic": "on"}
+    weights = "packed" if "packed" in space["weights"] and _reads_weights(spec) else "bytes"
+    return {"tile": space["tile"][0], "unroll": unroll, "weights": weights, **fixed}
+
+
+def _reads_weights(spec: ConvSpec) -> bool:
+    """Whether the time goes into reading weights: half the bytes were half the time there (AVX512-VNNI, Zen 5)."""
+    pixels = spec.result.height * spec.result.width
+    return pixels <= FEW_PIXELS and spec.macs // pixels >= MANY_WEIGHTS
+
+
+def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
+    """Knobs with the default for each one missing; all but ``tile`` and ``order`` fall to the next value that this
+    kernel has, because the same knobs serve a layer at every bit-width.
+
+    Raises:
+        ConfigError: an unknown knob, or a tile that does not fit.
+    """
+    full = default_knobs(spec)
+    unknown = set(knobs) - set(full)
+    if unknown:
+        raise ConfigError(f"unknown knob {sorted(unknown)}; a convolution has {sorted(full)}")
+    full.update(knobs)
+    allowed = {"x".join(map(str, tile)) for tile in tiles(spec)}
+    if full["tile"] not in allowed:
+        raise ConfigError(
+            f"tile {full['tile']!r} does not fit {spec.blocks} blocks of {spec.lanes} channels, "
+            f"{spec.result.height}x{spec.result.width} pixels and {spec.registers} registers; choose one of "
+            f"{sorted(allowed)}"
+        )
+    for knob, values in CHOICES.items():
+        if full[knob] not in values:
+            raise ConfigError(f"{knob} is {' or '.join(values)}, got {full[knob]!r}")
+    orders = ["window", *(f"channels/{tile}" for tile in channel_tiles(spec))]
+    if full["reduction"] not in orders:
+        raise ConfigError(
+            f"reduction {full['reduction']!r} does not fit {spec.source.stored} stored input channels and a window of "
+            f"{spec.kernel[0]}x{spec.kernel[1]}; choose one of {orders}"
+        )
+    if spec.dot in ("fma", "portable"):
+        full["intrinsic"] = "on"
+    spec = with_intrinsic(spec, full)
+    if full["weights"] == "packed" and (spec.weight_bits > 4 or spec.dot not in ("vnni", "maddubs")):
+        full["weights"] = "bytes"
+    packed = full["weights"] == "packed"
+    if full["reduction"] != "window" and not _keeps_groups(spec, packed, inner_channels(full)):
+        full["reduction"] = "window"
+    if full["unroll"] not in (1, 2, 4):
+        raise ConfigError(f"unroll is 1, 2 or 4, got {full['unroll']!r}")
+    while not _unrolls(spec, packed, inner_channels(full), full["unroll"]):
+        full["unroll"] //= 2
+    return full

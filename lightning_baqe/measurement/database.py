@@ -1,0 +1,329 @@
+"""The records database: all kernels, models and peaks ever measured here, in SQLite, safe with several processes.
+
+A record's key holds all that can change its figure: the device, the versions of the toolchain, the target, the
+operator with its shapes, types and epilogue (the spec), its knobs, and the code itself: a digest of the TIR that the
+template generates for them. So an edit of a template forgets the kernels whose code it changes, and no others; and what
+another machine measured is believed where the same versions generate the same code for the same device. What is in the
+database is never measured again.
+
+| table | key | what else |
+| --- | --- | --- |
+| devices | id | ``info``: :func:`~lightning_baqe.hardware.identity.device_info` as JSON |
+| toolchains | id | ``versions``: of TVM, its FFI and LLVM, as JSON |
+| kernels | device, toolchain, target, operator, spec, knobs, code | median and samples, whether exact, or the error |
+| models | device, toolchain, plan | median and samples; the plan's digest covers all code and what generated it |
+| peaks | device, toolchain, target, dot, chain, code | what one core's arithmetic reaches, GMAC/s |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from lightning_baqe.cache import cache_folder
+from lightning_baqe.deploy.calls import Call, Spec
+from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.hardware.identity import code_digest, device_info, device_key, digest, toolchain
+from lightning_baqe.hardware.target import CpuTarget
+
+VERSION = 2
+KERNEL_KEY = ("device", "toolchain", "target", "operator", "spec", "knobs", "code")
+MODEL_KEY = ("device", "toolchain", "plan")
+PEAK_KEY = ("device", "toolchain", "target", "dot", "chain", "code")
+FIGURES = ("latency_us", "samples_us", "exact", "error", "measured_at")
+_SCHEMA = (
+    "CREATE TABLE devices (id TEXT PRIMARY KEY, info TEXT NOT NULL)",
+    "CREATE TABLE toolchains (id TEXT PRIMARY KEY, versions TEXT NOT NULL)",
+    """CREATE TABLE kernels (
+        device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, target TEXT NOT NULL,
+        operator TEXT NOT NULL, spec TEXT NOT NULL, knobs TEXT NOT NULL, code TEXT NOT NULL,
+        latency_us REAL, samples_us TEXT NOT NULL, exact INTEGER, error TEXT, measured_at REAL NOT NULL,
+        PRIMARY KEY (device, toolchain, target, operator, spec, knobs, code))""",
+    """CREATE TABLE models (
+        device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, plan TEXT NOT NULL,
+        latency_us REAL NOT NULL, samples_us TEXT NOT NULL, measured_at REAL NOT NULL,
+        PRIMARY KEY (device, toolchain, plan))""",
+    """CREATE TABLE peaks (
+        device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, target TEXT NOT NULL,
+        dot TEXT NOT NULL, chain INTEGER NOT NULL, code TEXT NOT NULL, gmacs REAL NOT NULL, measured_at REAL NOT NULL,
+        PRIMARY KEY (device, toolchain, target, dot, chain, code))""",
+)
+
+
+def default_records_path() -> Path:
+    """``$LIGHTNING_BAQE_CACHE/records.db``, by default ``~/.cache/lightning_baqe/records.db``."""
+    return cache_folder() / "records.db"
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One measured kernel.
+
+    Args:
+        knobs: its knobs.
+        latency_us: what knobs are ranked by, the tuner's is the fastest sample; None if it failed.
+        samples_us: all samples.
+        exact: whether its result was compared with the reference and equal.
+        error: why it failed.
+
+    Raises:
+        ConfigError: a figure that is no latency, or neither a latency nor an error.
+    """
+
+    knobs: dict[str, Any]
+    latency_us: float | None
+    samples_us: list[float]
+    exact: bool | None
+    error: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it has a latency, and its result was not found wrong."""
+        return self.error is None and self.latency_us is not None and self.exact is not False
+
+    def __post_init__(self) -> None:
+        check_latencies(self.latency_us, self.samples_us)
+        if self.latency_us is None and self.error is None:
+            raise ConfigError("a record has a latency or says why not; got neither a latency nor an error")
+
+
+def check_latencies(latency_us: float | None, samples_us: list[float]) -> None:
+    """Check that figures are latencies.
+
+    Raises:
+        ConfigError: one is not finite or not positive.
+    """
+    for figure in ([] if latency_us is None else [latency_us]) + samples_us:
+        if not (math.isfinite(figure) and figure > 0):
+            raise ConfigError(f"a latency is a finite positive number of microseconds, got {figure}")
+
+
+class Records:
+    """The database.
+
+    Args:
+        path: of the SQLite file; created if missing.
+
+    Raises:
+        ConfigError: the file is no records database, or a newer version wrote it.
+    """
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.path = Path(path) if path is not None else default_records_path()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.reading() as connection:
+                if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                    connection.execute("PRAGMA journal_mode = WAL")
+            with self.transaction() as connection:
+                _prepare(connection, self.path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, full, read-only: not about what the file is
+                raise
+            raise ConfigError(f"{self.path} is no SQLite database ({error}): move it away, or give another") from error
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection for queries."""
+        with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as connection:
+            yield connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A connection that writes all or nothing, one process after the other."""
+        with self.reading() as connection, connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+
+    def add_kernel(self, spec: Spec, target: CpuTarget, record: KernelRecord) -> None:
+        """Keep a kernel's measurement; an older one of the same code is replaced.
+
+        Args:
+            spec: of a kernel; if it has threads, they belong to the device.
+            target: what it was compiled for.
+            record: its figures, or why there are none.
+        """
+        info, knobs = device_info(_threads(spec)), canonical(record.knobs)
+        code = code_key(spec, knobs) or ""  # knobs that the template refuses have no code; their failure is kept
+        exact = None if record.exact is None else int(record.exact)
+        samples = json.dumps(record.samples_us)
+        key = (device_key(info), digest(toolchain()), *kernel_text(spec, target), knobs, code)
+        with self.transaction() as connection:
+            _know(connection, info)
+            row = (*key, record.latency_us, samples, exact, record.error, time.time())
+            connection.execute(f"INSERT OR REPLACE INTO kernels VALUES ({_marks(row)})", row)
+
+    def kernel(self, spec: Spec, target: CpuTarget, knobs: Mapping[str, Any]) -> KernelRecord | None:
+        """The record of a kernel as it would be compiled now, None if it was never measured."""
+        wanted = canonical(knobs)
+        return next(self._current(spec, target, "knobs = ?", (wanted,)), None)
+
+    def kernels(self, spec: Spec, target: CpuTarget) -> list[KernelRecord]:
+        """All records of one operator as it would be compiled now, fastest first, failed ones last."""
+        return list(self._current(spec, target))
+
+    def best_knobs(self, spec: Spec, target: CpuTarget) -> dict[str, Any] | None:
+        """The knobs of the fastest usable record of an operator, None if there is none."""
+        return next((record.knobs for record in self._current(spec, target) if record.usable), None)
+
+    def add_model(self, plan_digest: str, threads: int, samples_us: list[float], latency_us: float) -> None:
+        """Keep a whole model's latency."""
+        check_latencies(latency_us, samples_us)
+        info = device_info(threads)
+        row = (device_key(info), digest(toolchain()), plan_digest, latency_us, json.dumps(samples_us), time.time())
+        with self.transaction() as connection:
+            _know(connection, info)
+            connection.execute(f"INSERT OR REPLACE INTO models VALUES ({_marks(row)})", row)
+
+    def model(self, plan_digest: str, threads: int) -> tuple[float, list[float]] | None:
+        """``(latency_us, samples_us)`` of a whole model with this code, None if it was never measured."""
+        query = "SELECT latency_us, samples_us FROM models WHERE device=? AND toolchain=? AND plan=?"
+        with self.reading() as connection:
+            key = (device_key(device_info(threads)), digest(toolchain()), plan_digest)
+            row = connection.execute(query, key).fetchone()
+        return (row[0], json.loads(row[1])) if row else None
+
+    def add_peak(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
+        """Keep what one core's arithmetic reaches in registers, 1e9 multiply-accumulates a second, if it is the most.
+
+        Busy machines and slow clocks only ever lower it.
+        """
+        if not (math.isfinite(gmacs) and gmacs > 0):
+            raise ConfigError(f"a peak is a finite positive number of GMAC/s, got {gmacs}")
+        row = (*_peak_key(target, dot, chain), gmacs, time.time())
+        with self.transaction() as connection:
+            _know(connection, device_info(1))
+            keep = "ON CONFLICT DO UPDATE SET gmacs = excluded.gmacs WHERE excluded.gmacs > gmacs"
+            connection.execute(f"INSERT INTO peaks VALUES ({_marks(row)}) {keep}", row)
+
+    def peak(self, target: CpuTarget, dot: str, chain: int) -> float | None:
+        """The kept peak in GMAC/s, None if it was never measured with the code there is now."""
+        where = " AND ".join(f"{name} = ?" for name in PEAK_KEY)
+        with self.reading() as connection:
+            query = f"SELECT gmacs FROM peaks WHERE {where}"
+            row = connection.execute(query, _peak_key(target, dot, chain)).fetchone()
+        return row[0] if row else None
+
+    def _current(
+        self, spec: Spec, target: CpuTarget, condition: str = "1", values: tuple[Any, ...] = ()
+    ) -> Iterator[KernelRecord]:
+        """Records whose code is what the template generates now."""
+        query = (
+            "SELECT code, knobs, latency_us, samples_us, exact, error FROM kernels "
+            f"WHERE device=? AND toolchain=? AND target=? AND operator=? AND spec=? AND {condition} "
+            "ORDER BY latency_us IS NULL, latency_us, knobs"
+        )
+        key = (device_key(device_info(_threads(spec))), digest(toolchain()), *kernel_text(spec, target), *values)
+        with self.reading() as connection:
+            rows = connection.execute(query, key).fetchall()
+        for code, knobs, latency_us, samples_us, exact, error in rows:
+            if code == (code_key(spec, knobs) or ""):
+                checked = None if exact is None else bool(exact)
+                yield KernelRecord(json.loads(knobs), latency_us, json.loads(samples_us), checked, error)
+
+
+@functools.lru_cache(maxsize=16384)
+def code_key(spec: Spec, knobs: str) -> str | None:
+    """Digest of the TIR that the template generates now for a spec and knobs (as :func:`canonical` writes them).
+
+    None where the template does not know such knobs: those that were renamed since, or that somebody made up.
+    """
+    try:
+        function = Call(("kernel",), None, spec, json.loads(knobs), ()).function()
+    except (BaqeError, KeyError, ValueError, TypeError):
+        return None
+    return hashlib.sha256(tvm.ir.save_json(function).encode()).hexdigest()[:32]
+
+
+def kernel_text(spec: Spec, target: CpuTarget) -> tuple[str, str, str]:
+    """Target, operator and spec as the database holds them.
+
+    Fields at their default are left out, so that a spec which gains a field with a default keeps its records.
+    """
+    return canonical(target.tvm), type(spec).__name__, canonical(_stated(spec))
+
+
+def _stated(value: Any) -> Any:
+    """A dataclass as its fields that are not at their default, and likewise those in it."""
+    if isinstance(value, tuple):
+        return [_stated(part) for part in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return {f.name: _stated(part) for f, part in fields if part != f.default}
+
+
+def canonical(value: Mapping[str, Any]) -> str:
+    """A mapping as JSON, the same text for equal mappings.
+
+    Raises:
+        ValueError: it holds a number that is not finite.
+    """
+    return json.dumps(dict(value), sort_keys=True, allow_nan=False)
+
+
+def _peak_key(target: CpuTarget, dot: str, chain: int) -> tuple[Any, ...]:
+    return device_key(device_info(1)), digest(toolchain()), canonical(target.tvm), dot, chain, code_digest()
+
+
+def _threads(spec: Spec) -> int:
+    return int(getattr(spec, "threads", 1))  # kernels without that field are never parallel
+
+
+def _marks(row: tuple[Any, ...]) -> str:
+    return ",".join("?" * len(row))
+
+
+def _know(connection: sqlite3.Connection, info: Mapping[str, Any]) -> None:
+    """Keep what this machine and its toolchain are, once."""
+    versions = toolchain()
+    connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device_key(info), canonical(info)))
+    connection.execute("INSERT OR IGNORE INTO toolchains VALUES (?, ?)", (digest(versions), canonical(versions)))
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Create the tables, or set those of version 1 aside."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == VERSION:
+        return
+    if version > VERSION:
+        raise ConfigError(
+            f"{path} has version {version} of the records, this package reads {VERSION}: update the package, or give "
+            "another database (LIGHTNING_BAQE_CACHE is the folder of the default one)"
+        )
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if tables and not {"kernels", "models"} <= tables:
+        raise ConfigError(f"{path} is a database of something else, with the tables {sorted(tables)}: give another")
+    if tables:
+        _set_aside(connection, path)
+    for statement in _SCHEMA:
+        connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _set_aside(connection: sqlite3.Connection, path: Path) -> None:
+    """Rename the tables of version 1: their keys do not say which code was measured, nor in words on which device."""
+    counts = []
+    connection.execute("DROP INDEX IF EXISTS kernels_by_spec")
+    for name in ("kernels", "models"):
+        counts.append(connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
+        connection.execute(f"ALTER TABLE {name} RENAME TO {name}_v1")
+    if any(counts):
+        warnings.warn(
+            f"{path} was written by an older version; its {counts[0]} kernels and {counts[1]} models do not say which "
+            "code they measured and are not used any more (kept in the tables kernels_v1 and models_v1)",
+            stacklevel=2,
+        )

@@ -1,0 +1,292 @@
+"""Records as JSON lines, so that people can share what they measured on a device.
+
+Every line is an object with its ``kind`` and the ``version`` of the format, so that files may be joined, sorted and
+filtered by lines. Kernels and models name their device and toolchain by id; the lines of those say what they are.
+
+| kind | keys |
+| --- | --- |
+| device | id, info |
+| toolchain | id, versions |
+| kernel | device, toolchain, target, operator, spec, knobs, code, latency_us, samples_us, exact, error, measured_at |
+| model | device, toolchain, plan, latency_us, samples_us, measured_at |
+| peak | device, toolchain, target, dot, chain, code, gmacs, measured_at |
+
+Records of other devices are kept under their own device and never taken for this one's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.files import replace_file
+from lightning_baqe.hardware.identity import device_key, digest
+from lightning_baqe.measurement.database import (
+    FIGURES,
+    KERNEL_KEY,
+    MODEL_KEY,
+    PEAK_KEY,
+    VERSION,
+    KernelRecord,
+    Records,
+    check_latencies,
+)
+
+_JSON_COLUMNS = ("info", "versions", "target", "spec", "knobs", "samples_us")
+_TABLES = {"device": "devices", "toolchain": "toolchains", "kernel": "kernels", "model": "models", "peak": "peaks"}
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "device": ("id", "info"),
+    "toolchain": ("id", "versions"),
+    "kernel": (*KERNEL_KEY, *FIGURES),
+    "model": (*MODEL_KEY, "latency_us", "samples_us", "measured_at"),
+    "peak": (*PEAK_KEY, "gmacs", "measured_at"),
+}
+_KEYS = {"device": ("id",), "toolchain": ("id",), "kernel": KERNEL_KEY, "model": MODEL_KEY, "peak": PEAK_KEY}
+_MEASURED = ("kernel", "model", "peak")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "device", "toolchain", "operator", "code", "plan", "dot"), (str,)),
+    **dict.fromkeys(("info", "versions", "target", "spec", "knobs"), (dict,)),
+    "latency_us": (int, float, type(None)),
+    "samples_us": (list,),
+    "exact": (bool, type(None)),
+    "error": (str, type(None)),
+    "measured_at": (int, float),
+    "chain": (int,),
+    "gmacs": (int, float),
+}
+_SCALARS = (str, int, float, bool)
+
+
+@dataclass
+class Imported:
+    """What an import did, in lines.
+
+    Args:
+        added: records that were new.
+        replaced: records that had fewer samples than the file's.
+        kept: records that had at least as many, or whose result was found wrong; the file's differ and were left.
+        same: records that the database already had.
+    """
+
+    added: int = 0
+    replaced: int = 0
+    kept: int = 0
+    same: int = 0
+
+
+def matching_devices(records: Records, text: str) -> list[str]:
+    """Ids of the devices whose id begins with a text, or whose CPU's name holds it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    with records.reading() as connection:
+        rows = connection.execute("SELECT id, info FROM devices ORDER BY id").fetchall()
+    known = {key: json.loads(info)["cpu"] for key, info in rows}
+    found = [key for key, cpu in known.items() if key.startswith(text) or text.lower() in cpu.lower()]
+    if not found:
+        names = "; ".join(f"{key} {cpu}" for key, cpu in known.items()) or "none"
+        raise ConfigError(f"{records.path} knows no device {text!r}: give the beginning of an id, or of {names}")
+    return found
+
+
+def export_records(records: Records, path: Path, device: str | None = None) -> int:
+    """Write records as JSON lines; the file is replaced in one step.
+
+    Args:
+        records: the database.
+        path: the file.
+        device: only of devices that :func:`matching_devices` finds; None: of all.
+
+    Returns:
+        how many kernels, models and peaks were written.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    devices = None if device is None else set(matching_devices(records, device))
+    with records.reading() as connection:
+        connection.execute("BEGIN")  # one state of the database, whoever writes meanwhile
+        rows = [row for kind in _MEASURED for row in _rows(connection, kind)]
+        rows = [row for row in rows if devices is None or row["device"] in devices]
+        for kind in ("toolchain", "device"):
+            used = {row[kind] for row in rows if kind in row}
+            rows = [row for row in _rows(connection, kind) if row["id"] in used] + rows
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    replace_file(path, text.encode())
+    return sum(row["kind"] in _MEASURED for row in rows)
+
+
+def import_records(records: Records, path: Path) -> Imported:
+    """Read what :func:`export_records` wrote, all of it or, if one line is wrong, nothing.
+
+    A record is replaced only by one with more samples; one whose result was found wrong here stays.
+
+    Raises:
+        DataError: a line that is no record; the message names it.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        rows = list(_parsed(file, path))
+    done = Imported()
+    with records.transaction() as connection:
+        for kind in ("device", "toolchain"):
+            for _, row in rows:
+                if row["kind"] == kind:
+                    _insert(connection, row, "IGNORE")
+        for number, row in rows:
+            if row["kind"] in _MEASURED:
+                _check_references(connection, row, f"{path}, line {number}")
+                _merge(connection, row, done)
+    return done
+
+
+def _rows(connection: sqlite3.Connection, kind: str) -> Iterator[dict[str, Any]]:
+    columns = _COLUMNS[kind]
+    query = f"SELECT {', '.join(columns)} FROM {_TABLES[kind]} ORDER BY {', '.join(_KEYS[kind])}"
+    for values in connection.execute(query):
+        row = {"kind": kind, "version": VERSION, **dict(zip(columns, values, strict=True))}
+        for name in _JSON_COLUMNS:
+            if name in row:
+                row[name] = json.loads(row[name])
+        if row.get("exact") is not None:
+            row["exact"] = bool(row["exact"])
+        yield row
+
+
+def _insert(connection: sqlite3.Connection, row: Mapping[str, Any], otherwise: str) -> None:
+    columns = _COLUMNS[row["kind"]]
+    marks = ",".join("?" * len(columns))
+    connection.execute(f"INSERT OR {otherwise} INTO {_TABLES[row['kind']]} VALUES ({marks})", _values(row, columns))
+
+
+def _values(row: Mapping[str, Any], columns: Iterable[str]) -> tuple[Any, ...]:
+    """A row's values as the database holds them."""
+    texts = {name: json.dumps(row[name], sort_keys=True) for name in _JSON_COLUMNS if name in row}
+    return tuple(texts.get(name, row[name]) for name in columns)
+
+
+def _merge(connection: sqlite3.Connection, row: dict[str, Any], done: Imported) -> None:
+    kind = row["kind"]
+    key = _KEYS[kind]
+    figures = [name for name in _COLUMNS[kind] if name not in key]
+    where = " AND ".join(f"{name} = ?" for name in key)
+    query = f"SELECT {', '.join(figures)} FROM {_TABLES[kind]} WHERE {where}"
+    known = connection.execute(query, _values(row, key)).fetchone()
+    if known is None:
+        _insert(connection, row, "ABORT")
+        done.added += 1
+        return
+    if known == _values(row, figures):
+        done.same += 1
+        return
+    here = dict(zip(figures, known, strict=True))
+    samples = len(row.get("samples_us", ()))
+    if here.get("exact") == 0 or len(json.loads(here.get("samples_us", "[]"))) >= samples:
+        done.kept += 1
+        return
+    _insert(connection, row, "REPLACE")
+    done.replaced += 1
+
+
+def _check_references(connection: sqlite3.Connection, row: Mapping[str, Any], where: str) -> None:
+    for kind in ("device", "toolchain"):
+        if connection.execute(f"SELECT 1 FROM {_TABLES[kind]} WHERE id = ?", (row[kind],)).fetchone() is None:
+            raise DataError(f"{where}: there is no line for its {kind} {row[kind]!r}; export the records again")
+
+
+# --- checks of one line -------------------------------------------------------------------------------------------
+
+
+def _parsed(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=_no_constant)
+            _check(row)
+            json.dumps(row, allow_nan=False, ensure_ascii=False).encode()  # 1e999 and lone surrogates are refused
+        except (ValueError, OverflowError, RecursionError) as error:  # of JSON and its numbers, and ConfigError
+            raise DataError(f"{path}, line {number}: {error}; nothing was imported") from error
+        yield number, row
+
+
+def _no_constant(name: str) -> None:
+    raise ConfigError(f"{name} is no JSON number")
+
+
+def _check(row: Any) -> None:
+    """Check one line.
+
+    Raises:
+        ConfigError: what is wrong with it.
+    """
+    if not isinstance(row, dict) or row.get("kind") not in _COLUMNS:
+        raise ConfigError(f"a line is an object whose kind is one of {', '.join(_COLUMNS)}")
+    if row.get("version") != VERSION:
+        raise ConfigError(f"it has version {row.get('version')!r} of the format, this package reads {VERSION}")
+    columns = _COLUMNS[row["kind"]]
+    wrong = sorted(set(row) ^ {"kind", "version", *columns})
+    if wrong:
+        raise ConfigError(f"a {row['kind']} has the keys {', '.join(columns)}; missing or unknown: {', '.join(wrong)}")
+    for name in columns:
+        value = row[name]
+        if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in _TYPES[name])
+            raise ConfigError(f"{name} is {wanted}, got {value!r}")
+    _CHECKS[row["kind"]](row)
+
+
+def _check_device(row: Mapping[str, Any]) -> None:
+    info = row["info"]
+    missing = {"cpu", "machine", "system", "flags_digest", "threads"} - set(info)
+    if missing or not isinstance(info["cpu"], str):
+        raise ConfigError(f"the info of a device lacks {sorted(missing) or 'a name of its CPU'}")
+    if device_key(info) != row["id"]:
+        raise ConfigError(f"the id {row['id']!r} is not that of this device, {device_key(info)!r}")
+
+
+def _check_toolchain(row: Mapping[str, Any]) -> None:
+    if not all(isinstance(value, str) for value in row["versions"].values()):
+        raise ConfigError(f"versions are texts, got {row['versions']!r}")
+    if digest(row["versions"]) != row["id"]:
+        raise ConfigError(f"the id {row['id']!r} is not that of these versions, {digest(row['versions'])!r}")
+
+
+def _check_kernel(row: Mapping[str, Any]) -> None:
+    if not all(isinstance(value, _SCALARS) for value in row["knobs"].values()):
+        raise ConfigError(f"knobs are texts and numbers, got {row['knobs']!r}")
+    _check_samples(row)
+    KernelRecord(row["knobs"], row["latency_us"], row["samples_us"], row["exact"], row["error"])
+
+
+def _check_model(row: Mapping[str, Any]) -> None:
+    if row["latency_us"] is None:
+        raise ConfigError("latency_us is a number, got None")
+    _check_samples(row)
+    check_latencies(row["latency_us"], row["samples_us"])
+
+
+def _check_peak(row: Mapping[str, Any]) -> None:
+    if not (math.isfinite(row["gmacs"]) and row["gmacs"] > 0):
+        raise ConfigError(f"gmacs is finite and positive, got {row['gmacs']}")
+
+
+def _check_samples(row: Mapping[str, Any]) -> None:
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in row["samples_us"]):
+        raise ConfigError(f"samples_us are numbers, got {row['samples_us']!r}")
+
+
+_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {
+    "device": _check_device,
+    "toolchain": _check_toolchain,
+    "kernel": _check_kernel,
+    "model": _check_model,
+    "peak": _check_peak,
+}

@@ -1,0 +1,434 @@
+"""The translation of an integer graph's operators; see :mod:`lightning_baqe.onnx.export`.
+
+All scales of the model follow from the integer constants of the graph: a layer's weight scales from its requantization
+factors, what an addition multiplies its operands with from its multipliers. Where those agree with the scales of the
+tensors' types, as they do in every lowered graph, operators need no factors of their own.
+
+| symbol | meaning |
+| --- | --- |
+| step | distance of neighbouring integers of a tensor, in real values: the scale of its type |
+| reach | range of the real values that an operator can return |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+
+import lightning_baqe
+from lightning_baqe.errors import UnsupportedModelError
+from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.onnx.pointwise_functions import apply_function, clip
+from lightning_baqe.onnx.ranges import Reach, bounds_of, needs_clip, outer_bounds, span, step, storage_of
+from lightning_baqe.onnx.weighted_layers import export_weights
+from lightning_baqe.onnx.windows import average_pool, max_pool, select
+from lightning_baqe.onnx.writer import Grid, Writer
+from lightning_baqe.quantization.pointwise import Pointwise
+
+INPUT, OUTPUT = "input", "logits"
+SAME = 2.0**-6  # steps of the output that a factor or a term may be worth and still be left out
+
+
+def newest_opset() -> int:
+    """The newest opset that the installed onnx knows."""
+    return int(onnx.defs.onnx_opset_version())
+
+
+def make_model(graph: IntegerGraph, opset: int, pack_int4: bool) -> onnx.ModelProto:
+    """The graph as a checked model; arguments as :func:`~lightning_baqe.onnx.export.export_onnx`.
+
+    Raises:
+        UnsupportedModelError: see there.
+    """
+    exporter = Exporter(graph, pack_int4)
+    exporter.export()
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", *node.type.shape])
+        for name, node in ((INPUT, graph.nodes[0]), (OUTPUT, graph.output))
+    ]
+    writer = exporter.writer
+    body = helper.make_graph(writer.nodes, "lightning_baqe", ends[:1], ends[1:], writer.initializers)
+    imports = [helper.make_opsetid("", opset)]
+    model = helper.make_model(
+        body,
+        opset_imports=imports,
+        producer_name="lightning-baqe",
+        producer_version=lightning_baqe.__version__,
+        ir_version=helper.find_min_ir_version_for(imports),
+    )
+    bits = {layer: list(pair) for layer, pair in graph.bits.items()}
+    helper.set_model_props(
+        model, {"lightning_baqe.bits": json.dumps(bits), "lightning_baqe.int4": json.dumps(exporter.int4)}
+    )
+    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A tensor: its real values' name, and that of its integers if it has 8 bits."""
+
+    real: str
+    integers: str | None = None
+
+
+class Exporter:
+    """Adds the operators of a graph to a writer.
+
+    Args:
+        graph: see above.
+        pack_int4: see :func:`~lightning_baqe.onnx.export.export_onnx`.
+    """
+
+    def __init__(self, graph: IntegerGraph, pack_int4: bool) -> None:
+        self.graph, self.pack_int4 = graph, pack_int4
+        self.writer = Writer((INPUT, OUTPUT))
+        self.values: dict[str, _Value] = {}
+        self.scaled: set[str] = set()  # accumulators that already carry the scale of the Dequantize that reads them
+        self.dequantized: set[str] = set()  # names of real values that come from integers
+        self.int4: list[str] = []
+        self.nodes = {node.name: node for node in graph}
+        self.readers: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
+        for node in graph:
+            for name in node.inputs:
+                self.readers[name].append(node)
+
+    def export(self) -> None:
+        """Add all operators."""
+        for node in self.graph:
+            self._export(node)
+        output = self.graph.output
+        if output.type.is_integer:
+            raise UnsupportedModelError(f"the graph ends in the integers of {output.name!r}; end it with a Dequantize")
+        real = self.values[output.name].real
+        if real == INPUT:
+            real = self.writer.node("Identity", [INPUT], output.name)
+        self.writer.rename(real, OUTPUT)
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    def _real(self, node: ir.Node, index: int = 0) -> str:
+        return self.values[node.inputs[index]].real
+
+    def _type(self, node: ir.Node, index: int = 0) -> ir.TensorType:
+        return self.nodes[node.inputs[index]].type
+
+    def _around(self, node: ir.Node, zero_point: int, index: int = 0) -> str:
+        """An input's real values where ``zero_point`` stands for 0; it does so in its type, too, but in odd graphs."""
+        kind = self._type(node, index)
+        return self._plus(self._real(node, index), (kind.zero_point - zero_point) * step(kind), step(kind), node.name)
+
+    def _times(self, real: str, factor: float, steps: float, wish: str) -> str:
+        """A product with a factor, left out where it makes no difference on ``steps`` steps of the output."""
+        if abs(factor - 1) * steps < SAME or abs(factor - 1) < 2.0**-24:
+            return real
+        return self.writer.node("Mul", [real, self.writer.scalar(f"{wish}.factor", factor)], f"{wish}.scaled")
+
+    def _plus(self, real: str, term: float, output_step: float, wish: str) -> str:
+        """A sum with a number, left out where it is no part of a step of the output."""
+        if abs(term) < SAME * output_step:
+            return real
+        return self.writer.node("Add", [real, self.writer.scalar(f"{wish}.term", term)], f"{wish}.moved")
+
+    def _store(self, node: ir.Node, real: str, reach: Reach | None = None, fused: bool = False) -> None:
+        """Quantize an operator's result onto the grid of its type and dequantize it.
+
+        Args:
+            real: the result's name.
+            reach: of the result; None: unknown.
+            fused: engines fuse the operator with QuantizeLinear if nothing is in between.
+        """
+        kind, writer, wish = node.type, self.writer, node.name
+        storage = storage_of(kind) if kind.is_integer else None
+        if storage is None:
+            bounds = outer_bounds(kind, reach) if kind.is_integer else (-math.inf, math.inf)
+            clipped = real if bounds == (-math.inf, math.inf) else clip(writer, real, f"{wish}.clip", *bounds)
+            self.values[node.name] = _Value(clipped)
+            return
+        grid = writer.grid(wish, kind.scale, kind.zero_point, storage)
+        clips = needs_clip(kind, storage, reach)
+        if clips and fused:
+            real = writer.dequantize(writer.quantize(real, grid, f"{wish}.full"), grid, f"{wish}.full")
+        if clips:
+            real = clip(writer, real, f"{wish}.clip", *bounds_of(kind))
+        self._dequantized(node, writer.quantize(real, grid, wish), grid)
+
+    def _dequantized(self, node: ir.Node, integers: str, grid: Grid) -> None:
+        real = self.writer.dequantize(integers, grid, node.name)
+        self.dequantized.add(real)
+        self.values[node.name] = _Value(real, integers)
+
+    def _moved(self, node: ir.Node, real: str) -> None:
+        """What only moves, selects or joins elements of its inputs cannot leave their range."""
+        if not self.scaled.isdisjoint(node.inputs):
+            self.scaled.add(node.name)
+        self._store(node, real, bounds_of(node.type) if node.type.is_integer else None)
+
+    # -- operators ----------------------------------------------------------------------------------------------------
+
+    def _export(self, node: ir.Node) -> None:
+        writer, wish = self.writer, node.name
+        match node:
+            case ir.Input():
+                self.values[node.name] = _Value(INPUT)
+            case ir.Quantize() if isinstance(self.nodes[node.inputs[0]], ir.Input):
+                self._quantize_image(node)
+            case ir.Quantize():
+                factor = node.inverse_scale * step(node.type)
+                self._store(node, self._times(self._real(node), factor, span(node.type), wish))
+            case ir.Dequantize():
+                self._dequantize(node)
+            case ir.Conv() | ir.Linear():
+                self._layer(node)
+            case ir.Add():
+                self._add(node)
+            case ir.Mul():
+                self._mul(node)
+            case ir.Affine():
+                self._affine(node)
+            case ir.Table():
+                self._table(node)
+            case ir.Requantize():
+                self._requantize(node)
+            case ir.AvgPool():
+                self._avg_pool(node)
+            case ir.Clip():
+                self._store(node, self._real(node))
+            case ir.MaxPool():
+                self._moved(node, max_pool(writer, self._real(node), wish, node, self._type(node).shape))
+            case ir.Concat():
+                reals = [self._real(node, i) for i in range(len(node.inputs))]
+                self._moved(node, writer.node("Concat", reals, f"{wish}.joined", axis=1))
+            case ir.Gather():
+                indices = (node.channels, node.rows, node.columns)
+                self._moved(node, select(writer, self._real(node), wish, indices, self._type(node).shape))
+            case ir.Flatten():
+                self._flatten(node)
+            case _:
+                self._float(node)
+
+    def _quantize_image(self, node: ir.Quantize) -> None:
+        """Quantize the network's input with the product that the integer graph has, not with a division.
+
+        Normalised images hold 256 values a channel. Where they lie between two steps, the last bit of the scaled value
+        decides for all of them. Round keeps OpenVINO from joining product and quantization.
+        """
+        kind, writer, wish = node.type, self.writer, node.name
+        storage = storage_of(kind)
+        if storage is None:
+            self._store(node, self._real(node))
+            return
+        inverse = writer.scalar(f"{wish}.inverse_scale", node.inverse_scale)
+        product = writer.node("Mul", [self._real(node), inverse], f"{wish}.product")
+        steps = writer.node("Round", [product], f"{wish}.steps")
+        whole = replace(kind, scale=1.0)
+        if needs_clip(whole, storage, None):
+            steps = clip(writer, steps, f"{wish}.clip", *bounds_of(whole))
+        integers = writer.quantize(steps, writer.grid(f"{wish}.whole", 1.0, kind.zero_point, storage), wish)
+        self._dequantized(node, integers, writer.grid(wish, step(kind), kind.zero_point, storage))
+
+    def _flatten(self, node: ir.Flatten) -> None:
+        if len(node.type.shape) == 1:
+            flat = self.writer.node("Flatten", [self._real(node)], f"{node.name}.flat", axis=1)
+        else:
+            shape = self.writer.shape(f"{node.name}.shape", [0, *node.type.shape])
+            flat = self.writer.node("Reshape", [self._real(node), shape], f"{node.name}.shaped")
+        self._moved(node, flat)
+
+    def _dequantize(self, node: ir.Dequantize) -> None:
+        kind, real = self._type(node), self._real(node)
+        if node.inputs[0] not in self.scaled:
+            real = self._around(node, node.zero_point)
+            factors = node.scale.double() / step(kind)
+            if bool(((factors - 1).abs() > 2.0**-24).any()):
+                numbers = channels(factors, node.type.shape)
+                real = self.writer.node("Mul", [real, self.writer.constant(f"{node.name}.scale", numbers)], node.name)
+        self.values[node.name] = _Value(real)
+
+    def _scale_of_reader(self, node: ir.Conv | ir.Linear) -> torch.Tensor | None:
+        """The scales by channel of the one Dequantize that reads accumulators, perhaps flattened; else None."""
+        readers = self.readers[node.name]
+        while len(readers) == 1 and isinstance(readers[0], ir.Flatten):
+            readers = self.readers[readers[0].name]
+        if len(readers) != 1 or not isinstance(readers[0], ir.Dequantize) or readers[0].zero_point != 0:
+            return None
+        count = node.type.shape[0]
+        scale = readers[0].scale.double()
+        by_channel = (scale.expand(count) if scale.ndim == 0 else scale).reshape(count, -1)
+        return by_channel[:, 0] if bool((by_channel == by_channel[:, :1]).all()) else None
+
+    def _layer(self, node: ir.Conv | ir.Linear) -> None:
+        source = self._type(node)
+        if isinstance(node, ir.Conv) and any(node.padding) and node.pad_value != source.zero_point:
+            raise UnsupportedModelError(
+                f"layer {node.layer!r} pads with {node.pad_value}, ONNX pads with what stands for 0, "
+                f"{source.zero_point}; pad with that"
+            )
+        if node.requant is not None:
+            scale = node.requant.real() * node.type.scale
+        else:
+            found = self._scale_of_reader(node)
+            scale = torch.tensor(step(node.type), dtype=torch.float64) if found is None else found
+            if found is not None:
+                self.scaled.add(node.name)
+        small = self.pack_int4 and node.weight_bits <= 4
+        weights = export_weights(node, scale.expand(node.type.shape[0]), source.scale, source.zero_point, plain=small)
+        packed = small and weights.fits_int4
+        if packed:
+            self.int4.append(node.layer)
+        inputs = [self._real(node), *weights.write(self.writer, node.name, packed)]
+        if isinstance(node, ir.Conv):
+            out = self.writer.node("Conv", inputs, f"{node.name}.out", **_conv_options(node))
+        else:
+            out = self.writer.node("Gemm", inputs, f"{node.name}.out", transB=1)
+        if node.requant is None:
+            self.values[node.name] = _Value(out)
+        else:
+            self._store(node, out, fused=True)
+
+    def _add(self, node: ir.Add) -> None:
+        parts, term = [], node.offset / 2.0**node.shift
+        for index, multiplier in enumerate(node.multipliers):
+            kind, factor = self._type(node, index), multiplier / 2.0**node.shift
+            relative = factor * step(node.type) / step(kind)
+            parts.append(self._times(self._real(node, index), relative, factor * span(kind), node.name))
+            term += factor * kind.zero_point
+        total = self.writer.node("Add", parts, f"{node.name}.sum")
+        self._store(node, self._plus(total, term * step(node.type), step(node.type), node.name), fused=True)
+
+    def _mul(self, node: ir.Mul) -> None:
+        reals = [self._around(node, zero_point, i) for i, zero_point in enumerate(node.input_zero_points)]
+        factor = float(node.requant.real())
+        relative = factor * step(node.type) / (step(self._type(node, 0)) * step(self._type(node, 1)))
+        product = self.writer.node("Mul", reals, f"{node.name}.product")
+        steps = factor * span(self._type(node, 0)) * span(self._type(node, 1))
+        self._store(node, self._times(product, relative, steps, node.name), fused=True)
+
+    def _affine(self, node: ir.Affine) -> None:
+        kind = self._type(node)
+        gain = node.requant.real() * step(node.type) / step(kind)
+        shift = node.offset.double() / 2.0**node.requant.shift * step(node.type)
+        shift = shift + gain * step(kind) * (kind.zero_point - node.input_zero_point)
+        self._store(node, self._gain_and_shift(node, gain, shift))
+
+    def _gain_and_shift(self, node: ir.Node, gain: torch.Tensor, shift: torch.Tensor) -> str:
+        wish, shape = node.name, node.type.shape
+        factors = self.writer.constant(f"{wish}.gain", channels(gain, shape))
+        scaled = self.writer.node("Mul", [self._real(node), factors], f"{wish}.scaled")
+        terms = self.writer.constant(f"{wish}.shift", channels(shift, shape))
+        return self.writer.node("Add", [scaled, terms], f"{wish}.moved")
+
+    def _requantize(self, node: ir.Requantize) -> None:
+        kind, factor = self._type(node), float(node.requant.real())
+        relative = factor * step(node.type) / step(kind)
+        real = self._times(self._around(node, node.input_zero_point), relative, factor * span(kind), node.name)
+        self._store(node, real)  # the clip keeps ONNX Runtime from joining this rounding with the one before it
+
+    def _avg_pool(self, node: ir.AvgPool) -> None:
+        kind = self._type(node)
+        factors = (node.requant.real() * step(node.type) / step(kind)).numpy()
+        real = self._around(node, node.input_zero_point)
+        low, high = bounds_of(kind)
+        moved = (kind.zero_point - node.input_zero_point) * step(kind)
+        low, high = min(low + moved, 0.0), max(high + moved, 0.0)
+        count = int((node.rows[:, 1] - node.rows[:, 0]).max() * (node.columns[:, 1] - node.columns[:, 0]).max())
+        most = float(factors.max()) * count
+        pads = kind.zero_point == 0  # OpenVINO 2026.4 counts padding as the integer 0, whatever stands for 0
+        pooled = average_pool(self.writer, real, node.name, kind.shape, node.rows, node.columns, factors, pads)
+        self._store(node, pooled, (low * most, high * most), fused=True)
+
+    def _table(self, node: ir.Table) -> None:
+        kind, writer = self._type(node), self.writer
+        integers = torch.arange(node.input_low, node.input_low + len(node.table))
+        values = (integers - kind.zero_point).double() * step(kind)
+        for name, *parameters in node.functions:
+            values = Pointwise(name, tuple(parameters))(values)
+        steps = values / step(node.type) + node.type.zero_point
+        wanted = steps.clamp(node.type.low, node.type.high)
+        if bool(values.isfinite().all()) and bool(((wanted - node.table).abs() < 0.501).all()):
+            real = self._real(node)
+            for name, *parameters in node.functions:
+                real = apply_function(writer, real, f"{node.name}.{name}", name, parameters)
+            self._store(node, real, (float(values.min()), float(values.max())) if node.functions else None)
+            return
+        source, storage = self.values[node.inputs[0]].integers, storage_of(node.type)
+        if source is None or storage is None:
+            raise UnsupportedModelError(
+                f"{node.name!r}: its table is not what {node.functions} gives, and ONNX looks up 8-bit integers only; "
+                "lower it again with 8 bits or fewer"
+            )
+        index = writer.node("Cast", [source], f"{node.name}.index", to=onnx.TensorProto.INT32)
+        if node.input_low:
+            low = writer.constant(f"{node.name}.low", np.array(node.input_low, np.int32))
+            index = writer.node("Sub", [index, low], f"{node.name}.place")
+        table = writer.constant(f"{node.name}.table", node.table.numpy().astype(storage))
+        found = writer.node("Gather", [table, index], f"{node.name}.quantized", axis=0)
+        self._dequantized(node, found, writer.grid(node.name, node.type.scale, node.type.zero_point, storage))
+
+    # -- float operators ----------------------------------------------------------------------------------------------
+
+    def _float(self, node: ir.Node) -> None:
+        writer, wish = self.writer, node.name
+        reals = [self._real(node, i) for i in range(len(node.inputs))]
+        relu = getattr(node, "relu", False)
+        result = f"{wish}.out" if relu else wish
+        match node:
+            case ir.FloatConv():
+                out = self._float_layer(node, result, "Conv", **_conv_options(node))
+            case ir.FloatLinear():
+                out = self._float_layer(node, result, "Gemm", transB=1)
+            case ir.FloatAdd():
+                out = writer.node("Add", reals, result)
+            case ir.FloatMul():
+                out = writer.node("Mul", reals, result)
+            case ir.FloatAffine():
+                out = self._gain_and_shift(node, node.gain, node.shift)
+            case ir.FloatFunction():
+                out = apply_function(writer, reals[0], result, node.function, node.parameters)
+            case ir.FloatAvgPool():
+                factors = node.factors.double().numpy()
+                out = average_pool(writer, reals[0], wish, self._type(node).shape, node.rows, node.columns, factors)
+            case _:
+                raise UnsupportedModelError(f"{node.name!r}: operators of kind {node.kind!r} have no ONNX form here")
+        self.values[node.name] = _Value(writer.node("Relu", [out], wish) if relu else out)
+
+    def _float_layer(self, node: ir.FloatConv | ir.FloatLinear, wish: str, op: str, **options: Any) -> str:
+        """A layer that is to stay float.
+
+        Between integers its bias is a subtraction of its own: ONNX Runtime quantizes the weights of a float layer to
+        int8 by itself, with one scale for all, where it finds it between a DequantizeLinear and a QuantizeLinear.
+        """
+        weight = self.writer.own_constant(f"{node.name}.weight", node.weight.numpy())
+        real = self._real(node)
+        if real not in self.dequantized:
+            bias = self.writer.own_constant(f"{node.name}.bias", node.bias.numpy())
+            return self.writer.node(op, [real, weight, bias], wish, **options)
+        out = self.writer.node(op, [real, weight], f"{node.name}.product", **options)
+        negative = self.writer.constant(f"{node.name}.negative_bias", channels(-node.bias, node.type.shape))
+        return self.writer.node("Sub", [out, negative], wish)
+
+
+def channels(values: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers by channel (or one for all) as float32 that broadcasts over ``(n, *shape)``."""
+    numbers = values.to(torch.float32).numpy()
+    return numbers if numbers.ndim == 0 else numbers.reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _conv_options(node: ir.Conv | ir.FloatConv) -> dict[str, Any]:
+    top, bottom, left, right = node.padding
+    return {
+        "kernel_shape": list(node.weight.shape[2:]),
+        "strides": list(node.stride),
+        "pads": [top, left, bottom, right],
+        "dilations": list(node.dilation),
+        "group": node.groups,
+    }

@@ -1,0 +1,219 @@
+"""Compile one kernel with several knobs, measure each in the measuring process, and check each result.
+
+A kernel's figure is its fastest sample. Samples are short, so that some of them fall between the time slices of other
+processes: those, and clocks that go down, only ever add time, while a median tells how busy the machine was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_baqe.deploy.calls import kernel_key
+from lightning_baqe.deploy.objects import KernelObjects
+from lightning_baqe.errors import BuildError, MeasurementError
+from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.kernels.tunable import Sample, TunableSpec, template_of
+from lightning_baqe.measurement.database import KernelRecord, Records
+from lightning_baqe.measurement.measure import worker
+from lightning_baqe.tuning.strategies import Tried
+
+REPEATS, MIN_REPEAT_MS = 16, 2
+CONFIRM_ROUNDS = 3
+TIMEOUT_S = 30.0
+
+
+@dataclass(eq=False)
+class KernelBench:
+    """Compiles and measures the candidates of one kernel. Every figure is in the records before the next is taken.
+
+    Args:
+        spec: the kernel.
+        target: compiled for.
+        records: where figures are kept.
+        folder: for compiled kernels and their arguments.
+        measured, failed: candidates so far.
+    """
+
+    spec: TunableSpec
+    target: CpuTarget
+    records: Records
+    folder: Path
+    measured: int = 0
+    failed: int = 0
+    _sample: Sample | None = None
+    _confirmed: set[str] = field(default_factory=set)
+
+    @property
+    def default(self) -> dict[str, Any]:
+        """The shipped knobs."""
+        template = template_of(self.spec)
+        return template.check_knobs(self.spec, template.default_knobs(self.spec))
+
+    def tried(self) -> list[Tried]:
+        """All that the records hold of this kernel."""
+        return [
+            Tried(record.knobs, record.latency_us if record.usable else None)
+            for record in self.records.kernels(self.spec, self.target)
+        ]
+
+    def measure(self, knobs: dict[str, Any]) -> KernelRecord:
+        """Measure one candidate and keep its record; a failure is a record with its reason."""
+        (turns,) = in_turns([lambda: self.ask(knobs)], 1)
+        record = self.keep(knobs, turns)
+        self.measured += 1
+        self.failed += record.error is not None
+        return record
+
+    def interleaved(self, candidates: Sequence[dict[str, Any]]) -> list[KernelRecord]:
+        """Measure several candidates in turns, so that a clock that drifts does so for all; keeps their records."""
+        return interleaved([(self, knobs) for knobs in candidates])
+
+    def confirm(self) -> None:
+        """Measure the fastest and the default again, in turns, until the fastest record is a confirmed one."""
+        default = self.records.kernel(self.spec, self.target, self.default)
+        while default is not None and default.usable:
+            best = next((r for r in self.records.kernels(self.spec, self.target) if r.usable), None)
+            if best is None or self._is_confirmed(best):
+                return
+            pair = [self.default] if best.knobs == self.default else [self.default, best.knobs]
+            default = self.interleaved(pair)[0]
+
+    def _is_confirmed(self, record: KernelRecord) -> bool:
+        """Whether a record was taken in turns, by this run or, as its many samples tell, by an earlier one."""
+        taken = len(record.samples_us) >= CONFIRM_ROUNDS * REPEATS
+        return taken or kernel_key(self.spec, record.knobs) in self._confirmed
+
+    def ask(self, knobs: dict[str, Any]) -> dict[str, Any]:
+        """One turn of a candidate in the measuring process: its ``samples_us``, and whether its result is ``exact``.
+
+        Raises:
+            BuildError, MeasurementError: it does not compile, or run.
+        """
+        library, arguments = self._prepared(knobs)
+        return ask_kernel(library, arguments, self.spec.threads)
+
+    def keep(self, knobs: dict[str, Any], turns: Turns) -> KernelRecord:
+        """Put what the turns of a candidate gave into the records, as what is now known of it."""
+        record = KernelRecord(knobs, turns.latency_us, list(turns.samples_us), turns.exact, turns.error)
+        self.records.add_kernel(self.spec, self.target, record)
+        if turns.rounds >= CONFIRM_ROUNDS:
+            self._confirmed.add(kernel_key(self.spec, knobs))
+        return record
+
+    def _prepared(self, knobs: dict[str, Any]) -> tuple[Path, Path]:
+        """The compiled kernel and its arguments, as files; made once."""
+        key = kernel_key(self.spec, knobs)
+        library, arguments = self.folder / f"{key}.so", self.folder / f"{key}.npz"
+        if not library.exists():
+            if self._sample is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._sample = template_of(self.spec).sample(self.spec)
+            save_arguments(arguments, self._sample.arguments(knobs), self._sample.result)
+            compile_kernel(self.spec, self.target, knobs, library)
+        return library, arguments
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What the turns of one candidate gave.
+
+    Args:
+        rounds: that were asked for.
+        samples_us: all of them, microseconds.
+        exact: whether its result was the right one; None if it never ran.
+        error: why it has no more turns.
+    """
+
+    rounds: int
+    samples_us: tuple[float, ...]
+    exact: bool | None
+    error: str | None
+
+    @property
+    def latency_us(self) -> float | None:
+        """The fastest sample; None if there is none."""
+        return min(self.samples_us, default=None)
+
+
+def in_turns(questions: Sequence[Callable[[], dict[str, Any]]], rounds: int) -> list[Turns]:
+    """Ask each question once a round. One that failed, or whose result was wrong, is not asked again.
+
+    Args:
+        questions: such as :meth:`KernelBench.ask` of a candidate.
+        rounds: how often.
+    """
+    samples: list[list[float]] = [[] for _ in questions]
+    exact: list[bool | None] = [None] * len(questions)
+    reasons: dict[int, str] = {}
+    for _ in range(rounds):
+        for index, question in enumerate(questions):
+            if index in reasons:
+                continue
+            try:
+                answer = question()
+            except (BuildError, MeasurementError) as error:
+                reasons[index] = str(error)
+                continue
+            samples[index] += answer["samples_us"]
+            exact[index] = answer["exact"]
+            if not answer["exact"]:
+                reasons[index] = "its result differs from the reference"
+    return [Turns(rounds, tuple(samples[i]), exact[i], reasons.get(i)) for i in range(len(questions))]
+
+
+def interleaved(
+    candidates: Sequence[tuple[KernelBench, dict[str, Any]]], rounds: int = CONFIRM_ROUNDS
+) -> list[KernelRecord]:
+    """Measure knobs of one or several kernels in turns; keeps their records.
+
+    Args:
+        candidates: ``(the kernel's bench, knobs)``.
+        rounds: turns of each.
+    """
+    turns = in_turns([functools.partial(bench.ask, knobs) for bench, knobs in candidates], rounds)
+    return [bench.keep(knobs, one) for (bench, knobs), one in zip(candidates, turns, strict=True)]
+
+
+def save_arguments(path: Path, arguments: Sequence[np.ndarray], result: np.ndarray) -> None:
+    """Write a kernel's arguments and its right result as the measuring process reads them."""
+    arrays = {f"a{i}": array for i, array in enumerate(arguments)}
+    np.savez(path, result=result, **arrays)  # type: ignore[arg-type]
+
+
+def ask_kernel(library: Path, arguments: Path, threads: int) -> dict[str, Any]:
+    """One turn of a compiled kernel in the measuring process: its ``samples_us``, and whether its result is ``exact``.
+
+    Args:
+        library: with the function ``main``.
+        arguments: of :func:`save_arguments`.
+        threads: that it runs on.
+
+    Raises:
+        MeasurementError: it crashed, or took too long.
+    """
+    request = {
+        "kernel": str(library),
+        "arguments": str(arguments),
+        "repeats": REPEATS,
+        "min_repeat_ms": MIN_REPEAT_MS,
+    }
+    return worker(threads).ask(request, TIMEOUT_S)
+
+
+def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], path: Path) -> None:
+    """Link one kernel, compiled if it never was, into a library with the function ``main``.
+
+    Raises:
+        BuildError: TVM, LLVM or the linker refuses it.
+    """
+    build = functools.partial(template_of(spec).build, spec, knobs)
+    try:
+        KernelObjects().library(kernel_key(spec, knobs), target, build).export_library(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error

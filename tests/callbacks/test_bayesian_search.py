@@ -1,0 +1,299 @@
+"""The search in plain Trainers and somebody else's module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+import yaml
+from foreign_module import random_loader
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_baqe as baqe
+import lightning_baqe.recipes
+from lightning_baqe.callbacks import bayesian_search as search_module
+from lightning_baqe.costs.bit_rewards import KernelReward, Rewards
+from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
+from lightning_baqe.hardware.description import DeviceDescription
+from lightning_baqe.runs import preparation
+
+Make = Callable[..., Any]
+FILES = ("study.db", "summary.json", "pareto.csv", "report.html")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_a_search_in_a_foreign_module(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    module = foreign()
+    before = {name: value.clone() for name, value in module.body.classifier.state_dict().items()}
+    kind = type(module.body.classifier)
+    fit(module, search(), digits)
+
+    assert type(module.body.classifier) is kind
+    for name, value in module.body.classifier.state_dict().items():
+        assert torch.equal(value, before[name])
+
+    folder = tmp_path / "run"
+    assert all((folder / name).exists() for name in FILES)
+    summary = summary_of(folder)
+    assert summary["dataset"] == "digits"
+    assert summary["reference_point"] == [1.0, 1.5, 1.1]
+    assert [e["state"] for e in summary["trials"]] == ["complete"] * 3
+    assert [e["phase"] for e in summary["trials"]] == ["ted", "ted", "bo"]
+    assert [e["name"] for e in summary["baselines"]] == ["w8a8"]
+    assert summary["hypervolume"] >= summary["baselines_hypervolume"] > 0
+    for entry in summary["trials"] + summary["baselines"]:
+        assert 0 <= entry["accuracy"] <= 1
+        assert entry["latency_us"] > 0
+        assert entry["differing_elements"] == 0
+        assert set(entry["bits"]) == {"stem.0", "block.conv1", "block.conv2", "head"}
+        assert entry["bits"]["stem.0"] == entry["bits"]["head"] == [8, 8]
+        assert {"train", "build", "measure", "propose"} <= set(entry["seconds"])
+        name = f"baseline_{entry['name']}" if "name" in entry else f"trial_{entry['number']}"
+        assert (folder / "artifacts" / name).exists() == entry["pareto"]
+        assert (entry.get("test_accuracy") is not None) == entry["pareto"]
+    assert summary["float"]["test_accuracy"] > 0.5  # a trained network, not chance
+
+    # Every trial had its own parameters, and the optimiser saw them.
+    assert len(module.installed) == 1 + 4
+    assert all(not (a & b) for a, b in zip(module.installed, module.installed[1:], strict=False))
+
+    front = baqe.Front.load(folder)
+    artifact = front.select(accuracy=0.1)
+    x, _ = next(iter(digits.val_dataloader()))
+    assert not any(baqe.verify(artifact, x).values())
+    torch.testing.assert_close(artifact.run(x), artifact.graph.run(x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(InfeasibleError, match="latency"):
+        front.select(latency_us=1e-3)
+
+
+def test_deployed_accuracy_is_that_of_the_artifact(
+    tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    fit(foreign(), search(trials=1, n_initial=1), digits)
+    point = next(iter(baqe.Front.load(tmp_path / "run")))
+    artifact = baqe.Artifact.load(point.artifact_path)
+    right = total = 0
+    for x, y in digits.val_dataloader():
+        right += int((artifact.run(x).argmax(1) == y).sum())
+        total += len(y)
+    assert point.accuracy == right / total
+
+
+def test_fast_dev_run_is_one_trial(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    fit(foreign(), search(), digits, fast_dev_run=True, max_epochs=1)
+    summary = summary_of(tmp_path / "run")
+    assert [e["state"] for e in summary["trials"]] == ["complete"]
+
+
+def test_a_device_that_fuses_no_sums(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    mapping = yaml.safe_load((Path(lightning_baqe.recipes.__file__).parent / "deploy" / "native.yaml").read_text())
+    device = DeviceDescription.of({**mapping, "fuses": ["requantization"]})
+    fit(foreign(), search(device=device), digits, fast_dev_run=True, max_epochs=1)
+    artifacts = [baqe.Artifact.load(folder) for folder in (tmp_path / "run" / "artifacts").iterdir()]
+    assert artifacts
+    for artifact in artifacts:
+        assert not artifact.plan.options.fuse_residual
+        assert all(getattr(call.spec, "residual", None) is None for call in artifact.plan.calls)
+
+
+def test_every_network_gets_the_activation_range(
+    monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    original, seen = search_module.quantize, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        made = original(*args, **options)
+        seen.extend(quantizer.range_method for quantizer in made.quantizers().values())
+        return made
+
+    monkeypatch.setattr(search_module, "quantize", spy)
+    callback = search(activation_range="percentile:99", bit_choices=(4, 8))
+    fit(foreign(), callback, digits, fast_dev_run=True, max_epochs=1)
+    assert len(seen) > 10
+    assert set(seen) == {"percentile:99"}
+
+
+def test_loaders_without_a_datamodule(tmp_path: Path, foreign: Make, search: Make, fit: Make) -> None:
+    fit(foreign(), search(trials=1, n_initial=1), (random_loader(), random_loader()))
+    summary = summary_of(tmp_path / "run")
+    assert summary["trials"][0]["state"] == "complete"
+    assert summary["float"]["test_accuracy"] is None  # nobody gave a test split
+
+
+def test_another_sampler(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    fit(foreign(), search(sampler=optuna.samplers.TPESampler(seed=0), trials=2), digits)
+    assert [e["phase"] for e in summary_of(tmp_path / "run")["trials"]] == ["TPESampler"] * 2
+
+
+def test_the_same_run_dir_goes_on(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    fit(foreign(), search(trials=2), digits)
+    first = summary_of(tmp_path / "run")
+    other = foreign()
+    with torch.no_grad():  # other weights: the run keeps those that it began with
+        other.body.classifier.head.weight.zero_()
+    with pytest.warns(UserWarning, match="began with take the place"):
+        fit(other, search(trials=4), digits)
+    second = summary_of(tmp_path / "run")
+    assert [e["number"] for e in second["trials"]] == [0, 1, 2, 3]
+    assert second["baselines"][0]["latency_us"] == first["baselines"][0]["latency_us"]
+    assert second["float"]["accuracy"] == first["float"]["accuracy"]
+    for before, after in zip(first["trials"], second["trials"], strict=False):
+        assert before["accuracy"] == after["accuracy"]
+        assert before["bits"] == after["bits"]
+    points = [json.dumps([e["bits"], e["schedules"]], sort_keys=True) for e in second["trials"]]
+    assert len(set(points)) == 4
+
+    fit(foreign(), search(trials=4), digits)  # nothing left to do
+    assert summary_of(tmp_path / "run")["trials"] == second["trials"]
+
+
+def test_a_nan_loss_fails_one_trial_only(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    # Steps 0 and 1 tune the baseline, 2 and 3 the first trial.
+    fit(foreign(poison=lambda step: step == 3), search(trials=2), digits)
+    trials = summary_of(tmp_path / "run")["trials"]
+    assert [e["state"] for e in trials] == ["failed", "complete", "complete"]
+    assert "the loss became nan at step 1" in trials[0]["error"]
+    assert trials[0]["accuracy"] is None
+
+
+def test_measuring_that_fails_is_recorded(
+    tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = search_module.evaluate, []
+
+    def flaky(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:  # float, baseline, first trial
+            raise MeasurementError("gave no answer within 60 s")
+        return original(*args, **options)
+
+    monkeypatch.setattr(search_module, "evaluate", flaky)
+    fit(foreign(), search(trials=1), digits)
+    trials = summary_of(tmp_path / "run")["trials"]
+    assert [e["state"] for e in trials] == ["failed", "complete"]
+    assert trials[0]["error"] == "MeasurementError: gave no answer within 60 s"
+
+
+def test_gives_up_after_max_failures(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    fit(foreign(poison=lambda step: step >= 2), search(trials=5, max_failures=2), digits)
+    summary = summary_of(tmp_path / "run")
+    assert [e["state"] for e in summary["trials"]] == ["failed", "failed"]
+    assert summary["baselines"][0]["state"] == "complete"  # the front found so far is there
+    assert len(baqe.Front.load(tmp_path / "run")) == 1
+
+
+def test_an_error_in_their_code_leaves_a_summary(
+    tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    def crash(step: int) -> bool:
+        if step == 5:
+            raise RuntimeError("theirs")
+        return False
+
+    with pytest.raises(RuntimeError, match="theirs"):
+        fit(foreign(poison=crash), search(), digits)
+    summary = summary_of(tmp_path / "run")
+    assert [e["state"] for e in summary["trials"]] == ["complete", "running"]
+    assert (tmp_path / "run" / "report.html").exists()
+
+    fit(foreign(), search(), digits)  # the trial that was running is tried again
+    trials = summary_of(tmp_path / "run")["trials"]
+    assert [e["state"] for e in trials].count("complete") == 3
+    assert trials[1]["error"].startswith("interrupted")
+    assert trials[2]["bits"] == trials[1]["bits"] != {}
+
+
+def test_the_test_split_is_read_at_the_end_only(
+    tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = type(digits).test_dataloader
+
+    def guarded(self: Any) -> Any:
+        trials = summary_of(tmp_path / "run")["trials"]
+        assert [e["state"] for e in trials] == ["complete"] * 2
+        return original(self)
+
+    monkeypatch.setattr(type(digits), "test_dataloader", guarded)
+    fit(foreign(), search(trials=2), digits)
+    assert summary_of(tmp_path / "run")["float"]["test_accuracy"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"network": "body.nothing"}, "has no 'body.nothing'.*it has \\['body'\\]"),
+        ({"network": "poison"}, "must name the attribute"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"bit_choices": (1, 8)}, "bit_choices are 2..8 or 32"),
+        ({"baselines": (8, 8)}, "each once; got"),
+        ({"activation_range": "widest"}, "activation_range must be one of"),
+        ({"target": "z80"}, "unknown target 'z80'"),
+    ],
+)
+def test_bad_arguments(
+    options: dict[str, Any], match: str, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    with pytest.raises(BaqeError, match=match):
+        fit(foreign(), search(**options), digits)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_needs_a_validation_loader(foreign: Make, search: Make, fit: Make) -> None:
+    with pytest.raises(ConfigError, match="val_dataloader"):
+        fit(foreign(), search(), (random_loader(),))
+
+
+def test_batches_are_pairs(foreign: Make, search: Make, fit: Make) -> None:
+    images = DataLoader(TensorDataset(torch.randn(8, 3, 32, 32)), batch_size=8)
+    with pytest.raises(ConfigError, match="batches \\(x, y\\)"):
+        fit(foreign(), search(), (images, random_loader()))
+
+
+def test_another_space_or_network_in_the_same_folder(foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    fit(foreign(), search(trials=1, n_initial=1), digits)
+    with pytest.raises(ConfigError, match="begun with bit_choices = \\[4, 8, 32\\], now it is \\[4, 8\\]"):
+        fit(foreign(), search(bit_choices=(4, 8)), digits)
+    with pytest.raises(ConfigError, match="begun with activation_range = 'mse', now it is 'ema'"):
+        fit(foreign(), search(activation_range="ema"), digits)
+    module = foreign()
+    module.body.classifier.head = torch.nn.Linear(16, 7)
+    with pytest.raises(ConfigError, match="float weights of another network"):
+        fit(module, search(), digits)
+
+
+def test_auto_bits_are_what_the_device_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    def known(graphs: Any, *_: Any) -> Rewards:
+        times = {bits: float(bits == 8) + 1.0 for bits in graphs}
+        return Rewards(
+            "made up", tuple(sorted(graphs)), (KernelReward(("x",), None, 1, times),), dict.fromkeys(graphs, 1.0)
+        )
+
+    monkeypatch.setattr(preparation, "rewards_of", known)
+    options = {"trials": 1, "n_initial": 1, "baselines": ()}
+    fit(foreign(), search(mode="beyond", **options), digits)
+    summary = summary_of(tmp_path / "run")
+    assert {bits for trial in summary["trials"] for bits, _ in trial["bits"].values()} <= {4, 7, 8}
+    assert summary["rewards"]["widths"]["4"]["speedup"] == 2.0
+    assert "4 bit buys 2.00x the speed" in summary["rewards"]["line"]
+    fit(foreign(), search(run_dir=tmp_path / "paper", **options), digits)
+    widths = summary_of(tmp_path / "paper")["rewards"]["widths"]
+    assert set(widths) == {"4", "8"}  # BAQE's 4, 8 and 32
+
+
+def test_auto_bits_without_tuning(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    options = {"mode": "beyond", "trials": 1, "n_initial": 1, "baselines": ()}
+    with pytest.raises(ConfigError, match="tune first"):
+        fit(foreign(), search(**options), digits)
+    fit(foreign(), search(run_dir=tmp_path / "dev", **options), digits, fast_dev_run=True, max_epochs=1)
+    assert [e["state"] for e in summary_of(tmp_path / "dev")["trials"]] == ["complete"]
