@@ -1,8 +1,24 @@
-"""Lightning callbacks."""
+"""Lightning callbacks, imported when first used: most need neither TVM nor GPyTorch."""
 
-from lightning_baqe.callbacks.bayesian_search import BayesianSearch
-from lightning_baqe.callbacks.distillation import Distillation
-from lightning_baqe.callbacks.freeze_batch_norm import FreezeBatchNorm
-from lightning_baqe.callbacks.pareto_checkpoint import ParetoCheckpoint
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_baqe.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from lightning_baqe.callbacks.bayesian_search import BayesianSearch
+    from lightning_baqe.callbacks.distillation import Distillation
+    from lightning_baqe.callbacks.freeze_batch_norm import FreezeBatchNorm
+    from lightning_baqe.callbacks.pareto_checkpoint import ParetoCheckpoint
+
+_HOME = {
+    "BayesianSearch": "bayesian_search",
+    "Distillation": "distillation",
+    "FreezeBatchNorm": "freeze_batch_norm",
+    "ParetoCheckpoint": "pareto_checkpoint",
+}
+
+__getattr__, __dir__ = on_first_use(__name__, _HOME)
 
 __all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm", "ParetoCheckpoint"]

@@ -15,12 +15,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-from lightning_baqe.callbacks.host import Host
+from lightning_baqe.callbacks.host import Host, RepeatsTraining
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.deploy.options import BuildOptions
+from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.hardware.description import DeviceDescription
-from lightning_baqe.hardware.identity import fingerprint
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.measurement.database import Records
 from lightning_baqe.quantization.calibration import calibrate
@@ -81,7 +81,7 @@ class _Running:
         return found | ({"estimate": self.plan.estimate_s} if self.plan.estimate_s else {})
 
 
-class BayesianSearch(pl.Callback):
+class BayesianSearch(RepeatsTraining):
     """Search bit-widths and schedules inside anybody's Trainer, with anybody's LightningModule and data.
 
     The module's float classifier is replaced, trial after trial, by a fake-quantized copy that starts from the float

@@ -11,8 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_baqe.callbacks.bayesian_search import BayesianSearch
-from lightning_baqe.callbacks.host import Host, network_of
+from lightning_baqe.callbacks.host import Host, RepeatsTraining, network_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.batch_norm import Foldable, fold_batch_norm, foldable, freeze_batch_norm
 from lightning_baqe.quantization.convert import QuantizedModel
@@ -45,10 +44,11 @@ class FreezeBatchNorm(pl.Callback):
         fold: also fold.
 
     Raises:
-        ConfigError: ``after_epochs`` out of range. When fit starts: no such network, or a :class:`BayesianSearch`
-            beside it, whose trials share one count of epochs; with ``fold``, a network that is not fake-quantized, or a
-            strategy other than one device and DDP. When folding: a ``configure_optimizers`` that leaves the layers' new
-            biases out, or gives another number of optimizers, groups or schedulers than before.
+        ConfigError: ``after_epochs`` out of range. When fit starts: no such network, or a
+            :class:`~lightning_baqe.callbacks.BayesianSearch` beside it, whose trials share one count of epochs; with
+            ``fold``, a network that is not fake-quantized, or a strategy other than one device and DDP. When folding: a
+            ``configure_optimizers`` that leaves the layers' new biases out, or gives another number of optimizers,
+            groups or schedulers than before.
         UnsupportedModelError: a batch norm without running statistics.
     """
 
@@ -80,7 +80,7 @@ class FreezeBatchNorm(pl.Callback):
             self._handle = pl_module.register_load_state_dict_pre_hook(self._follow)
         if stage != "fit":
             return
-        if any(isinstance(callback, BayesianSearch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(isinstance(callback, RepeatsTraining) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigError(
                 "FreezeBatchNorm counts the epochs of one training, but each trial of BayesianSearch is a training of "
                 "its own: leave one of the two callbacks out."

@@ -21,6 +21,10 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.runs.summary import Entry
 
 
+class RepeatsTraining(pl.Callback):
+    """A callback under which one ``fit`` is several trainings, so that others cannot count its epochs."""
+
+
 class Host:
     """Access to the module's classifier, its loaders, and the optimisers that belong to its parameters.
 

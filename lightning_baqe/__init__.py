@@ -5,8 +5,9 @@ The public names are imported when first used, so that the parts that need only 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_baqe.lazy import on_first_use
 
 if TYPE_CHECKING:
     from lightning_baqe.integer.graph import IntegerGraph
@@ -18,29 +19,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Artifact": "lightning_baqe.deploy.artifact",
-    "BitConfig": "lightning_baqe.quantization.config",
-    "Front": "lightning_baqe.runs.front",
-    "IntegerGraph": "lightning_baqe.integer.graph",
-    "LayerBits": "lightning_baqe.quantization.config",
-    "Measurement": "lightning_baqe.measurement.measure",
-    "QuantizedModel": "lightning_baqe.quantization.convert",
-    "build": "lightning_baqe.deploy.build",
-    "calibrate": "lightning_baqe.quantization.calibration",
-    "lower": "lightning_baqe.integer.lowering",
-    "measure": "lightning_baqe.measurement.measure",
-    "quantize": "lightning_baqe.quantization.convert",
-    "verify": "lightning_baqe.deploy.verify",
+    "Artifact": "deploy.artifact",
+    "BitConfig": "quantization.config",
+    "Front": "runs.front",
+    "IntegerGraph": "integer.graph",
+    "LayerBits": "quantization.config",
+    "Measurement": "measurement.measure",
+    "QuantizedModel": "quantization.convert",
+    "build": "deploy.build",
+    "calibrate": "quantization.calibration",
+    "lower": "integer.lowering",
+    "measure": "measurement.measure",
+    "quantize": "quantization.convert",
+    "verify": "deploy.verify",
 }
 
+__getattr__, __dir__ = on_first_use(__name__, _HOME)
+
 __all__ = ["BitConfig", "IntegerGraph", "LayerBits", "QuantizedModel", "calibrate", "lower", "quantize"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})

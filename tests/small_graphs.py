@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torchvision
 
+import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.compiler import compile_plan
 from lightning_baqe.deploy.options import BuildOptions
@@ -362,3 +364,27 @@ def assert_exact(artifact: Artifact, x: torch.Tensor, also: Sequence[str] = ()) 
     assert not {name: error for name, error in errors.items() if not error <= FLOAT_TOLERANCE}
     if artifact.graph.is_integer_only:
         assert torch.equal(artifact.run(x), artifact.graph.run(x))
+
+
+def lowered(
+    name: str, size: int, seed: int, classes: int = 10, floats: tuple[str, ...] = ()
+) -> tuple[IntegerGraph, torch.Tensor]:
+    """A torchvision network with random mixed bits, lowered, and images ``(2, 3, size, size)``."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    network = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    x = torch.randn(4, 3, size, size)
+    network.train()
+    with torch.no_grad():
+        network(x)
+    network.eval()
+    layers = baqe.BitConfig.uniform(network)
+    bits = baqe.BitConfig(
+        {
+            layer: baqe.LayerBits(32, 32) if layer in floats else baqe.LayerBits(rng.randint(2, 8), rng.randint(2, 8))
+            for layer in layers
+        }
+    )
+    quantized = baqe.quantize(network, bits, example_input=x)
+    baqe.calibrate(quantized, [x])
+    return baqe.lower(quantized.eval(), example_input=x[:1]), x[:2]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,27 +20,21 @@ import lightning_baqe
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# A module may import from its own part and from every part of an earlier row.
+# In the order in which data passes them: a module may import from its own room and from every room above it.
 ORDER = (
-    ("errors", "files"),
-    ("quantization", "search", "data"),
-    ("integer", "allocation", "latency", "supernet"),
-    ("deploy", "records"),
-    ("runs",),
-    ("tasks",),
-    ("callbacks",),
-    ("train", "flows", "benchmarks", "recipes"),
-)
-RANK = {part: row for row, parts in enumerate(ORDER) for part in parts}
-BESIDE = {
-    ("flows", "train"),
-    ("records", "deploy"),
-}  # in one row, and one idea in two places
+    "errors", "lazy", "files", "data", "quantization", "tasks", "integer", "onnx", "allocation", "search", "hardware",
+    "kernels", "deploy", "measurement", "tuning", "costs", "supernet", "runs", "landscapes", "engines", "callbacks",
+    "records", "train", "flows", "benchmarks", "recipes",
+)  # fmt: skip
+OPTIONAL = {"onnx"}  # rooms of optional dependencies: a function of an earlier room may import them when it needs them
 THIRD_PARTIES = {"search": {"pytorch_lightning", "tvm"}, "quantization": {"pytorch_lightning", "tvm"}}
+MOST_MODULES = {"benchmarks": 26}
+FEWEST = 20  # modules that any other folder may hold
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """(part, path) of every module; the root package itself is left out."""
+def find_modules() -> dict[str, Path]:
+    """Every module by its name without the package's; the root package itself is left out."""
+    found = {}
     for folder, prefix in (
         (ROOT / "lightning_baqe", ()),
         (ROOT / "callbacks", ("callbacks",)),
@@ -46,35 +42,80 @@ def modules() -> Iterator[tuple[str, Path]]:
     ):
         for path in sorted(folder.rglob("*.py")):
             parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
-            if parts != ("__init__",):
-                yield parts[0], path
+            name = ".".join(parts).removesuffix(".__init__")
+            if name != "__init__":
+                found[name] = path
+    return found
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Absolute names of every module that `path` imports, also inside functions; not those for type checkers alone."""
+MODULES = find_modules()
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Absolute names of every module that `path` imports, whether inside a function; not for type checkers alone."""
     tree = ast.parse(path.read_text())
     for block in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
         if ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             block.body = []
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(child) for function in functions for child in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            module = node.module or ""
-            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "lightning_baqe" else (module,)
+            module = str(node.module)
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                is_module = whole.removeprefix("lightning_baqe.") in MODULES and whole.startswith("lightning_baqe.")
+                yield (whole if is_module else module), id(node) in inside
 
 
-@pytest.mark.parametrize(("part", "path"), list(modules()), ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
-def test_imports_point_one_way(part: str, path: Path) -> None:
-    assert part in RANK, f"{path} belongs to no part of the order: add it"
-    for name in imports(path):
-        top, _, rest = name.partition(".")
-        assert top not in ("callbacks", "recipes"), f"{path} imports {name}; its name is lightning_baqe.{name}"
-        assert top not in THIRD_PARTIES.get(part, set()), f"{path} imports {name}"
-        other = rest.partition(".")[0]
-        if top == "lightning_baqe" and other in RANK and other != part and (part, other) not in BESIDE:
-            assert RANK[other] < RANK[part], f"{path}: {part} must not import {other}"
+def own_imports(name: str) -> Iterator[str]:
+    """The modules of this package that a module imports; rooms of optional dependencies apart, inside functions."""
+    for imported, inside in imports(MODULES[name]):
+        own = imported.removeprefix("lightning_baqe.")
+        if imported.startswith("lightning_baqe.") and not (inside and own.partition(".")[0] in OPTIONAL):
+            yield own
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_imports_point_one_way(name: str) -> None:
+    room = name.partition(".")[0]
+    assert room in ORDER, f"{name} is in no room of the order: add it"
+    for imported, _ in imports(MODULES[name]):
+        top = imported.partition(".")[0]
+        assert top not in ("callbacks", "recipes"), f"{name} imports {imported}; its name is lightning_baqe.{imported}"
+        assert top not in THIRD_PARTIES.get(room, set()), f"{name} imports {imported}"
+    for own in own_imports(name):
+        assert own in MODULES, f"{name} imports {own}, which is no module"
+        other = own.partition(".")[0]
+        assert ORDER.index(other) <= ORDER.index(room), f"{name} must not import {own}: {other} comes after {room}"
+
+
+def test_no_circles() -> None:
+    graph = {name: {own for own in own_imports(name) if own != name} for name in MODULES}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_folders_are_small_and_names_stand_once() -> None:
+    files = [path for path in MODULES.values() if path.stem != "__init__"]
+    for folder in {path.parent for path in files}:
+        inside = [path for path in files if path.parent == folder]
+        assert len(inside) <= MOST_MODULES.get(folder.name, FEWEST), f"{folder} holds {len(inside)} modules"
+    twice = [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]
+    assert not twice, f"file names that stand more than once: {twice}"
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_public_functions_have_docstrings(name: str) -> None:
+    def public(body: list[ast.stmt], where: str) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+                yield f"{where}{node.name}"
+
+    missing = list(public(ast.parse(MODULES[name].read_text()).body, ""))
+    assert not missing, f"{name}: no docstring in {missing}"
 
 
 def tracked_files() -> list[Path]:
@@ -100,14 +141,9 @@ def test_versions_agree() -> None:
 
 
 def test_every_package_is_listed() -> None:
-    packages = {
-        "lightning_baqe" if path.parent == ROOT / "lightning_baqe" else f"lightning_baqe.{path.parent.name}"
-        for path in [
-            *(ROOT / "lightning_baqe").rglob("__init__.py"),
-            ROOT / "callbacks/__init__.py",
-            ROOT / "recipes/__init__.py",
-        ]
-    }
+    folders = [path.parent for path in (ROOT / "lightning_baqe").rglob("__init__.py")]
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    packages |= {"lightning_baqe.callbacks", "lightning_baqe.recipes"}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == packages
 
 
@@ -162,3 +198,11 @@ def test_importing_does_not_load_tvm(name: str) -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import lightning_baqe, sys; sys.exit(bool({'torch', 'tvm', 'pytorch_lightning'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["Distillation", "FreezeBatchNorm", "ParetoCheckpoint"])
+def test_a_callback_loads_only_what_it_needs(name: str) -> None:
+    heavy = "{'tvm', 'botorch', 'gpytorch', 'timm', 'optuna'} & set(sys.modules)"
+    code = f"from lightning_baqe.callbacks import {name}; import sys; sys.exit(str({heavy}) if {heavy} else 0)"
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

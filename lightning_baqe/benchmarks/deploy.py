@@ -29,11 +29,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.engines.engine_process import ENGINES, engine_name, missing_packages
 from lightning_baqe.engines.engine_runs import EngineResult, ModelRun, RunOptions, run_model
 from lightning_baqe.engines.layer_tables import kind_rows, layer_rows, print_layers
 from lightning_baqe.errors import BaqeError, ConfigError
-from lightning_baqe.hardware.identity import code_digest, device_info, versions
+from lightning_baqe.hardware.identity import device_info, versions
 
 INSTALL = "uv sync --group bench"
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100", "inception_v3")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,14 +31,14 @@ from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.landscapes.latency_tables import WIDTHS, searched_layers, with_bits
 from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.calibration import calibrate
-from lightning_baqe.quantization.config import BitConfig, LayerBits
+from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
 from lightning_baqe.tuning.network_space import NetworkSpace
 
-WIDTHS = (4, 5, 6, 7, 8, 32)
 REPEATED = (4, 6, 8)  # uniform bits that are tuned again, in other orders: the spread of equal trials
 REPEATS = 3
 REPEATED_AT = 40  # rows before them
@@ -103,16 +103,6 @@ def float_network(name: str, trial: Trial, checkpoint: Path, say: Say) -> nn.Mod
 def _trainer(**options: Any) -> pl.Trainer:
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return pl.Trainer(accelerator="cpu", devices=1, **quiet, **options)
-
-
-def searched_layers(base: BitConfig) -> tuple[str, ...]:
-    """The layers whose bits a search chooses: all but the first and the last."""
-    return tuple(base)[1:-1]
-
-
-def with_bits(base: BitConfig, bits: Mapping[str, int]) -> BitConfig:
-    """``base`` with these bits for weights and activations."""
-    return base.replace({layer: LayerBits(width, width) for layer, width in bits.items()})
 
 
 def bit_configs(base: BitConfig, n: int, seed: int = 0) -> list[dict[str, int]]:

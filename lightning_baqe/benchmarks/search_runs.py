@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler
 from torch import Tensor
 
 from lightning_baqe.benchmarks.synthetic import problem_named
+from lightning_baqe.landscapes.problem import Problem
 from lightning_baqe.search import (
     AnnealingSampler,
     BaqeSampler,
@@ -26,7 +27,6 @@ from lightning_baqe.search import (
     tpe,
 )
 from lightning_baqe.search.evolution import evolve
-from lightning_baqe.search.problem import Problem
 from lightning_baqe.search.sampler import Initial, Mode
 
 POOL_SIZE = 500  # BAQE III-C

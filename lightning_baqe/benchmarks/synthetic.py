@@ -26,9 +26,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.landscapes.measured import Landscape
+from lightning_baqe.landscapes.problem import Problem
 from lightning_baqe.search import spanning_pool
 from lightning_baqe.search.knowledge import Knowledge, Sum
-from lightning_baqe.search.problem import Problem
 
 BITS = (2, 4, 8)
 KNOB_VALUES = (1, 2, 4, 8, 16, 32)

@@ -39,7 +39,8 @@ from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import MeasurementError
 from lightning_baqe.files import replace_file
-from lightning_baqe.hardware.identity import device_info, fingerprint, versions
+from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower

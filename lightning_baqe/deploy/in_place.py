@@ -1,8 +1,9 @@
 """Concatenations without a copy: which values are written where a concatenation wants them, in a slice of its buffer.
 
 A concatenation rescales nothing, so a value that it reads can lie in it from the start. Its writer puts whole vectors
-of channels, the spare ones too, so that slices begin at multiples of :data:`~lightning_baqe.kernels.x86.layout.VECTOR`; and
-there is one halo for all, so that all readers must pad with one number. Where a value cannot lie there, it is copied.
+of channels, the spare ones too, so that slices begin at multiples of
+:data:`~lightning_baqe.kernels.x86.layout.VECTOR`; and there is one halo for all, so that all readers must pad with one
+number. Where a value cannot lie there, it is copied.
 
 A concatenation may itself lie in a later one; or it is the beginning of a later one (in dense blocks all of them are),
 and then nothing is left of it but a way to read the later one's buffer.

@@ -19,7 +19,8 @@ import tvm
 from tvm.target import Target
 
 from lightning_baqe.cache import cache_folder
-from lightning_baqe.hardware.identity import code_digest, digest, toolchain
+from lightning_baqe.deploy.digest import code_digest
+from lightning_baqe.hardware.identity import digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
 
 LIMIT_BYTES = 256 * 2**20  # some ten thousand kernels

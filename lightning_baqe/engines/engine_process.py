@@ -26,16 +26,10 @@ from typing import Any
 import numpy as np
 
 from lightning_baqe.engines import peers
-from lightning_baqe.engines.requests import (
-    WARM_UP,
-    EngineRequest,
-    Prepared,
-    calibration_images,
-    probe_images,
-    timed,
-)
+from lightning_baqe.engines.requests import EngineRequest, Prepared, calibration_images, probe_images
 from lightning_baqe.engines.saturation import difference
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.measurement.clock import WARM_UP, timed
 
 PACKAGES = {"openvino": ("openvino", "nncf"), "onnxruntime": ("onnxruntime", "onnx"), "inductor-int8": ("torchao",)}
 PEERS: dict[str, Callable[[EngineRequest], Prepared]] = {

@@ -10,17 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.engines.requests import (
-    INPUT,
-    PROFILED_RUNS,
-    WARM_UP,
-    EngineRequest,
-    Prepared,
-    calibration_images,
-    probe_images,
-    timed,
-)
+from lightning_baqe.engines.requests import INPUT, EngineRequest, Prepared, calibration_images, probe_images
 from lightning_baqe.engines.saturation import check_convolution, check_onnxruntime
+from lightning_baqe.measurement.clock import PROFILED_RUNS, WARM_UP, timed
 
 
 def openvino(request: EngineRequest, integer: bool) -> Prepared:
@@ -124,7 +116,10 @@ def onnxruntime(request: EngineRequest, integer: bool, exact: bool = False) -> P
 
     def exactness() -> list[dict[str, Any]]:
         convolution = check_convolution(open_model)
-        own = [] if exact else check_onnxruntime(path, probe_images(request.size), request.threads)
+        if exact:
+            return [convolution]
+        images = probe_images(request.size)
+        own = check_onnxruntime(path, images, lambda file, right: onnxruntime_session(file, request.threads, right))
         return [convolution, *own]
 
     return Prepared(run, profile=profile, exactness=exactness if integer else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 
 CALIBRATION_IMAGES, PROBE_IMAGES = 8, 4
-WARM_UP, FEWEST, PROFILED_RUNS = 3, 5, 40
 INPUT, OUTPUT = "x", "y"
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -70,14 +68,3 @@ def calibration_images(size: int) -> np.ndarray:
 def probe_images(size: int) -> np.ndarray:
     """Other random images, that no engine is calibrated on."""
     return _images(PROBE_IMAGES, size, 2)
-
-
-def timed(run: Callable[[], Any], seconds: float, most: int | None = None) -> list[float]:
-    """Microseconds of each run, as many as fit, :data:`FEWEST` at least."""
-    samples: list[float] = []
-    begin = time.perf_counter()
-    while (time.perf_counter() - begin < seconds and len(samples) != most) or len(samples) < FEWEST:
-        start = time.perf_counter_ns()
-        run()
-        samples.append((time.perf_counter_ns() - start) / 1e3)
-    return samples

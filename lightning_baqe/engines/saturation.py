@@ -94,12 +94,16 @@ def check_convolution(open_model: Callable[[str], Callable[[np.ndarray], np.ndar
     return difference("one convolution, full-range data, against the exact integers", results, exact)
 
 
-def check_onnxruntime(path: str, images: np.ndarray, threads: int) -> list[dict[str, Any]]:
-    """Compare ONNX Runtime's default mode with its exact mode on a quantized network: logits, all quantized values."""
+def check_onnxruntime(path: str, images: np.ndarray, open_session: Callable[[str, bool], Any]) -> list[dict[str, Any]]:
+    """Compare ONNX Runtime's default mode with its exact mode on a quantized network: logits, all quantized values.
+
+    Args:
+        path: of the quantized network.
+        images: float32 ``(n, 3, size, size)``.
+        open_session: from a file and whether arithmetic is exact to a session.
+    """
     import onnx
     from onnx import TensorProto, helper
-
-    from lightning_baqe.engines.peers import onnxruntime_session
 
     model = onnx.load(path)
     for node in model.graph.node:
@@ -110,7 +114,7 @@ def check_onnxruntime(path: str, images: np.ndarray, threads: int) -> list[dict[
     name = model.graph.input[0].name
     flat: list[list[np.ndarray]] = []
     for exact in (False, True):
-        session = onnxruntime_session(shown, threads, exact)
+        session = open_session(shown, exact)
         per_image = [session.run(None, {name: image[None]}) for image in images]
         flat.append([np.concatenate([out[0].ravel() for out in per_image])])
         flat[-1].append(np.concatenate([value.ravel() for out in per_image for value in out[1:]]))

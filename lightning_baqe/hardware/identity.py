@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import json
@@ -10,46 +9,12 @@ import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from lightning_baqe.hardware.target import cpu_flags, cpu_name
 
 _FLAGS_THAT_MATTER = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "lightning-baqe")
-
-
-_ENTRY_POINTS = ("plan", "compiler")  # all that generates code is what these two import
-
-
-@functools.cache
-def generator_sources() -> tuple[Path, ...]:
-    """The sources of all that generates code and lays out its constants, found by following imports."""
-    folder = Path(__file__).parent
-    found: dict[str, Path] = {}
-    waiting = list(_ENTRY_POINTS)
-    while waiting:
-        name = waiting.pop()
-        path = folder / f"{name}.py"
-        if name in found or not path.exists():
-            continue
-        found[name] = path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_baqe.deploy"):
-                module = (node.module or "").removeprefix("lightning_baqe.deploy").removeprefix(".")
-                waiting += [module] if module else [alias.name for alias in node.names]
-    return tuple(found[name] for name in sorted(found))
-
-
-@functools.cache
-def code_digest() -> str:
-    """Digest of :func:`generator_sources`.
-
-    A whole network that was compiled or measured with other sources is neither loaded nor believed. (Kernels are told
-    apart by their generated code, see :mod:`lightning_baqe.measurement.database`.)
-    """
-    sources = [path.name.encode() + b"\0" + path.read_bytes() for path in generator_sources()]
-    return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 
 @functools.cache
@@ -92,8 +57,3 @@ def device_key(info: Mapping[str, Any]) -> str:
 def digest(value: Any) -> str:
     """Digest of what JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def fingerprint(threads: int = 1) -> str:
-    """Digest of the device and of what generates its code: versions and templates."""
-    return digest([device_key(device_info(threads)), toolchain(), code_digest()])

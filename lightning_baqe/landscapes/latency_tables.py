@@ -24,15 +24,15 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from lightning_baqe.benchmarks.accuracy_rows import Rows
-from lightning_baqe.benchmarks.landscape_accuracy import WIDTHS, searched_layers, with_bits
 from lightning_baqe.costs.correction import PLAIN, Correction, correction_columns
 from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.options import BuildOptions
+from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import MeasurementError
-from lightning_baqe.hardware.identity import digest, fingerprint
+from lightning_baqe.hardware.identity import digest
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
@@ -42,7 +42,7 @@ from lightning_baqe.measurement.database import KernelRecord, Records, canonical
 from lightning_baqe.measurement.measure import measure, worker
 from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.calibration import calibrate
-from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
+from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.sensitivity import layer_scores
 from lightning_baqe.runs.evaluation import give_back_memory
@@ -51,6 +51,7 @@ from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.strategies import Ranked
 from lightning_baqe.tuning.tuner import tune
 
+WIDTHS = (4, 5, 6, 7, 8, 32)
 TILES = 4  # of each kernel's tiles, the best by estimated cost; all other knobs keep all of their values
 TUNED = 4  # knobs of each kernel that a search has tried before its first trial
 SAMPLED = 2000  # bit-configs that are looked through for conversions
@@ -58,6 +59,16 @@ AGAIN = 8  # whole networks that are measured twice, for the spread
 WHOLE_REPEATS, WHOLE_LIMIT_S = 60, 2.0
 REWEIGHTED = 20  # rounds of the robust fit
 CACHED_MB = (4.0, 8.0, 12.0, 16.0, 24.0)  # what of a network's constants may stay in caches from image to image
+
+
+def searched_layers(base: BitConfig) -> tuple[str, ...]:
+    """The layers whose bits a search chooses: all but the first and the last."""
+    return tuple(base)[1:-1]
+
+
+def with_bits(base: BitConfig, bits: Mapping[str, int]) -> BitConfig:
+    """``base`` with these bits for weights and activations."""
+    return base.replace({layer: LayerBits(width, width) for layer, width in bits.items()})
 
 
 @dataclass(frozen=True)

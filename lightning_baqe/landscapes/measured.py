@@ -45,7 +45,7 @@ SUFFIX = ".json.gz"
 
 def shipped() -> tuple[str, ...]:
     """Names of the landscapes that come with the package."""
-    folder = resources.files("lightning_baqe.benchmarks") / DATA
+    folder = resources.files("lightning_baqe.landscapes") / DATA
     return tuple(sorted(file.name.removesuffix(SUFFIX) for file in folder.iterdir() if file.name.endswith(SUFFIX)))
 
 
@@ -60,7 +60,7 @@ def read_record(source: str | Path) -> dict[str, Any]:
     """
     path: Any = Path(source)
     if not str(source).endswith(SUFFIX):
-        path = resources.files("lightning_baqe.benchmarks") / DATA / f"{source}{SUFFIX}"
+        path = resources.files("lightning_baqe.landscapes") / DATA / f"{source}{SUFFIX}"
     if not path.is_file():
         raise ConfigError(f"there is no landscape {str(source)!r}: give a path, or one of {list(shipped())}")
     record: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
@@ -79,7 +79,7 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
 
 
 class Landscape:
-    """One landscape, a :class:`~lightning_baqe.search.problem.Problem`.
+    """One landscape, a :class:`~lightning_baqe.landscapes.problem.Problem`.
 
     A parameter is named ``<layer>/bits`` or ``<layer>/<knob>``, as in
     :class:`~lightning_baqe.tuning.network_space.NetworkSpace`.

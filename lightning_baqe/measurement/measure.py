@@ -56,7 +56,7 @@ class Measurement:
 
     @property
     def interval_us(self) -> tuple[float, float]:
-        """95 % confidence interval of the median, see :func:`~lightning_baqe.measurement.confidence.median_interval`."""
+        """95 % confidence interval of the median (:func:`~lightning_baqe.measurement.confidence.median_interval`)."""
         return median_interval(self.samples_us)
 
     @property

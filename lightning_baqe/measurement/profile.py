@@ -13,8 +13,8 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.compiler import result_type
-from lightning_baqe.engines.requests import PROFILED_RUNS, WARM_UP, timed
 from lightning_baqe.kernels.x86.layout import Layout
+from lightning_baqe.measurement.clock import PROFILED_RUNS, WARM_UP, timed
 
 
 class KernelProfile:

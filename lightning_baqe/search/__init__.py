@@ -35,24 +35,72 @@ that trials correct, parameters whose best value follows from others'. `ParetoPr
 estimates tell that they cannot reach the front; the sampler learns from what they would probably have reached.
 """
 
-from lightning_baqe.search.acquisition import (
-    best_candidate,
-    expected_hypervolume_improvement,
-    hypervolume_improvement,
-    joint_samples,
-    nondominated_cells,
-)
-from lightning_baqe.search.annealing import AnnealingOptions, AnnealingSampler
-from lightning_baqe.search.baselines import OptunaSampler, PoolSearch, gaussian_process, nsga2, random_search, tpe
-from lightning_baqe.search.knowledge import Knowledge, Sum
-from lightning_baqe.search.noisy_improvement import NoisyImprovementOptions, NoisyImprovementSampler
-from lightning_baqe.search.pareto import adrs, default_reference_point, hypervolume, pareto_mask
-from lightning_baqe.search.pool import spanning_pool
-from lightning_baqe.search.pruning import ParetoPruner
-from lightning_baqe.search.sampler import BaqeSampler, SamplerOptions
-from lightning_baqe.search.space import SearchSpace, encode
-from lightning_baqe.search.surrogate import ArdGP, ArdOptions, DeepKernelGP, DeepKernelOptions, Posterior, Surrogate
-from lightning_baqe.search.ted import median_distance, rbf, ted
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_baqe.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from lightning_baqe.search.acquisition import (
+        best_candidate,
+        expected_hypervolume_improvement,
+        hypervolume_improvement,
+        joint_samples,
+        nondominated_cells,
+    )
+    from lightning_baqe.search.annealing import AnnealingOptions, AnnealingSampler
+    from lightning_baqe.search.baselines import OptunaSampler, PoolSearch, gaussian_process, nsga2, random_search, tpe
+    from lightning_baqe.search.initial_design import median_distance, rbf, ted
+    from lightning_baqe.search.knowledge import Knowledge, Sum
+    from lightning_baqe.search.noisy_improvement import NoisyImprovementOptions, NoisyImprovementSampler
+    from lightning_baqe.search.pareto import adrs, default_reference_point, hypervolume, pareto_mask
+    from lightning_baqe.search.pool import spanning_pool
+    from lightning_baqe.search.pruning import ParetoPruner
+    from lightning_baqe.search.sampler import BaqeSampler, SamplerOptions
+    from lightning_baqe.search.space import SearchSpace, encode
+    from lightning_baqe.search.surrogate import ArdGP, ArdOptions, DeepKernelGP, DeepKernelOptions, Posterior, Surrogate
+
+_HOME = {
+    "AnnealingOptions": "annealing",
+    "AnnealingSampler": "annealing",
+    "ArdGP": "surrogate",
+    "ArdOptions": "surrogate",
+    "BaqeSampler": "sampler",
+    "DeepKernelGP": "surrogate",
+    "DeepKernelOptions": "surrogate",
+    "Knowledge": "knowledge",
+    "NoisyImprovementOptions": "noisy_improvement",
+    "NoisyImprovementSampler": "noisy_improvement",
+    "OptunaSampler": "baselines",
+    "ParetoPruner": "pruning",
+    "PoolSearch": "baselines",
+    "Posterior": "surrogate",
+    "SamplerOptions": "sampler",
+    "SearchSpace": "space",
+    "Sum": "knowledge",
+    "Surrogate": "surrogate",
+    "adrs": "pareto",
+    "best_candidate": "acquisition",
+    "default_reference_point": "pareto",
+    "encode": "space",
+    "expected_hypervolume_improvement": "acquisition",
+    "gaussian_process": "baselines",
+    "hypervolume": "pareto",
+    "hypervolume_improvement": "acquisition",
+    "joint_samples": "acquisition",
+    "median_distance": "initial_design",
+    "nondominated_cells": "acquisition",
+    "nsga2": "baselines",
+    "pareto_mask": "pareto",
+    "random_search": "baselines",
+    "rbf": "initial_design",
+    "spanning_pool": "pool",
+    "ted": "initial_design",
+    "tpe": "baselines",
+}
+
+__getattr__, __dir__ = on_first_use(__name__, _HOME)
 
 __all__ = [
     "AnnealingOptions",

@@ -27,8 +27,8 @@ from optuna.study import Study
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.baselines import PoolBaseline, fresh_point
-from lightning_baqe.search.history import History
 from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.study_sampler import History
 
 _RHO = 0.05  # ParEGO's weight of the sum
 

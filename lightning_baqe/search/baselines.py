@@ -26,10 +26,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.search.history import History
 from lightning_baqe.search.pool import spanning_rows, unseen
 from lightning_baqe.search.space import Key, Rows, SearchSpace
-from lightning_baqe.search.study_sampler import StudySampler
+from lightning_baqe.search.study_sampler import History, StudySampler
 
 _ATTEMPTS = 20  # draws of a point that was not tried yet, before the space is searched for one
 _DRAWS = 500

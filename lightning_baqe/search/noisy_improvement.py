@@ -36,10 +36,10 @@ from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.baselines import PoolBaseline
-from lightning_baqe.search.history import History, signs
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
 from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.study_sampler import History, signs
 from lightning_baqe.search.surrogate import standardise
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from botorch.utils.multi_objective.hypervolume import Hypervolume
 from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
@@ -64,6 +63,7 @@ def pareto_mask(points: Tensor) -> Tensor:
         ConfigError: the shape is not `n x m`, or a value is NaN.
     """
     points = _as_points(points, "points")
+    # BoTorch's is_non_dominated does the same, but its package takes seconds to import.
     mask = torch.ones(points.shape[0], dtype=torch.bool)
     for start in range(0, points.shape[0], _ROWS_AT_ONCE):
         rows = points[start : start + _ROWS_AT_ONCE, None, :]
@@ -98,6 +98,9 @@ def hypervolume(points: Tensor, reference_point: Tensor | Sequence[float]) -> fl
     front = torch.unique(inside[pareto_mask(inside)], dim=0)
     if front.shape[1] == 1:
         return float(reference[0] - front[0, 0])
+    # Takes seconds to import; a callback that keeps a front of two checkpoints should not wait for it.
+    from botorch.utils.multi_objective.hypervolume import Hypervolume
+
     return float(Hypervolume(ref_point=-reference).compute(-front))  # BoTorch maximises
 
 

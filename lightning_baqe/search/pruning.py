@@ -31,7 +31,7 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.search.history import EXPECTED_KEY, signs
+from lightning_baqe.search.study_sampler import EXPECTED_KEY, signs
 
 _RUNGS_KEY = "baqe:rungs"  # system attribute: {rung: promise}
 _BETTER = 3  # finished trials with promises next below, of which none ends worse than a trial may

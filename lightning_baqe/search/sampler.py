@@ -24,16 +24,20 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.search.acquisition import best_candidate, expected_hypervolume_improvement, nondominated_cells
-from lightning_baqe.search.exact_improvement import log_expected_improvement
-from lightning_baqe.search.history import History, signs
+from lightning_baqe.search.acquisition import (
+    best_candidate,
+    expected_hypervolume_improvement,
+    log_expected_improvement,
+    nondominated_cells,
+)
 from lightning_baqe.search.informed import InformedGP
+from lightning_baqe.search.initial_design import ted
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
 from lightning_baqe.search.refine import refine
 from lightning_baqe.search.space import Key, Rows, SearchSpace
-from lightning_baqe.search.study_sampler import StudySampler
+from lightning_baqe.search.study_sampler import History, StudySampler, signs
 from lightning_baqe.search.surrogate import (
     ArdGP,
     ArdOptions,
@@ -43,7 +47,6 @@ from lightning_baqe.search.surrogate import (
     Surrogate,
     standardise,
 )
-from lightning_baqe.search.ted import ted
 
 Mode = Literal["paper", "beyond"]
 Initial = Literal["ted", "random"]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.ard import ExactGP
-from lightning_baqe.search.ted import median_distance
+from lightning_baqe.search.initial_design import median_distance
 
 
 class Posterior(NamedTuple):

@@ -26,11 +26,12 @@ from lightning_baqe.engines.layer_tables import (
     network_layers,
 )
 from lightning_baqe.engines.peers import onnxruntime_rows, onnxruntime_session
-from lightning_baqe.engines.requests import WARM_UP, EngineRequest
+from lightning_baqe.engines.requests import EngineRequest
 from lightning_baqe.engines.saturation import check_convolution, difference
 from lightning_baqe.engines.zoo import default_size, export_onnx, library_of
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.hardware.target import can_run, get_target
+from lightning_baqe.measurement.clock import WARM_UP
 from lightning_baqe.measurement.peak import peak_gmacs
 from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.config import BitConfig, LayerBits

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lowered
+from small_graphs import lowered
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import GRAPH, MANIFEST, MODULE, TENSORS, Artifact

@@ -17,8 +17,8 @@ import lightning_baqe as baqe
 from lightning_baqe.benchmarks.landscape_accuracy import searched_layers, with_bits
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.landscapes.measured import Landscape, read_record, shipped
+from lightning_baqe.landscapes.problem import Problem
 from lightning_baqe.search.pool import breed
-from lightning_baqe.search.problem import Problem
 from lightning_baqe.search.space import SearchSpace
 from lightning_baqe.tasks.networks import network
 

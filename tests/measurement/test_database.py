@@ -144,7 +144,7 @@ def test_an_edit_that_generates_the_same_code_forgets_nothing(
     spec: ConvSpec, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.add_kernel(spec, TARGET, _record(spec, "1x1x1", 3.0))
-    monkeypatch.setattr(device, "code_digest", lambda: "other sources")
+    monkeypatch.setattr("lightning_baqe.measurement.database.code_digest", lambda: "other sources")
     assert records.kernels(spec, TARGET)
 
 
@@ -221,14 +221,6 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
             assert "kernels" not in tables
         assert path.stat().st_size == len(before)
-
-
-def test_generator_sources_hold_every_template() -> None:
-    names = {path.stem for path in device.generator_sources()}
-    folder = Path(device.__file__).parent
-    assert {path.stem for path in folder.glob("*_template*.py")} <= names
-    assert {"dot", "emit", "layout", "target", "plan"} <= names
-    assert not {"records", "tuner", "measure"} & names
 
 
 def test_peaks(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:

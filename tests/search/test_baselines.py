@@ -38,9 +38,9 @@ from lightning_baqe.search import (
     tpe,
 )
 from lightning_baqe.search.annealing import ranks
-from lightning_baqe.search.history import History
 from lightning_baqe.search.noisy_improvement import climb
 from lightning_baqe.search.space import SearchSpace
+from lightning_baqe.search.study_sampler import History
 
 BASELINES: dict[str, Callable[..., BaseSampler]] = {
     "random": random_search,

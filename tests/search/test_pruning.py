@@ -15,9 +15,9 @@ from optuna.trial import TrialState
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search import BaqeSampler, ParetoPruner, pareto_mask
-from lightning_baqe.search.history import History
 from lightning_baqe.search.pruning import is_hopeless, optimistic, probable
 from lightning_baqe.search.space import SearchSpace
+from lightning_baqe.search.study_sampler import History
 
 SPACE = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)

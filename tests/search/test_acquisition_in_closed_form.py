@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search import expected_hypervolume_improvement, nondominated_cells
-from lightning_baqe.search.exact_improvement import log_expected_improvement
+from lightning_baqe.search.acquisition import log_expected_improvement
 
 
 def case(m: int, seed: int = 0, constraints: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
