@@ -18,8 +18,8 @@ independent. With psi(a) = E[(a - y)+] = sd h((a - mean) / sd) and h(z) = phi(z)
     E[improvement] = sum_cells prod_k (psi(u_k) - psi(l_k)), times the probability that every constraint is at most 0.
 
 Its logarithm has a slope where the improvement itself underflows, so that candidates far behind the front are still
-told apart. Emmerich et al., "Hypervolume-based Expected Improvement: Monotonicity Properties and Exact Computation", CEC
-2011; Ament et al., "Unexpected Improvements to Expected Improvement for Bayesian Optimization", NeurIPS 2023.
+told apart. Emmerich et al., "Hypervolume-based Expected Improvement: Monotonicity Properties and Exact Computation",
+CEC 2011; Ament et al., "Unexpected Improvements to Expected Improvement for Bayesian Optimization", NeurIPS 2023.
 """
 
 from __future__ import annotations
