@@ -1,9 +1,14 @@
-"""Files that are replaced in one step."""
+"""Files that are replaced in one step, and rows that are on the disk before the next is measured."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from lightning_baqe.errors import DataError
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -19,3 +24,48 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """``$LIGHTNING_BAQE_CACHE``, by default ``~/.cache/lightning_baqe``."""
+    base = os.environ.get("LIGHTNING_BAQE_CACHE")
+    if base is not None:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lightning_baqe"
+
+
+class Rows:
+    """A file with one JSON object a line; a row is in it as soon as it is finished, so that the same work can go on.
+
+    Args:
+        path: of the file; made with its first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All finished rows, oldest first; one that a killed process cut off is none.
+
+        Raises:
+            DataError: a line that is no row.
+        """
+        if not self.path.exists():
+            return []
+        rows = []
+        for number, line in enumerate(self.path.read_text().split("\n")[:-1], 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{self.path}, line {number} is no row ({error}): remove that line.") from error
+        return rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row, in one write, and see it to the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b", buffering=0) as file:
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)  # what was cut off; an empty file stays empty
+            file.write((json.dumps(row) + "\n").encode())
+            os.fsync(file.fileno())

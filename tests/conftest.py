@@ -37,15 +37,6 @@ def sample_run_dir(tmp_path: Path, sample_summary: dict[str, Any]) -> Path:
     return write_run(tmp_path / "run", sample_summary)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test reads or writes the user's records."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIGHTNING_BAQE_CACHE", str(folder))
-        yield folder
-
-
 @pytest.fixture(scope="session")
 def resnet() -> tuple[IntegerGraph, torch.Tensor]:
     """ResNet-18 with random bits at 32x32."""

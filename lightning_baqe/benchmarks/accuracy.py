@@ -43,12 +43,13 @@ from lightning_baqe.benchmarks.accuracy_rows import (
     BITS,
     SMALLEST,
     Request,
-    Rows,
     Settings,
     Sizes,
     Training,
+    find_row,
     measure_row,
 )
+from lightning_baqe.files import Rows
 
 SETTINGS = {
     "resnet18": Settings(
@@ -160,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             for bits in options.bits:
                 sizes = SMALLEST if options.smallest else Sizes()
                 request = Request(network, bits, seed, sizes, settings)
-                row = rows.find(request)
+                row = find_row(rows, request)
                 if row is None:
                     console.print(f"{network} {bits} seed {seed}")
                     row = measure_row(request, options.folder, options.threads, console.print)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,8 @@ from lightning_baqe.callbacks import Distillation
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.verify import verify
-from lightning_baqe.errors import BuildError, DataError
+from lightning_baqe.errors import BuildError
+from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
@@ -139,42 +139,9 @@ class Request:
         return folder / f"{self.network}-{self.bits if quantized else 'float'}-seed{self.seed}-{digest}.ckpt"
 
 
-class Rows:
-    """The raw rows, one JSON object a line; a row is in the file as soon as it is finished.
-
-    Args:
-        path: of the file; made with its first row.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> list[dict[str, Any]]:
-        """All finished rows.
-
-        Raises:
-            DataError: a line that is no row.
-        """
-        if not self.path.exists():
-            return []
-        rows = []
-        for number, line in enumerate(self.path.read_text().splitlines(), 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{self.path}, line {number} is no row ({error}): remove that line.") from error
-        return rows
-
-    def find(self, request: Request) -> dict[str, Any] | None:
-        """The row of this very request, the latest one; None: not finished."""
-        return next((row for row in reversed(self.read()) if row["key"] == request.key), None)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row, in one write, and see it to the disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
-            file.write((json.dumps(row) + "\n").encode())
-            os.fsync(file.fileno())
+def find_row(rows: Rows, request: Request) -> dict[str, Any] | None:
+    """The row of this very request, the latest one; None: not finished."""
+    return next((row for row in reversed(rows.read()) if row["key"] == request.key), None)
 
 
 class _Curve(pl.Callback):

@@ -33,12 +33,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
-from lightning_baqe.benchmarks.accuracy_rows import Rows
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, float_network, measure_rows, row_key
 from lightning_baqe.costs.accuracy_models import choose, spread_of_repeats
 from lightning_baqe.costs.correction import PLAIN
 from lightning_baqe.costs.structure import Structure
 from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, toolchain, versions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.landscapes import latency_tables as latency

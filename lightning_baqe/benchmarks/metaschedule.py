@@ -50,9 +50,9 @@ from lightning_baqe.benchmarks.metaschedule_workload import (
     workload_arguments,
     workload_result,
 )
-from lightning_baqe.benchmarks.rows import Rows
 from lightning_baqe.deploy.calls import kernel_key
 from lightning_baqe.errors import BuildError
+from lightning_baqe.files import Rows
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.sample import sample_kernel
 from lightning_baqe.kernels.x86.arithmetic import step
@@ -299,7 +299,7 @@ def compare(
         if not row:
             console.print(f"MetaSchedule tunes {layers[0]}, {trials} trials", markup=False)
             row = key | _tuned_row(spec, bench.target, trials, seed, place)
-            tuned.add(row)
+            tuned.append(row)
         entry = {"layers": list(layers), "macs": spec.macs, "tuned_knobs": dict(knobs)}
         entry |= {name: row[name] for name in ("kernel", "trials", "seconds", "log_us")}
         known = _newest(compared, key | {"tuned_knobs": dict(knobs)})
@@ -307,13 +307,13 @@ def compare(
             known = entry | {"error": row["error"]}
             if row["error"] is None:
                 known |= compare_kernel(bench, knobs, [place / name for name in row["libraries"]], place)
-            compared.add(known)
+            compared.append(known)
         found.append(known)
     return found
 
 
 def _newest(rows: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    matching = (row for row in reversed(rows.all) if all(row[name] == value for name, value in wanted.items()))
+    matching = (row for row in reversed(rows.read()) if all(row[name] == value for name, value in wanted.items()))
     return next(matching, None)
 
 

@@ -31,12 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_baqe.benchmarks.replays import fill
-from lightning_baqe.benchmarks.rows import Rows
 from lightning_baqe.benchmarks.search_runs import replay
 from lightning_baqe.benchmarks.search_tables import scaled_adrs
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.errors import BaqeError
-from lightning_baqe.files import replace_file
+from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.runs.objectives import REFERENCE_POINT, objectives
 from lightning_baqe.runs.summary import Figures, Measured, Summary, is_measured
 from lightning_baqe.search import hypervolume, pareto_mask
@@ -170,7 +169,7 @@ def predicted(landscape: str, modes: Sequence[str], trials: int, seeds: int, fol
     values = {
         mode: [
             torch.tensor(row["values"], dtype=torch.float64)
-            for row in rows.all
+            for row in rows.read()
             if (row["problem"], row["sampler"], row["trials"]) == (landscape, mode, trials) and row["seed"] < seeds
         ]
         for mode in modes

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from lightning_baqe.benchmarks.loops import FUNCTIONS, METHODS, function_of, reference_of, run
 from lightning_baqe.benchmarks.replays import fill
-from lightning_baqe.benchmarks.rows import Rows, begin
-from lightning_baqe.files import replace_file
+from lightning_baqe.benchmarks.setups import begin
+from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.search import hypervolume
 from lightning_baqe.search.metrics import bootstrap_interval, compare_paired
 
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         for method in options.methods
     ]
     fill(rows, names, wanted, one_run, options.jobs, console, "runs")
-    entries = [summarise(rows.all, problem, options.evaluations, options.seeds) for problem in options.problems]
+    entries = [summarise(rows.read(), problem, options.evaluations, options.seeds) for problem in options.problems]
     print_summary(console, entries, options.evaluations)
     replace_file(options.folder / "problems.json", json.dumps(entries, indent=1).encode())
     console.print(f"All figures: {options.folder}", markup=False)

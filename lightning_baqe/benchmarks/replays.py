@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_baqe.benchmarks.rows import Rows
+from lightning_baqe.files import Rows
 
 Key = tuple[Any, ...]
 
@@ -43,13 +43,13 @@ def fill(
         console: for the progress bar.
         title: of the bar.
     """
-    known = {tuple(row[name] for name in names) for row in rows.all}
+    known = {tuple(row[name] for name in names) for row in rows.read()}
     missing = [key for key in wanted if key not in known]
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         shown = bar.add_task(title, total=len(wanted), completed=len(wanted) - len(missing))
         for key, rest in _here(missing, task) if jobs == 1 else _elsewhere(missing, task, jobs):
-            rows.add({**dict(zip(names, key, strict=True)), **rest})
+            rows.append({**dict(zip(names, key, strict=True)), **rest})
             bar.advance(shown)
 
 

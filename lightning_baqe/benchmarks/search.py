@@ -27,12 +27,12 @@ from rich.progress import track
 from torch import Tensor
 
 from lightning_baqe.benchmarks.replays import fill
-from lightning_baqe.benchmarks.rows import Rows, begin
 from lightning_baqe.benchmarks.search_figures import draw_curves, draw_points
 from lightning_baqe.benchmarks.search_runs import SAMPLERS, best_known_front, proposing_seconds, replay
 from lightning_baqe.benchmarks.search_tables import Runs, curves_of, print_summary, runs_of, summarise
+from lightning_baqe.benchmarks.setups import begin
 from lightning_baqe.benchmarks.synthetic import problem_named
-from lightning_baqe.files import replace_file
+from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.search import pareto_mask
 
 _KEY = ("problem", "sampler", "seed", "trials", "initial", "noisy")
@@ -42,11 +42,11 @@ _HARDEST = (54, 4)  # ResNet-50: layers, and knobs of each
 def judged_front(options: argparse.Namespace, runs: Runs, rows: Rows) -> Tensor:
     """The best known front; NSGA-II's part of it is kept in the file `rows`."""
     name = {"problem": options.problem, "population": options.population, "generations": options.generations}
-    evolved = next((row["front"] for row in rows.all if name.items() <= row.items()), None)
+    evolved = next((row["front"] for row in rows.read() if name.items() <= row.items()), None)
     if evolved is None:
         found = best_known_front(problem_named(options.problem), [], options.population, options.generations)
         evolved = found.tolist()
-        rows.add({**name, "front": evolved})
+        rows.append({**name, "front": evolved})
     values = [torch.tensor(row["values"], dtype=torch.float64) for of in runs.values() for row in of.values()]
     points = torch.unique(torch.cat([torch.tensor(evolved, dtype=torch.float64), *values]), dim=0)
     return points[pareto_mask(points)]
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
 def report(options: argparse.Namespace, rows: Rows, console: Console) -> list[dict[str, Any]]:
     """Print the table, write `search_<problem>.json` and the figures."""
     of_initial: list[Mapping[str, Any]] = [
-        row for row in rows.all if (row["initial"], row["noisy"]) == (options.initial, options.noisy)
+        row for row in rows.read() if (row["initial"], row["noisy"]) == (options.initial, options.noisy)
     ]
     runs = runs_of(of_initial, options.problem, options.trials, options.samplers)
     problem = problem_named(options.problem)

@@ -32,15 +32,15 @@ from rich.progress import track
 from rich.table import Table
 
 from lightning_baqe.benchmarks.metaschedule import compare, metaschedule_table
-from lightning_baqe.benchmarks.rows import Rows, begin
+from lightning_baqe.benchmarks.setups import begin
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.calls import kernel_key
+from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import MeasurementError
-from lightning_baqe.files import replace_file
+from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.hardware.identity import device_info, versions
-from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
@@ -124,7 +124,7 @@ def run_strategy(
     finally:
         measured = None if result is None else result.measured
         row = {"strategy": name, "candidates": candidates, "seconds": time.monotonic() - started, "measured": measured}
-        rows.add(row)
+        rows.append(row)
     return result
 
 
@@ -144,7 +144,7 @@ def compare_kernels(
         kernel_key(spec, {}): {name: records_of(folder, name).best_knobs(spec, target) for name in strategies}
         for spec in layers
     }
-    done = {row["kernel"]: row for row in rows.all}  # the last row of a kernel is the newest
+    done = {row["kernel"]: row for row in rows.read()}  # the last row of a kernel is the newest
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
         for spec, names in track(layers.items(), "compare kernels", console=console, total=len(layers)):
             key = kernel_key(spec, {})
@@ -152,8 +152,8 @@ def compare_kernels(
                 continue
             bench = KernelBench(spec, target, Records(folder / "compare.db"), Path(place) / key)
             row = {"kernel": key, "layers": list(names), "macs": spec.macs}
-            rows.add(row | _compared(bench, wanted[key], setup))
-    newest = {row["kernel"]: row for row in rows.all}
+            rows.append(row | _compared(bench, wanted[key], setup))
+    newest = {row["kernel"]: row for row in rows.read()}
     return [newest[key] for key in wanted]
 
 
@@ -191,12 +191,12 @@ def table_x(graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, folde
     exact = {name: bool(torch.equal(artifact.run(image), reference)) for name, artifact in artifacts.items()}
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
         saved = {name: str(artifact.save(Path(place) / name)) for name, artifact in artifacts.items()}
-        while sum(row["tuned"] == digest for row in rows.all) < rounds:
+        while sum(row["tuned"] == digest for row in rows.read()) < rounds:
             samples = {name: _burst(path) for name, path in saved.items()}
-            rows.add({"tuned": digest, "samples_us": samples})
+            rows.append({"tuned": digest, "samples_us": samples})
     pairs = [
         tuple(min(row["samples_us"][name]) for name in ("default", "tuned"))
-        for row in rows.all
+        for row in rows.read()
         if row["tuned"] == digest
     ]
     ratios = [default / tuned for default, tuned in pairs]
@@ -385,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     first = options.strategies[0]
     again = run_strategy(first, graph, setup, options.candidates, folder, console)
     rows = summarize(compare_kernels(graph, setup, options.strategies, folder, console))
-    runs = Rows(folder / "runs.jsonl").all
+    runs = Rows(folder / "runs.jsonl").read()
     title = f"{setup.model}, {setup.bits} bit, {setup.size} px: kernels in turns, tuned by {first}"
     print_kernels(console, title, rows, {kernel.layers[0]: kernel.peak_gmacs for kernel in results[first].kernels})
     print_strategies(console, rows, runs)

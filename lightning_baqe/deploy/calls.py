@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_baqe.deploy.constants import Constants
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.digest import code_digest
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.kernels.x86.conv import build_conv
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec, build_depthwise

@@ -18,8 +18,8 @@ from typing import Any
 import tvm
 from tvm.target import Target
 
-from lightning_baqe.cache import cache_folder
 from lightning_baqe.deploy.digest import code_digest
+from lightning_baqe.files import cache_folder
 from lightning_baqe.hardware.identity import digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
 
@@ -34,7 +34,7 @@ class KernelObjects:
     Where the folder cannot be written, or is not the user's alone, kernels are compiled and not kept.
 
     Args:
-        folder: by default ``objects`` in :func:`~lightning_baqe.cache.cache_folder`.
+        folder: by default ``objects`` in :func:`~lightning_baqe.files.cache_folder`.
         limit_bytes: the least recently used objects beyond this are dropped.
         compiled: kernels that were not there and were compiled.
     """

@@ -23,15 +23,15 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import nn
 
-from lightning_baqe.benchmarks.accuracy_rows import Rows
 from lightning_baqe.costs.correction import PLAIN, Correction, correction_columns
 from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.calls import Call
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.digest import fingerprint
+from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import MeasurementError
+from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import digest
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer.graph import IntegerGraph

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lightning_baqe.benchmarks import accuracy, accuracy_rows
-from lightning_baqe.benchmarks.accuracy_rows import SMALLEST, Request, Rows, Settings, Training, measure_row
+from lightning_baqe.benchmarks.accuracy_rows import SMALLEST, Request, Settings, Training, find_row, measure_row
 from lightning_baqe.errors import DataError
+from lightning_baqe.files import Rows
 
 SMALL = ["--smallest", "--networks", "resnet18", "--seeds", "3"]
 
@@ -92,12 +93,12 @@ def test_an_interrupted_training_goes_on(tmp_path: Path) -> None:
 
 def test_rows_count_for_their_settings_alone(tmp_path: Path) -> None:
     rows, request = Rows(tmp_path / "rows.jsonl"), request_of()
-    assert rows.find(request) is None
+    assert find_row(rows, request) is None
     rows.append({"key": request.key, "float": 1})
     rows.append({"key": request.key, "float": 2})
-    assert rows.find(request) == {"key": request.key, "float": 2}
+    assert find_row(rows, request) == {"key": request.key, "float": 2}
     other = request_of(2)
-    assert rows.find(other) is None
+    assert find_row(rows, other) is None
     assert other.checkpoint(tmp_path, quantized=False) != request.checkpoint(tmp_path, quantized=False)
     with rows.path.open("a") as file:
         file.write('{"key": {"net')

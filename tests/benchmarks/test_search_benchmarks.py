@@ -14,11 +14,12 @@ from rich.console import Console
 
 from lightning_baqe.benchmarks import problems, search
 from lightning_baqe.benchmarks.loops import FUNCTIONS, evaluate, function_of, initial_points, reference_of, run
-from lightning_baqe.benchmarks.rows import Rows, begin
 from lightning_baqe.benchmarks.search_runs import POOLLESS, SAMPLERS, replay
 from lightning_baqe.benchmarks.search_tables import curves_of, runs_of, summarise
+from lightning_baqe.benchmarks.setups import begin
 from lightning_baqe.benchmarks.synthetic import BITS, Additive, problem_named
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.files import Rows
 from lightning_baqe.landscapes.measured import shipped
 from lightning_baqe.search import hypervolume, pareto_mask
 from lightning_baqe.search.evolution import crowding, evolve, survivors
@@ -115,7 +116,7 @@ def test_benchmark_search_goes_on_where_it_was_stopped(tmp_path: Path, capsys: p
     first = (tmp_path / "runs.jsonl").read_text()
     search.main([*command, "--seeds", "3"])
     assert (tmp_path / "runs.jsonl").read_text().startswith(first)
-    assert len(Rows(tmp_path / "runs.jsonl").all) == 6
+    assert len(Rows(tmp_path / "runs.jsonl").read()) == 6
     content = json.loads((tmp_path / "search_additive3x1.json").read_text())
     assert content["seeds"] == [0, 1, 2]
     assert [entry["sampler"] for entry in content["samplers"]] == ["random", "NSGA-II"]
@@ -135,8 +136,8 @@ def test_a_cut_off_row_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": ')
     rows = Rows(path)
-    rows.add({"a": 2})
-    assert Rows(path).all == [{"a": 1}, {"a": 2}]
+    rows.append({"a": 2})
+    assert Rows(path).read() == [{"a": 1}, {"a": 2}]
 
 
 def test_evolution_finds_the_front_of_a_small_problem() -> None:

@@ -11,9 +11,9 @@ import pytest
 from small_graphs import Maker
 
 from lightning_baqe.benchmarks import tuning
-from lightning_baqe.benchmarks.rows import Rows
 from lightning_baqe.benchmarks.tuning import Setup, open_folder, strategies_of, summarize, total
 from lightning_baqe.errors import ConfigError, MeasurementError
+from lightning_baqe.files import Rows
 from lightning_baqe.integer.graph import IntegerGraph
 
 SETUP = Setup("resnet18", 64, 8, "native", 1, random=2, seed=0)
@@ -22,12 +22,12 @@ SETUP = Setup("resnet18", 64, 8, "native", 1, random=2, seed=0)
 def test_rows_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = Rows(path)
-    rows.add({"a": 1})
-    rows.add({"a": 2})
+    rows.append({"a": 1})
+    rows.append({"a": 2})
     path.write_text(path.read_text() + '{"a": 3')
     again = Rows(path)
-    again.add({"a": 4})
-    assert [row["a"] for row in Rows(path).all] == [row["a"] for row in again.all] == [1, 2, 4]
+    again.append({"a": 4})
+    assert [row["a"] for row in Rows(path).read()] == [row["a"] for row in again.read()] == [1, 2, 4]
 
 
 def test_a_folder_of_another_setup(tmp_path: Path) -> None:

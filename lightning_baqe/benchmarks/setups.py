@@ -1,42 +1,14 @@
-"""Files that benchmarks fill row by row, so that the same command goes on where it was interrupted."""
+"""Folders that benchmarks fill, so that the same command goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.files import replace_file
-
-
-class Rows:
-    """A file with one JSON object a line, on the disk before the next is measured.
-
-    Args:
-        path: of the file; made with the first row.
-
-    Attributes:
-        all: every row, oldest first.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.all: list[dict[str, Any]] = []
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            self.all = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
-            replace_file(path, "".join(line for line in lines if line.endswith("\n")).encode())
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.all.append(row)
 
 
 def begin(folder: Path, setup: Mapping[str, Any]) -> None:
