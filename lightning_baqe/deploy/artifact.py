@@ -103,7 +103,7 @@ class Artifact:
     def close(self) -> None:
         """Let go of the machine, its constants and the module; whatever needs them next loads them again.
 
-        The module is unloaded by the next garbage collection, unless somebody else holds ``vm`` or one of its functions.
+        The next garbage collection unloads the module, unless somebody else holds ``vm`` or one of its functions.
         """
         with self._lock:
             self._vm = self._module = self._image = None
