@@ -18,9 +18,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from lightning_baqe.callbacks.host import Host, RepeatsTraining
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.deploy.digest import fingerprint
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.hardware.description import DeviceDescription
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.measurement.database import Records
 from lightning_baqe.quantization.calibration import calibrate

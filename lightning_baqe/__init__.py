@@ -26,7 +26,7 @@ _HOME = {
     "LayerBits": "quantization.config",
     "Measurement": "measurement.measure",
     "QuantizedModel": "quantization.convert",
-    "build": "deploy.build",
+    "build": "measurement.build",
     "calibrate": "quantization.calibration",
     "lower": "integer.lowering",
     "measure": "measurement.measure",

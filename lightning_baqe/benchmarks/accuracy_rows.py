@@ -17,12 +17,12 @@ from torch import nn
 
 from lightning_baqe.callbacks import Distillation
 from lightning_baqe.data import GlyphsDataModule
-from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.measurement.build import build
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel

@@ -144,11 +144,11 @@ def try_network(library: str, family: str, member: str, size: int = 64) -> Row:
     """Take one network through all stages."""
     import torch
 
-    from lightning_baqe.deploy.build import build
     from lightning_baqe.deploy.verify import verify
     from lightning_baqe.engines.zoo import calibrated, random_bits, settled_network
     from lightning_baqe.errors import BaqeError
     from lightning_baqe.integer.lowering import lower
+    from lightning_baqe.measurement.build import build
 
     start, reached, found, macs = time.perf_counter(), "", 0, 0
     torch.set_num_threads(1)

@@ -34,13 +34,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
-from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.zoo import calibrated, random_bits, settled_network
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.hardware.identity import device_info
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower_with_sources
+from lightning_baqe.measurement.build import build
 from lightning_baqe.quantization.config import BitConfig, near
 from lightning_baqe.quantization.convert import QuantizedModel
 

@@ -24,11 +24,11 @@ from torch import nn
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.accuracy_rows import Sizes
 from lightning_baqe.data import GlyphsDataModule
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower

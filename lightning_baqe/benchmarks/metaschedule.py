@@ -50,11 +50,11 @@ from lightning_baqe.benchmarks.metaschedule_workload import (
     workload_arguments,
     workload_result,
 )
-from lightning_baqe.deploy.calls import kernel_key
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.sample import sample_kernel
+from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.arithmetic import step
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, Turns, ask_kernel, in_turns, save_arguments

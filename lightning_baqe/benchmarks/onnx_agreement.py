@@ -43,12 +43,12 @@ from torch.nn import functional
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.data.base import ImageTensorDataset, Split
 from lightning_baqe.deploy.artifact import Artifact
-from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.engine_process import missing_packages
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.measurement.build import build
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import quantize

@@ -35,10 +35,10 @@ from lightning_baqe.costs.bit_rewards import (
     rewards_of,
     searched_kernels,
 )
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.hardware.identity import device_info
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower

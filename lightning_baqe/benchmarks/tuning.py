@@ -33,23 +33,22 @@ from rich.table import Table
 
 from lightning_baqe.benchmarks.metaschedule import compare, metaschedule_table
 from lightning_baqe.benchmarks.setups import begin
-from lightning_baqe.deploy.build import build
-from lightning_baqe.deploy.calls import kernel_key
 from lightning_baqe.deploy.digest import fingerprint
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import MeasurementError
 from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
-from lightning_baqe.kernels.tunable import kernel_space
+from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.measurement.build import build
 from lightning_baqe.measurement.database import KernelRecord, Records
 from lightning_baqe.measurement.measure import measure
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.tuning.bench import KernelBench
+from lightning_baqe.tuning.bench import KernelBench, kernel_space
 from lightning_baqe.tuning.strategies import DeepKernel, Random, Ranked, SimulatedAnnealing, Strategy
 from lightning_baqe.tuning.tune_report import TuneProgress, kernel_entry, knobs_text
 from lightning_baqe.tuning.tuner import TuneResult, tunable_layers, tune

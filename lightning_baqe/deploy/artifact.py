@@ -21,10 +21,10 @@ from tvm import relax
 
 from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.compiler import ALL, MAIN, constants
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
@@ -33,7 +33,7 @@ FORMAT = 1
 MANIFEST, MODULE, GRAPH, TENSORS, BITS = "manifest.json", "module.so", "graph.json", "tensors.npz", "bits.json"
 
 
-def load_library(path: Path) -> Any:
+def load_library(path: Path | str) -> Any:
     """A compiled module, unloaded with the last reference to it; TVM's default keeps it until the process ends."""
     return tvm_ffi.load_module(str(path), keep_module_alive=False)
 

@@ -68,7 +68,7 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
     kept = KernelObjects() if objects is None else objects
     kernels = {call.key: call for call in plan.calls}
     try:
-        libraries = [kept.library(key, plan.target, call.function) for key, call in kernels.items()]
+        libraries = [kept.library(key, plan.options.target, call.function) for key, call in kernels.items()]
         module = builder.get().with_attr("external_mods", libraries)
         with tvm.transform.PassContext(opt_level=3):
             return relax.build(module, target=Target(plan.options.target.tvm), relax_pipeline="default_build")

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.calls import Call, Plan, Spec, alone
+from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.constants import Constants
 from lightning_baqe.deploy.in_place import find_slices
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.placement import Slice, Values, pad_of
 from lightning_baqe.deploy.plan_pixels import (
     INT32_MAX,
@@ -30,9 +29,11 @@ from lightning_baqe.deploy.plan_pixels import (
     unpack_kernel,
 )
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import VNNI_PATHS
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.kernels.specs import Spec, alone
 from lightning_baqe.kernels.x86.arithmetic import choose_dot
 from lightning_baqe.kernels.x86.conv import PARAMS
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs

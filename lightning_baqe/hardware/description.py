@@ -25,8 +25,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import can_run, cpu_flags, get_target
 from lightning_baqe.quantization.config import FLOAT_BITS, MAX_BITS, MIN_BITS, BitConfig, layers
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_baqe.deploy.calls import TunableSpec, kernel_key
 from lightning_baqe.kernels.sample import sample_kernel
+from lightning_baqe.kernels.specs import TunableSpec
 from lightning_baqe.kernels.x86.conv import build_conv
 from lightning_baqe.kernels.x86.conv_knobs import (
     check_knobs,
@@ -28,7 +28,6 @@ from lightning_baqe.kernels.x86.depthwise import (
     depthwise_cost,
     depthwise_knob_space,
 )
-from lightning_baqe.tuning.strategies import KernelSpace
 
 Knobs = Mapping[str, Any]
 
@@ -102,18 +101,3 @@ def _depthwise_cost(spec: DepthwiseSpec, tile: str) -> float:
 def template_of(spec: TunableSpec) -> Template:
     """The template of a kernel with knobs."""
     return _TEMPLATES[type(spec)]
-
-
-def kernel_space(spec: TunableSpec) -> KernelSpace:
-    """A kernel's knobs as strategies see them."""
-    template = template_of(spec)
-    source, result = spec.source, spec.result
-    sizes = (source.channels, result.channels, result.height, result.width, *spec.kernel, *spec.stride, spec.macs)
-    return KernelSpace(
-        name=kernel_key(spec, {}),
-        values=template.knob_space(spec),
-        default=template.check_knobs(spec, template.default_knobs(spec)),
-        check=lambda knobs: template.check_knobs(spec, knobs),
-        cost=lambda knobs: template.cost(spec, knobs),
-        context=tuple(float(np.log2(size)) for size in sizes),
-    )

@@ -25,28 +25,28 @@ from torch import nn
 
 from lightning_baqe.costs.correction import PLAIN, Correction, correction_columns
 from lightning_baqe.costs.structure import SizeTable, Structure
-from lightning_baqe.deploy.build import build
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.digest import fingerprint
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import MeasurementError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import digest
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
-from lightning_baqe.kernels.tunable import TunableSpec, kernel_space, template_of
+from lightning_baqe.kernels.tunable import TunableSpec, template_of
 from lightning_baqe.kernels.x86.layout import SLACK
+from lightning_baqe.measurement.build import build
 from lightning_baqe.measurement.database import KernelRecord, Records, canonical, code_key
 from lightning_baqe.measurement.measure import measure, worker
+from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.sensitivity import layer_scores
-from lightning_baqe.runs.evaluation import give_back_memory
-from lightning_baqe.tuning.bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S, KernelBench
+from lightning_baqe.tuning.bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S, KernelBench, kernel_space
 from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.strategies import Ranked
 from lightning_baqe.tuning.tuner import tune

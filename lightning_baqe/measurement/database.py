@@ -33,12 +33,13 @@ from typing import Any
 
 import tvm
 
-from lightning_baqe.deploy.calls import Call, Spec
+from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.files import cache_folder
 from lightning_baqe.hardware.identity import device_info, device_key, digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.kernels.specs import Spec
 
 VERSION = 2
 KERNEL_KEY = ("device", "toolchain", "target", "operator", "spec", "knobs", "code")

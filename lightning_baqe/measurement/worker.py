@@ -38,7 +38,7 @@ def _model(request: dict[str, Any]) -> dict[str, Any]:
 
     from lightning_baqe.deploy.artifact import Artifact
     from lightning_baqe.deploy.compiler import MAIN
-    from lightning_baqe.deploy.evaluate import give_back_memory
+    from lightning_baqe.measurement.memory import give_back_memory
 
     give_back_memory()  # what the last model left
     vm = Artifact.load(request["artifact"]).vm
@@ -100,10 +100,10 @@ def _cold_us(run: Callable[[], Any], flushed: Any) -> float:
 def _kernel(request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import tvm
-    import tvm_ffi
 
-    # By default TVM would keep every kernel until this process ends.
-    module = tvm_ffi.load_module(request["kernel"], keep_module_alive=False)
+    from lightning_baqe.deploy.artifact import load_library
+
+    module = load_library(request["kernel"])
     with np.load(request["arguments"], allow_pickle=False) as arrays:
         arguments = [tvm.runtime.tensor(arrays[f"a{i}"]) for i in range(len(arrays.files) - 1)]
         want = arrays["result"]

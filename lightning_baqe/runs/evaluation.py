@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,15 +11,16 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_baqe.deploy.artifact import Artifact
-from lightning_baqe.deploy.build import build_with
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
 from lightning_baqe.hardware.identity import device_info
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.measurement.build import build_with
 from lightning_baqe.measurement.database import Records
 from lightning_baqe.measurement.measure import PRECISION, Measurement, measure
+from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.summary import Entry, Figures
 
@@ -95,19 +93,6 @@ class Evaluation:
         more = {"state": "complete", "fake_quant_accuracy": fake_quant_accuracy,
                 "differing_elements": sum(self.wrong.values()), "seconds": begun.seconds | self.seconds}  # fmt: skip
         return begun.model_copy(update={**dict(self.figures), "test_accuracy": None, **more})
-
-
-def give_back_memory() -> None:
-    """Free what only reference cycles hold, and return freed memory to the system.
-
-    Traced networks are such cycles, and too few objects each for Python to collect them by itself; glibc keeps the
-    pieces that compilations leave, tens of megabytes each.
-    """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
 
 
 def deployed_accuracy(artifact: Artifact, batches: Batches) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_baqe.costs.bit_rewards import REFERENCE, Rewards, default_bit_choices, rewards_of
 from lightning_baqe.costs.network_knowledge import search_knowledge
-from lightning_baqe.deploy.options import BuildOptions
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.database import Records

@@ -97,26 +97,32 @@ def front_steps(summary: Summary, key: str) -> list[tuple[float, float]]:
 
 
 def escaped(value: object) -> str:
+    """A value as HTML; a dash for none."""
     return "–" if value in (None, "") else html.escape(str(value))
 
 
 def in_percent(value: float | None) -> str:
+    """A share; a dash for none."""
     return "–" if value is None else f"{value:.2%}"
 
 
 def in_kilobytes(value: float | None) -> str:
+    """Bytes; a dash for none."""
     return "–" if value is None else f"{value / 1000:,.1f} kB"
 
 
 def in_microseconds(value: float | None) -> str:
+    """A latency; a dash for none."""
     return "–" if value is None else f"{value:,.0f} µs" if value >= 1000 else f"{value:.1f} µs"
 
 
 def speedup(reference: float | None, value: float | None) -> str:
+    """How many times smaller a value is than its reference; a dash where one is missing."""
     return f"{reference / value:.2f}×" if reference and value else "–"
 
 
 def name_of(entry: Entry) -> str:
+    """What a table calls an entry."""
     return f"#{entry.number}" if entry.name is None else html.escape(entry.name)
 
 
@@ -141,6 +147,7 @@ def _whole(numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def trade_off_figure(summary: Summary, key: str, label: str, scale: float) -> Figure | None:
+    """Accuracy over one cost, all entries, with the front as steps; None: nothing was measured."""
     traces: list[dict[str, Any]] = []
     steps = front_steps(summary, key)
     if steps:
@@ -175,6 +182,7 @@ def trade_off_figure(summary: Summary, key: str, label: str, scale: float) -> Fi
 
 
 def progress_figure(summary: Summary) -> Figure | None:
+    """The hypervolume over the trials; None: there is none."""
     curve = hypervolume_over_trials(summary)
     if not curve:
         return None
@@ -194,6 +202,7 @@ def progress_figure(summary: Summary) -> Figure | None:
 
 
 def bits_figure(summary: Summary) -> Figure | None:
+    """Bits by layer of every Pareto point; None: no point has any."""
     points = sorted(
         ((name_of(entry), entry) for entry in summary.pareto if entry.bits), key=lambda point: -point[1].accuracy
     )
@@ -244,6 +253,7 @@ def bits_figure(summary: Summary) -> Figure | None:
 
 
 def time_figure(summary: Summary) -> Figure | None:
+    """Seconds of each trial by part; None: no trial took any."""
     trials = [entry for entry in summary.trials if entry.seconds]
     if not trials:
         return None

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.calls import kernel_key
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.errors import BuildError, MeasurementError
 from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.tunable import Sample, TunableSpec, template_of
 from lightning_baqe.measurement.database import KernelRecord, Records
 from lightning_baqe.measurement.measure import worker
-from lightning_baqe.tuning.strategies import Tried
+from lightning_baqe.tuning.strategies import KernelSpace, Tried
 
 REPEATS, MIN_REPEAT_MS = 16, 2
 CONFIRM_ROUNDS = 3
@@ -217,3 +217,18 @@ def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], 
         KernelObjects().library(kernel_key(spec, knobs), target, build).export_library(str(path))
     except (RuntimeError, ValueError) as error:
         raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error
+
+
+def kernel_space(spec: TunableSpec) -> KernelSpace:
+    """A kernel's knobs as strategies see them."""
+    template = template_of(spec)
+    source, result = spec.source, spec.result
+    sizes = (source.channels, result.channels, result.height, result.width, *spec.kernel, *spec.stride, spec.macs)
+    return KernelSpace(
+        name=kernel_key(spec, {}),
+        values=template.knob_space(spec),
+        default=template.check_knobs(spec, template.default_knobs(spec)),
+        check=lambda knobs: template.check_knobs(spec, knobs),
+        cost=lambda knobs: template.cost(spec, knobs),
+        context=tuple(float(np.log2(size)) for size in sizes),
+    )

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lightning_baqe.deploy.calls import kernel_key
 from lightning_baqe.files import replace_file
 from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.tuning.tuner import Step, TunedKernel, TuneResult
 

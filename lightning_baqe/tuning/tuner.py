@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import can_run
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.tunable import TunableSpec, kernel_space
+from lightning_baqe.kernels.tunable import TunableSpec
 from lightning_baqe.measurement.database import KernelRecord, Records
 from lightning_baqe.measurement.peak import pinned_peak_gmacs
-from lightning_baqe.tuning.bench import KernelBench
+from lightning_baqe.tuning.bench import KernelBench, kernel_space
 from lightning_baqe.tuning.strategies import KernelSpace, Ranked, Strategy
 
 BATCH = 4  # proposals at a time: models are fitted once for each

@@ -11,7 +11,7 @@ import pytest
 from small_graphs import Maker
 
 from lightning_baqe.benchmarks import rewards
-from lightning_baqe.deploy.options import BuildOptions
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import can_run, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec

@@ -23,9 +23,9 @@ from lightning_baqe.costs.bit_rewards import (
     rewards_of,
     searched_kernels,
 )
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs, knob_space

@@ -11,9 +11,9 @@ from torch import nn
 
 import lightning_baqe as baqe
 from lightning_baqe.costs.network_knowledge import NEGLIGIBLE, conversion_groups, search_knowledge
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.nodes import Requantize
 from lightning_baqe.measurement.database import KernelRecord, Records

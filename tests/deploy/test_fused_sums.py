@@ -11,16 +11,16 @@ import torch
 from small_graphs import Maker, images
 
 from lightning_baqe.deploy.artifact import MANIFEST, Artifact
-from lightning_baqe.deploy.build import build_with
 from lightning_baqe.deploy.calls import Plan
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.pixels import PixelSpec
+from lightning_baqe.measurement.build import build_with
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.runs import evaluation as evaluate_module
 from lightning_baqe.tuning.network_space import NetworkSpace

@@ -9,8 +9,8 @@ import torch
 from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images
 
 from lightning_baqe.deploy.artifact import Artifact
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run, get_target
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph

@@ -18,9 +18,10 @@ from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.compiler import compile_plan
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.tunable import as_tunable, template_of
+from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.tuning.bench import ask_kernel, compile_kernel, save_arguments
 
 
@@ -47,7 +48,7 @@ def kept(made: Path, tmp_path: Path) -> Path:
 
 
 def plan_of(graph: IntegerGraph, target: str = "native") -> Plan:
-    return make_plan(graph, get_target(target))
+    return make_plan(graph, BuildOptions(get_target(target)))
 
 
 def build(graph: IntegerGraph, objects: KernelObjects) -> Artifact:
@@ -86,8 +87,8 @@ def test_a_damaged_object_is_made_again(graph: IntegerGraph, kept: Path, damage:
 
 def test_each_target_has_its_objects(graph: IntegerGraph, kept: Path) -> None:
     """Also targets that differ by nothing but LLVM's name of the CPU."""
-    target = get_target()
-    plan = dataclasses.replace(plan_of(graph), target=dataclasses.replace(target, mcpu="haswell"))
+    options = BuildOptions(dataclasses.replace(get_target(), mcpu="haswell"))
+    plan = dataclasses.replace(plan_of(graph), options=options)
     objects = KernelObjects(kept)
     compile_plan(plan, graph.input_shape, objects)
     assert objects.compiled == len(list(kept.iterdir())) / 2 == len({call.key for call in plan.calls})
@@ -99,8 +100,7 @@ def test_what_the_tuner_compiled_is_linked_to_the_network(tmp_path: Path, monkey
     maker.conv(out=16)
     graph = maker.graph()
     (call,) = (call for call in plan_of(graph).calls if call.layer is not None)
-    spec, knobs = as_tunable(call.spec), dict(call.knobs)
-    assert spec is not None
+    (spec,), knobs = plan_of(graph).tunable().values(), dict(call.knobs)
     library, arguments = tmp_path / "kernel.so", tmp_path / "kernel.npz"
     compile_kernel(spec, get_target(), knobs, library)
     sample = template_of(spec).sample(spec)

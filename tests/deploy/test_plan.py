@@ -8,14 +8,14 @@ import tvm.error
 from small_graphs import UINT8, Maker
 
 from lightning_baqe.deploy import compiler
-from lightning_baqe.deploy.build import build
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.measurement.build import build
 
 TARGET = get_target("vnni512")
 

@@ -13,8 +13,8 @@ from random_graphs import INTEGER_NODES, draw_graph
 from small_graphs import Maker, assert_exact, compiled, images, random_schedules
 
 from lightning_baqe.deploy.calls import Call
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import can_run, get_target
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph

@@ -9,9 +9,9 @@ import pytest
 import torch
 from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images
 
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.kernels.x86 import float_functions

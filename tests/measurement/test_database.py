@@ -14,10 +14,10 @@ import pytest
 from small_graphs import Maker
 
 from lightning_baqe.deploy.calls import Call
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.hardware import identity as device
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.kernels.x86.conv import build_conv
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs

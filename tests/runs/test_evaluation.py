@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.measurement.database import Records
 from lightning_baqe.measurement.measure import Measurement
+from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.runs import evaluation as module
 from lightning_baqe.runs.evaluation import (
     MeasureOptions,
     deployed_accuracy,
     evaluate,
-    give_back_memory,
     measure_quietly,
 )
 

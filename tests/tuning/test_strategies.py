@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from small_graphs import Maker
 
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
-from lightning_baqe.kernels.tunable import kernel_space
+from lightning_baqe.tuning.bench import kernel_space
 from lightning_baqe.tuning.strategies import (
     DeepKernel,
     KernelSpace,

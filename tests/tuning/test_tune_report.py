@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from small_graphs import Maker
 
-from lightning_baqe.deploy.options import BuildOptions
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.measurement.database import KernelRecord
 from lightning_baqe.tuning.tune_report import TuneProgress, step_text, tuning_line, tuning_table, write_tuning

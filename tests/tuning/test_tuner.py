@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from small_graphs import INT8, WIDE, Maker
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.calls import kernel_key
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import can_run, get_target
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.tunable import kernel_space
+from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.conv_knobs import default_knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec
 from lightning_baqe.measurement.database import Records
 from lightning_baqe.tuning import bench as kernel_bench
 from lightning_baqe.tuning import tuner
+from lightning_baqe.tuning.bench import kernel_space
 from lightning_baqe.tuning.strategies import Ranked, SimulatedAnnealing, Strategy, Tried
 
 

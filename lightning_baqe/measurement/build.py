@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.compiler import compile_plan
-from lightning_baqe.deploy.options import BuildOptions
 from lightning_baqe.deploy.plan import Schedules, make_plan
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.measurement.database import Records
