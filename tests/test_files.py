@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_baqe.files import replace_file
+from lightning_baqe.errors import DataError
+from lightning_baqe.files import Rows, replace_file
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +22,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         replace_file(path, b"new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["pareto.csv"]
+
+
+def test_a_row_that_was_cut_off_is_none_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "folder" / "rows.jsonl")
+    assert rows.read() == []
+    rows.append({"a": 1})
+    with rows.path.open("a") as file:
+        file.write('{"a": {"net')
+    assert rows.read() == [{"a": 1}]
+    rows.append({"a": 2})
+    assert rows.read() == [{"a": 1}, {"a": 2}]
+    with rows.path.open("a") as file:
+        file.write("{no row}\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3 is no row .* remove that line"):
+        rows.read()
