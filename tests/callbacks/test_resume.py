@@ -49,7 +49,7 @@ def states(database: Path) -> list[tuple[int, str]]:
 def test_kill_and_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(tmp_path / "records.db")]
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     database = tmp_path / "run" / "study.db"
 
     process = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)
@@ -81,7 +81,7 @@ def test_two_ranks_share_one_search(tmp_path: Path) -> None:
     script = tmp_path / "search.py"  # a file, since Lightning starts it again for the second rank
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tmp_path / "run"), str(tmp_path / "records.db"), "ddp"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True, text=True)
     held = {line.split(" holds ")[1] for line in done.stdout.splitlines() if " holds " in line}
     assert len(held) == 1
