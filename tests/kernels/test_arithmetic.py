@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_graphs import Maker, assert_exact, compiled, images
 
 from lightning_baqe.hardware.target import get_target
-from lightning_baqe.kernels.x86.arithmetic import CHAINS, _chain_fits, choose_dot
+from lightning_baqe.kernels.x86.arithmetic import CHAINS, INT16_MAX, choose_dot, exact_chains
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.measurement.peak import _peak_kernel
 
@@ -26,12 +26,15 @@ def _fits(sums: np.ndarray, chain: int, limit: int) -> bool:
     return True
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.sampled_from(CHAINS))
-def test_chain_fits_is_right(seed: int, length: int, chain: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(2, 8), st.integers(1, 8))
+def test_exact_chains_are_right(seed: int, length: int, weight_bits: int, activation_bits: int) -> None:
     rng = np.random.default_rng(seed)
-    sums = rng.integers(0, 50, (2, 2, length, 2))
-    for limit in (20, 49, 60, 100, 49 * chain):
-        assert _chain_fits(sums, chain, limit) == _fits(sums, chain, limit)
+    high, amax = 2 ** (weight_bits - 1), 2**activation_bits - 1
+    quads = rng.integers(-high, high, (2, 2, length, 4)) * rng.integers(0, 2, (2, 2, length, 4))
+    pairs = quads.reshape(2, 2, length, 2, 2) * amax
+    signs = np.maximum(pairs, 0).sum(-1), -np.minimum(pairs, 0).sum(-1)
+    wanted = [c for c in CHAINS if _fits(signs[0], c, INT16_MAX) and _fits(signs[1], c, INT16_MAX + 1)]
+    assert exact_chains(quads, amax) == sorted(wanted)
 
 
 def _saturating(quads: np.ndarray, activations: np.ndarray, chain: int) -> np.ndarray:

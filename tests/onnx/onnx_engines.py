@@ -11,10 +11,13 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-MODES = ("plain", "default", "exact")
+from lightning_baqe.hardware.target import VNNI_PATHS, can_run
+
+# Without VNNI, ONNX Runtime's default mode adds pairs of 8-bit products in 16 bits, which saturate.
+MODES = ("plain", "default", "exact") if any(map(can_run, VNNI_PATHS)) else ("plain", "exact")
 
 
-def session(path: Path, mode: str = "default") -> onnxruntime.InferenceSession:
+def session(path: Path, mode: str = "exact") -> onnxruntime.InferenceSession:
     """ONNX Runtime on the CPU: ``plain`` runs the operators as written, ``exact`` forbids saturating sums."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -26,7 +29,7 @@ def session(path: Path, mode: str = "default") -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def run(path: Path, x: torch.Tensor, mode: str = "default") -> torch.Tensor:
+def run(path: Path, x: torch.Tensor, mode: str = "exact") -> torch.Tensor:
     return torch.from_numpy(session(path, mode).run(["logits"], {"input": x.numpy()})[0])
 
 

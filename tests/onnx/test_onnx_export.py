@@ -22,8 +22,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer.onnx_engines import MODES, cosine, initializers, properties, run, run_openvino
 from integer.real_graphs import RealMaker
+from onnx_engines import MODES, cosine, initializers, properties, run, run_openvino
 
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
 from lightning_baqe.integer import nodes as ir
@@ -439,7 +439,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedModelError, match=r"weights within .*int8 holds -128\.\.127"):
         m.graph().to_onnx(path)
     assert not path.exists()
-    for module in [key for key in sys.modules if key.startswith("lightning_baqe.integer.onnx_") or key == "onnx"]:
+    for module in [key for key in sys.modules if key.startswith("lightning_baqe.onnx.") or key == "onnx"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r"pip install 'lightning-baqe\[onnx\]'"):

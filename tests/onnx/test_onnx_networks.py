@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from integer.onnx_engines import MODES, cosine, run, run_all, run_openvino
+from onnx_engines import MODES, cosine, run, run_all, run_openvino
 
 import lightning_baqe as baqe
 from lightning_baqe.integer import nodes as ir

@@ -22,8 +22,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from deploy.small_graphs import compiled
 from onnx import numpy_helper
+from small_graphs import compiled
 
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer import nodes as ir

@@ -121,29 +121,35 @@ def choose_dot(target: CpuTarget, make_quads: Callable[[], np.ndarray], activati
     if target.path != "avx2":
         return "portable", 1
     quads = make_quads()
-    out, segments, length, _ = quads.shape
-    pairs = quads.reshape(out, segments, length, 2, 2)
-    positive = np.maximum(pairs, 0).sum(-1) * activation_max
-    negative = -np.minimum(pairs, 0).sum(-1) * activation_max
-    fits = [
-        chain
-        for chain in CHAINS
-        if _chain_fits(positive, chain, INT16_MAX) and _chain_fits(negative, chain, INT16_MAX + 1)
-    ]
+    length = quads.shape[2]
+    fits = exact_chains(quads, activation_max)
     if fits:
         return "maddubs", min(fits, key=lambda chain: (_chain_cost(length, chain), -chain))
     return "madd16", 1
+
+
+def exact_chains(quads: np.ndarray, activation_max: int) -> list[int]:
+    """The chain lengths of :data:`CHAINS` that cannot overflow, shortest first.
+
+    Args:
+        quads, activation_max: of :func:`choose_dot`, the weights made already.
+    """
+    out, segments, length, _ = quads.shape
+    pairs = np.zeros((out, segments, -(-length // CHAINS[0]) * CHAINS[0], 2, 2), np.int32)
+    pairs[:, :, :length] = quads.reshape(out, segments, length, 2, 2)
+    negative = np.minimum(pairs, 0).sum(-1, dtype=np.int32) * activation_max
+    positive = pairs.sum(-1, dtype=np.int32) * activation_max - negative
+    fits: list[int] = []
+    for chain in reversed(CHAINS):
+        if positive.max() > INT16_MAX or negative.min() < -INT16_MAX - 1:
+            break  # longer sums of one sign only grow
+        fits.append(chain)
+        if chain < CHAINS[0]:
+            positive, negative = (sums[:, :, ::2] + sums[:, :, 1::2] for sums in (positive, negative))
+    return fits
 
 
 def _chain_cost(length: int, chain: int) -> float:
     """Instructions for a run of so many quads, which is filled up to whole chains: two a quad, three more a chain."""
     chains = -(-length // chain)
     return chains * (2.0 * chain + 3.0)
-
-
-def _chain_fits(lane_sums: np.ndarray, chain: int, limit: int) -> bool:
-    out, segments, length, lanes = lane_sums.shape
-    padded = -(-length // chain) * chain
-    full = np.zeros((out, segments, padded, lanes), dtype=np.int64)
-    full[:, :, :length] = lane_sums
-    return bool(full.reshape(out, segments, padded // chain, chain, lanes).sum(3).max() <= limit)
