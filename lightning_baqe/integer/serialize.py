@@ -43,8 +43,8 @@ def pack_bits(values: torch.Tensor, bits: int) -> np.ndarray:
         )
     if bits == 8:
         return flat.astype(np.int8).view(np.uint8)
-    planes = ((flat[:, None] >> np.arange(bits)) & 1).astype(np.uint8)
-    return np.packbits(planes.reshape(-1), bitorder="little")
+    octets = np.ascontiguousarray(flat, dtype="<i8").view(np.uint8).reshape(-1, 8)[:, : (bits + 7) // 8]
+    return np.packbits(np.unpackbits(octets, axis=1, count=bits, bitorder="little").reshape(-1), bitorder="little")
 
 
 def unpack_bits(packed: np.ndarray, bits: int, count: int) -> torch.Tensor:
@@ -62,10 +62,11 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> torch.Tensor:
         )
     if bits == 8:
         return torch.from_numpy(packed.view(np.int8).astype(np.int64))
-    planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits).astype(np.int64)
-    weights = 1 << np.arange(bits, dtype=np.int64)
-    weights[-1] = -weights[-1]  # two's complement: the top bit counts negative
-    return torch.from_numpy(planes @ weights)
+    planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    octets = np.zeros((count, 4), np.uint8)
+    octets[:, : (bits + 7) // 8] = np.packbits(planes, axis=1, bitorder="little")
+    sign = np.uint32(1 << (bits - 1))  # two's complement: the top bit counts negative
+    return torch.from_numpy(((octets.view("<u4").reshape(-1) ^ sign) - sign).view("<i4").astype(np.int64))
 
 
 def graph_to_parts(graph: IntegerGraph) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

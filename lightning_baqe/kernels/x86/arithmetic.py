@@ -134,11 +134,11 @@ def exact_chains(quads: np.ndarray, activation_max: int) -> list[int]:
     Args:
         quads, activation_max: of :func:`choose_dot`, the weights made already.
     """
-    out, segments, length, _ = quads.shape
-    pairs = np.zeros((out, segments, -(-length // CHAINS[0]) * CHAINS[0], 2, 2), np.int32)
-    pairs[:, :, :length] = quads.reshape(out, segments, length, 2, 2)
-    negative = np.minimum(pairs, 0).sum(-1, dtype=np.int32) * activation_max
-    positive = pairs.sum(-1, dtype=np.int32) * activation_max - negative
+    length = quads.shape[2]
+    padding = ((0, 0), (0, 0), (0, -length % CHAINS[0]), (0, 0))
+    padded = np.pad(quads, padding).astype(np.int32) * activation_max
+    positive = sum(np.maximum(padded[..., i::2], 0) for i in (0, 1))
+    negative = sum(np.minimum(padded[..., i::2], 0) for i in (0, 1))
     fits: list[int] = []
     for chain in reversed(CHAINS):
         if positive.max() > INT16_MAX or negative.min() < -INT16_MAX - 1:
