@@ -55,7 +55,7 @@ from lightning_baqe.files import Rows
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.sample import sample_kernel
 from lightning_baqe.kernels.specs import kernel_key
-from lightning_baqe.kernels.x86.arithmetic import step
+from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, Turns, ask_kernel, in_turns, save_arguments
 
@@ -116,7 +116,7 @@ def _implementation(dot: str, lanes: int) -> Any:
             if dot == "madd16":  # even bytes and odd ones, widened
                 pairs, eight = T.reinterpret(vectors[0], dtype=f"int16x{2 * lanes}"), T.broadcast(T.int16(8), 2 * lanes)
                 vectors = [T.shift_right(T.shift_left(pairs, eight), eight), T.shift_right(pairs, eight)]
-            total = step(dot, lanes, sums.vload([0], f"int32x{lanes}"), [word], vectors)
+            total = ARITHMETICS[dot].step(sums.vload([0], f"int32x{lanes}"), [word], vectors, lanes)
             B.buffer_store(sums, total, [T.ramp(0, 1, lanes)])
     return builder.get()
 

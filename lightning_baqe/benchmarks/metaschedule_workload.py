@@ -38,7 +38,7 @@ def check_workload(spec: ConvSpec) -> None:
     Raises:
         ConfigError: it is grouped, a float one, or has several threads.
     """
-    if spec.dot == "fma" or spec.groups != 1 or spec.threads != 1:
+    if spec.arithmetic.is_float or spec.groups != 1 or spec.threads != 1:
         raise ConfigError(
             "MetaSchedule is compared on dense integer convolutions on one thread, got one with "
             f"{spec.groups} group(s), {spec.threads} thread(s) and the arithmetic {spec.dot!r}: choose another kernel"

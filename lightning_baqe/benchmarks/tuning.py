@@ -332,7 +332,7 @@ def beside_metaschedule(
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
         kernels: dict[ConvSpec, tuple[tuple[str, ...], KernelBench, dict[str, Any]]] = {}
         for spec, layers in tunable_layers(graph, BuildOptions(target, setup.threads)).items():
-            if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.dot != "fma" and len(kernels) < count:
+            if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.weight_bits < 32 and len(kernels) < count:
                 bench = KernelBench(spec, target, Records(folder / "compare.db"), Path(place) / str(len(kernels)))
                 kernels[spec] = (layers, bench, records.best_knobs(spec, target) or bench.default)
         return compare(kernels, trials, setup.seed, folder, console)

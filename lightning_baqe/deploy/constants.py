@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+Maker = Callable[[], np.ndarray]
+
 
 class Constants(Mapping[str, np.ndarray]):
     """Arrays by name, each made when it is first asked for: whoever wants a plan's specs alone packs no weights.
@@ -14,7 +16,7 @@ class Constants(Mapping[str, np.ndarray]):
         makers: ``{name: what makes the array}``.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
+    def __init__(self, makers: Mapping[str, Maker]) -> None:
         self._makers = dict(makers)
         self.made: dict[str, np.ndarray] = {}
 

@@ -6,7 +6,6 @@ it is loaded, so that weights are kept once, packed to their bits.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_baqe.deploy.calls import Call, Plan
-from lightning_baqe.deploy.constants import Constants
+from lightning_baqe.deploy.constants import Constants, Maker
 from lightning_baqe.deploy.in_place import find_slices
 from lightning_baqe.deploy.placement import Slice, Values, pad_of
 from lightning_baqe.deploy.plan_pixels import (
@@ -30,11 +29,10 @@ from lightning_baqe.deploy.plan_pixels import (
 )
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import VNNI_PATHS
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.specs import Spec, alone
-from lightning_baqe.kernels.x86.arithmetic import choose_dot
+from lightning_baqe.kernels.x86.arithmetic import arithmetics, choose_dot
 from lightning_baqe.kernels.x86.conv import PARAMS
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
@@ -97,7 +95,7 @@ class _Planner:
         self.copies: dict[tuple[str, int], str] = {}
         self.buffers = {name: place.owner for name, place in self.values.places.items()}
         self.calls: list[Call] = []
-        self.makers: dict[str, Callable[[], np.ndarray]] = {}
+        self.makers: dict[str, Maker] = {}
         self.resolved: dict[str, dict[str, Any]] = {}
 
     def _fused_adds(self) -> dict[str, str]:
@@ -170,9 +168,7 @@ class _Planner:
 
     def _pixels(self, name: str, kernel: Kernel, values: list[str]) -> None:
         pad = self.values.pads.get(name, 0)
-        self._add(
-            (name,), None, kernel.spec, {}, (*values, *(partial(np.asarray, array) for array in kernel.arguments(pad)))
-        )
+        self._add((name,), None, kernel.spec, {}, (*values, *kernel.arguments(pad)))
 
     def _emit(self, node: ir.Node) -> None:
         result = self.values.layouts[node.name]
@@ -202,66 +198,55 @@ class _Planner:
                 self.buffers[copy] = part.owner
                 self._pixels(copy, copy_kernel(self.values.layouts[source], layout), [source])
 
+    def _window(self, node: Any, source: Layout, result: Layout, weight: np.ndarray) -> dict[str, Any]:
+        """What the specs of dense and depthwise convolutions have in common."""
+        padding, is_float = getattr(node, "padding", (0,) * 4), _is_float(node)
+        narrow, high = (True, False) if is_float else _requant_width(node)
+        float_epilogue = "float_relu" if is_float and node.relu else "float"
+        return {
+            "lanes": self.target.lanes, "registers": self.target.registers, "source": source, "result": result,
+            "kernel": weight.shape[2:], "stride": getattr(node, "stride", (1, 1)),
+            "dilation": getattr(node, "dilation", (1, 1)), "top": padding[0], "left": padding[2],
+            "epilogue": float_epilogue if is_float else "acc" if node.requant is None else "requant",
+            "narrow": narrow, "high": high, "threads": self.options.threads,
+        }  # fmt: skip
+
     def _conv(self, node: Any, add: ir.Add | None) -> None:
-        result = (add or node).name
-        name = self._value(node.inputs[0], node)
+        result, name, is_float = (add or node).name, self._value(node.inputs[0], node), _is_float(node)
         source, layout = self.values.layouts[name], self.values.layouts[result]
-        weight = node.weight.numpy()
-        is_float = isinstance(node, ir.FloatConv | ir.FloatLinear)
+        if not is_float and source.dtype != "uint8":
+            raise BuildError(
+                f"layer {node.layer!r} reads {source.dtype} values ({name!r}, {node.input_range[0]}.."
+                f"{node.input_range[1]}); its kernels want unsigned 8 bit: quantize its input to 0..255 or less"
+            )
+        weight = node.weight.numpy().astype(np.float32 if is_float else np.int8, copy=False)
         if weight.ndim == 2:  # a matrix product is a convolution whose kernel covers the whole input
-            shape = (weight.shape[0], source.channels, source.height, source.width)
-            weight = weight.reshape(shape)
-        if not is_float:
-            weight = weight.astype(np.int8)
-        geometry: dict[str, Any] = {
-            "kernel": weight.shape[2:],
-            "stride": getattr(node, "stride", (1, 1)),
-            "dilation": getattr(node, "dilation", (1, 1)),
-            "top": getattr(node, "padding", (0,) * 4)[0],
-            "left": getattr(node, "padding", (0,) * 4)[2],
+            weight = weight.reshape(weight.shape[0], source.channels, source.height, source.width)
+        fields = self._window(node, source, layout, weight) | {
+            "groups": getattr(node, "groups", 1),
+            "weight_bits": 32 if is_float else 4 if node.weight_bits <= 4 else 8,
         }
-        geometry["groups"] = getattr(node, "groups", 1)
-        spec = ConvSpec(
-            "fma" if is_float else "vnni", 1, self.target.lanes, self.target.registers, source, layout, **geometry,
-            epilogue="acc", weight_bits=32 if is_float else 4 if node.weight_bits <= 4 else 8,
-            threads=self.options.threads,
-        )  # fmt: skip
-        residual = None
-        if is_float:
-            spec = dataclasses.replace(spec, epilogue="float_relu" if node.relu else "float")
-        else:
-            if source.dtype != "uint8":
-                raise BuildError(
-                    f"layer {node.layer!r} reads {source.dtype} values ({name!r}, {node.input_range[0]}.."
-                    f"{node.input_range[1]}); its kernels want unsigned 8 bit: quantize its input to 0..255 or less"
-                )
-            dot, chain = choose_dot(self.target, lambda: weight_quads(spec, weight), int(node.input_range[1]))
-            spec = dataclasses.replace(spec, dot=dot, chain=chain)
-            if node.requant is not None:
-                narrow, high = _requant_width(node)
-                spec = dataclasses.replace(spec, epilogue="requant", narrow=narrow, high=high)
-            if add is not None:
-                other = node.name == add.inputs[0]
-                residual = self._value(add.inputs[int(other)], add)
-                other_layout, narrow = (
-                    self.values.layouts[residual],
-                    narrow_add(add, [self.values.by_name[name].type for name in add.inputs]),
-                )
-                spec = dataclasses.replace(spec, epilogue="requant_add", residual=other_layout, narrow_add=narrow)
-        knobs = self._knobs(node.layer, spec)
-        params: dict[str, Any] = {"pad": self.values.pads[result]}
-        numbers: Callable[[], np.ndarray] = partial(np.zeros, 2 * layout.stored, np.int64)
-        if not is_float and node.requant is not None:
-            numbers = partial(_requant_numbers, node, spec)
-            params |= zip(("shift", "zero_point", "low", "high"), _requant_params(node), strict=True)
+        params: dict[str, Any] = {"pad": self.values.pads[result], **_requant_params(node)}
+        residual = name
         if add is not None:
-            own, others = add.multipliers if add.inputs[0] == node.name else add.multipliers[::-1]
-            params |= {"m_conv": own, "m_residual": others, "add_shift": add.shift, "add_offset": add.offset}
-            params |= {"add_zero_point": add.type.zero_point, "add_low": add.type.low, "add_high": add.type.high}
+            kinds = [self.values.by_name[value].type for value in add.inputs]
+            turn = 1 if add.inputs[0] == node.name else -1
+            residual = self._value(add.inputs[::turn][1], add)
+            fields |= {"epilogue": "requant_add", "residual": self.values.layouts[residual]}
+            fields["narrow_add"] = narrow_add(add, kinds)
+            params |= zip(("m_conv", "m_residual"), add.multipliers[::turn], strict=True)
+            params |= {"add_shift": add.shift, "add_offset": add.offset, "add_zero_point": add.type.zero_point}
+            params |= {"add_low": add.type.low, "add_high": add.type.high}
+        largest = 0 if is_float else int(node.input_range[1])
+        dot, chain = choose_dot(
+            self.target, lambda dot: weight_quads(ConvSpec(dot, 1, **fields), weight), largest, is_float
+        )
+        spec = ConvSpec(dot, chain, **fields)
+        knobs = self._knobs(node.layer, spec)
+        packed, bias = partial(pack_weights, spec, knobs, weight), _bias(node, layout, spec)
+        numbers = _requant_numbers(node, spec) or partial(np.zeros, 2 * layout.stored, np.int64)
         nodes = (node.name, add.name) if add is not None else (node.name,)
-        packed, bias = partial(pack_weights, spec, knobs, weight), _bias(node, layout, is_float)
-        numbered = partial(np.array, [params.get(key, 0) for key in PARAMS], np.int64)
-        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, numbered, residual or name))
+        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, _numbered(PARAMS, params), residual))
 
     def _knobs(self, layer: str, spec: ConvSpec | DepthwiseSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
@@ -274,29 +259,20 @@ class _Planner:
     def _depthwise(self, node: ir.Conv | ir.FloatConv) -> None:
         name = self._value(node.inputs[0], node)
         source, layout = self.values.layouts[name], self.values.layouts[node.name]
-        weight = node.weight.numpy()
-        dot, epilogue, narrow, high = "fma", "float", True, False
-        if isinstance(node, ir.FloatConv):
-            epilogue = "float_relu" if node.relu else "float"
-        else:
-            dot = {**dict.fromkeys(VNNI_PATHS, "vnni"), "avx2": "madd16"}.get(self.target.path, "portable")
-            dot = dot if source.dtype == "uint8" else "portable"
-            epilogue = "acc" if node.requant is None else "requant"
-            narrow, high = _requant_width(node)
+        weight, signed = node.weight.numpy(), source.dtype != "uint8"
+        usable = (a for a in arithmetics(self.target, _is_float(node)) if a.taps and (a.plain or not signed))
+        arithmetic = next(usable)
         spec = DepthwiseSpec(
-            dot, self.target.lanes, self.target.registers, source, layout, weight.shape[2:], node.stride, node.dilation,
-            node.padding[0], node.padding[2], epilogue, narrow, high, self.options.threads,
-            self.target.vbmi and dot == "vnni",
-        )  # fmt: skip
+            arithmetic.name,
+            **self._window(node, source, layout, weight),
+            vbmi=self.target.vbmi and arithmetic.taps == 4,  # one permutation puts four rows of bytes together
+        )
         knobs = self._knobs(node.layer, spec)
-        arguments: list[Any] = [name, partial(pack_depthwise, spec, knobs, weight), _bias(node, layout, dot == "fma")]
-        params = [0] * (DEPTHWISE_PARAMS - 1)
-        if epilogue == "requant":
-            assert isinstance(node, ir.Conv)
-            params = _requant_params(node)
-            arguments.append(partial(_requant_numbers, node, spec))
-        numbered = partial(np.array, [*params, self.values.pads[node.name]], np.int64)
-        self._add((node.name,), node.layer, spec, knobs, (*arguments, numbered))
+        packed, bias = partial(pack_depthwise, spec, knobs, weight), _bias(node, layout, spec)
+        numbers = _requant_numbers(node, spec)
+        params = {"pad": self.values.pads[node.name], **_requant_params(node)}
+        constants = [packed, bias, *([numbers] if numbers else []), _numbered(DEPTHWISE_PARAMS, params)]
+        self._add((node.name,), node.layer, spec, knobs, (name, *constants))
 
     def _output(self) -> None:
         last = self.graph.output
@@ -309,23 +285,37 @@ class _Planner:
         self._pixels(name, unpack_kernel(layout, end), [value])
 
 
-def _bias(node: Any, layout: Layout, is_float: bool) -> Callable[[], np.ndarray]:
+def _is_float(node: ir.Node) -> bool:
+    return isinstance(node, ir.FloatConv | ir.FloatLinear)
+
+
+def _bias(node: Any, layout: Layout, spec: ConvSpec | DepthwiseSpec) -> Maker:
     """What makes a layer's bias by stored channel."""
-    return partial(by_channel, node.bias, layout, np.float32 if is_float else np.int32)
+    return partial(by_channel, node.bias, layout, spec.arithmetic.dtype)
 
 
-def _requant_numbers(node: ir.Conv | ir.Linear, spec: ConvSpec | DepthwiseSpec) -> np.ndarray:
-    """Multipliers, fractions and rounding as the kernels read them."""
-    assert node.requant is not None
-    multipliers = node.requant.multiplier.expand(len(node.bias)).numpy()
-    fractions = np.zeros_like(multipliers) if node.fraction is None else node.fraction.numpy()
-    return requant_numbers(multipliers, fractions, node.requant.shift, spec.result.stored, spec.lanes)
+def _requant_numbers(node: Any, spec: ConvSpec | DepthwiseSpec) -> Maker | None:
+    """What makes multipliers, fractions and rounding as the kernels read them, if the layer requantizes."""
+
+    def make() -> np.ndarray:
+        multipliers = node.requant.multiplier.expand(len(node.bias)).numpy()
+        fractions = np.zeros_like(multipliers) if node.fraction is None else node.fraction.numpy()
+        return requant_numbers(multipliers, fractions, node.requant.shift, spec.result.stored, spec.lanes)
+
+    return make if spec.epilogue.startswith("requant") else None
 
 
-def _requant_params(node: ir.Conv | ir.Linear) -> list[Any]:
-    """Shift, zero point and limits."""
-    assert node.requant is not None
-    return [node.requant.shift, node.type.zero_point, node.type.low, node.type.high]
+def _requant_params(node: Any) -> dict[str, Any]:
+    """Shift, zero point and limits, if the layer requantizes."""
+    if getattr(node, "requant", None) is None:
+        return {}
+    kind = node.type
+    return {"shift": node.requant.shift, "zero_point": kind.zero_point, "low": kind.low, "high": kind.high}
+
+
+def _numbered(names: tuple[str, ...], params: Mapping[str, Any]) -> Maker:
+    """What makes a kernel's numbers, 0 for those that it does not use."""
+    return partial(np.array, [params.get(name, 0) for name in names], np.int64)
 
 
 def _is_depthwise(node: ir.Node) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from lightning_baqe.deploy.constants import Maker
 from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer import nodes as ir
@@ -27,20 +29,18 @@ class Kernel:
     Args:
         spec: of its code.
         params: numbers, without the halo's value.
-        constants: what it takes before the params.
+        constants: what makes the arrays that it takes before the params.
     """
 
     spec: PixelSpec | PoolSpec | MoveSpec
     params: tuple[Any, ...] = ()
-    constants: list[np.ndarray] = field(default_factory=list)
+    constants: tuple[Maker, ...] = ()
 
-    def arguments(self, pad: int) -> tuple[np.ndarray, ...]:
-        """Constants and params."""
+    def arguments(self, pad: int) -> tuple[Maker, ...]:
+        """What makes constants and params."""
         size = {PixelSpec: PIXEL_PARAMS, PoolSpec: POOL_PARAMS, MoveSpec: MOVE_PARAMS}[type(self.spec)]
-        full = np.zeros(size, np.int64)
-        full[: len(self.params)] = self.params
-        full[-1] = pad
-        return (*self.constants, full)
+        filled = [*self.params, *[0] * (size - 1 - len(self.params)), pad]
+        return (*self.constants, partial(np.array, filled, np.int64))
 
 
 def pixel_kernel(
@@ -62,10 +62,10 @@ def pixel_kernel(
     limits = (kind.zero_point, kind.low, kind.high)
     match node:
         case ir.Quantize():
-            return Kernel(PixelSpec("quantize", source, result), limits, [_floats(node.inverse_scale)])
+            return Kernel(PixelSpec("quantize", source, result), limits, (_floats(node.inverse_scale),))
         case ir.Dequantize():
-            factors = by_channel(node.scale.expand(result.channels), result, np.float32)
-            return Kernel(PixelSpec("dequantize", source, result), (node.zero_point,), [factors])
+            factors = partial(by_channel, node.scale.expand(result.channels), result, "float32")
+            return Kernel(PixelSpec("dequantize", source, result), (node.zero_point,), (factors,))
         case ir.Requantize():
             if _bytes_to_bytes(source, result, target):
                 return _byte_table(node, source, result)
@@ -83,13 +83,12 @@ def pixel_kernel(
             spec = PixelSpec("mul", source, result, sources[1], narrow=False, high=high)
             return Kernel(spec, (*node.input_zero_points, m, shift, *limits))
         case ir.Affine():
-            multipliers = by_channel(node.requant.multiplier.expand(result.channels), result, np.int32)
-            offsets = by_channel(node.offset, result, np.int64).reshape(-1, VECTOR // 2, 2).transpose(0, 2, 1)
+            multipliers = partial(by_channel, node.requant.multiplier.expand(result.channels), result, "int32")
             # With 2^61 of offset and as much of rounding, one bit more is wanted than elsewhere.
             high = node.requant.shift >= 33 and _reach(kinds[0], node.input_zero_point) <= INT32_MAX
             spec = PixelSpec("affine", source, result, narrow=False, high=high)
             params = (node.input_zero_point, node.requant.shift, *limits)
-            return Kernel(spec, params, [multipliers, np.ascontiguousarray(offsets).ravel()])
+            return Kernel(spec, params, (multipliers, partial(_even_first, node.offset, result)))
         case ir.Table():
             return _table(node, source, kinds[0], result, target)
         case ir.Clip():
@@ -117,8 +116,8 @@ def _float_kernel(node: ir.Node, sources: list[Layout], result: Layout) -> Kerne
         case ir.FloatMul():
             return Kernel(PixelSpec("float_mul", sources[0], result, sources[1]))
         case ir.FloatAffine():
-            parts = [by_channel(part.expand(result.channels), result, np.float32) for part in (node.gain, node.shift)]
-            return Kernel(PixelSpec("float_affine", sources[0], result), (), [np.concatenate(parts)])
+            parts = [part.expand(result.channels) for part in (node.gain, node.shift)]
+            return Kernel(PixelSpec("float_affine", sources[0], result), (), (partial(_in_turn, parts, result),))
         case ir.FloatFunction():
             if node.function not in float_functions.NAMES:
                 raise BuildError(
@@ -126,7 +125,7 @@ def _float_kernel(node: ir.Node, sources: list[Layout], result: Layout) -> Kerne
                     f"{sorted(float_functions.NAMES)}"
                 )
             spec = PixelSpec("float_function", sources[0], result, function=node.function)
-            return Kernel(spec, (), [_floats(*node.parameters, *[0.0] * (2 - len(node.parameters)))])
+            return Kernel(spec, (), (_floats(*node.parameters, *[0.0] * (2 - len(node.parameters))),))
     raise BuildError(f"no kernel computes {node.name!r} ({node.kind})")
 
 
@@ -135,15 +134,15 @@ def pack_kernel(result: Layout, node: ir.Quantize | None) -> Kernel:
     if node is None:
         return Kernel(PixelSpec("pack", result, result))
     limits = (node.type.zero_point, node.type.low, node.type.high)
-    return Kernel(PixelSpec("pack", result, result), limits, [_floats(node.inverse_scale)])
+    return Kernel(PixelSpec("pack", result, result), limits, (_floats(node.inverse_scale),))
 
 
 def unpack_kernel(source: Layout, node: ir.Dequantize | None) -> Kernel:
     """Of the network's output, dequantized by a node or as it is."""
     if node is None:
         return Kernel(PixelSpec("unpack", source, source))
-    factors = node.scale.expand(source.channels).to(torch.float32).numpy()
-    return Kernel(PixelSpec("logits", source, source), (node.zero_point,), [np.ascontiguousarray(factors)])
+    factors = _flat(node.scale.expand(source.channels), "float32")
+    return Kernel(PixelSpec("logits", source, source), (node.zero_point,), (factors,))
 
 
 def copy_kernel(source: Layout, result: Layout) -> Kernel:
@@ -151,15 +150,28 @@ def copy_kernel(source: Layout, result: Layout) -> Kernel:
     return Kernel(MoveSpec("copy", (source,), result))
 
 
-def by_channel(values: torch.Tensor, layout: Layout, dtype: Any) -> np.ndarray:
+def by_channel(values: torch.Tensor, layout: Layout, dtype: str) -> np.ndarray:
     """Numbers by logical channel as numbers by stored channel, 0 for spare ones."""
     full = np.zeros(layout.stored, dtype)
     full[: layout.channels] = values.numpy()
     return full
 
 
-def _floats(*values: float) -> np.ndarray:
-    return np.array(values, np.float32)
+def _in_turn(parts: list[torch.Tensor], layout: Layout) -> np.ndarray:
+    return np.concatenate([by_channel(part, layout, "float32") for part in parts])
+
+
+def _even_first(values: torch.Tensor, layout: Layout) -> np.ndarray:
+    """Numbers by stored channel, of each vector the even ones first."""
+    return by_channel(values, layout, "int64").reshape(-1, VECTOR // 2, 2).transpose(0, 2, 1).ravel()
+
+
+def _floats(*values: float) -> Maker:
+    return partial(np.array, values, np.float32)
+
+
+def _flat(values: torch.Tensor, dtype: str = "int32") -> Maker:
+    return partial(np.array, values.numpy().ravel(), dtype)
 
 
 def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout, target: CpuTarget) -> Kernel:
@@ -170,11 +182,11 @@ def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout, 
         )
     if _bytes_to_bytes(source, result, target):
         return _byte_table(node, source, result)
-    table = node.table.numpy()
     if source.dtype != "int32":
-        table = table[np.clip(_byte_values(source) - node.input_low, 0, len(table) - 1)]
-    spec = PixelSpec("table", source, result, entries=len(table))
-    return Kernel(spec, (node.input_low,), [table.astype(result.dtype)])
+        spec = PixelSpec("table", source, result, entries=256)
+        return Kernel(spec, (node.input_low,), (partial(_byte_results, node, source, result),))
+    spec = PixelSpec("table", source, result, entries=len(node.table))
+    return Kernel(spec, (node.input_low,), (_flat(node.table, result.dtype),))
 
 
 def _bytes_to_bytes(source: Layout, result: Layout, target: CpuTarget) -> bool:
@@ -183,37 +195,34 @@ def _bytes_to_bytes(source: Layout, result: Layout, target: CpuTarget) -> bool:
     return target.vbmi and "int32" not in (source.dtype, result.dtype) and values >= 64
 
 
-def _byte_values(layout: Layout) -> np.ndarray:
-    """What each of the 256 bytes stands for."""
-    return np.arange(256, dtype=np.uint8).view(layout.dtype).astype(np.int64)
+def _byte_results(node: ir.Table | ir.Requantize, source: Layout, result: Layout) -> np.ndarray:
+    """The node's value for whatever a byte may hold: its input's range, and what spare channels have beyond it."""
+    values = torch.from_numpy(np.arange(256, dtype=np.uint8).view(source.dtype).astype(np.int64))
+    if isinstance(node, ir.Table):
+        values = values.clamp(node.input_low, node.input_low + len(node.table) - 1)
+    return node.run(values).numpy().astype(result.dtype)
 
 
 def _byte_table(node: ir.Table | ir.Requantize, source: Layout, result: Layout) -> Kernel:
-    """The node's value for whatever a byte may hold: its input's range, and what spare channels have beyond it."""
-    values = torch.from_numpy(_byte_values(source))
-    if isinstance(node, ir.Table):
-        values = values.clamp(node.input_low, node.input_low + len(node.table) - 1)
     spec = PixelSpec("table", source, result, entries=256, vbmi=True)
-    return Kernel(spec, (), [node.run(values).numpy().astype(result.dtype)])
+    return Kernel(spec, (), (partial(_byte_results, node, source, result),))
 
 
 def _average(node: ir.AvgPool | ir.FloatAvgPool, source: Layout, result: Layout) -> Kernel:
     is_float = isinstance(node, ir.FloatAvgPool)
     op = "float_avg_pool" if is_float else "avg_pool"
     params: tuple[Any, ...] = ()
-    if isinstance(node, ir.FloatAvgPool):
-        factors = np.ascontiguousarray(node.factors.reshape(-1).numpy(), np.float32)
-    else:
-        factors = node.requant.multiplier.reshape(-1).numpy().astype(np.int32)
+    factors = node.factors if isinstance(node, ir.FloatAvgPool) else node.requant.multiplier
+    if isinstance(node, ir.AvgPool):
         params = (node.input_zero_point, node.requant.shift, node.type.zero_point, node.type.low, node.type.high)
-    by_pixel, high = len(factors) > 1, isinstance(node, ir.AvgPool) and node.requant.shift >= 32
+    made = _flat(factors, "float32" if is_float else "int32")
+    by_pixel, high = factors.numel() > 1, isinstance(node, ir.AvgPool) and node.requant.shift >= 32
     rows, columns = _regular(node.rows), _regular(node.columns)
     if rows is not None and columns is not None:
         kernel, stride = (rows[0], columns[0]), (rows[1], columns[1])
-        return Kernel(PoolSpec(op, source, result, kernel, stride, by_pixel=by_pixel, high=high), params, [factors])
-    bounds = [part.numpy().astype(np.int32).ravel() for part in (node.rows, node.columns)]
+        return Kernel(PoolSpec(op, source, result, kernel, stride, by_pixel=by_pixel, high=high), params, (made,))
     spec = PoolSpec(op, source, result, windows=True, by_pixel=by_pixel, high=high)
-    return Kernel(spec, params, [*bounds, factors])
+    return Kernel(spec, params, (_flat(node.rows), _flat(node.columns), made))
 
 
 def _regular(bounds: torch.Tensor) -> tuple[int, int] | None:
@@ -225,18 +234,17 @@ def _regular(bounds: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _gather(node: ir.Gather, source: Layout, result: Layout) -> Kernel:
-    constants: list[np.ndarray] = []
+    constants: list[Maker] = []
     firsts = (0,) if node.channels is None else _runs(node.channels.tolist())
     if firsts is None:
         assert node.channels is not None
-        constants.append(node.channels.numpy().astype(np.int32))
+        constants.append(_flat(node.channels))
     pixels = node.rows is not None or node.columns is not None
     if pixels:
         for index, size in ((node.rows, source.height), (node.columns, source.width)):
-            table = torch.arange(size) if index is None else index
-            constants.append(table.numpy().astype(np.int32))
+            constants.append(_flat(torch.arange(size) if index is None else index))
     spec = MoveSpec("gather", (source,), result, "runs" if firsts else "index", firsts or (), pixels)
-    return Kernel(spec, (node.type.zero_point if node.type.is_integer else 0,), constants)
+    return Kernel(spec, (node.type.zero_point if node.type.is_integer else 0,), tuple(constants))
 
 
 def _runs(channels: list[int]) -> tuple[int, ...] | None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lightning_baqe.kernels.x86.arithmetic import INT16_MAX
 from lightning_baqe.kernels.x86.conv import PARAMS
 from lightning_baqe.kernels.x86.conv_knobs import Knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.conv_weights import pack_weights
-from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec, pack_depthwise
+from lightning_baqe.kernels.x86.depthwise import DEPTHWISE_PARAMS, DepthwiseSpec, pack_depthwise
 from lightning_baqe.kernels.x86.layout import SLACK, Layout
 from lightning_baqe.kernels.x86.requantize import requant_numbers
 
@@ -48,7 +47,8 @@ class KernelSample:
         if isinstance(self.spec, DepthwiseSpec):
             packed = pack_depthwise(self.spec, knobs, self.weight)
             numbers = [self.numbers] if self.spec.epilogue == "requant" else []
-            return [self.source, packed, self.bias, *numbers, self.params[[0, 1, 2, 3, -1]]]
+            params = self.params[[PARAMS.index(name) for name in DEPTHWISE_PARAMS]]
+            return [self.source, packed, self.bias, *numbers, params]
         packed = pack_weights(self.spec, knobs, self.weight)
         return [self.source, packed, self.bias, self.numbers, self.params, self.residual]
 
@@ -69,7 +69,7 @@ def sample_kernel(spec: ConvSpec | DepthwiseSpec, seed: int = 0) -> KernelSample
     numbers = np.zeros((2, spec.result.stored), np.int32)
     weight: np.ndarray
     bias: np.ndarray
-    is_float = spec.dot == "fma"
+    is_float = spec.arithmetic.is_float
     if is_float:
         weight = rng.standard_normal(shape, np.float32)
         bias = rng.standard_normal(spec.result.stored, np.float32)
@@ -104,7 +104,7 @@ def _weight_range(spec: ConvSpec | DepthwiseSpec) -> tuple[int, int]:
     """What the weights of a kernel may be: a depthwise one takes any byte."""
     if isinstance(spec, DepthwiseSpec):
         return -128, 127
-    reach = INT16_MAX // (2 * spec.chain * 255) if spec.dot == "maddubs" else 128
+    reach = spec.arithmetic.reach(spec.chain)
     return max(-(2 ** (spec.weight_bits - 1)), -reach), min(2 ** (spec.weight_bits - 1) - 1, reach)
 
 
@@ -131,7 +131,7 @@ def _accumulators(spec: ConvSpec | DepthwiseSpec, source: np.ndarray, weight: np
     )[0, :, : result.height, : result.width].numpy()
     full = np.zeros((result.stored, result.height, result.width))
     full[: result.channels] = out  # sums of integers below 2^53: exact
-    return full if spec.dot == "fma" else full.astype(np.int64)
+    return full if spec.arithmetic.is_float else full.astype(np.int64)
 
 
 def _finished(

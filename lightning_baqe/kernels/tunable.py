@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from lightning_baqe.kernels.sample import sample_kernel
-from lightning_baqe.kernels.specs import TunableSpec
-from lightning_baqe.kernels.x86.conv import build_conv
+from lightning_baqe.kernels.specs import TunableSpec, build_kernel
 from lightning_baqe.kernels.x86.conv_knobs import (
+    Knobs,
     check_knobs,
     default_knobs,
     knob_space,
+    sizes,
     tile_cost,
     tiles,
     with_intrinsic,
@@ -22,14 +23,11 @@ from lightning_baqe.kernels.x86.conv_knobs import (
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.depthwise import (
     DepthwiseSpec,
-    build_depthwise,
     check_depthwise_knobs,
     default_depthwise_knobs,
     depthwise_cost,
     depthwise_knob_space,
 )
-
-Knobs = Mapping[str, Any]
 
 
 class Sample(Protocol):
@@ -72,8 +70,8 @@ _TEMPLATES: dict[type, Template] = {
         knob_space=lambda spec: knob_space(spec, limit=len(tiles(spec))),
         default_knobs=default_knobs,
         check_knobs=check_knobs,
-        cost=lambda spec, knobs: _conv_cost(with_intrinsic(spec, knobs), knobs["tile"]),
-        build=lambda spec, knobs: build_conv(spec, tuple(sorted(knobs.items()))),
+        cost=lambda spec, knobs: tile_cost(with_intrinsic(spec, knobs), sizes(knobs)),
+        build=build_kernel,
         sample=sample_kernel,
         unsearched=frozenset({"intrinsic"}),
     ),
@@ -81,21 +79,11 @@ _TEMPLATES: dict[type, Template] = {
         knob_space=depthwise_knob_space,
         default_knobs=default_depthwise_knobs,
         check_knobs=check_depthwise_knobs,
-        cost=lambda spec, knobs: _depthwise_cost(spec, knobs["tile"]),
-        build=lambda spec, knobs: build_depthwise(spec, tuple(sorted(knobs.items()))),
+        cost=lambda spec, knobs: depthwise_cost(spec, sizes(knobs)),
+        build=build_kernel,
         sample=sample_kernel,
     ),
 }
-
-
-def _conv_cost(spec: ConvSpec, tile: str) -> float:
-    oct_, oht, owt = map(int, tile.split("x"))
-    return tile_cost(spec, (oct_, oht, owt))
-
-
-def _depthwise_cost(spec: DepthwiseSpec, tile: str) -> float:
-    height, width = map(int, tile.split("x"))
-    return depthwise_cost(spec, (height, width))
 
 
 def template_of(spec: TunableSpec) -> Template:

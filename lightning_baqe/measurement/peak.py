@@ -14,31 +14,26 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.hardware.target import CpuTarget
-from lightning_baqe.kernels.x86.arithmetic import quad_of, step
+from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS
+from lightning_baqe.kernels.x86.emit import arguments
 
 _STEPS, _PASSES = 32, 64
-_WEIGHTS = {"fma": "float32", "madd16": "int16"}
 
 
 def _peak_kernel(dot: str, chain: int, lanes: int, accumulators: int) -> Any:
-    quad = quad_of(dot)
-    width = lanes * quad // (2 if dot == "madd16" else 1)  # values of one weight vector
-    vectors = chain * (2 if dot == "madd16" else 1)  # weight vectors of one step
-    kind = "float32" if dot == "fma" else "int32"
-    weights_dtype, word = _WEIGHTS.get(dot, "int8"), "float32" if dot == "fma" else "int32"
+    arithmetic = ARITHMETICS[dot]
+    width = lanes * arithmetic.quad // arithmetic.vectors  # values of one weight vector
+    vectors = chain * arithmetic.vectors  # weight vectors of one step
 
     def one(acc: Any, words: Any, weights: Any, index: Any, at: Any) -> Any:
         inputs = [words[(index + k) % accumulators] for k in range(chain)]
         loaded = [weights[T.ramp((at * vectors + v) * width, 1, width)] for v in range(vectors)]
-        return step(dot, lanes, acc, inputs, loaded)
+        return arithmetic.step(acc, inputs, loaded, lanes)
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("main")
-        X = B.arg("X", B.buffer((accumulators,), word))
-        W = B.arg("W", B.buffer((_STEPS * vectors * width,), weights_dtype))
-        Y = B.arg("Y", B.buffer((accumulators * lanes,), kind))
-        B.func_attr({"tirx.noalias": True})
-        acc = B.alloc_buffer((accumulators, lanes), kind)
+        weights = (_STEPS * vectors * width, arithmetic.weight_dtype)
+        X, W, Y = arguments("main", (accumulators, arithmetic.dtype), weights, (accumulators * lanes, arithmetic.dtype))
+        acc = B.alloc_buffer((accumulators, lanes), arithmetic.dtype)
         vector = T.ramp(0, 1, lanes)
         with B.unroll(accumulators) as a:
             B.buffer_store(acc, Y[T.ramp(a * lanes, 1, lanes)], [a, vector])
@@ -53,7 +48,7 @@ def _peak_kernel(dot: str, chain: int, lanes: int, accumulators: int) -> Any:
 def _peak_library(target: CpuTarget, dot: str, chain: int, accumulators: int) -> tuple[Any, float]:
     function = _peak_kernel(dot, chain, target.lanes, accumulators)
     library = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
-    macs = float(_STEPS * _PASSES * accumulators * chain * target.lanes * quad_of(dot))
+    macs = float(_STEPS * _PASSES * accumulators * chain * target.lanes * ARITHMETICS[dot].quad)
     return library, macs
 
 
@@ -69,13 +64,13 @@ def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1, fa
         fastest: take the fastest of many short runs instead of the median of a few long ones: what the machine can do,
             not what it does while it is busy.
     """
-    best = 0.0
+    arithmetic, best = ARITHMETICS[dot], 0.0
     for accumulators in (4, 8, 12, 16) if target.registers == 32 else (4, 6, 8, 10):
         library, macs = _peak_library(target, dot, chain, accumulators)
-        words = np.ones(accumulators, np.float32 if dot == "fma" else np.int32)
+        words = np.ones(accumulators, arithmetic.dtype)
         function = library.mod
-        weights = _ones(library, dot, chain, target)
-        out = np.zeros(accumulators * target.lanes, np.float32 if dot == "fma" else np.int32)
+        weights = np.ones(_STEPS * chain * target.lanes * arithmetic.quad, arithmetic.weight_dtype)
+        out = np.zeros(accumulators * target.lanes, arithmetic.dtype)
         repeat, length_ms = (25, int(seconds * 10)) if fastest else (5, int(seconds * 50))
         timer = function.time_evaluator("main", tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=length_ms)
         times = timer(*(tvm.runtime.tensor(array) for array in (words, weights, out)))
@@ -94,8 +89,3 @@ def pinned_peak_gmacs(target: CpuTarget, dot: str, chain: int, core: int, fastes
         return peak_gmacs(target, dot, chain, fastest=fastest)
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _ones(library: Any, dot: str, chain: int, target: CpuTarget) -> np.ndarray:
-    count = _STEPS * chain * target.lanes * quad_of(dot)
-    return np.ones(count, _WEIGHTS.get(dot, "int8"))

@@ -54,7 +54,7 @@ def test_chosen_chains_never_overflow(seed: int, weight_bits: int, activation_bi
     rng = np.random.default_rng(seed)
     high, amax = 2 ** (weight_bits - 1), 2**activation_bits - 1
     quads = rng.integers(-high, high, (3, 2, length, 4))
-    dot, chain = choose_dot(get_target("avx2"), lambda: quads, amax)
+    dot, chain = choose_dot(get_target("avx2"), lambda _: quads, amax)
     if dot == "madd16":
         return
     extremes = [np.where(quads > 0, amax, 0), np.where(quads < 0, amax, 0), rng.integers(0, amax + 1, quads.shape)]
@@ -71,9 +71,9 @@ def test_chosen_chains_never_overflow(seed: int, weight_bits: int, activation_bi
 )  # fmt: skip
 def test_limits(weight: int, amax: int, wanted: tuple[str, int]) -> None:
     quads = np.full((2, 3, 32, 4), weight)
-    assert choose_dot(get_target("avx2"), lambda: quads, amax) == wanted
-    assert choose_dot(get_target("vnni512"), lambda: quads, amax)[0] == "vnni"
-    assert choose_dot(get_target("portable"), lambda: quads, amax)[0] == "portable"
+    assert choose_dot(get_target("avx2"), lambda _: quads, amax) == wanted
+    assert choose_dot(get_target("vnni512"), lambda _: quads, amax)[0] == "vnni"
+    assert choose_dot(get_target("portable"), lambda _: quads, amax)[0] == "portable"
 
 
 @pytest.mark.parametrize("path", ["vnni512", "avxvnni", "avx2", "portable"])

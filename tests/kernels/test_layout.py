@@ -72,7 +72,7 @@ def test_weights_are_packed_without_loss(spec: ConvSpec) -> None:
     values = pack_weights(spec, check_knobs(spec, {"weights": "bytes"}), weight)
     assert values.sum() == weight.sum()
     assert (values != 0).sum() == (weight != 0).sum()
-    if spec.dot in ("vnni", "maddubs"):
+    if spec.arithmetic.nibbles:
         packed = pack_weights(spec, check_knobs(spec, {"weights": "packed"}), weight)
         assert packed.dtype == np.uint8
         assert sum(int((part.astype(np.int64) - 8).sum()) for part in (packed & 15, packed >> 4)) == weight.sum()

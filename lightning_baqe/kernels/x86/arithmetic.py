@@ -1,21 +1,25 @@
-"""Dot products that are exact in the instructions at hand.
+"""Arithmetics: the instructions in which a kernel multiplies and adds, and all that follows from them.
 
-A convolution's inner step multiplies groups of four neighbouring input values (a *quad*: four unsigned bytes read as
-one 32-bit word and broadcast to all lanes) with the weights of as many output channels as a register has 32-bit lanes.
+A convolution's inner step multiplies groups of neighbouring input values (a *quad*: four unsigned bytes read as one
+32-bit word and broadcast to all lanes) with the weights of as many output channels as a register has 32-bit lanes.
 
-| dot | step | exact because |
-| --- | --- | --- |
-| vnni | ``vpdpbusd``: u8 x s8, four products into int32 | it does not saturate |
-| maddubs | ``chain`` ``vpmaddubsw`` added in int16, ``vpmaddwd`` by ones | the weights prove that no sum overflows |
-| madd16 | even and odd bytes widened to int16, two ``vpmaddwd`` | 255 * 128 * 2 fits int32 |
-| portable | one value at a time, widened to int32 | plain arithmetic |
-| fma | one value at a time, float32 | (float) |
+| name | where | step | quad | weights | rows of a depthwise step | exact because |
+| --- | --- | --- | --- | --- | --- | --- |
+| vnni | VNNI | ``vpdpbusd``: u8 x s8, four products into int32 | 4 | int8, nibbles | 4, bytes | it does not saturate |
+| maddubs | AVX2 | a chain of ``vpmaddubsw`` in int16, ``vpmaddwd`` by ones | 4 | int8, nibbles | | weights prove it |
+| madd16 | AVX2 | even and odd bytes as int16, two ``vpmaddwd`` | 4 | int16 | 2, words | 255 * 128 * 2 fits int32 |
+| portable | all | one value at a time, widened to int32 | 1 | int8 | 1 | plain arithmetic |
+| fma | all | one value at a time | 1 | float32 | 1 | (float) |
+
+A layer takes the first of its target that is exact for its weights. Another instruction set is another class, in
+:data:`ARITHMETICS` before those that are slower. Specs and records keep the name.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, final
 
 import numpy as np
 from tvm.script import tirx as T
@@ -30,102 +34,216 @@ INT16_MAX = 2**15 - 1
 CHAINS = (32, 16, 8, 4, 2, 1)
 
 
-def _intrinsic(name: str, *args: Any, dtype: str) -> Any:
+def intrinsic(name: str, *args: Any, dtype: str) -> Any:
+    """A pure instruction by LLVM's name of it."""
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *args, dtype=dtype)
-
-
-def vpdpbusd(acc: Any, unsigned: Any, signed: Any, lanes: int) -> Any:
-    """``acc`` and the four products of each lane's bytes; lanes must be 8 or 16."""
-    return _intrinsic(_VPDPBUSD.format(bits=32 * lanes), acc, unsigned, signed, dtype=f"int32x{lanes}")
-
-
-def vpmaddwd(a: Any, b: Any, lanes: int) -> Any:
-    """The sums of the two products of each lane's int16; lanes must be 8."""
-    return _intrinsic(_PMADDWD, a, b, dtype=f"int32x{lanes}")
 
 
 def look_up_64(table: list[Any], index: Any) -> Any:
     """``table[index]`` for 64 bytes: four vectors of 64 entries each, by AVX512-VBMI's ``vpermi2b``."""
-    low, high = (_intrinsic(_VPERMI2B, a, index, b, dtype="uint8x64") for a, b in (table[:2], table[2:]))
+    low, high = (intrinsic(_VPERMI2B, a, index, b, dtype="uint8x64") for a, b in (table[:2], table[2:]))
     return T.Select(index >= T.broadcast(T.uint8(128), 64), high, low)
 
 
-def fma(acc: Any, a: Any, b: Any, lanes: int) -> Any:
-    """``acc + a * b`` in float32."""
-    return _intrinsic("llvm.fma", a, b, acc, dtype=f"float32x{lanes}")
+def _vpmaddwd(a: Any, b: Any, lanes: int) -> Any:
+    """The sums of the two products of each lane's int16; lanes must be 8."""
+    return intrinsic(_PMADDWD, a, b, dtype=f"int32x{lanes}")
 
 
-def step(dot: str, lanes: int, acc: Any, activations: list[Any], weights: list[Any]) -> Any:
-    """The accumulators after one step.
+class Arithmetic(abc.ABC):
+    """One row of the table above."""
 
-    Args:
-        dot: a name of the table above.
-        lanes: 32-bit lanes of a register.
-        acc: ``int32 x lanes`` (``float32 x lanes`` for fma).
-        activations: one word per quad of the chain: int32 (four bytes), or one float32 / int32 value.
-        weights: as many vectors; for madd16 pairs of int16 vectors, even bytes first.
-    """
-    if dot == "vnni":
-        a = T.reinterpret(T.broadcast(activations[0], lanes), dtype=f"int8x{4 * lanes}")
-        return vpdpbusd(acc, a, weights[0], lanes)
-    if dot == "maddubs":
-        total: Any = None
-        for a, w in zip(activations, weights, strict=True):
-            products = pair_products(a, w, lanes)
-            total = products if total is None else total + products
-        return widened_sum(acc, total, lanes)
-    if dot == "madd16":
-        even_weights, odd_weights = weights
-        word = T.broadcast(activations[0], lanes)
-        even = T.reinterpret(T.bitwise_and(word, T.broadcast(T.int32(0x00FF00FF), lanes)), dtype=f"int16x{2 * lanes}")
+    name: ClassVar[str]
+    paths: ClassVar[tuple[str, ...]] = ()  # of the targets that have its instructions
+    plain: ClassVar[bool] = False  # of every target, for signed input values, too; nothing plainer can replace it
+    quad: ClassVar[int] = 4  # input values of a step
+    taps: ClassVar[int] = 0  # rows of a depthwise window that one word holds; 0: it has no depthwise kernels
+    dtype: ClassVar[str] = "int32"  # of sums and of words of input values
+    weight_dtype: ClassVar[str] = "int8"
+    vectors: ClassVar[int] = 1  # of weights, in one step
+    nibbles: ClassVar[bool] = False  # whether it also takes weights two to a byte
+    unroll: ClassVar[int] = 2  # steps in one loop body, without tuning
+    costs: ClassVar[tuple[float, float]] = (1.0, 0.1)  # of a multiplication, of a load: estimated cycles
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it computes floats."""
+        return self.dtype == "float32"
+
+    def chain(self, make_quads: Callable[[str], np.ndarray], activation_max: int) -> int:
+        """Steps that are added before they are widened; 0 where it is not exact for these weights. See
+        :func:`choose_dot`.
+        """
+        return 1
+
+    def reach(self, chain: int) -> int:
+        """The largest weight for which a chain is exact, whatever the input."""
+        return 128
+
+    def word(self, source: Any, offset: Any) -> Any:
+        """The input values of one step, as one scalar."""
+        return T.reinterpret(source[T.ramp(offset, 1, 4)], dtype="int32")
+
+    def weights(self, buffer: Any, quad: Any, lanes: int) -> list[Any]:
+        """The weight vectors of one step."""
+        width = lanes * self.quad // self.vectors
+        return [buffer[T.ramp(quad * (lanes * self.quad) + v * width, 1, width)] for v in range(self.vectors)]
+
+    def pack(self, blocks: np.ndarray) -> np.ndarray:
+        """Weights ``(blocks, segments, steps, lanes, quad)`` as :meth:`weights` reads them, flat."""
+        return np.ascontiguousarray(blocks, dtype=self.weight_dtype).ravel()
+
+    @abc.abstractmethod
+    def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
+        """The sums and the products of a vector of words, all different, with one vector of weights."""
+
+    def step(self, acc: Any, words: list[Any], weights: list[Any], lanes: int) -> Any:
+        """The sums after one step, or one chain of them.
+
+        Args:
+            acc: a vector of :attr:`dtype`.
+            words: one scalar a step, for all lanes.
+            weights: as many times :attr:`vectors` vectors.
+            lanes: 32-bit lanes of a register.
+        """
+        return self.add(acc, T.broadcast(words[0], lanes), weights[0], lanes)
+
+    def short(self, words: Any, weights: Any, lanes: int) -> Any:
+        """The products that a chain adds, ``int16 x 2 lanes``."""
+        raise AssertionError(f"{self.name} has no chains")
+
+    def widened(self, acc: Any, sums: Any, lanes: int) -> Any:
+        """The sums and those of a chain."""
+        raise AssertionError(f"{self.name} has no chains")
+
+    def cost(self, sums: int, blocks: int, words: int, registers: int, chain: int) -> float:
+        """Estimated cycles of one step of a tile: multiplications against loads.
+
+        Args:
+            sums, blocks, words: vectors of accumulators and of weights, scalars of input values.
+            registers, chain: of the target, of the spec.
+        """
+        multiply, load = self.costs
+        # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
+        return max(multiply * sums, 8.0) + load * (blocks + words)
+
+
+@final
+class Vnni(Arithmetic):
+    name, paths, taps, nibbles = "vnni", VNNI_PATHS, 4, True
+
+    def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
+        unsigned = T.reinterpret(words, dtype=f"int8x{4 * lanes}")
+        return intrinsic(_VPDPBUSD.format(bits=32 * lanes), acc, unsigned, weights, dtype=f"int32x{lanes}")
+
+
+@final
+class Maddubs(Arithmetic):
+    name, paths, nibbles = "maddubs", ("avx2",), True
+
+    def chain(self, make_quads: Callable[[str], np.ndarray], activation_max: int) -> int:
+        quads = make_quads(self.name)
+        length = quads.shape[2]  # of a run, which is filled up to whole chains: two instructions a quad, three a chain
+        fits = exact_chains(quads, activation_max)
+        return min(fits, key=lambda chain: (-(-length // chain) * (2 * chain + 3), -chain), default=0)
+
+    def reach(self, chain: int) -> int:
+        return INT16_MAX // (2 * chain * 255)
+
+    def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
+        return self.widened(acc, self.short(words, weights, lanes), lanes)
+
+    def step(self, acc: Any, words: list[Any], weights: list[Any], lanes: int) -> Any:
+        products = [self.short(T.broadcast(a, lanes), w, lanes) for a, w in zip(words, weights, strict=True)]
+        return self.widened(acc, sum(products[1:], products[0]), lanes)
+
+    def short(self, words: Any, weights: Any, lanes: int) -> Any:
+        unsigned = T.reinterpret(words, dtype=f"uint8x{4 * lanes}")
+        return intrinsic(_PMADDUBSW, unsigned, weights, dtype=f"int16x{2 * lanes}")
+
+    def widened(self, acc: Any, sums: Any, lanes: int) -> Any:
+        return acc + _vpmaddwd(sums, T.broadcast(T.int16(1), 2 * lanes), lanes)
+
+    def cost(self, sums: int, blocks: int, words: int, registers: int, chain: int) -> float:
+        """Products and int16 sums; once a chain, the widening."""
+        spilled = max(0, sums + blocks + 3 - registers)
+        return sums * (2.0 + 3.0 / chain) + 0.5 * (blocks + words) + 2.0 * spilled
+
+
+@final
+class Madd16(Arithmetic):
+    name, paths, taps, weight_dtype, vectors = "madd16", ("avx2",), 2, "int16", 2
+    unroll = 1  # a second step in one body wants more registers than there are
+
+    def pack(self, blocks: np.ndarray) -> np.ndarray:
+        """The even pair of every lane, then the odd one."""
+        return super().pack(np.stack([blocks[..., 0::2], blocks[..., 1::2]], axis=3))
+
+    def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
+        return acc + _vpmaddwd(T.reinterpret(words, dtype=f"int16x{2 * lanes}"), weights, lanes)
+
+    def step(self, acc: Any, words: list[Any], weights: list[Any], lanes: int) -> Any:
+        word = T.broadcast(words[0], lanes)
+        even = T.bitwise_and(word, T.broadcast(T.int32(0x00FF00FF), lanes))
         unsigned = T.reinterpret(word, dtype=f"uint16x{2 * lanes}")
-        odd = T.reinterpret(T.shift_right(unsigned, T.broadcast(T.uint16(8), 2 * lanes)), dtype=f"int16x{2 * lanes}")
-        return acc + vpmaddwd(even, even_weights, lanes) + vpmaddwd(odd, odd_weights, lanes)
-    if dot == "portable":
-        return acc + T.broadcast(activations[0], lanes) * T.Cast(f"int32x{lanes}", weights[0])
-    if dot == "fma":
-        return fma(acc, T.broadcast(activations[0], lanes), weights[0], lanes)
-    raise AssertionError(dot)
+        odd = T.shift_right(unsigned, T.broadcast(T.uint16(8), 2 * lanes))
+        return self.add(self.add(acc, even, weights[0], lanes), odd, weights[1], lanes)
+
+    def cost(self, sums: int, blocks: int, words: int, registers: int, chain: int) -> float:
+        """Two products, two sums; each word becomes two vectors of int16."""
+        spilled = max(0, sums + 2 * blocks + 4 - registers)
+        return sums * 4.0 + blocks + 3.0 * words + 2.0 * spilled
 
 
-def pair_products(word: Any, weights: Any, lanes: int) -> Any:
-    """The int16 sums of two products each of a word's four unsigned bytes with each lane's signed ones."""
-    words = T.reinterpret(T.broadcast(word, lanes), dtype=f"uint8x{4 * lanes}")
-    return _intrinsic(_PMADDUBSW, words, weights, dtype=f"int16x{2 * lanes}")
+@final
+class Portable(Arithmetic):
+    name, plain, quad, taps, costs = "portable", True, 1, 1, (2.0, 2.0)
+
+    def word(self, source: Any, offset: Any) -> Any:
+        return T.Cast("int32", source[offset])
+
+    def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
+        return acc + words * T.Cast(f"int32x{lanes}", weights)
 
 
-def widened_sum(acc: Any, sums: Any, lanes: int) -> Any:
-    """``acc`` and the two int16 sums of each lane."""
-    return acc + vpmaddwd(sums, T.broadcast(T.int16(1), 2 * lanes), lanes)
+@final
+class Fma(Arithmetic):
+    name, plain, quad, taps, dtype, weight_dtype = "fma", True, 1, 1, "float32", "float32"
+
+    def word(self, source: Any, offset: Any) -> Any:
+        return source[offset]
+
+    def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
+        return intrinsic("llvm.fma", words, weights, acc, dtype=f"float32x{lanes}")
 
 
-def quad_of(dot: str) -> int:
-    """Input values per weight group."""
-    return 1 if dot in ("portable", "fma") else 4
+ARITHMETICS: dict[str, Arithmetic] = {a.name: a for a in (Vnni(), Maddubs(), Madd16(), Portable(), Fma())}
+PLAIN = Portable.name  # what computes integers on any CPU
 
 
-def choose_dot(target: CpuTarget, make_quads: Callable[[], np.ndarray], activation_max: int) -> tuple[str, int]:
-    """The fastest dot that is exact for these weights, and its chain length.
+def arithmetics(target: CpuTarget, is_float: bool = False) -> list[Arithmetic]:
+    """Those that a CPU has, fastest first."""
+    return [a for a in ARITHMETICS.values() if a.is_float == is_float and (a.plain or target.path in a.paths)]
+
+
+def choose_dot(
+    target: CpuTarget, make_quads: Callable[[str], np.ndarray], activation_max: int, is_float: bool = False
+) -> tuple[str, int]:
+    """The name of the fastest arithmetic that is exact for these weights, and its chain length.
 
     Args:
         target: the CPU.
-        make_quads: int weights by output channel and quad, ``(out, segments, quads, 4)``; asked for where they decide.
+        make_quads: from an arithmetic's name to int weights by output channel and quad, ``(out, segments, quads, 4)``;
+            asked for where they decide.
         activation_max: largest input value.
+        is_float: of a layer of floats, which asks for no weights.
 
     Returns:
-        ``(dot, chain)``. A chain of k is used where for every output channel, every two-byte lane and every k
+        ``(name, chain)``. A chain of k is used where for every output channel, every two-byte lane and every k
         consecutive quads, ``activation_max`` times the sum of the positive (and of the negative) weights fits int16.
     """
-    if target.path in VNNI_PATHS:
-        return "vnni", 1
-    if target.path != "avx2":
-        return "portable", 1
-    quads = make_quads()
-    length = quads.shape[2]
-    fits = exact_chains(quads, activation_max)
-    if fits:
-        return "maddubs", min(fits, key=lambda chain: (_chain_cost(length, chain), -chain))
-    return "madd16", 1
+    found = ((a.name, a.chain(make_quads, activation_max)) for a in arithmetics(target, is_float))
+    return next((name, chain) for name, chain in found if chain)
 
 
 def exact_chains(quads: np.ndarray, activation_max: int) -> list[int]:
@@ -147,9 +265,3 @@ def exact_chains(quads: np.ndarray, activation_max: int) -> list[int]:
         if chain < CHAINS[0]:
             positive, negative = (sums[:, :, ::2] + sums[:, :, 1::2] for sums in (positive, negative))
     return fits
-
-
-def _chain_cost(length: int, chain: int) -> float:
-    """Instructions for a run of so many quads, which is filled up to whole chains: two a quad, three more a chain."""
-    chains = -(-length // chain)
-    return chains * (2.0 * chain + 3.0)

@@ -22,61 +22,117 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
-from lightning_baqe.kernels.x86.arithmetic import pair_products, quad_of, step, widened_sum
-from lightning_baqe.kernels.x86.conv_knobs import check_knobs, inner_channels, with_intrinsic
+from lightning_baqe.kernels.x86.conv_knobs import Knobs, check_knobs, inner_channels, sizes, with_intrinsic
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
-from lightning_baqe.kernels.x86.conv_weights import weight_dtype
-from lightning_baqe.kernels.x86.emit import fill_halo, prefetch, tile_loops, tile_start
-from lightning_baqe.kernels.x86.requantize import (
-    clipped,
-    cut,
-    packed_bytes,
-    requantized,
-    requantized_wide,
-    store_bytes,
-)
+from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, named, prefetch, put, tile_loops, tile_start
+from lightning_baqe.kernels.x86.layout import Layout
+from lightning_baqe.kernels.x86.requantize import bounds, clipped, cut, packed_bytes, requantized, store_bytes
 
+Sums = dict[tuple[int, int, int], Any]  # buffers of a tile's accumulators, by row, column and block
 LINE = 64  # bytes of a cache line
 FETCHED_AHEAD = 2**17  # bytes of weights; fewer stay in the second-level cache from one inference to the next
 PARAMS = ("shift", "zero_point", "low", "high", "m_conv", "m_residual", "add_shift", "add_offset", "add_zero_point",
           "add_low", "add_high", "pad")  # fmt: skip
 
 
-def _load_words(spec: ConvSpec, source: Any, offset: Any) -> Any:
-    if spec.dot == "fma":
-        return source[offset]
-    if spec.dot == "portable":
-        return T.Cast("int32", source[offset])
-    return T.reinterpret(source[T.ramp(offset, 1, 4)], dtype="int32")
+class _Tiled:
+    """A spec with its knobs: the sizes of the kernel's loops and of its weights."""
 
+    def __init__(self, spec: ConvSpec, knobs: Knobs) -> None:
+        self.spec = spec = with_intrinsic(spec, knobs)
+        self.packed, self.unroll, self.inner = knobs["weights"] == "packed", knobs["unroll"], inner_channels(knobs)
+        self.blocks, self.rows, self.columns = sizes(knobs)
+        self.by_channel = knobs["order"] == "channels"
+        self.channel_tiles = -(-spec.blocks // self.blocks)
+        self.row_tiles, self.column_tiles = -(-spec.result.height // self.rows), -(-spec.result.width // self.columns)
+        self.segments, self.group = spec.segments(self.inner), spec.group(self.packed)
+        self.steps = spec.steps(self.packed, self.inner)
+        self.turns = self.steps // (self.group if spec.chain > 1 else self.group * self.unroll)
+        self.block_length = self.segments * self.steps * (spec.lanes * (2 if self.packed else spec.arithmetic.quad))
+        self.weight_dtype = "uint8" if self.packed else spec.arithmetic.weight_dtype
 
-def _load_weights(spec: ConvSpec, packed: bool, weights: Any, quad: Any, index: int) -> list[Any]:
-    """The weight vectors of quad ``quad + index``, where ``quad`` begins a group."""
-    lanes = spec.lanes
-    if packed:
-        byte = weights[T.ramp((quad + index - index % 2) * (lanes * 2), 1, lanes * 4)]
+    @property
+    def extents(self) -> tuple[int, int]:
+        """Of the two outermost loops."""
+        return (self.channel_tiles, self.row_tiles) if self.by_channel else (self.row_tiles, self.channel_tiles)
+
+    def segment_offset(self, segment: Any) -> Any:
+        """Where a segment's input values begin, from the first one of the window."""
+        source, (height, width), (rows, columns) = self.spec.source, self.spec.kernel, self.spec.dilation
+        if self.spec.whole_rows and not self.inner:
+            return segment * (rows * source.row)
+        tap = T.floormod(segment, height * width) if self.inner else segment
+        offset = T.floordiv(tap, width) * (rows * source.row) + T.floormod(tap, width) * (columns * source.pitch)
+        return T.floordiv(segment, height * width) * self.inner + offset if self.inner else offset
+
+    def weights(self, buffer: Any, quad: Any, index: int) -> list[Any]:
+        """The weight vectors of quad ``quad + index``, where ``quad`` begins a group."""
+        lanes = self.spec.lanes
+        if not self.packed:
+            return self.spec.arithmetic.weights(buffer, quad + index, lanes)
+        byte = buffer[T.ramp((quad + index - index % 2) * (lanes * 2), 1, lanes * 4)]
         if index % 2:
             nibble = T.shift_right(byte, T.broadcast(T.uint8(4), lanes * 4))
         else:
             nibble = T.bitwise_and(byte, T.broadcast(T.uint8(15), lanes * 4))
         return [T.reinterpret(nibble, dtype=f"int8x{lanes * 4}") - T.broadcast(T.int8(8), lanes * 4)]
-    if spec.dot == "madd16":
-        base = (quad + index) * (lanes * 4)
-        return [weights[T.ramp(base, 1, lanes * 2)], weights[T.ramp(base + lanes * 2, 1, lanes * 2)]]
-    width = lanes * quad_of(spec.dot)
-    return [weights[T.ramp((quad + index) * width, 1, width)]]
+
+    def prefetch_next(self, weights: Any, block: Any, tile: Any, segment: Any, turn: Any) -> None:
+        """Emit hints for the next tile's weights, while a tile's own are used again and again.
+
+        Args:
+            weights: the buffer.
+            block: the tile's first.
+            tile, segment, turn: how often these weights were used, and how much of them this time.
+        """
+        itemsize, length = np.dtype(self.weight_dtype).itemsize, self.spec.blocks * self.block_length
+        if length * itemsize < FETCHED_AHEAD or self.channel_tiles == 1:
+            return
+        passes = self.column_tiles * (self.row_tiles if self.by_channel else 1)
+        fetches = -(-self.blocks * self.block_length * itemsize // (LINE * passes * self.segments * self.turns))
+        done = (tile * self.segments + segment) * self.turns + turn
+        line = (block + self.blocks) * (self.block_length * itemsize // LINE) + done * fetches
+        for index in range(fetches):
+            prefetch(weights, T.min((line + index) * (LINE // itemsize), T.int32(length - 1)))
 
 
-def _reduce(spec: ConvSpec, packed: bool, acc: Any, source: Any, weights: Any, offset: Any, quad: Any) -> Any:
-    """The accumulators after one group of quads, none of them in a chain, as one expression."""
-    for index in range(spec.group(packed)):
-        word = _load_words(spec, source, offset + index * quad_of(spec.dot))
-        acc = step(spec.dot, spec.lanes, acc, [word], _load_weights(spec, packed, weights, quad, index))
-    return acc
+def _accumulate(
+    tiled: _Tiled, acc: Sums, source: Any, weights: Any, corner: tuple[Any, Any, Any], segment: Any, turn: Any
+) -> None:
+    """Emit one turn of the innermost loop, for all sums of a tile.
+
+    Args:
+        corner: the tile's first block, row and column.
+    """
+    spec, arithmetic, (block, y, x) = tiled.spec, tiled.spec.arithmetic, corner
+    layout, (stride_y, stride_x), vector = spec.source, spec.stride, T.ramp(0, 1, spec.lanes)
+
+    def offset_of(h: int, w: int, c: int, group: Any) -> Any:
+        offset = layout.origin(spec.top, spec.left) + (y + h) * (stride_y * layout.row)
+        offset = offset + (x + w) * (stride_x * layout.pitch) + tiled.segment_offset(segment)
+        return offset + spec.first_channel(block + c) + group * (tiled.group * arithmetic.quad)
+
+    def quad_of(c: int, group: Any) -> Any:
+        return ((block + c) * tiled.segments + segment) * tiled.steps + group * tiled.group
+
+    if spec.chain > 1:
+        # Blocks that read the same input channels for sure share their words.
+        for blocks in [range(tiled.blocks)] if spec.groups == 1 else [[block] for block in range(tiled.blocks)]:
+            part = {place: buffer for place, buffer in acc.items() if place[2] in blocks}
+            offsets = {(h, w): offset_of(h, w, blocks[0], turn) for h, w, c in part if c == blocks[0]}
+            _add_chains(tiled, part, source, weights, offsets, {c: quad_of(c, turn) for c in blocks})
+        return
+    for u, (h, w, c) in itertools.product(range(tiled.unroll), acc):
+        group = turn * tiled.unroll + u
+        total, offset, quad = acc[h, w, c][vector], offset_of(h, w, c, group), quad_of(c, group)
+        for index in range(tiled.group):
+            word = arithmetic.word(source, offset + index * arithmetic.quad)
+            total = arithmetic.step(total, [word], tiled.weights(weights, quad, index), spec.lanes)
+        B.buffer_store(acc[h, w, c], total, [vector])
 
 
 def _add_chains(
-    spec: ConvSpec, packed: bool, unroll: int, acc: Any, source: Any, weights: Any, offsets: Any, quads: Any
+    tiled: _Tiled, acc: Sums, source: Any, weights: Any, offsets: dict[tuple[int, int], Any], quads: dict[int, Any]
 ) -> None:
     """Emit one group of quads in chains of int16 sums.
 
@@ -84,80 +140,81 @@ def _add_chains(
     them would be kept in registers that there are not.
 
     Args:
-        acc: ``{(row, column, block): buffer}``.
-        unroll: of the loop over a chain, in pairs of quads.
         offsets: ``{(row, column): of the first input value}``.
         quads: ``{block: the first quad}``.
     """
-    wide = 2 * spec.lanes
-    halves = T.ramp(0, 1, wide)
-    sums = {at: B.alloc_buffer((wide,), "int16") for at in acc}
-    body = min(spec.chain, 2 * unroll)
-    for first in range(0, spec.group(packed), spec.chain):
-        for at in acc:
-            B.buffer_store(sums[at], T.broadcast(T.int16(0), wide), [halves])
+    spec, arithmetic = tiled.spec, tiled.spec.arithmetic
+    lanes, halves = spec.lanes, T.ramp(0, 1, 2 * spec.lanes)
+    sums = {at: B.alloc_buffer((2 * lanes,), "int16") for at in acc}
+    body = min(spec.chain, 2 * tiled.unroll)  # in pairs of quads
+    for first in range(0, tiled.group, spec.chain):
+        for short in sums.values():
+            B.buffer_store(short, T.broadcast(T.int16(0), 2 * lanes), [halves])
         with B.serial(spec.chain // body) as part:
             for index in range(body):
                 at_quad = part * body + first
-                vectors = {
-                    c: B.Bind(_load_weights(spec, packed, weights, quad + at_quad, index)[0])
-                    for c, quad in quads.items()
-                }
+                vectors = {c: B.Bind(tiled.weights(weights, quad + at_quad, index)[0]) for c, quad in quads.items()}
                 for (h, w), offset in offsets.items():
-                    word = _load_words(spec, source, offset + (at_quad + index) * quad_of(spec.dot))
-                    word = B.Bind(word)
-                    for c, vector in vectors.items():
-                        total = sums[h, w, c][halves] + pair_products(word, vector, spec.lanes)
-                        B.buffer_store(sums[h, w, c], total, [halves])
-        for at, buffer in acc.items():
-            vector = T.ramp(0, 1, spec.lanes)
-            B.buffer_store(buffer, widened_sum(buffer[vector], sums[at][halves], spec.lanes), [vector])
+                    word = B.Bind(arithmetic.word(source, offset + (at_quad + index) * arithmetic.quad))
+                    for c, weight in vectors.items():
+                        products = arithmetic.short(T.broadcast(word, lanes), weight, lanes)
+                        B.buffer_store(sums[h, w, c], sums[h, w, c][halves] + products, [halves])
+        for place, buffer in acc.items():
+            put(buffer, arithmetic.widened(at(buffer, 0, lanes), sums[place][halves], lanes), 0, lanes)
 
 
-def _readers_of_one(spec: ConvSpec, blocks: int) -> list[list[int]]:
-    """The blocks of a tile, by those that read the same input channels for sure."""
-    return [list(range(blocks))] if spec.groups == 1 else [[block] for block in range(blocks)]
-
-
-def _param(params: Any, name: str) -> Any:
-    return params[PARAMS.index(name)]
-
-
-def _bounds(params: Any, prefix: str = "") -> tuple[Any, Any, Any]:
-    zero_point, low, high = (_param(params, prefix + name) for name in ("zero_point", "low", "high"))
-    return zero_point, low, high
-
-
-def _residual_sum(spec: ConvSpec, value: Any, residual: Any, params: Any) -> Any:
+def _residual_sum(spec: ConvSpec, value: Any, residual: Any, params: dict[str, Any]) -> Any:
     """The sum with the other operand, int32: clipped, or before zero point and clipping where bytes are packed."""
     lanes, width = spec.lanes, "int32" if spec.narrow_add else "int64"
 
     def scalar(number: Any) -> Any:
         return T.broadcast(T.Cast(width, number), lanes)
 
-    shift = _param(params, "add_shift")
-    rounding = _param(params, "add_offset") + T.shift_left(T.int64(1), shift - T.int64(1))
+    shift = params["add_shift"]
+    rounding = params["add_offset"] + T.shift_left(T.int64(1), shift - T.int64(1))
     total = (
-        T.Cast(f"{width}x{lanes}", value) * scalar(_param(params, "m_conv"))
-        + T.Cast(f"{width}x{lanes}", residual) * scalar(_param(params, "m_residual"))
+        T.Cast(f"{width}x{lanes}", value) * scalar(params["m_conv"])
+        + T.Cast(f"{width}x{lanes}", residual) * scalar(params["m_residual"])
         + scalar(rounding)
     )
     total = T.shift_right(total, scalar(shift))
     if spec.packs_bytes:
         return total if spec.narrow_add else cut(total, lanes)
-    return T.Cast(f"int32x{lanes}", clipped(total, *_bounds(params, "add_"), width, lanes))
+    return T.Cast(f"int32x{lanes}", clipped(total, *bounds(params, "add_"), width, lanes))
 
 
-def _int32_results(spec: ConvSpec, acc: Any, numbers: Any, block: Any, residual: Any, params: Any) -> Any:
+def _int32_results(spec: ConvSpec, acc: Any, numbers: Any, block: Any, residual: Any, params: dict[str, Any]) -> Any:
     """One vector of requantized results, int32, before the last zero point and clipping where bytes are packed."""
-    lanes, shift = spec.lanes, _param(params, "shift")
-    if not (spec.narrow or spec.high):
-        value = requantized_wide(acc, numbers, block, shift, _bounds(params), lanes)
-    else:
-        value = requantized(acc, numbers, block, shift, lanes, spec.high)
-        if not spec.packs_bytes or spec.residual is not None:
-            value = clipped(value, *_bounds(params), "int32", lanes)
+    clips = not spec.packs_bytes or spec.residual is not None
+    value = requantized(acc, numbers, block, params, spec.lanes, spec.narrow, spec.high, clips)
     return value if spec.residual is None else _residual_sum(spec, value, residual, params)
+
+
+def _store(
+    spec: ConvSpec, acc: Sums, corner: tuple[Any, Any, Any], numbers: Any, params: dict[str, Any], other: Any, out: Any
+) -> None:
+    """Emit a tile's results: requantized, rectified or as they are."""
+    lanes, (block, y, x), requantizes = spec.lanes, corner, spec.epilogue.startswith("requant")
+
+    def place(layout: Layout, h: int, w: int, c: int) -> Any:
+        return layout.origin() + (y + h) * layout.row + (x + w) * layout.pitch + (block + c) * lanes
+
+    values, places = [], []
+    for (h, w, c), sums in acc.items():
+        value = sums[T.ramp(0, 1, lanes)]
+        if requantizes:
+            residual = None if spec.residual is None else at(other, place(spec.residual, h, w, c), lanes)
+            value = _int32_results(spec, value, numbers, block + c, residual, params)
+        elif spec.epilogue == "float_relu":
+            value = T.max(value, T.broadcast(T.float32(0), lanes))
+        values.append(value)
+        places.append(((h, w), place(spec.result, h, w, c)))
+    if spec.packs_bytes:
+        limits = bounds(params, "" if spec.residual is None else "add_")
+        store_bytes(out, values, places, lambda part: packed_bytes(part, *limits, lanes), lanes)
+    else:
+        for value, (_, to) in zip(values, places, strict=True):
+            put(out, cast(spec.result.dtype, lanes, value) if requantizes else value, to, lanes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -166,117 +223,29 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
 
     Numbers are those of :func:`~lightning_baqe.kernels.x86.requantize.requant_numbers`.
     """
-    knobs = check_knobs(spec, dict(knobs_items))
-    spec, inner = with_intrinsic(spec, knobs), inner_channels(knobs)
-    oct_, oht, owt = map(int, knobs["tile"].split("x"))
-    packed, unroll = knobs["weights"] == "packed", knobs["unroll"]
-    lanes = spec.lanes
-    vector = T.ramp(0, 1, lanes)
-    tile = list(itertools.product(range(oht), range(owt), range(oct_)))
+    tiled = _Tiled(spec, check_knobs(spec, dict(knobs_items)))
+    spec, lanes, dtype = tiled.spec, tiled.spec.lanes, tiled.spec.arithmetic.dtype
     source, result = spec.source, spec.result
-    residual = spec.residual or source
-    has_residual = spec.residual is not None
-    is_float = spec.dot == "fma"
-    kind = "float32" if is_float else "int32"
-    quad, group, steps = quad_of(spec.dot), spec.group(packed), spec.steps(packed, inner)
-    chained = spec.dot == "maddubs" and spec.chain > 1
-    outer = steps // (group if chained else group * unroll)
-    segments = spec.segments(inner)
-    kh, kw = spec.kernel
-    sh, sw = spec.stride
-    start = source.origin(spec.top, spec.left)
-    channel_tiles, row_tiles, column_tiles = -(-spec.blocks // oct_), -(-result.height // oht), -(-result.width // owt)
-    by_channel = knobs["order"] == "channels"
-    first_extent = channel_tiles if by_channel else row_tiles
-    second_extent = row_tiles if by_channel else channel_tiles
-    block_length = segments * steps * (lanes * (quad if not packed else 2))
-    weights_length = spec.blocks * block_length
-    weights_dtype = weight_dtype(spec, knobs)
-    itemsize = np.dtype(weights_dtype).itemsize
-    # While a tile's weights are used, again and again, those of the next tile come from memory.
-    passes = column_tiles * (row_tiles if by_channel else 1)
-    fetches = -(-oct_ * block_length * itemsize // (LINE * passes * segments * outer))
-    if weights_length * itemsize < FETCHED_AHEAD or channel_tiles == 1:
-        fetches = 0
-    row_dilation, column_dilation = spec.dilation
-
-    def segment_offset(segment: Any) -> Any:
-        if inner:
-            tap = T.floormod(segment, kh * kw)
-            return T.floordiv(segment, kh * kw) * inner + tap_offset(tap)
-        return segment * (row_dilation * source.row) if spec.whole_rows else tap_offset(segment)
-
-    def tap_offset(segment: Any) -> Any:
-        return T.floordiv(segment, kw) * (row_dilation * source.row) + T.floormod(segment, kw) * (
-            column_dilation * source.pitch
-        )
-
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("conv")
-        X = B.arg("X", B.buffer((source.length,), source.dtype))
-        W = B.arg("W", B.buffer((weights_length,), weights_dtype))
-        bias = B.arg("B", B.buffer((result.stored,), kind))
-        M = B.arg("M", B.buffer((2 * result.stored,), "int64"))
-        P = B.arg("P", B.buffer((len(PARAMS),), "int64"))
-        R = B.arg("R", B.buffer((residual.length,), residual.dtype))
-        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
-        B.func_attr({"tirx.noalias": True})
-        fill_halo(result, Y, P[PARAMS.index("pad")])
-        with tile_loops(first_extent, second_extent, spec.threads) as (first, second), B.serial(column_tiles) as tw:
+        X, W, bias, M, params, R, Y = arguments(
+            "conv", source, (spec.blocks * tiled.block_length, tiled.weight_dtype), (result.stored, dtype),
+            (2 * result.stored, "int64"), (len(PARAMS), "int64"), spec.residual or source, result,
+        )  # fmt: skip
+        P = named(params, PARAMS)
+        fill_halo(result, Y, P["pad"])
+        with tile_loops(*tiled.extents, spec.threads) as loops, B.serial(tiled.column_tiles) as column_tile:
+            channel_tile, row_tile = loops if tiled.by_channel else loops[::-1]
             # One buffer for each: from 1024 bytes on, and in scope "local", TVM takes them from a workspace.
-            acc = {at: B.alloc_buffer((lanes,), kind) for at in tile}
-            block = B.Bind(tile_start(first if by_channel else second, spec.blocks, oct_))
-            oy = B.Bind(tile_start(second if by_channel else first, result.height, oht))
-            ox = B.Bind(tile_start(tw, result.width, owt))
-            for h, w, c in tile:
-                B.buffer_store(acc[h, w, c], bias[T.ramp((block + c) * lanes, 1, lanes)], [vector])
-            with B.serial(segments) as s, B.serial(outer) as r:
-                if fetches:
-                    done = ((second * column_tiles + tw if by_channel else tw) * segments + s) * outer + r
-                    line = (block + oct_) * (block_length * itemsize // LINE) + done * fetches
-                    for index in range(fetches):
-                        prefetch(W, T.min((line + index) * (LINE // itemsize), T.int32(weights_length - 1)))
-
-                def offset_of(h: int, w: int, c: int, groups: Any, s: Any = s) -> Any:
-                    offset = start + (oy + h) * (sh * source.row) + (ox + w) * (sw * source.pitch) + segment_offset(s)
-                    return offset + spec.first_channel(block + c) + groups * (group * quad)
-
-                def quad_index(c: int, groups: Any, s: Any = s) -> Any:
-                    return ((block + c) * segments + s) * steps + groups * group
-
-                if chained:
-                    for blocks in _readers_of_one(spec, oct_):
-                        offsets = {(h, w): offset_of(h, w, blocks[0], r) for h in range(oht) for w in range(owt)}
-                        part = {at: buffer for at, buffer in acc.items() if at[2] in blocks}
-                        quads = {c: quad_index(c, r) for c in blocks}
-                        _add_chains(spec, packed, unroll, part, X, W, offsets, quads)
-                else:
-                    for u, (h, w, c) in itertools.product(range(unroll), tile):
-                        groups = r * unroll + u
-                        total = _reduce(
-                            spec, packed, acc[h, w, c][vector], X, W, offset_of(h, w, c, groups), quad_index(c, groups)
-                        )
-                        B.buffer_store(acc[h, w, c], total, [vector])
-            if spec.epilogue.startswith("requant"):
-                values, places = [], []
-                for h, w, c in tile:
-                    channel = (block + c) * lanes
-                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.pitch + channel
-                    other = residual.origin() + (oy + h) * residual.row + (ox + w) * residual.pitch + channel
-                    extra = R[T.ramp(other, 1, lanes)] if has_residual else None
-                    values.append(_int32_results(spec, acc[h, w, c][vector], M, block + c, extra, P))
-                    places.append(((h, w), to))
-                if spec.packs_bytes:
-                    bounds = _bounds(P, "add_" if has_residual else "")
-                    store_bytes(Y, values, places, lambda part: packed_bytes(part, *bounds, lanes), lanes)
-                else:
-                    for value, (_, to) in zip(values, places, strict=True):
-                        B.buffer_store(Y, T.Cast(f"{result.dtype}x{lanes}", value), [T.ramp(to, 1, lanes)])
-            else:
-                for h, w, c in tile:
-                    to = result.origin() + (oy + h) * result.row + (ox + w) * result.pitch + (block + c) * lanes
-                    total = acc[h, w, c][vector]
-                    if spec.epilogue == "float_relu":
-                        total = T.max(total, T.broadcast(T.float32(0), lanes))
-                    B.buffer_store(Y, total, [T.ramp(to, 1, lanes)])
+            tile = itertools.product(range(tiled.rows), range(tiled.columns), range(tiled.blocks))
+            acc = {place: B.alloc_buffer((lanes,), dtype) for place in tile}
+            block = B.Bind(tile_start(channel_tile, spec.blocks, tiled.blocks))
+            y = B.Bind(tile_start(row_tile, result.height, tiled.rows))
+            x = B.Bind(tile_start(column_tile, result.width, tiled.columns))
+            for (_, _, c), sums in acc.items():
+                put(sums, at(bias, (block + c) * lanes, lanes), 0, lanes)
+            with B.serial(tiled.segments) as segment, B.serial(tiled.turns) as turn:
+                done = row_tile * tiled.column_tiles + column_tile if tiled.by_channel else column_tile
+                tiled.prefetch_next(W, block, done, segment, turn)
+                _accumulate(tiled, acc, X, W, (block, y, x), segment, turn)
+            _store(spec, acc, (block, y, x), M, P, R, Y)
     return builder.get()

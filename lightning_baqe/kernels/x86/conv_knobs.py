@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.kernels.x86.arithmetic import quad_of
+from lightning_baqe.kernels.x86.arithmetic import PLAIN
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 
 Knobs = Mapping[str, Any]
@@ -39,6 +39,11 @@ def channel_tiles(spec: ConvSpec) -> list[int]:
     return [inner for inner in CHANNEL_TILES if inner < spec.source.stored and spec.source.stored % inner == 0]
 
 
+def sizes(knobs: Knobs) -> tuple[int, ...]:
+    """The extents of a tile."""
+    return tuple(map(int, knobs["tile"].split("x")))
+
+
 def inner_channels(knobs: Knobs) -> int:
     """Input channels of a tile, 0 where the window's rows are the outer loop."""
     return 0 if knobs["reduction"] == "window" else int(knobs["reduction"].removeprefix("channels/"))
@@ -46,12 +51,12 @@ def inner_channels(knobs: Knobs) -> int:
 
 def with_intrinsic(spec: ConvSpec, knobs: Knobs) -> ConvSpec:
     """The spec whose dot product the knobs ask for."""
-    return spec if knobs["intrinsic"] == "on" else dataclasses.replace(spec, dot="portable", chain=1)
+    return spec if knobs["intrinsic"] == "on" else dataclasses.replace(spec, dot=PLAIN, chain=1)
 
 
 def _keeps_groups(spec: ConvSpec, packed: bool, inner: int) -> bool:
     """Whether tiles of input channels leave every group whole: its sum was proven exact as it is."""
-    group = spec.group(packed) * quad_of(spec.dot)
+    group = spec.group(packed) * spec.arithmetic.quad
     return inner % group == 0 and spec.source.stored % group == 0
 
 
@@ -59,7 +64,7 @@ def _unrolls(spec: ConvSpec, packed: bool, inner: int, unroll: int) -> bool:
     """Whether an unroll factor divides its loop: over the pairs of a chain, without one over groups."""
     if unroll == 1:
         return True
-    if spec.dot == "maddubs" and spec.chain > 1:
+    if spec.chain > 1:
         return spec.chain % (2 * unroll) == 0
     return spec.steps(packed, inner) // spec.group(packed) % unroll == 0
 
@@ -91,38 +96,33 @@ def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
         "unroll": [u for u in (1, 2, 4) if _unrolls(spec, False, 0, u)],
         "weights": ["bytes"],
     }
-    if spec.weight_bits <= 4 and spec.dot in ("vnni", "maddubs"):
+    if _takes_nibbles(spec):
         space["weights"].append("packed")
     inner = [tile for tile in channel_tiles(spec) if _keeps_groups(spec, False, tile)]
     space["reduction"] = ["window", *(f"channels/{tile}" for tile in inner)]
-    space["intrinsic"] = ["on"] if spec.dot in ("fma", "portable") else ["on", "off"]
+    space["intrinsic"] = ["on"] if spec.arithmetic.plain else ["on", "off"]
     return space
 
 
-def tile_cost(spec: ConvSpec, tile: tuple[int, int, int]) -> float:
+def _takes_nibbles(spec: ConvSpec) -> bool:
+    """Whether two weights fit a byte, and the instructions take them so."""
+    return spec.weight_bits <= 4 and spec.arithmetic.nibbles
+
+
+def tile_cost(spec: ConvSpec, tile: tuple[int, ...]) -> float:
     """Estimated cycles of one pass over the output: multiply steps against loads, recomputed edges counted."""
     oct_, oht, owt = tile
     pixels = oht * owt
     passes = -(-spec.blocks // oct_) * -(-spec.result.height // oht) * -(-spec.result.width // owt)
     outer = spec.result.channels // spec.groups
     shared = 1 if spec.groups == 1 or outer % (oct_ * spec.lanes) == 0 else oct_  # blocks of one group read the same
-    words, vectors = pixels * shared, oct_ * pixels
-    if spec.dot == "maddubs":  # products and int16 sums; once a chain, the widening
-        spilled = max(0, vectors + oct_ + 3 - spec.registers)
-        return passes * (vectors * (2.0 + 3.0 / spec.chain) + 0.5 * (oct_ + words) + 2.0 * spilled)
-    if spec.dot == "madd16":  # two products, two sums; each word becomes two vectors of int16
-        spilled = max(0, vectors + 2 * oct_ + 4 - spec.registers)
-        return passes * (vectors * 4.0 + oct_ + 3.0 * words + 2.0 * spilled)
-    multiplies = (2.0 if spec.dot == "portable" else 1.0) * vectors
-    # Latency of a multiply-accumulate chain needs enough independent accumulators in flight.
-    return passes * (max(multiplies, 8.0) + (2.0 if spec.dot == "portable" else 0.1) * (oct_ + words))
+    return passes * spec.arithmetic.cost(oct_ * pixels, oct_, pixels * shared, spec.registers, spec.chain)
 
 
 def default_knobs(spec: ConvSpec) -> dict[str, Any]:
     """Good knobs without tuning."""
     space = knob_space(spec, limit=1)
-    # Of madd16, a second step in one body wants more registers than there are.
-    unroll = 2 if 2 in space["unroll"] and spec.dot != "madd16" else 1
+    unroll = max(unroll for unroll in space["unroll"] if unroll <= spec.arithmetic.unroll)
     fixed = {"order": "channels", "reduction": "window", "intrinsic": "on"}
     weights = "packed" if "packed" in space["weights"] and _reads_weights(spec) else "bytes"
     return {"tile": space["tile"][0], "unroll": unroll, "weights": weights, **fixed}
@@ -162,10 +162,10 @@ def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
             f"reduction {full['reduction']!r} does not fit {spec.source.stored} stored input channels and a window of "
             f"{spec.kernel[0]}x{spec.kernel[1]}; choose one of {orders}"
         )
-    if spec.dot in ("fma", "portable"):
+    if spec.arithmetic.plain:
         full["intrinsic"] = "on"
     spec = with_intrinsic(spec, full)
-    if full["weights"] == "packed" and (spec.weight_bits > 4 or spec.dot not in ("vnni", "maddubs")):
+    if full["weights"] == "packed" and not _takes_nibbles(spec):
         full["weights"] = "bytes"
     packed = full["weights"] == "packed"
     if full["reduction"] != "window" and not _keeps_groups(spec, packed, inner_channels(full)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from lightning_baqe.kernels.x86.arithmetic import quad_of
+from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS, Arithmetic
 from lightning_baqe.kernels.x86.layout import Layout
 
 
@@ -52,6 +52,11 @@ class ConvSpec:
     high: bool = False
 
     @property
+    def arithmetic(self) -> Arithmetic:
+        """What ``dot`` names."""
+        return ARITHMETICS[self.dot]
+
+    @property
     def blocks(self) -> int:
         """Register-wide blocks of output channels."""
         return self.result.stored // self.lanes
@@ -59,7 +64,7 @@ class ConvSpec:
     @property
     def packs_bytes(self) -> bool:
         """Whether results are requantized to unsigned bytes, four vectors at a time."""
-        packs = self.epilogue.startswith("requant") and self.result.dtype == "uint8" and self.dot != "portable"
+        packs = self.epilogue.startswith("requant") and self.result.dtype == "uint8" and not self.arithmetic.plain
         return packs and (self.narrow or self.high or self.residual is not None)
 
     @property
@@ -99,7 +104,7 @@ class ConvSpec:
 
     def steps(self, packed: bool, inner: int = 0) -> int:
         """Quads of one run, rounded up to whole groups."""
-        quads = -(-self.run(inner) // quad_of(self.dot))
+        quads = -(-self.run(inner) // self.arithmetic.quad)
         return -(-quads // self.group(packed)) * self.group(packed)
 
     def group(self, packed: bool) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_baqe.kernels.x86.arithmetic import quad_of
 from lightning_baqe.kernels.x86.conv_knobs import Knobs, inner_channels, with_intrinsic
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 
@@ -15,7 +14,7 @@ def weight_quads(spec: ConvSpec, weight: np.ndarray, channels: int = 0) -> np.nd
     Args:
         channels: input channels of a tile, if tiles are the outer loop of the sum.
     """
-    quad = quad_of(spec.dot)
+    quad = spec.arithmetic.quad
     out, inner, kh, kw = weight.shape
     full = np.zeros((spec.result.stored, kh, kw, spec.span), dtype=weight.dtype)
     if spec.groups == 1:
@@ -42,18 +41,7 @@ def pack_weights(spec: ConvSpec, knobs: Knobs, weight: np.ndarray) -> np.ndarray
     full = np.zeros((*quads.shape[:2], steps, quads.shape[3]), dtype=weight.dtype)
     full[:, :, : quads.shape[2]] = quads
     blocks = full.reshape(spec.blocks, spec.lanes, segments, steps, -1).transpose(0, 2, 3, 1, 4)
-    if spec.dot == "fma":
-        return np.ascontiguousarray(blocks, dtype=np.float32).ravel()
-    if spec.dot == "madd16":  # (lanes, 4) -> even pair of every lane, then odd pair
-        return np.ascontiguousarray(np.stack([blocks[..., 0::2], blocks[..., 1::2]], axis=3), dtype=np.int16).ravel()
     if packed:  # the nibbles of one byte belong to two consecutive quads, offset by 8
         shifted = np.ascontiguousarray(blocks).reshape(spec.blocks, segments, steps // 2, 2, spec.lanes * 4) + 8
         return np.ascontiguousarray(shifted[..., 0, :] | (shifted[..., 1, :] << 4)).astype(np.uint8).ravel()
-    return np.ascontiguousarray(blocks, dtype=np.int8).ravel()
-
-
-def weight_dtype(spec: ConvSpec, knobs: Knobs) -> str:
-    """Storage type of the packed weights."""
-    if knobs["weights"] == "packed":
-        return "uint8"
-    return {"fma": "float32", "madd16": "int16"}.get(spec.dot, "int8")
+    return spec.arithmetic.pack(blocks)

@@ -3,14 +3,7 @@
 Channels are innermost in memory, so that a register holds neighbouring channels of one pixel, and no value is needed
 in another lane. A tile of pixels is in registers; columns under it are loaded once, and used by all its rows. Rows
 under the tile are taken ``taps`` at a time, where an instruction sums over neighbouring bytes or words of a lane; a
-pixel has weights of 0 for rows that are not its own:
-
-| dot | taps | step |
-| --- | --- | --- |
-| vnni | 4 | four rows as the bytes of a lane, ``vpdpbusd`` |
-| madd16 | 2 | two rows as the words of a lane, ``vpmaddwd``: 255 * 128 * 2 fits int32 |
-| portable | 1 | widened to int32 |
-| fma | 1 | (float) |
+pixel has weights of 0 for rows that are not its own.
 
 Knobs:
 
@@ -24,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +26,13 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.kernels.x86.arithmetic import fma, vpdpbusd, vpmaddwd
-from lightning_baqe.kernels.x86.emit import cast, fill_halo, tile_loops, tile_start
+from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS, Arithmetic
+from lightning_baqe.kernels.x86.conv_knobs import Knobs, sizes
+from lightning_baqe.kernels.x86.emit import arguments, cast, fill_halo, named, tile_loops, tile_start
 from lightning_baqe.kernels.x86.layout import Layout
-from lightning_baqe.kernels.x86.requantize import clipped, packed_bytes, requantized, requantized_wide, store_bytes
+from lightning_baqe.kernels.x86.requantize import bounds, packed_bytes, requantized, store_bytes
 
-DEPTHWISE_PARAMS = 5  # int64: shift, zero point, low, high, the halo's value
-TAPS = {"vnni": 4, "madd16": 2, "portable": 1, "fma": 1}
+DEPTHWISE_PARAMS = ("shift", "zero_point", "low", "high", "pad")  # int64
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class DepthwiseSpec:
     """Everything that the code of such a kernel depends on.
 
     Args:
-        dot: of the table above.
+        dot: see :mod:`lightning_baqe.kernels.x86.arithmetic`.
         lanes, registers: of the target.
         source, result: layouts with the same stored channels.
         kernel, stride, dilation: ``(height, width)``.
@@ -77,6 +69,11 @@ class DepthwiseSpec:
     vbmi: bool = False
 
     @property
+    def arithmetic(self) -> Arithmetic:
+        """What ``dot`` names."""
+        return ARITHMETICS[self.dot]
+
+    @property
     def chain(self) -> int:
         """Steps that are added in 16 bits, as in :mod:`lightning_baqe.kernels.x86.arithmetic`: one alone."""
         return 1
@@ -84,12 +81,12 @@ class DepthwiseSpec:
     @property
     def taps(self) -> int:
         """Rows of the window that one word holds."""
-        return TAPS[self.dot]
+        return self.arithmetic.taps
 
     @property
     def packs_bytes(self) -> bool:
         """Whether results are requantized to unsigned bytes, four vectors at a time."""
-        packs = self.epilogue == "requant" and self.result.dtype == "uint8" and self.dot != "portable"
+        packs = self.epilogue == "requant" and self.result.dtype == "uint8" and not self.arithmetic.plain
         return packs and (self.narrow or self.high)
 
     def rows(self, tile_height: int) -> list[int]:
@@ -126,7 +123,7 @@ def depthwise_tiles(spec: DepthwiseSpec) -> list[tuple[int, int]]:
     return found
 
 
-def depthwise_cost(spec: DepthwiseSpec, tile: tuple[int, int]) -> float:
+def depthwise_cost(spec: DepthwiseSpec, tile: tuple[int, ...]) -> float:
     """Estimated instructions of one pass over the output: loads of columns, multiplications, recomputed edges."""
     height, width = tile
     passes = -(-spec.result.height // height) * -(-spec.result.width // width)
@@ -147,7 +144,7 @@ def default_depthwise_knobs(spec: DepthwiseSpec) -> dict[str, Any]:
     return {knob: values[0] for knob, values in depthwise_knob_space(spec).items()}
 
 
-def check_depthwise_knobs(spec: DepthwiseSpec, knobs: Mapping[str, Any]) -> dict[str, Any]:
+def check_depthwise_knobs(spec: DepthwiseSpec, knobs: Knobs) -> dict[str, Any]:
     """Knobs with the default for each one missing.
 
     Raises:
@@ -164,13 +161,13 @@ def check_depthwise_knobs(spec: DepthwiseSpec, knobs: Mapping[str, Any]) -> dict
     return full
 
 
-def pack_depthwise(spec: DepthwiseSpec, knobs: Mapping[str, Any], weight: np.ndarray) -> np.ndarray:
+def pack_depthwise(spec: DepthwiseSpec, knobs: Knobs, weight: np.ndarray) -> np.ndarray:
     """Weights ``(channels, 1, kh, kw)`` as the kernel reads them, flat: by block, row of the tile, word, column of the
     window, lane and tap.
     """
-    height, _ = _tile(knobs)
+    height, _ = sizes(knobs)
     taps = spec.tap_rows(height)
-    full = np.zeros((spec.result.stored, spec.kernel[0] + 1, spec.kernel[1]), _weight_dtype(spec))
+    full = np.zeros((spec.result.stored, spec.kernel[0] + 1, spec.kernel[1]), spec.arithmetic.weight_dtype)
     full[: len(weight), :-1] = weight[:, 0]  # the row behind the last stays 0, for taps of no row
     blocks = full[:, taps].reshape(-1, spec.lanes, *taps.shape, spec.kernel[1])
     return np.ascontiguousarray(blocks.transpose(0, 2, 3, 5, 1, 4)).ravel()
@@ -181,15 +178,6 @@ def _words_of_rows(spec: DepthwiseSpec, height: int) -> np.ndarray:
     return np.asarray((spec.tap_rows(height) >= 0).any(2))
 
 
-def _tile(knobs: Mapping[str, Any]) -> tuple[int, int]:
-    height, width = map(int, knobs["tile"].split("x"))
-    return height, width
-
-
-def _weight_dtype(spec: DepthwiseSpec) -> str:
-    return {"vnni": "int8", "madd16": "int16", "portable": "int8", "fma": "float32"}[spec.dot]
-
-
 @functools.lru_cache(maxsize=1024)
 def build_depthwise(spec: DepthwiseSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
     """A TIR function of (source, weights, bias, numbers where it requantizes, params, result).
@@ -197,25 +185,22 @@ def build_depthwise(spec: DepthwiseSpec, knobs_items: tuple[tuple[str, Any], ...
     Numbers are those of :func:`~lightning_baqe.kernels.x86.requantize.requant_numbers`.
     """
     knobs = check_depthwise_knobs(spec, dict(knobs_items))
-    height, width = _tile(knobs)
+    height, width = sizes(knobs)
     source, result, lanes = spec.source, spec.result, spec.lanes
     blocks, window = result.stored // lanes, height * spec.words(height) * spec.kernel[1]
-    kind = "float32" if spec.dot == "fma" else "int32"
     row_tiles, column_tiles = -(-result.height // height), -(-result.width // width)
     by_channel = knobs["order"] == "channels"
     extents = (blocks, row_tiles) if by_channel else (row_tiles, blocks)
     tile = list(itertools.product(range(height), range(width)))
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("depthwise")
-        X = B.arg("X", B.buffer((source.length,), source.dtype))
-        W = B.arg("W", B.buffer((blocks * window * lanes * spec.taps,), _weight_dtype(spec)))
-        bias = B.arg("B", B.buffer((result.stored,), kind))
-        numbers = B.arg("M", B.buffer((2 * result.stored,), "int64")) if spec.epilogue == "requant" else None
-        P = B.arg("P", B.buffer((DEPTHWISE_PARAMS,), "int64"))
-        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
-        B.func_attr({"tirx.noalias": True})
-        fill_halo(result, Y, P[DEPTHWISE_PARAMS - 1])
+        X, W, bias, *numbers, params, Y = arguments(
+            "depthwise", source, (blocks * window * lanes * spec.taps, spec.arithmetic.weight_dtype),
+            (result.stored, spec.arithmetic.dtype), *[(2 * result.stored, "int64")] * (spec.epilogue == "requant"),
+            (len(DEPTHWISE_PARAMS), "int64"), result,
+        )  # fmt: skip
+        P = named(params, DEPTHWISE_PARAMS)
+        fill_halo(result, Y, P["pad"])
         with tile_loops(*extents, spec.threads) as (first, second), B.serial(column_tiles) as column_tile:
             block, row_tile = (first, second) if by_channel else (second, first)
             y = B.Bind(tile_start(row_tile, result.height, height))
@@ -229,7 +214,7 @@ def build_depthwise(spec: DepthwiseSpec, knobs_items: tuple[tuple[str, Any], ...
             values = [_finished(spec, acc[at], numbers, block, P) for at in tile]
             places = [((row, column), to + row * result.row + column * result.pitch) for row, column in tile]
             if spec.packs_bytes:
-                store_bytes(Y, values, places, lambda part: packed_bytes(part, P[1], P[2], P[3], lanes), lanes)
+                store_bytes(Y, values, places, lambda part: packed_bytes(part, *bounds(P), lanes), lanes)
             else:
                 for value, (_, index) in zip(values, places, strict=True):
                     B.buffer_store(Y, cast(result.dtype, lanes, value), [T.ramp(index, 1, lanes)])
@@ -255,7 +240,7 @@ def _accumulate(
             value = B.Bind(_load(spec, source, start + column * spec.source.pitch, spec.rows(height), word))
             for (pixel, tap), row in itertools.product(uses[column], range(height)):
                 if used[row, word]:
-                    acc[row, pixel] = B.Bind(_step(spec, acc[row, pixel], value, at_row[row, tap]))
+                    acc[row, pixel] = B.Bind(spec.arithmetic.add(acc[row, pixel], value, at_row[row, tap], spec.lanes))
 
 
 def _load(spec: DepthwiseSpec, source: Any, at: Any, under: list[int], word: int) -> Any:
@@ -267,14 +252,7 @@ def _load(spec: DepthwiseSpec, source: Any, at: Any, under: list[int], word: int
         loaded += [T.broadcast(T.uint8(0), lanes)] * (spec.taps - len(loaded))
         mixed = T.Shuffle(loaded, [row * lanes + lane for lane in range(lanes) for row in range(spec.taps)])
         return T.reinterpret(mixed, dtype=f"int32x{lanes}")
-    parts = [
-        cast(
-            "float32" if spec.dot == "fma" else "int32",
-            lanes,
-            source[T.ramp(at + row * spec.source.row, 1, lanes)],
-        )
-        for row in rows
-    ]
+    parts = [cast(spec.arithmetic.dtype, lanes, source[T.ramp(at + row * spec.source.row, 1, lanes)]) for row in rows]
     total = parts[0]
     for index, part in enumerate(parts[1:], 1):
         total = T.bitwise_or(total, T.shift_left(part, T.broadcast(T.int32(index * 32 // spec.taps), lanes)))
@@ -286,25 +264,10 @@ def _weights(spec: DepthwiseSpec, weights: Any, index: Any) -> Any:
     return weights[T.ramp(index * width, 1, width)]
 
 
-def _step(spec: DepthwiseSpec, acc: Any, value: Any, weights: Any) -> Any:
-    lanes = spec.lanes
-    if spec.dot == "vnni":
-        return vpdpbusd(acc, T.reinterpret(value, dtype=f"int8x{4 * lanes}"), weights, lanes)
-    if spec.dot == "madd16":
-        return acc + vpmaddwd(T.reinterpret(value, dtype=f"int16x{2 * lanes}"), weights, lanes)
-    if spec.dot == "portable":
-        return acc + value * cast("int32", lanes, weights)
-    return fma(acc, value, weights, lanes)
-
-
-def _finished(spec: DepthwiseSpec, acc: Any, numbers: Any, block: Any, params: Any) -> Any:
+def _finished(spec: DepthwiseSpec, acc: Any, numbers: list[Any], block: Any, params: dict[str, Any]) -> Any:
     """One vector of results; those that are packed to bytes before zero point and clipping."""
-    lanes, bounds = spec.lanes, (params[1], params[2], params[3])
     if spec.epilogue == "float_relu":
-        return T.max(acc, T.broadcast(T.float32(0), lanes))
+        return T.max(acc, T.broadcast(T.float32(0), spec.lanes))
     if spec.epilogue != "requant":
         return acc
-    if not (spec.narrow or spec.high):
-        return requantized_wide(acc, numbers, block, params[0], bounds, lanes)
-    value = requantized(acc, numbers, block, params[0], lanes, spec.high)
-    return value if spec.packs_bytes else clipped(value, *bounds, "int32", lanes)
+    return requantized(acc, numbers[0], block, params, spec.lanes, spec.narrow, spec.high, not spec.packs_bytes)

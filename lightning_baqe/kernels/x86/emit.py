@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,56 +32,23 @@ def put(buffer: Any, value: Any, index: Any, lanes: int) -> None:
     B.buffer_store(buffer, value, [T.ramp(index, 1, lanes) if lanes > 1 else index])
 
 
+def arguments(name: str, *kinds: Layout | tuple[Any, str]) -> list[Any]:
+    """Emit a kernel's head: its name and its buffers, given by layout or by shape and type."""
+    B.func_name(name)
+    shapes = [(kind.length, kind.dtype) if isinstance(kind, Layout) else kind for kind in kinds]
+    buffers = [B.arg(f"A{i}", B.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(shapes)]
+    B.func_attr({"tirx.noalias": True})  # a kernel's buffers never overlap
+    return buffers
+
+
+def named(params: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The numbers of the int64 buffer ``params`` by their names."""
+    return {name: params[index] for index, name in enumerate(names)}
+
+
 def param(params: Any, index: int, dtype: str, lanes: int) -> Any:
     """A number of the int64 buffer ``params`` in all lanes."""
     return splat(T.Cast(dtype, params[index]), lanes)
-
-
-def rounding_shift(value: Any, amount: Any, dtype: str, lanes: int) -> Any:
-    """``(value + 2^(amount-1)) >> amount``; ``amount`` is an int64 scalar."""
-    count = T.Cast(dtype, amount)
-    one = T.int64(1) if dtype == "int64" else T.int32(1)
-    half = splat(T.shift_left(one, count - one), lanes)
-    return T.shift_right(value + half, splat(count, lanes))
-
-
-def clip(value: Any, params: Any, low: int, dtype: str, lanes: int) -> Any:
-    """Clip to ``params[low] .. params[low + 1]``."""
-    return T.min(T.max(value, param(params, low, dtype, lanes)), param(params, low + 1, dtype, lanes))
-
-
-def halves(value: Any, lanes: int) -> tuple[Any, Any]:
-    """The even and the odd lanes of an int32 vector, widened to int64."""
-    thirty_two = T.broadcast(T.int64(32), lanes // 2)
-
-    def widened(lower: Any) -> Any:
-        pairs = T.reinterpret(lower, dtype=f"int64x{lanes // 2}")
-        return T.shift_right(T.shift_left(pairs, thirty_two), thirty_two)
-
-    # A shift of the pairs by 32 would do for the odd lanes, too; but LLVM multiplies its result in 64 bits on AVX2.
-    return widened(value), widened(T.Shuffle([value], [lane | 1 for lane in range(lanes)]))
-
-
-def requantized_high(value: Any, multipliers: Any, terms: tuple[Any, Any] | None, amount: Any, lanes: int) -> Any:
-    """``(value * multipliers + terms + 2^(amount-1)) >> amount`` as int32, for an amount of 32 or more.
-
-    Only the upper halves of the 64-bit sums matter then, so that one 32-bit shift finishes both. Even and odd lanes are
-    multiplied apart, as the instructions do it.
-
-    Args:
-        value, multipliers: int32 vectors.
-        terms: int64 vectors of the even and the odd lanes, or None.
-        amount: an int64 scalar.
-        lanes: of the int32 vectors.
-    """
-    half = T.broadcast(T.shift_left(T.int64(1), amount - T.int64(1)), lanes // 2)
-    added = (half, half) if terms is None else (terms[0] + half, terms[1] + half)
-    even, odd = (
-        T.reinterpret(a * m + term, dtype=f"int32x{lanes}")
-        for a, m, term in zip(halves(value, lanes), halves(multipliers, lanes), added, strict=True)
-    )
-    order = [index for lane in range(1, lanes, 2) for index in (lane, lanes + lane)]
-    return T.shift_right(T.Shuffle([even, odd], order), T.broadcast(T.Cast("int32", amount - T.int64(32)), lanes))
 
 
 @contextmanager

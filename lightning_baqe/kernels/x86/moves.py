@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
-from lightning_baqe.kernels.x86.emit import at, cast, fill_halo, fill_spare, put, splat
+from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, fill_spare, put, splat
 from lightning_baqe.kernels.x86.layout import VECTOR, Layout, stored_channels
 
 MOVE_PARAMS = 2  # int64: the value of what is absent, the halo's value
@@ -50,17 +50,10 @@ def build_move(spec: MoveSpec) -> Any:
     emit = {"concat": _concat, "gather": _gather, "copy": _gather, "flatten": _flatten}[spec.op]
     result = spec.result
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("move")
-        sources = [B.arg(f"X{i}", B.buffer((s.length,), s.dtype)) for i, s in enumerate(spec.sources)]
-        tables = []
-        if spec.channels == "index":
-            tables.append(B.arg("C", B.buffer((result.channels,), "int32")))
-        if spec.pixels:
-            tables.append(B.arg("R", B.buffer((result.height,), "int32")))
-            tables.append(B.arg("W", B.buffer((result.width,), "int32")))
-        params = B.arg("P", B.buffer((MOVE_PARAMS,), "int64"))
-        out = B.arg("Y", B.buffer((result.length,), result.dtype))
-        B.func_attr({"tirx.noalias": True})
+        sizes = [result.channels] * (spec.channels == "index") + [result.height, result.width] * spec.pixels
+        indices = [(size, "int32") for size in sizes]
+        *values, params, out = arguments("move", *spec.sources, *indices, (MOVE_PARAMS, "int64"), result)
+        sources, tables = values[: len(spec.sources)], values[len(spec.sources) :]
         fill_halo(result, out, params[MOVE_PARAMS - 1])
         emit(spec, sources, tables, params, out)
     return builder.get()

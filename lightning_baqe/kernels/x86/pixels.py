@@ -36,19 +36,9 @@ from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.kernels.x86 import float_functions
 from lightning_baqe.kernels.x86.arithmetic import look_up_64
-from lightning_baqe.kernels.x86.emit import (
-    at,
-    cast,
-    clip,
-    fill_halo,
-    fill_spare,
-    param,
-    put,
-    requantized_high,
-    rounding_shift,
-    splat,
-)
+from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, fill_spare, param, put, splat
 from lightning_baqe.kernels.x86.layout import VECTOR, Layout
+from lightning_baqe.kernels.x86.requantize import clip, clipped, requantized_high, rescaled, rounding_shift
 
 PIXEL_PARAMS = 8  # int64: meaning by operator, the last is the halo's value
 PAD = PIXEL_PARAMS - 1
@@ -83,15 +73,16 @@ class PixelSpec:
     vbmi: bool = False
 
 
+def _limits(params: Any, first: int) -> tuple[Any, Any, Any]:
+    """Zero point, low and high, which stand together in the params."""
+    return params[first], params[first + 1], params[first + 2]
+
+
 def _rescaled(spec: PixelSpec, value: Any, params: Any, first: int, lanes: int) -> Any:
     """The value times one factor, onto the result's grid; params from ``first`` on: multiplier, shift, and the rest."""
     width = "int32" if spec.narrow or spec.high else "int64"
-    if spec.high:
-        scaled = requantized_high(value, param(params, first, "int32", lanes), None, params[first + 1], lanes)
-    else:
-        scaled = rounding_shift(value * param(params, first, width, lanes), params[first + 1], width, lanes)
-    out = clip(scaled + param(params, first + 2, width, lanes), params, first + 3, width, lanes)
-    return cast(spec.result.dtype, lanes, out)
+    factor, limits = param(params, first, width, lanes), _limits(params, first + 2)
+    return cast(spec.result.dtype, lanes, rescaled(value, factor, params[first + 1], limits, width, spec.high, lanes))
 
 
 def _requantized(spec: PixelSpec, value: Any, params: Any, lanes: int) -> Any:
@@ -106,8 +97,8 @@ def _added(spec: PixelSpec, a: Any, b: Any, params: Any, lanes: int) -> Any:
         + cast(width, lanes, b) * param(params, 1, width, lanes)
         + param(params, 2, width, lanes)
     )
-    out = rounding_shift(total, params[3], width, lanes) + param(params, 4, width, lanes)
-    return cast(spec.result.dtype, lanes, clip(out, params, 5, width, lanes))
+    shifted = rounding_shift(total, params[3], width, lanes)
+    return cast(spec.result.dtype, lanes, clipped(shifted, *_limits(params, 4), width, lanes))
 
 
 def _multiplied(spec: PixelSpec, a: Any, b: Any, params: Any, lanes: int) -> Any:
@@ -130,8 +121,7 @@ def _affine(spec: PixelSpec, value: Any, constants: list[Any], channel: Any, par
         order = [index for lane in range(half) for index in (lane, half + lane)]
         total = shifted * cast("int64", lanes, factors) + T.Shuffle(list(terms), order)
         scaled = rounding_shift(total, params[1], "int64", lanes)
-    out = clip(scaled + param(params, 2, wide, lanes), params, 3, wide, lanes)
-    return cast(spec.result.dtype, lanes, out)
+    return cast(spec.result.dtype, lanes, clipped(scaled, *_limits(params, 2), wide, lanes))
 
 
 def _quantized(spec: PixelSpec, value: Any, factor: Any, params: Any, lanes: int) -> Any:
@@ -149,15 +139,15 @@ def _looked_up(spec: PixelSpec, value: Any, table: Any, params: Any) -> Any:
     return table[T.Cast("int32", T.reinterpret(value, dtype="uint8"))]
 
 
-def _constants(spec: PixelSpec) -> list[Any]:
-    """The constant arguments of the operator, emitted."""
+def _constants(spec: PixelSpec) -> list[tuple[int, str]]:
+    """Lengths and types of the operator's constant arguments."""
     stored = spec.result.stored
     if spec.op == "affine":
-        return [B.arg("M", B.buffer((stored,), "int32")), B.arg("O", B.buffer((stored,), "int64"))]
+        return [(stored, "int32"), (stored, "int64")]
     if spec.op == "table":
-        return [B.arg("T", B.buffer((spec.entries,), spec.result.dtype))]
+        return [(spec.entries, spec.result.dtype)]
     sizes = {"quantize": 1, "dequantize": stored, "float_function": 2, "float_affine": 2 * stored}
-    return [B.arg("F", B.buffer((sizes[spec.op],), "float32"))] if spec.op in sizes else []
+    return [(sizes[spec.op], "float32")] if spec.op in sizes else []
 
 
 def _value(spec: PixelSpec, values: list[Any], constants: list[Any], params: Any, channel: Any, lanes: int) -> Any:
@@ -175,7 +165,7 @@ def _value(spec: PixelSpec, values: list[Any], constants: list[Any], params: Any
         case "table":
             return _looked_up(spec, a, constants[0], params)
         case "clip":
-            return cast(spec.result.dtype, lanes, clip(cast("int32", lanes, a), params, 0, "int32", lanes))
+            return cast(spec.result.dtype, lanes, clip(cast("int32", lanes, a), params[0], params[1], "int32", lanes))
         case "quantize":
             return _quantized(spec, a, constants[0][0], params, lanes)
         case "dequantize":
@@ -195,20 +185,15 @@ def _value(spec: PixelSpec, values: list[Any], constants: list[Any], params: Any
 @functools.lru_cache(maxsize=4096)
 def build_pointwise(spec: PixelSpec) -> Any:
     """A TIR function of (values, constants, params, result), one value at a time."""
-    source, result, other = spec.source, spec.result, spec.other
+    result = spec.result
     by_value = spec.op == "table" or (spec.op == "float_function" and not float_functions.is_vector(spec.function))
     lanes = 1 if by_value else VECTOR
     steps = result.channels if by_value else result.stored // VECTOR
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("pointwise")
-        operands = [(source, B.arg("X", B.buffer((source.length,), source.dtype)))]
-        if other is not None:
-            operands.append((other, B.arg("Z", B.buffer((other.length,), other.dtype))))
-        constants = _constants(spec)
-        P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
-        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
-        B.func_attr({"tirx.noalias": True})
+        layouts = [spec.source, *([] if spec.other is None else [spec.other])]
+        *buffers, P, Y = arguments("pointwise", *layouts, *_constants(spec), (PIXEL_PARAMS, "int64"), result)
+        operands, constants = list(zip(layouts, buffers, strict=False)), buffers[len(layouts) :]
         fill_halo(result, Y, P[PAD])
         with B.serial(result.height) as y, B.serial(result.width) as x:
             to = result.origin() + y * result.row + x * result.pitch
@@ -234,12 +219,7 @@ def build_byte_table(spec: PixelSpec) -> Any:
     lanes = 64
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("byte_table")
-        X = B.arg("X", B.buffer((source.length,), source.dtype))
-        table = B.arg("T", B.buffer((256,), result.dtype))
-        P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
-        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
-        B.func_attr({"tirx.noalias": True})
+        X, table, P, Y = arguments("byte_table", source, (256, result.dtype), (PIXEL_PARAMS, "int64"), result)
         fill_halo(result, Y, P[PAD])
         parts = [B.Bind(T.reinterpret(at(table, lanes * i, lanes), dtype=f"uint8x{lanes}")) for i in range(4)]
 
@@ -269,21 +249,18 @@ def build_pack(spec: PixelSpec) -> Any:
     channel at a time is converted, then spread over the pixels.
     """
     result = spec.result
-    channels, height, width = result.channels, result.height, result.width
     is_float = result.dtype == "float32"
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("pack")
-        X = B.arg("X", B.buffer((1, channels, height, width), "float32"))
-        factor = None if is_float else B.arg("F", B.buffer((1,), "float32"))
-        P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
-        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
-        B.func_attr({"tirx.noalias": True})
+        image = (1, result.channels, result.height, result.width), "float32"
+        X, *factor, P, Y = arguments(
+            "pack", image, *([] if is_float else [(1, "float32")]), (PIXEL_PARAMS, "int64"), result
+        )
 
         def convert(value: Any, lanes: int) -> Any:
-            return value if factor is None else _quantized(spec, value, factor[0], P, lanes)
+            return _quantized(spec, value, factor[0][0], P, lanes) if factor else value
 
-        if result.stored == channels <= MOST_SHUFFLED:
+        if result.stored == result.channels <= MOST_SHUFFLED:
             fill_halo(result, Y, P[PAD])
             _pack_dense(result, X, Y, convert)
         else:
@@ -331,15 +308,12 @@ def build_unpack(spec: PixelSpec) -> Any:
     channels, height, width = source.channels, source.height, source.width
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("unpack")
-        X = B.arg("X", B.buffer((source.length,), source.dtype))
-        factors = B.arg("F", B.buffer((channels,), "float32")) if spec.op == "logits" else None
-        P = B.arg("P", B.buffer((PIXEL_PARAMS,), "int64"))
-        Y = B.arg("Y", B.buffer((1, channels * height * width), "float32"))
-        B.func_attr({"tirx.noalias": True})
+        scales = [(channels, "float32")] if spec.op == "logits" else []
+        out = (1, channels * height * width), "float32"
+        X, *factors, P, Y = arguments("unpack", source, *scales, (PIXEL_PARAMS, "int64"), out)
         with B.serial(channels) as c, B.serial(height) as y, B.serial(width) as x:
             value = X[source.origin() + y * source.row + x * source.pitch + c]
-            if factors is not None:
-                value = T.Cast("float32", T.Cast("int32", value) - T.Cast("int32", P[0])) * factors[c]
+            if factors:
+                value = T.Cast("float32", T.Cast("int32", value) - T.Cast("int32", P[0])) * factors[0][c]
             B.buffer_store(Y, value, [0, (c * height + y) * width + x])
     return builder.get()

@@ -10,8 +10,9 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
-from lightning_baqe.kernels.x86.emit import cast, clip, fill_halo, param, requantized_high, rounding_shift, splat
+from lightning_baqe.kernels.x86.emit import arguments, cast, fill_halo, param, splat
 from lightning_baqe.kernels.x86.layout import VECTOR, Layout
+from lightning_baqe.kernels.x86.requantize import rescaled
 
 POOL_PARAMS = 6  # int64: input zero point, shift, zero point, low, high, the halo's value
 
@@ -64,18 +65,9 @@ def build_pool(spec: PoolSpec) -> Any:
     lanes, vectors = spec.lanes, spec.vectors
 
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("pool")
-        X = B.arg("X", B.buffer((source.length,), source.dtype))
-        bounds = []
-        if spec.windows:
-            bounds = [B.arg(n, B.buffer((2 * e,), "int32")) for n, e in (("R", result.height), ("C", result.width))]
-        factors = None
-        if not is_max:
-            count = result.height * result.width if spec.by_pixel else 1
-            factors = B.arg("F", B.buffer((count,), "float32" if is_float else "int32"))
-        P = B.arg("P", B.buffer((POOL_PARAMS,), "int64"))
-        Y = B.arg("Y", B.buffer((result.length,), result.dtype))
-        B.func_attr({"tirx.noalias": True})
+        windows = [(2 * result.height, "int32"), (2 * result.width, "int32")] if spec.windows else []
+        factors = [] if is_max else [(result.height * result.width if spec.by_pixel else 1, kind)]
+        X, *constants, P, Y = arguments("pool", source, *windows, *factors, (POOL_PARAMS, "int64"), result)
         acc = B.alloc_buffer((vectors, lanes), kind)
         lane = T.ramp(0, 1, lanes)
         fill_halo(result, Y, P[POOL_PARAMS - 1])
@@ -90,7 +82,7 @@ def build_pool(spec: PoolSpec) -> Any:
                 return X[T.ramp(source.origin() + row * source.row + column * source.pitch + channel, 1, lanes)]
 
             if spec.windows:
-                rows, columns = bounds
+                rows, columns = constants[:2]
                 with (
                     B.serial(rows[2 * y], rows[2 * y + 1]) as i,
                     B.serial(columns[2 * x], columns[2 * x + 1]) as j,
@@ -106,7 +98,7 @@ def build_pool(spec: PoolSpec) -> Any:
                         if inside is not None:
                             total = T.Select(splat(inside, lanes), total, acc[v, lane])
                     B.buffer_store(acc, total, [v, lane])
-            factor = None if factors is None else factors[y * result.width + x if spec.by_pixel else 0]
+            factor = None if is_max else constants[-1][y * result.width + x if spec.by_pixel else 0]
             with B.unroll(vectors) as v:
                 to = result.origin() + y * result.row + x * result.pitch + (group * vectors + v) * lanes
                 B.buffer_store(Y, _finished(spec, acc[v, lane], factor, P), [T.ramp(to, 1, lanes)])
@@ -142,10 +134,8 @@ def _finished(spec: PoolSpec, acc: Any, factor: Any, params: Any) -> Any:
     if spec.op == "float_avg_pool":
         return acc * splat(factor, VECTOR)
     width = "int32" if spec.high else "int64"
-    if spec.high:
-        scaled = requantized_high(acc, splat(factor, VECTOR), None, params[1], VECTOR)
-    else:
-        product = cast("int64", VECTOR, acc) * splat(T.Cast("int64", factor), VECTOR)
-        scaled = rounding_shift(product, params[1], "int64", VECTOR)
-    out = clip(scaled + param(params, 2, width, VECTOR), params, 3, width, VECTOR)
+    if not spec.high:
+        acc, factor = cast(width, VECTOR, acc), T.Cast(width, factor)
+    limits = params[2], params[3], params[4]
+    out = rescaled(acc, splat(factor, VECTOR), params[1], limits, width, spec.high, VECTOR)
     return cast(spec.result.dtype, VECTOR, out)

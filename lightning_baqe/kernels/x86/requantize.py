@@ -10,14 +10,15 @@ and one permutation, which undoes that these instructions work within 128 bits e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from lightning_baqe.kernels.x86.emit import cast, halves, splat
+from lightning_baqe.kernels.x86.arithmetic import intrinsic
+from lightning_baqe.kernels.x86.emit import cast, splat
 
 PACKED = 4  # vectors of 32-bit results that become one of bytes
 _PACKSSDW = {8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}
@@ -40,33 +41,36 @@ def requant_numbers(multipliers: np.ndarray, fractions: np.ndarray, shift: int, 
     return np.ascontiguousarray(blocks.transpose(1, 0, 3, 2)).ravel()
 
 
-def requantized(acc: Any, numbers: Any, block: Any, shift: Any, lanes: int, high: bool) -> Any:
-    """``(acc * multiplier + term) >> shift`` as int32, for results that fit 32 bits.
+def bounds(params: Mapping[str, Any], prefix: str = "") -> tuple[Any, Any, Any]:
+    """Zero point and limits of a result."""
+    return params[prefix + "zero_point"], params[prefix + "low"], params[prefix + "high"]
+
+
+def requantized(
+    acc: Any, numbers: Any, block: Any, params: Mapping[str, Any], lanes: int, narrow: bool, high: bool, clips: bool
+) -> Any:
+    """``(acc * multiplier + term) >> shift`` as int32; plus the zero point and clipped, if wanted or if 32 bits hold it
+    only then.
 
     Args:
         acc: int32 vector.
         numbers: buffer of :func:`requant_numbers`.
         block: which block of channels.
-        shift: an int64 scalar.
+        params: ``shift``, ``zero_point``, ``low`` and ``high`` as int64 scalars.
         lanes: of ``acc``.
+        narrow: the result fits 32 bits before it is clipped.
         high: the shift is 32 or more, so that only the upper halves of the sums matter.
+        clips: clip in any case.
     """
-    sums = _sums(acc, numbers, block, lanes)
+    half, shift, sums = lanes // 2, params["shift"], _sums(acc, numbers, block, lanes)
     if high:
-        merged = _merged(sums, 1, lanes)
-        return T.shift_right(merged, T.broadcast(T.Cast("int32", shift - T.int64(32)), lanes))
-    return _merged([T.shift_right(value, T.broadcast(shift, lanes // 2)) for value in sums], 0, lanes)
-
-
-def requantized_wide(acc: Any, numbers: Any, block: Any, shift: Any, bounds: tuple[Any, Any, Any], lanes: int) -> Any:
-    """:func:`requantized` plus the zero point and clipped, where 32 bits hold it only then.
-
-    Args:
-        bounds: zero point, low and high as int64 scalars.
-    """
-    half = lanes // 2
-    shifted = [T.shift_right(value, T.broadcast(shift, half)) for value in _sums(acc, numbers, block, lanes)]
-    return _merged([clipped(value, *bounds, "int64", half) for value in shifted], 0, lanes)
+        value = _upper(sums, shift, lanes)
+    else:
+        shifted = [T.shift_right(value, T.broadcast(shift, half)) for value in sums]
+        if not narrow:
+            return _merged([clipped(value, *bounds(params), "int64", half) for value in shifted], 0, lanes)
+        value = _merged(shifted, 0, lanes)
+    return clipped(value, *bounds(params), "int32", lanes) if clips else value
 
 
 def _sums(acc: Any, numbers: Any, block: Any, lanes: int) -> list[Any]:
@@ -84,11 +88,57 @@ def _sums(acc: Any, numbers: Any, block: Any, lanes: int) -> list[Any]:
     return [value * factor(i) + load(2 + i) for i, value in enumerate(halves(acc, lanes))]
 
 
+def halves(value: Any, lanes: int) -> tuple[Any, Any]:
+    """The even and the odd lanes of an int32 vector, widened to int64."""
+    thirty_two = T.broadcast(T.int64(32), lanes // 2)
+
+    def widened(lower: Any) -> Any:
+        pairs = T.reinterpret(lower, dtype=f"int64x{lanes // 2}")
+        return T.shift_right(T.shift_left(pairs, thirty_two), thirty_two)
+
+    # A shift of the pairs by 32 would do for the odd lanes, too; but LLVM multiplies its result in 64 bits on AVX2.
+    return widened(value), widened(T.Shuffle([value], [lane | 1 for lane in range(lanes)]))
+
+
+def rounding_shift(value: Any, amount: Any, dtype: str, lanes: int) -> Any:
+    """``(value + 2^(amount-1)) >> amount``; ``amount`` is an int64 scalar."""
+    count = T.Cast(dtype, amount)
+    one = T.int64(1) if dtype == "int64" else T.int32(1)
+    half = splat(T.shift_left(one, count - one), lanes)
+    return T.shift_right(value + half, splat(count, lanes))
+
+
+def requantized_high(value: Any, multipliers: Any, terms: tuple[Any, Any] | None, amount: Any, lanes: int) -> Any:
+    """``(value * multipliers + terms + 2^(amount-1)) >> amount`` as int32, for an amount of 32 or more; the terms are
+    int64, by even and odd lanes.
+    """
+    half = T.broadcast(T.shift_left(T.int64(1), amount - T.int64(1)), lanes // 2)
+    added = (half, half) if terms is None else (terms[0] + half, terms[1] + half)
+    factors = zip(halves(value, lanes), halves(multipliers, lanes), added, strict=True)
+    return _upper([a * m + term for a, m, term in factors], amount, lanes)
+
+
+def rescaled(
+    value: Any, factor: Any, shift: Any, limits: tuple[Any, Any, Any], width: str, high: bool, lanes: int
+) -> Any:
+    """The value times one factor, both of ``width``, on another grid; ``limits`` are zero point, low and high."""
+    if high:
+        scaled = requantized_high(value, factor, None, shift, lanes)
+    else:
+        scaled = rounding_shift(value * factor, shift, width, lanes)
+    return clipped(scaled, *limits, width, lanes)
+
+
 def cut(value: Any, lanes: int) -> Any:
     """An int64 vector as int32, cut to 30 bits and a sign: for what is clipped to bytes later."""
     limit = 2**30
     value = T.min(T.max(value, T.broadcast(T.int64(-limit), lanes)), T.broadcast(T.int64(limit), lanes))
     return cast("int32", lanes, value)
+
+
+def _upper(sums: Sequence[Any], shift: Any, lanes: int) -> Any:
+    """Sums shifted by 32 or more: one 32-bit shift finishes the upper halves of both."""
+    return T.shift_right(_merged(sums, 1, lanes), T.broadcast(T.Cast("int32", shift - T.int64(32)), lanes))
 
 
 def _merged(sums: Sequence[Any], part: int, lanes: int) -> Any:
@@ -106,12 +156,11 @@ def packed_bytes(values: Sequence[Any], zero_point: Any, low: Any, high: Any, la
     """
     words = []
     for first, second in zip(values[::2], values[1::2], strict=True):
-        pair = _intrinsic(_PACKSSDW[lanes], first, second, dtype=f"int16x{2 * lanes}")
+        pair = intrinsic(_PACKSSDW[lanes], first, second, dtype=f"int16x{2 * lanes}")
         point = T.broadcast(T.Cast("int16", zero_point), 2 * lanes)
-        words.append(_intrinsic("llvm.sadd.sat", pair, point, dtype=f"int16x{2 * lanes}"))
-    result = _intrinsic(_PACKUSWB[lanes], *words, dtype=f"uint8x{4 * lanes}")
-    bounds = (T.broadcast(T.Cast("uint8", bound), 4 * lanes) for bound in (low, high))
-    result = T.min(T.max(result, next(bounds)), next(bounds))
+        words.append(intrinsic("llvm.sadd.sat", pair, point, dtype=f"int16x{2 * lanes}"))
+    result = intrinsic(_PACKUSWB[lanes], *words, dtype=f"uint8x{4 * lanes}")
+    result = clip(result, low, high, "uint8", 4 * lanes)
     quads = lanes // 4  # of bytes, of one vector: one in each 128 bits
     order = [j * 4 + vector for vector in range(4) for j in range(quads)]
     moved = T.Shuffle([T.reinterpret(result, dtype=f"int32x{lanes}")], order)
@@ -144,11 +193,11 @@ def store_bytes(buffer: Any, values: Sequence[Any], places: Sequence[Any], pack:
             start = end
 
 
-def clipped(value: Any, zero_point: Any, low: Any, high: Any, dtype: str, lanes: int) -> Any:
-    """A vector plus the zero point, clipped; all of one type, the scalars int64."""
-    value = value + splat(T.Cast(dtype, zero_point), lanes)
+def clip(value: Any, low: Any, high: Any, dtype: str, lanes: int) -> Any:
+    """A vector within two int64 scalars."""
     return T.min(T.max(value, splat(T.Cast(dtype, low), lanes)), splat(T.Cast(dtype, high), lanes))
 
 
-def _intrinsic(name: str, *args: Any, dtype: str) -> Any:
-    return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *args, dtype=dtype)
+def clipped(value: Any, zero_point: Any, low: Any, high: Any, dtype: str, lanes: int) -> Any:
+    """A vector plus the zero point, clipped; all of one type, the scalars int64."""
+    return clip(value + splat(T.Cast(dtype, zero_point), lanes), low, high, dtype, lanes)
