@@ -22,7 +22,8 @@ from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.hardware.description import DeviceDescription
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
-from lightning_baqe.measurement.database import Records
+from lightning_baqe.measurement.device import Device
+from lightning_baqe.measurement.local import reach
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature, layers
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
@@ -113,6 +114,8 @@ class BayesianSearch(RepeatsTraining):
         target, threads: what is compiled for.
         device: what the device has kernels for: no layer is offered other bits, and residual sums are fused where it
             says so. None: everything that ``target`` has.
+        measure_on: the device that everything is measured on, with its records; None: the one that ``device`` reaches,
+            or this machine.
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
@@ -124,7 +127,7 @@ class BayesianSearch(RepeatsTraining):
             so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.
         model_name: likewise; None: the network's class.
-        records: path of the records database; None: the user's.
+        records: path of this machine's records database; None: the user's.
         progress: show a progress bar where Lightning shows none.
 
     Raises:
@@ -155,6 +158,7 @@ class BayesianSearch(RepeatsTraining):
         target: str = "native",
         threads: int = 1,
         device: DeviceDescription | None = None,
+        measure_on: Device | None = None,
         measurement: MeasureOptions | None = None,
         calibration_batches: int = 8,
         activation_range: str = "mse",
@@ -199,7 +203,9 @@ class BayesianSearch(RepeatsTraining):
         self.measurement = measurement or MeasureOptions()
         self.calibration_batches, self.tune_s = calibration_batches, tune_s
         self.recipe, self.model_name, self.show_progress = recipe, model_name, progress
-        self._records_path = records
+        if measure_on is not None and records is not None:
+            raise ConfigError(f"records={str(records)!r}, but measure_on keeps its own: give one of them")
+        self.measure_on = measure_on or reach("local" if device is None else device.reach, records)
         self._running: _Running | None = None
         self._next: _Plan | None = None
         self._planned: tuple[int, ...] = ()
@@ -255,11 +261,10 @@ class BayesianSearch(RepeatsTraining):
         if not self.host.is_leader:
             self._follow_or_stop()
             return
-        self.records = Records(self._records_path)
         self._validation = self.host.validation_batches()
         about = {"recipe": self.recipe, "model": self.model_name or type(self._float).__name__,
-                 "dataset": self.host.dataset_name}  # fmt: skip
-        self.study = SearchStudy(self.run_dir, self.storage, about, self.options.threads, self.study_name)
+                 "dataset": self.host.dataset_name, "device": self.measure_on.info(self.options.threads)}  # fmt: skip
+        self.study = SearchStudy(self.run_dir, self.storage, about, self.study_name)
         bar = self.show_progress and trainer.progress_bar_callback is None
         self.progress = SearchProgress(self._wanted + len(self._planned), bar, trainer.progress_bar_callback)
         with self.study.lock:  # one worker prepares, the others wait and find everything there
@@ -271,8 +276,8 @@ class BayesianSearch(RepeatsTraining):
     def _prepare(self) -> None:
         """Space, study and the float model's figures, each if it is not there yet."""
         prepare = Preparation(
-            self._float, lambda bits: calibrate(self._quantize(bits), self._calibration[:1]), self.study, self.records,
-            self.progress, self.options,
+            self._float, lambda bits: calibrate(self._quantize(bits), self._calibration[:1]), self.study,
+            self.measure_on, self.progress, self.options,
         )  # fmt: skip
         known = self.study.known_space(self._conditions())
         base = BitConfig.uniform(self._float, 8, 8)
@@ -357,7 +362,7 @@ class BayesianSearch(RepeatsTraining):
             "activation_range": self.activation_range,
             "target": vars(self.options.target),
             "fuse_residual": self.options.fuse_residual,
-            "device": fingerprint(self.options.threads),
+            "device": fingerprint(self.measure_on.info(self.options.threads)),
         }
 
     def _quantize(self, bits: BitConfig) -> QuantizedModel:
@@ -370,7 +375,7 @@ class BayesianSearch(RepeatsTraining):
         model = quantize(self._float, bits, self._example).eval()
         folder = self.run_dir / "artifacts" / "float"
         found = evaluate(
-            model, self._validation, folder, self.options, None, self.records, self.measurement,
+            model, self._validation, folder, self.options, None, self.measure_on, self.measurement,
         )  # fmt: skip
         self.study.set_float(found.figures)
 
@@ -469,7 +474,7 @@ class BayesianSearch(RepeatsTraining):
             folder,
             self.options,
             running.plan.schedules,
-            self.records,
+            self.measure_on,
             self.measurement,
         )
         return found.complete(entry, fake)
@@ -525,7 +530,7 @@ class BayesianSearch(RepeatsTraining):
                     f"The trainer ended after {self.study.complete_count} of {self._wanted} trials; "
                     "Trainer(max_epochs=-1) lets the search end it. The same run_dir goes on."
                 )
-            self.study.test_front(self.host.test_batches())
+            self.study.test_front(self.host.test_batches(), self.measure_on)
             self.study.write(report=True)
             assert self.run_dir is not None
             log_results(trainer.loggers, self.study.summary(), self.run_dir)

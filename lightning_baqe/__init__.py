@@ -24,7 +24,7 @@ _HOME = {
     "Front": "runs.front",
     "IntegerGraph": "integer.graph",
     "LayerBits": "quantization.config",
-    "Measurement": "measurement.measure",
+    "Measurement": "measurement.device",
     "QuantizedModel": "quantization.convert",
     "build": "measurement.build",
     "calibrate": "quantization.calibration",

@@ -188,7 +188,8 @@ def _write_single(
     import torch
 
     from lightning_baqe.deploy.artifact import Artifact
-    from lightning_baqe.hardware.identity import device_info, versions
+    from lightning_baqe.hardware.identity import versions
+    from lightning_baqe.measurement.local import reach
     from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
     from lightning_baqe.runs.objectives import summarise
     from lightning_baqe.runs.report import write_report
@@ -196,18 +197,18 @@ def _write_single(
     from lightning_baqe.runs.summary import Trial
 
     options = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
-    found, tests = {}, {}
+    measured_on, found, tests = reach(device.reach), {}, {}
     for name, model in {"float": reference, "trial_0": quantized}.items():
         folder = run_dir / "artifacts" / name
         found[name] = evaluate(
-            model, datamodule.val_dataloader(), folder, device.options, options=options,
+            model, datamodule.val_dataloader(), folder, device.options, device=measured_on, options=options,
         )  # fmt: skip
-        tests[name] = deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader())
+        tests[name] = deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader(), measured_on)
     begun = Trial(number=0, phase="qat", bits=bits_entry(quantized.bits), seconds=seconds | {"propose": 0.0})
     fake = module_accuracy(quantized, datamodule.val_dataloader(), torch.device("cpu"))
     about = {
         "recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name,
-        "device": device_info(cfg.deploy.threads), "versions": versions(),
+        "device": measured_on.info(cfg.deploy.threads), "versions": versions(),
     }  # fmt: skip
     trial = found["trial_0"].complete(begun, fake)
     summary = summarise(about, found["float"].figures, [trial], tests=tests)
@@ -225,7 +226,7 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     import torch
 
     from lightning_baqe.integer.lowering import lower
-    from lightning_baqe.measurement.database import Records
+    from lightning_baqe.measurement.local import reach
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.convert import quantize
     from lightning_baqe.tasks.networks import settle
@@ -246,16 +247,18 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     device.check_bits(net, bits)
     quantized = calibrate(quantize(settle(net, images), bits, example_input=images).eval(), [images])
     graph = lower(quantized, example_input=images[:1])
+    measured_on = reach(device.reach, cfg.records)
     with tune_report.TuneProgress(console) as bar:
         result = tuner.tune(
-            graph, device.options, cfg.candidates, cfg.budget_s, Records(cfg.records), strategy, bar.update,
+            graph, device.options, cfg.candidates, cfg.budget_s, measured_on, strategy, bar.update,
         )  # fmt: skip
     about = {
         "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,
         "bits": {name: [layer.weight, layer.activation] for name, layer in quantized.bits.items()},
         "strategy": str(cfg.strategy._target_), "candidates": cfg.candidates,
+        "device": measured_on.info(device.threads),
     }  # fmt: skip
-    path = tune_report.write_tuning(run_dir, result, about, device.threads)
+    path = tune_report.write_tuning(run_dir, result, about)
     output = Console(highlight=False, width=None if console.is_terminal else 160)
     output.print(tune_report.tuning_table(result))
     output.print(tune_report.tuning_line(result, cfg.budget_s), markup=False, soft_wrap=True)

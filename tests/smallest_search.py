@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from fake_device import FakeDevice
 from foreign_module import ForeignModule
 from torch.nn import functional
 
 from lightning_baqe.callbacks import BayesianSearch
-from lightning_baqe.callbacks import bayesian_search as search_module
 from lightning_baqe.data import DigitsDataModule
-from lightning_baqe.integer.lowering import lower
-from lightning_baqe.runs.evaluation import Evaluation, MeasureOptions, module_accuracy
+from lightning_baqe.runs.evaluation import MeasureOptions
 
 
 @pytest.fixture(scope="session")
@@ -61,25 +60,17 @@ def search(tmp_path: Path) -> Callable[..., BayesianSearch]:
             "baselines": (8,), "run_dir": tmp_path / "run", "measurement": MeasureOptions(repeats=5, warmup=1),
             "calibration_batches": 1, "tune_s": 0.0, "records": tmp_path / "records.db", "progress": False,
         }  # fmt: skip
+        if "measure_on" in options:
+            del smallest["records"]
         return BayesianSearch(**{**smallest, **options})
 
     return make
 
 
 @pytest.fixture
-def made_up_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of a device without compiling for it: the size is real, latency follows it."""
-
-    def evaluate(model: Any, batches: Any, folder: Path, *_: Any) -> Evaluation:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "artifact").write_text("made up")
-        accuracy = module_accuracy(model, batches, torch.device("cpu"))
-        size = lower(model).size_bytes
-        return Evaluation(
-            accuracy, size / 10, size, 0.0, False, {}, {}, {"build": 0.0, "evaluate": 0.0, "measure": 0.0}
-        )
-
-    monkeypatch.setattr(search_module, "evaluate", evaluate)
+def made_up_device(tmp_path: Path) -> FakeDevice:
+    """For ``measure_on``: figures without compiling; sizes are real, latencies follow them."""
+    return FakeDevice(tmp_path / "records.db")
 
 
 @pytest.fixture

@@ -39,10 +39,12 @@ from lightning_baqe.costs.correction import PLAIN
 from lightning_baqe.costs.structure import Structure
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.files import Rows
-from lightning_baqe.hardware.identity import device_info, toolchain, versions
+from lightning_baqe.hardware.identity import toolchain, versions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.landscapes import latency_tables as latency
 from lightning_baqe.landscapes.measured import FORMAT, SUFFIX, Landscape, write_record
+from lightning_baqe.measurement.device import Device
+from lightning_baqe.measurement.local import Local
 
 STAGES = ("accuracy", "latency", "table")
 PROGRAM = "python -m lightning_baqe.benchmarks.landscape"
@@ -59,6 +61,7 @@ class Request:
         points: whole networks that the latency is checked on.
         folder: of everything measured.
         trial: what a trial does.
+        device: measures, and keeps its records in the folder.
     """
 
     network: str
@@ -67,6 +70,7 @@ class Request:
     points: int
     folder: Path
     trial: Trial
+    device: Device
 
     @property
     def name(self) -> str:
@@ -105,17 +109,17 @@ def latency_stage(request: Request, console: Console) -> None:
     """Measure kernels, conversions, the float network and whole networks."""
     subject = request.subject()
     grid = latency.make_grid(subject)
-    table = latency.KernelTable(subject.target, request.folder)
+    table = latency.KernelTable(subject.target, request.folder, request.device)
     # First, since tuning measures some of the grid's kernels again.
-    latency.measure_float(subject, table.records, request.folder)
+    latency.measure_float(subject, request.device, request.folder)
     steps = table.measure(grid.kernels())
     done, total = next(steps)
     _follow(console, "kernels", steps, total, done)
     structure = Structure(subject.net, tuple(subject.images.shape[1:]))
-    latency.measure_conversions(subject, structure, grid.space, request.folder)
+    latency.measure_conversions(subject, structure, grid.space, request.device, request.folder)
     space = latency.tuned_defaults(grid, table)
     points = latency.whole_points(space, request.points)
-    whole = latency.measure_whole(subject, space, points, table.records, request.folder)
+    whole = latency.measure_whole(subject, space, points, request.device, request.folder)
     left = next(whole)
     _follow(console, "whole networks", ((left - now, left) for now in whole), left)
 
@@ -141,17 +145,17 @@ def make_record(request: Request) -> dict[str, Any]:
     """
     subject = request.subject()
     grid = latency.make_grid(subject)
-    table = latency.KernelTable(subject.target, request.folder)
+    table = latency.KernelTable(subject.target, request.folder, request.device)
     next(table.measure(grid.kernels()))
     structure = Structure(subject.net, tuple(subject.images.shape[1:]))
     space = latency.tuned_defaults(grid, table)
     points = {latency.point_key(point): point for point in latency.whole_points(space, request.points)}
-    found = Rows(latency.rows_folder(request.folder) / "whole.jsonl").read()
+    found = Rows(latency.rows_folder(request.folder, request.device) / "whole.jsonl").read()
     whole = [row for row in found if row["point"] in points]
     rows = [row for row in Rows(request.folder / "rows.jsonl").read() if row["key"] == request.key]
     if len(whole) < 5:
         raise ConfigError(f"{len(whole)} whole networks are measured, 5 or more are wanted: run the latency stage")
-    reference = latency.measure_float(subject, table.records, request.folder)
+    reference = latency.measure_float(subject, request.device, request.folder)
     accuracy, seconds = _accuracy(rows, tuple(space.bit_choices)), _seconds(rows, whole)
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -164,7 +168,7 @@ def make_record(request: Request) -> dict[str, Any]:
         "size": grid.sizes.record(),
         "latency": {
             **latency.latency_tables(grid, table),
-            "pixels": latency.measure_conversions(subject, structure, grid.space, request.folder),
+            "pixels": latency.measure_conversions(subject, structure, grid.space, request.device, request.folder),
             "correction": PLAIN.record(),
             "spread": latency.spread_of_measurements(whole),
         },
@@ -174,7 +178,7 @@ def make_record(request: Request) -> dict[str, Any]:
         "about": {
             "command": request.command,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "device": device_info(1),
+            "device": request.device.info(),
             "versions": {**versions(), **toolchain()},
             "tiles": request.tiles,
             "trial": json.loads(json.dumps(request.key)),
@@ -286,8 +290,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, device: Device | None = None, trial: Trial | None = None) -> int:
     """The command line.
+
+    Args:
+        arguments: of it; None: the program's.
+        device: that is measured; None: this machine.
+        trial: what a trial does; None: what those of the recipe do.
 
     Returns:
         the exit status: 0, or 1 after an error that says what to do.
@@ -302,7 +311,10 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     folder = options.folder or Path("outputs/landscape") / options.network
-    request = Request(options.network, options.configs, options.tiles, options.points, folder, Trial())
+    request = Request(
+        options.network, options.configs, options.tiles, options.points, folder, trial or Trial(),
+        (device or Local()).keeping(folder / "records.db"),
+    )  # fmt: skip
     console = Console(width=140 if not Console().is_terminal else None, highlight=False)
     try:
         if "accuracy" in options.stages:

@@ -57,7 +57,8 @@ from lightning_baqe.kernels.sample import sample_kernel
 from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
-from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, Turns, ask_kernel, in_turns, save_arguments
+from lightning_baqe.measurement.device import Kernel
+from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, Turns, in_turns, save_arguments
 
 FINALISTS = 4
 FAILED_US = 1e12  # what failed has seconds of 1e10 in its log
@@ -252,7 +253,8 @@ def compare_kernel(
     save_arguments(arguments, workload_arguments(sample), workload_result(sample))
     ours = [bench.default] if dict(tuned_knobs) == bench.default else [bench.default, dict(tuned_knobs)]
     questions = [functools.partial(bench.ask, knobs) for knobs in ours]
-    questions += [functools.partial(ask_kernel, path, arguments, 1) for path in libraries]
+    for path in libraries:
+        questions.append(functools.partial(bench.device.measure_kernel, Kernel(lambda path=path: (path, arguments))))
     turns = in_turns(questions, CONFIRM_ROUNDS)
     theirs = turns[len(ours) :]
     right = [one.latency_us for one in theirs if one.error is None and one.latency_us is not None]

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -37,16 +36,16 @@ from lightning_baqe.costs.bit_rewards import (
 )
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import BaqeError, ConfigError
-from lightning_baqe.hardware.identity import device_info
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.kernels.tunable import TunableSpec
 from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec
-from lightning_baqe.measurement.database import Records
+from lightning_baqe.measurement.device import REPEATS, Device
+from lightning_baqe.measurement.local import Local
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.tuning.bench import REPEATS, KernelBench, interleaved
+from lightning_baqe.tuning.bench import KernelBench, interleaved
 from lightning_baqe.tuning.tuner import tune
 
 ROUNDS = 8  # of a comparison; more than the tuner's, so that the number of samples tells which figures are of one
@@ -59,17 +58,17 @@ def graphs_at(name: str, library: str, size: int, widths: Sequence[int]) -> dict
 
 
 def measure_missing(
-    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, candidates: int, records: Records
+    graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, candidates: int, device: Device
 ) -> None:
     """Measure each kernel with so many knobs at each bit-width; what is in the records is not measured again."""
     with Progress(console=Console(stderr=True)) as progress:
         for bits, graph in graphs.items():
             bar = _Bar(progress, f"kernels of {bits} bit")
-            tune(graph, BuildOptions(target, threads), candidates, records=records, progress=bar.advance)
+            tune(graph, BuildOptions(target, threads), candidates, device=device, progress=bar.advance)
             bar.close()
 
 
-def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, records: Records) -> None:
+def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, device: Device) -> None:
     """Measure the fastest codes of each kernel, one for each bit-width with a code of its own, in turns.
 
     A figure that was chosen for being low goes up when it is taken again, and then another code may be the fastest:
@@ -80,7 +79,7 @@ def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thread
         for number, kernel in enumerate(searched_kernels(graphs, BuildOptions(target, threads))):
             benches: dict[TunableSpec, KernelBench] = {}
             while True:
-                fastest = fastest_codes(kernel.specs, target, records)
+                fastest = fastest_codes(kernel.specs, target, device.records)
                 codes: dict[str, Fastest] = {}
                 for bits in sorted(fastest, reverse=True):
                     codes.setdefault(fastest[bits].code, fastest[bits])
@@ -88,7 +87,7 @@ def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thread
                     break
                 for one in codes.values():
                     place = Path(folder) / f"{number}_{len(benches)}"
-                    benches.setdefault(one.spec, KernelBench(one.spec, target, records, place))
+                    benches.setdefault(one.spec, KernelBench(one.spec, target, device, place))
                 interleaved([(benches[one.spec], one.knobs) for one in codes.values()], ROUNDS)
                 bar.advance()
         bar.close()
@@ -142,8 +141,8 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(arguments: Sequence[str] | None = None, device: Device | None = None) -> int:
+    """The command line, for a device instead of this machine if one is given; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--library", default="torchvision")
@@ -157,13 +156,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
     try:
         _check_widths(options.bits)
-        target, records = get_target(options.target), Records(options.database)
+        target, device = get_target(options.target), device or Local(options.database)
         graphs = graphs_at(options.model, options.library, options.size, sorted({*options.bits, REFERENCE}))
-        measure_missing(graphs, target, options.threads, options.candidates, records)
-        compare_widths(graphs, target, options.threads, records)
-        rewards = rewards_of(graphs, BuildOptions(target, options.threads), records)
-        info: dict[str, Any] = device_info(options.threads)
-        console.print(f"{info['cpu']}, {options.model}, image {graphs[REFERENCE].input_shape[-1]}", markup=False)
+        measure_missing(graphs, target, options.threads, options.candidates, device)
+        compare_widths(graphs, target, options.threads, device)
+        rewards = rewards_of(graphs, BuildOptions(target, options.threads), device.records)
+        console.print(
+            f"{device.info()['cpu']}, {options.model}, image {graphs[REFERENCE].input_shape[-1]}", markup=False
+        )
         console.print(table(rewards))
         for what, counts in (("with size as an objective", True), ("for accuracy and latency alone", False)):
             choices = ", ".join(map(str, default_bit_choices(rewards, "beyond", counts)))

@@ -37,7 +37,7 @@ from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import MeasurementError
 from lightning_baqe.files import Rows, replace_file
-from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.identity import versions
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
@@ -46,6 +46,8 @@ from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.measurement.build import build
 from lightning_baqe.measurement.database import KernelRecord, Records
+from lightning_baqe.measurement.device import Device
+from lightning_baqe.measurement.local import Local
 from lightning_baqe.measurement.measure import measure
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.tuning.bench import KernelBench, kernel_space
@@ -88,36 +90,35 @@ class Setup:
         return lower(calibrated(network, BitConfig.uniform(network, self.bits, self.bits), images), images[:1])
 
 
-def open_folder(folder: Path, setup: Setup) -> None:
+def open_folder(folder: Path, setup: Setup, device: Device) -> None:
     """Make the folder, or go on in one that was begun with the same setup on the same device and templates.
 
     Raises:
         ConfigError: it was begun with another.
     """
-    begin(folder, {**asdict(setup), "fingerprint": fingerprint(setup.threads)})
+    begin(folder, {**asdict(setup), "fingerprint": fingerprint(device.info(setup.threads))})
 
 
-def records_of(folder: Path, strategy: str) -> Records:
-    """The database of one strategy."""
-    return Records(folder / f"records_{strategy}.db")
+def keeping(device: Device, folder: Path, strategy: str) -> Device:
+    """The device with the database of one strategy."""
+    return device.keeping(folder / f"records_{strategy}.db")
 
 
 def run_strategy(
-    name: str, graph: IntegerGraph, setup: Setup, candidates: int, folder: Path, console: Console
+    name: str, graph: IntegerGraph, setup: Setup, candidates: int, device: Device, folder: Path, console: Console
 ) -> TuneResult:
     """Tune all kernels with one strategy; its seconds are kept, those of an interrupted run as well."""
     rows, started = Rows(folder / "runs.jsonl"), time.monotonic()
     result: TuneResult | None = None
     try:
         with TuneProgress(console) as bar:
-            strategy, known = STRATEGIES[name](setup.seed), records_of(folder, name)
             result = tune(
                 graph,
                 BuildOptions(get_target(setup.target), setup.threads),
                 candidates,
                 None,
-                known,
-                strategy,
+                keeping(device, folder, name),
+                STRATEGIES[name](setup.seed),
                 bar.update,
             )
     finally:
@@ -128,7 +129,7 @@ def run_strategy(
 
 
 def compare_kernels(
-    graph: IntegerGraph, setup: Setup, strategies: list[str], folder: Path, console: Console
+    graph: IntegerGraph, setup: Setup, strategies: list[str], device: Device, folder: Path, console: Console
 ) -> list[dict[str, Any]]:
     """Each kernel's default, winners and random knobs, measured in turns.
 
@@ -140,7 +141,7 @@ def compare_kernels(
     rows = Rows(folder / "compare.jsonl")
     layers = tunable_layers(graph, BuildOptions(target, setup.threads))
     wanted = {
-        kernel_key(spec, {}): {name: records_of(folder, name).best_knobs(spec, target) for name in strategies}
+        kernel_key(spec, {}): {n: keeping(device, folder, n).records.best_knobs(spec, target) for n in strategies}
         for spec in layers
     }
     done = {row["kernel"]: row for row in rows.read()}  # the last row of a kernel is the newest
@@ -149,7 +150,7 @@ def compare_kernels(
             key = kernel_key(spec, {})
             if key in done and {n: w["knobs"] for n, w in done[key]["winners"].items()} == wanted[key]:
                 continue
-            bench = KernelBench(spec, target, Records(folder / "compare.db"), Path(place) / key)
+            bench = KernelBench(spec, target, device.keeping(folder / "compare.db"), Path(place) / key)
             row = {"kernel": key, "layers": list(names), "macs": spec.macs}
             rows.append(row | _compared(bench, wanted[key], setup))
     newest = {row["kernel"]: row for row in rows.read()}
@@ -172,7 +173,9 @@ def _figure(record: KernelRecord) -> dict[str, Any]:
     return {name: getattr(record, name) for name in ("knobs", "latency_us", "samples_us", "error")}
 
 
-def table_x(graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, folder: Path) -> dict[str, Any]:
+def table_x(
+    graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, device: Device, folder: Path
+) -> dict[str, Any]:
     """Whole-network latency with default and with tuned knobs, in turns; each pair of figures is kept.
 
     Returns:
@@ -180,18 +183,19 @@ def table_x(graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, folde
         rounds of each one's fastest inference, and of their ratios; the fastest inference of all rounds.
     """
     rows = Rows(folder / f"table_x_{strategy}.jsonl")
+    options = BuildOptions(get_target(setup.target), setup.threads)
     artifacts = {
-        "default": build(graph, setup.target, "default", setup.threads),
-        "tuned": build(graph, setup.target, None, setup.threads, records_of(folder, strategy)),
+        "default": device.build(graph, options, "default"),
+        "tuned": keeping(device, folder, strategy).build(graph, options),
     }
     digest = artifacts["tuned"].plan.digest
     image = torch.randn(1, *graph.input_shape, generator=torch.Generator().manual_seed(setup.seed))
     reference = graph.run(image)
-    exact = {name: bool(torch.equal(artifact.run(image), reference)) for name, artifact in artifacts.items()}
+    exact = {name: bool(torch.equal(device.run(artifact, image), reference)) for name, artifact in artifacts.items()}
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
         saved = {name: str(artifact.save(Path(place) / name)) for name, artifact in artifacts.items()}
         while sum(row["tuned"] == digest for row in rows.read()) < rounds:
-            samples = {name: _burst(path) for name, path in saved.items()}
+            samples = {name: _burst(path, device) for name, path in saved.items()}
             rows.append({"tuned": digest, "samples_us": samples})
     pairs = [
         tuple(min(row["samples_us"][name]) for name in ("default", "tuned"))
@@ -210,8 +214,8 @@ def table_x(graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, folde
     }
 
 
-def _burst(path: str) -> list[float]:
-    return list(measure(path, repeats=MODEL_REPEATS, warmup=MODEL_WARMUP, timeout_s=MODEL_TIMEOUT_S).samples_us)
+def _burst(path: str, device: Device) -> list[float]:
+    return list(measure(path, device, MODEL_REPEATS, MODEL_WARMUP, MODEL_TIMEOUT_S).samples_us)
 
 
 def rebuild_seconds(setup: Setup, model: str, records: Path) -> dict[str, float]:
@@ -319,7 +323,14 @@ def strategies_of(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> lis
 
 
 def beside_metaschedule(
-    graph: IntegerGraph, setup: Setup, strategy: str, trials: int, count: int, folder: Path, console: Console
+    graph: IntegerGraph,
+    setup: Setup,
+    strategy: str,
+    trials: int,
+    count: int,
+    device: Device,
+    folder: Path,
+    console: Console,
 ) -> list[dict[str, Any]]:
     """Rows of :func:`~lightning_baqe.benchmarks.metaschedule.compare` for the dense kernels with most work.
 
@@ -328,12 +339,13 @@ def beside_metaschedule(
         trials: of MetaSchedule for each kernel.
         count: of kernels.
     """
-    target, records = get_target(setup.target), records_of(folder, strategy)
+    target, records = get_target(setup.target), keeping(device, folder, strategy).records
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
         kernels: dict[ConvSpec, tuple[tuple[str, ...], KernelBench, dict[str, Any]]] = {}
         for spec, layers in tunable_layers(graph, BuildOptions(target, setup.threads)).items():
             if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.weight_bits < 32 and len(kernels) < count:
-                bench = KernelBench(spec, target, Records(folder / "compare.db"), Path(place) / str(len(kernels)))
+                compared = device.keeping(folder / "compare.db")
+                bench = KernelBench(spec, target, compared, Path(place) / str(len(kernels)))
                 kernels[spec] = (layers, bench, records.best_knobs(spec, target) or bench.default)
         return compare(kernels, trials, setup.seed, folder, console)
 
@@ -360,8 +372,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+def main(arguments: list[str] | None = None, device: Device | None = None) -> None:
+    """The command line, for a device instead of this machine if one is given."""
     parser = _parser()
     options = parser.parse_args(arguments)
     for name in ("candidates", "random", "rounds"):
@@ -374,16 +386,18 @@ def main(arguments: list[str] | None = None) -> None:
     setup = Setup(options.model, options.size, options.bits, options.target, options.threads, options.random,
                   options.seed)  # fmt: skip
     console, folder = Console(width=170 if not Console().is_terminal else None, highlight=False), options.folder
-    open_folder(folder, setup)
-    info = device_info(setup.threads)
+    device = device or Local()
+    open_folder(folder, setup, device)
+    info = device.info(setup.threads)
     console.print(f"{info['cpu']}; {' '.join(info['flags'])}; batch 1, {setup.threads} thread(s)")
     graph = setup.graph()
     results = {
-        name: run_strategy(name, graph, setup, options.candidates, folder, console) for name in options.strategies
+        name: run_strategy(name, graph, setup, options.candidates, device, folder, console)
+        for name in options.strategies
     }
     first = options.strategies[0]
-    again = run_strategy(first, graph, setup, options.candidates, folder, console)
-    rows = summarize(compare_kernels(graph, setup, options.strategies, folder, console))
+    again = run_strategy(first, graph, setup, options.candidates, device, folder, console)
+    rows = summarize(compare_kernels(graph, setup, options.strategies, device, folder, console))
     runs = Rows(folder / "runs.jsonl").read()
     title = f"{setup.model}, {setup.bits} bit, {setup.size} px: kernels in turns, tuned by {first}"
     print_kernels(console, title, rows, {kernel.layers[0]: kernel.peak_gmacs for kernel in results[first].kernels})
@@ -392,7 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     tried = {name: sum(kernel.known for kernel in result.kernels) for name, result in results.items()}
     console.print(f"candidates tried: {tried}; of them with a wrong result: {inexact}")
     console.print(f"second run of {first}: {again.measured} measurements, {again.seconds:.1f} s")
-    whole = table_x(graph, setup, first, options.rounds, folder)
+    whole = table_x(graph, setup, first, options.rounds, device, folder)
     low, high = whole["ratio_range"]
     console.print(
         f"Table X: {setup.model} {whole['default_us'] / 1e3:.3f} ms with default knobs, {whole['tuned_us'] / 1e3:.3f} "
@@ -403,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
     beside: list[dict[str, Any]] = []
     if options.metaschedule:
         beside = beside_metaschedule(
-            graph, setup, first, options.metaschedule, options.metaschedule_kernels, folder, console
+            graph, setup, first, options.metaschedule, options.metaschedule_kernels, device, folder, console
         )
         console.print(metaschedule_table(beside, sum(run["seconds"] for run in runs if run["strategy"] == first)))
     rebuilt = None
@@ -414,10 +428,10 @@ def main(arguments: list[str] | None = None) -> None:
             BuildOptions(get_target(setup.target), setup.threads),
             1,
             None,
-            records_of(folder, first),
+            keeping(device, folder, first),
             STRATEGIES[first](setup.seed),
         )
-        rebuilt = rebuild_seconds(setup, options.rebuild, records_of(folder, first).path)
+        rebuilt = rebuild_seconds(setup, options.rebuild, keeping(device, folder, first).records.path)
         console.print(
             f"build of {options.rebuild} from records: {rebuilt['build_s']:.1f} s, "
             f"{rebuilt['kernels']:.0f} distinct kernels"

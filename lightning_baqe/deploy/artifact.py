@@ -52,8 +52,8 @@ class Artifact:
 
     def __init__(self, graph: IntegerGraph, plan: Plan, executable: Any, library: Path | None = None) -> None:
         self.graph, self.plan, self._executable = graph, plan, executable
-        self._module = None if library is None else load_library(library)
         self._library = library
+        self._module: Any = None  # loaded by whoever runs it: the library may be another machine's
         self._vm: Any = None
         self._image: Any = None
         self._lock = threading.Lock()

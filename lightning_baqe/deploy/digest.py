@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lightning_baqe.hardware.identity import device_info, device_key, digest, toolchain
+from lightning_baqe.hardware.identity import device_key, digest, toolchain
 
 PACKAGE = Path(__file__).parent.parent
 ENTRY_POINTS = ("lightning_baqe.deploy.plan", "lightning_baqe.deploy.compiler")  # these import all that generates code
@@ -69,6 +71,6 @@ def code_digest() -> str:
     return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 
-def fingerprint(threads: int = 1) -> str:
-    """Digest of the device and of what generates its code: versions and templates."""
-    return digest([device_key(device_info(threads)), toolchain(), code_digest()])
+def fingerprint(info: Mapping[str, Any]) -> str:
+    """Digest of a device, by what it says of itself, and of what generates its code: versions and templates."""
+    return digest([device_key(info), toolchain(), code_digest()])

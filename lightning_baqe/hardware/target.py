@@ -43,7 +43,7 @@ _PATHS = {
     "portable": CpuTarget("portable", "portable", "x86-64", 4, 16),
 }
 VNNI_PATHS = ("vnni512", "avxvnni")
-_NEEDED_FLAGS = {
+NEEDED_FLAGS = {
     "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
     "avxvnni": {"avx2", "fma", "avx_vnni"},
     "avx2": {"avx2", "fma"},
@@ -79,7 +79,7 @@ def cpu_name() -> str:
 
 def can_run(path: str, vbmi: bool = False) -> bool:
     """Whether this CPU executes the code of a path, with AVX512-VBMI besides if wanted."""
-    flags = _NEEDED_FLAGS[path] | ({"avx512vbmi"} if vbmi else set())
+    flags = NEEDED_FLAGS[path] | ({"avx512vbmi"} if vbmi else set())
     return cpu_flags() >= flags and (path == "portable" or platform.machine() == "x86_64")
 
 

@@ -37,16 +37,16 @@ from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.kernels.tunable import TunableSpec, template_of
 from lightning_baqe.kernels.x86.layout import SLACK
-from lightning_baqe.measurement.build import build
-from lightning_baqe.measurement.database import KernelRecord, Records, canonical, code_key
-from lightning_baqe.measurement.measure import measure, worker
+from lightning_baqe.measurement.database import KernelRecord, canonical, code_key
+from lightning_baqe.measurement.device import Device, Kernel
+from lightning_baqe.measurement.measure import measure
 from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.quantization.sensitivity import layer_scores
-from lightning_baqe.tuning.bench import MIN_REPEAT_MS, REPEATS, TIMEOUT_S, KernelBench, kernel_space
+from lightning_baqe.tuning.bench import KernelBench, kernel_space, save_arguments
 from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.strategies import Ranked
 from lightning_baqe.tuning.tuner import tune
@@ -135,9 +135,9 @@ class Grid:
         return found
 
 
-def rows_folder(folder: Path) -> Path:
+def rows_folder(folder: Path, device: Device) -> Path:
     """Where figures lie that are no kernel records: another one for each device and each change of what makes code."""
-    return folder / f"latency-{fingerprint(1)[:8]}"
+    return folder / f"latency-{fingerprint(device.info())[:8]}"
 
 
 def point_key(params: Mapping[str, Any]) -> str:
@@ -193,11 +193,12 @@ class KernelTable:
 
     Args:
         target: compiled for.
-        folder: with ``records.db`` and ``kernels.jsonl``, which holds what a measurement costs.
+        folder: with ``kernels.jsonl``, which holds what a measurement costs.
+        device: measures, and keeps the records.
     """
 
-    def __init__(self, target: CpuTarget, folder: Path) -> None:
-        self.target, self.records = target, Records(folder / "records.db")
+    def __init__(self, target: CpuTarget, folder: Path, device: Device) -> None:
+        self.target, self.device = target, device
         self.rows = Rows(folder / "kernels.jsonl")
         self._by_code: dict[str, KernelRecord] = {}
 
@@ -211,7 +212,7 @@ class KernelTable:
         for (spec, text), knobs in kernels.items():
             code = self._code(spec, text)
             programs.setdefault(code, (spec, knobs))
-            known = self.records.kernel(spec, self.target, knobs) if code not in self._by_code else None
+            known = self.device.records.kernel(spec, self.target, knobs) if code not in self._by_code else None
             if known is not None:
                 self._by_code[code] = known
         missing = [code for code in programs if code not in self._by_code]
@@ -221,7 +222,7 @@ class KernelTable:
             for index, code in enumerate(missing, 1):
                 spec, knobs = programs[code]
                 if spec not in benches:
-                    benches[spec] = KernelBench(spec, self.target, self.records, Path(place) / str(len(benches)))
+                    benches[spec] = KernelBench(spec, self.target, self.device, Path(place) / str(len(benches)))
                 started = time.perf_counter()
                 self._by_code[code] = benches[spec].measure(knobs)
                 self.rows.append({"code": code, "seconds": time.perf_counter() - started})
@@ -306,9 +307,11 @@ def wanted_conversions(structure: Structure, space: NetworkSpace, seed: int = 0)
     return found, chosen
 
 
-def measure_conversions(subject: Subject, structure: Structure, space: NetworkSpace, folder: Path) -> dict[str, float]:
+def measure_conversions(
+    subject: Subject, structure: Structure, space: NetworkSpace, device: Device, folder: Path
+) -> dict[str, float]:
     """``{operator and shape: microseconds}`` of all kernels without knobs; what ``conversions.jsonl`` has is kept."""
-    rows = Rows(rows_folder(folder) / "conversions.jsonl")
+    rows = Rows(rows_folder(folder, device) / "conversions.jsonl")
     known = {row["call"]: row["latency_us"] for row in rows.read()}
     wanted, configs = wanted_conversions(structure, space)
     compiled: dict[str, Callable[..., Any]] = {}
@@ -321,7 +324,7 @@ def measure_conversions(subject: Subject, structure: Structure, space: NetworkSp
         for call, arguments in profile.calls():
             name = conversion_name(call)
             if name is not None and name not in known:
-                known[name] = _measure_call(call, arguments, subject.target)
+                known[name] = _measure_call(call, arguments, subject.target, device)
                 rows.append({"call": name, "latency_us": known[name]})
     missing = sorted(wanted - set(known))
     if missing:
@@ -338,21 +341,20 @@ def conversion_name(call: Call) -> str | None:
     return f"{operator} {shape.channels}x{shape.height}x{shape.width}"
 
 
-def _measure_call(call: Call, arguments: Sequence[np.ndarray], target: CpuTarget) -> float:
+def _measure_call(call: Call, arguments: Sequence[np.ndarray], target: CpuTarget, device: Device) -> float:
     import tvm
     from tvm.target import Target
 
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
-        library, stored = Path(place) / "kernel.so", Path(place) / "arguments.npz"
-        function = call.function().with_attr("global_symbol", "main")
-        tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm)).export_library(str(library))
-        *given, result = arguments
-        named = {f"a{i}": array for i, array in enumerate(given)}
-        np.savez(stored, result=result[:-SLACK], **named)  # type: ignore[arg-type]
-        request = {
-            "kernel": str(library), "arguments": str(stored), "repeats": REPEATS, "min_repeat_ms": MIN_REPEAT_MS,
-        }  # fmt: skip
-        return float(min(worker(1).ask(request, TIMEOUT_S)["samples_us"]))
+
+        def files() -> tuple[Path, Path]:
+            library, stored = Path(place) / "kernel.so", Path(place) / "arguments.npz"
+            function = call.function().with_attr("global_symbol", "main")
+            tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm)).export_library(str(library))
+            save_arguments(stored, arguments[:-1], arguments[-1][:-SLACK])
+            return library, stored
+
+        return min(device.measure_kernel(Kernel(files, 1, call.spec, call.knobs)).samples_us)
 
 
 def whole_points(space: NetworkSpace, n: int, seed: int = 1) -> list[dict[str, Any]]:
@@ -369,14 +371,14 @@ def whole_points(space: NetworkSpace, n: int, seed: int = 1) -> list[dict[str, A
 
 
 def measure_whole(
-    subject: Subject, space: NetworkSpace, points: Sequence[Mapping[str, Any]], records: Records, folder: Path
+    subject: Subject, space: NetworkSpace, points: Sequence[Mapping[str, Any]], device: Device, folder: Path
 ) -> Iterator[int]:
     """Build and measure whole networks, the first :data:`AGAIN` a second time; ``whole.jsonl`` holds them.
 
     Yields:
         how many are left, first before anything is measured.
     """
-    rows = Rows(rows_folder(folder) / "whole.jsonl")
+    rows = Rows(rows_folder(folder, device) / "whole.jsonl")
     by_key = {point_key(point): point for point in points}
     wanted = [(key, 0) for key in by_key] + [(key, 1) for key in list(by_key)[:AGAIN]]
     done = {(row["point"], row["time"]) for row in rows.read()}
@@ -386,24 +388,24 @@ def measure_whole(
         bits, schedules = space.point(by_key[key])
         give_back_memory()
         started = time.perf_counter()
-        artifact = build(subject.graph(bits), subject.target, schedules, 1, records)
+        artifact = device.build(subject.graph(bits), BuildOptions(subject.target), schedules)
         with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
             artifact.save(Path(place) / "artifact")
             built = time.perf_counter()
-            found = measure(Path(place) / "artifact", repeats=WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
+            found = measure(Path(place) / "artifact", device, WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
         seconds = {"build": built - started, "measure": time.perf_counter() - built}
         rows.append({"point": key, "time": again, "latency_us": found.latency_us, "seconds": seconds})
         yield len(left) - index - 1
 
 
-def measure_float(subject: Subject, records: Records, folder: Path) -> dict[str, float]:
+def measure_float(subject: Subject, device: Device, folder: Path) -> dict[str, float]:
     """Latency and size of the float network with its best known knobs, after tuning as before a search."""
-    rows = Rows(rows_folder(folder) / "float.jsonl")
+    rows = Rows(rows_folder(folder, device) / "float.jsonl")
     if not rows.read():
         graph = subject.graph(BitConfig.uniform(subject.net, FLOAT_BITS, FLOAT_BITS))
-        tune(graph, BuildOptions(subject.target), TUNED, None, records)
-        artifact = build(graph, subject.target, None, 1, records)
-        found = measure(artifact, repeats=WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
+        tune(graph, BuildOptions(subject.target), TUNED, None, device)
+        artifact = device.build(graph, BuildOptions(subject.target))
+        found = measure(artifact, device, WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)
         rows.append({"latency_us": found.latency_us, "size_bytes": graph.size_bytes})
     return rows.read()[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.compiler import compile_plan
 from lightning_baqe.deploy.plan import Schedules, make_plan
 from lightning_baqe.errors import ConfigError
@@ -47,11 +48,17 @@ def build_with(
     records: Records | None = None,
 ) -> Artifact:
     """:func:`build` where all options are one value."""
+    plan = choose_plan(graph, options, schedules, records)
+    return Artifact(graph, plan, compile_plan(plan, graph.input_shape))
+
+
+def choose_plan(
+    graph: IntegerGraph, options: BuildOptions, schedules: Schedules | str | None, records: Records | None
+) -> Plan:
+    """The kernels of :func:`build_with`, not yet compiled."""
     if isinstance(schedules, str):
         if schedules != "default":
             raise ConfigError(f"schedules is a mapping, 'default' or None, got {schedules!r}")
-        plan = make_plan(graph, options)
-    else:
-        known = records if records is not None else Records()
-        plan = make_plan(graph, options, schedules, lambda spec: known.best_knobs(spec, options.target))
-    return Artifact(graph, plan, compile_plan(plan, graph.input_shape))
+        return make_plan(graph, options)
+    known = records if records is not None else Records()
+    return make_plan(graph, options, schedules, lambda spec: known.best_knobs(spec, options.target))

@@ -25,7 +25,7 @@ import math
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from lightning_baqe.hardware.identity import device_info, device_key, digest, to
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.specs import Spec
 
+Identity = Callable[[int], Mapping[str, Any]]
 VERSION = 2
 KERNEL_KEY = ("device", "toolchain", "target", "operator", "spec", "knobs", "code")
 MODEL_KEY = ("device", "toolchain", "plan")
@@ -118,12 +119,15 @@ class Records:
 
     Args:
         path: of the SQLite file; created if missing.
+        identity: threads of a measurement to what the device is, whose figures are kept and looked up; by default this
+            machine.
 
     Raises:
         ConfigError: the file is no records database, or a newer version wrote it.
     """
 
-    def __init__(self, path: Path | str | None = None) -> None:
+    def __init__(self, path: Path | str | None = None, identity: Identity = device_info) -> None:
+        self.identity = identity
         self.path = Path(path) if path is not None else default_records_path()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -158,7 +162,7 @@ class Records:
             target: what it was compiled for.
             record: its figures, or why there are none.
         """
-        info, knobs = device_info(_threads(spec)), canonical(record.knobs)
+        info, knobs = self.identity(_threads(spec)), canonical(record.knobs)
         code = code_key(spec, knobs) or ""  # knobs that the template refuses have no code; their failure is kept
         exact = None if record.exact is None else int(record.exact)
         samples = json.dumps(record.samples_us)
@@ -184,7 +188,7 @@ class Records:
     def add_model(self, plan_digest: str, threads: int, samples_us: list[float], latency_us: float) -> None:
         """Keep a whole model's latency."""
         check_latencies(latency_us, samples_us)
-        info = device_info(threads)
+        info = self.identity(threads)
         row = (device_key(info), digest(toolchain()), plan_digest, latency_us, json.dumps(samples_us), time.time())
         with self.transaction() as connection:
             _know(connection, info)
@@ -194,7 +198,7 @@ class Records:
         """``(latency_us, samples_us)`` of a whole model with this code, None if it was never measured."""
         query = "SELECT latency_us, samples_us FROM models WHERE device=? AND toolchain=? AND plan=?"
         with self.reading() as connection:
-            key = (device_key(device_info(threads)), digest(toolchain()), plan_digest)
+            key = (device_key(self.identity(threads)), digest(toolchain()), plan_digest)
             row = connection.execute(query, key).fetchone()
         return (row[0], json.loads(row[1])) if row else None
 
@@ -205,9 +209,9 @@ class Records:
         """
         if not (math.isfinite(gmacs) and gmacs > 0):
             raise ConfigError(f"a peak is a finite positive number of GMAC/s, got {gmacs}")
-        row = (*_peak_key(target, dot, chain), gmacs, time.time())
+        row = (*self._peak_key(target, dot, chain), gmacs, time.time())
         with self.transaction() as connection:
-            _know(connection, device_info(1))
+            _know(connection, self.identity(1))
             keep = "ON CONFLICT DO UPDATE SET gmacs = excluded.gmacs WHERE excluded.gmacs > gmacs"
             connection.execute(f"INSERT INTO peaks VALUES ({_marks(row)}) {keep}", row)
 
@@ -216,8 +220,11 @@ class Records:
         where = " AND ".join(f"{name} = ?" for name in PEAK_KEY)
         with self.reading() as connection:
             query = f"SELECT gmacs FROM peaks WHERE {where}"
-            row = connection.execute(query, _peak_key(target, dot, chain)).fetchone()
+            row = connection.execute(query, self._peak_key(target, dot, chain)).fetchone()
         return row[0] if row else None
+
+    def _peak_key(self, target: CpuTarget, dot: str, chain: int) -> tuple[Any, ...]:
+        return device_key(self.identity(1)), digest(toolchain()), canonical(target.tvm), dot, chain, code_digest()
 
     def _current(
         self, spec: Spec, target: CpuTarget, condition: str = "1", values: tuple[Any, ...] = ()
@@ -228,7 +235,7 @@ class Records:
             f"WHERE device=? AND toolchain=? AND target=? AND operator=? AND spec=? AND {condition} "
             "ORDER BY latency_us IS NULL, latency_us, knobs"
         )
-        key = (device_key(device_info(_threads(spec))), digest(toolchain()), *kernel_text(spec, target), *values)
+        key = (device_key(self.identity(_threads(spec))), digest(toolchain()), *kernel_text(spec, target), *values)
         with self.reading() as connection:
             rows = connection.execute(query, key).fetchall()
         for code, knobs, latency_us, samples_us, exact, error in rows:
@@ -277,10 +284,6 @@ def canonical(value: Mapping[str, Any]) -> str:
     return json.dumps(dict(value), sort_keys=True, allow_nan=False)
 
 
-def _peak_key(target: CpuTarget, dot: str, chain: int) -> tuple[Any, ...]:
-    return device_key(device_info(1)), digest(toolchain()), canonical(target.tvm), dot, chain, code_digest()
-
-
 def _threads(spec: Spec) -> int:
     return int(getattr(spec, "threads", 1))  # kernels without that field are never parallel
 
@@ -290,7 +293,7 @@ def _marks(row: tuple[Any, ...]) -> str:
 
 
 def _know(connection: sqlite3.Connection, info: Mapping[str, Any]) -> None:
-    """Keep what this machine and its toolchain are, once."""
+    """Keep what the device and the toolchain are, once."""
     versions = toolchain()
     connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device_key(info), canonical(info)))
     connection.execute("INSERT OR IGNORE INTO toolchains VALUES (?, ?)", (digest(versions), canonical(versions)))

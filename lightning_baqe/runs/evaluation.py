@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,14 +13,12 @@ import torch
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.plan import Schedules
-from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
-from lightning_baqe.hardware.identity import device_info
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.lowering import lower
-from lightning_baqe.measurement.build import build_with
-from lightning_baqe.measurement.database import Records
-from lightning_baqe.measurement.measure import PRECISION, Measurement, measure
+from lightning_baqe.measurement.device import PRECISION, Device, Measurement
+from lightning_baqe.measurement.local import Local
+from lightning_baqe.measurement.measure import measure
 from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.summary import Entry, Figures
@@ -95,13 +94,13 @@ class Evaluation:
         return begun.model_copy(update={**dict(self.figures), "test_accuracy": None, **more})
 
 
-def deployed_accuracy(artifact: Artifact, batches: Batches) -> float:
-    """Top-1 accuracy of a compiled network, 0..1.
+def deployed_accuracy(artifact: Artifact, batches: Batches, device: Device | None = None) -> float:
+    """Top-1 accuracy of a compiled network on a device, by default this machine, 0..1.
 
     Raises:
         ConfigError: no images.
     """
-    return _accuracy(artifact.run, batches)
+    return _accuracy(functools.partial((device or Local()).run, artifact), batches)
 
 
 @torch.no_grad()
@@ -125,23 +124,21 @@ def _accuracy(classify: Any, batches: Batches) -> float:
     return right / total
 
 
-def measure_quietly(
-    artifact: Artifact, folder: Path, options: MeasureOptions, records: Records | None = None
-) -> Measurement:
+def measure_quietly(artifact: Artifact, folder: Path, options: MeasureOptions, device: Device) -> Measurement:
     """Measure until the machine is quiet or the attempts are used up; the quietest figure counts, and is kept.
 
-    A figure of the records is believed if it was quiet and took at least as many samples.
+    A figure of the device's records is believed if it was quiet and took at least as many samples.
     """
-    known = records.model(artifact.plan.digest, artifact.threads) if records is not None else None
+    known = device.records.model(artifact.plan.digest, artifact.threads)
     if known is not None and len(known[1]) >= options.repeats:
-        found = Measurement(known[0], tuple(known[1]), device_info(artifact.threads), cached=True)
+        found = Measurement(known[0], tuple(known[1]), device.info(artifact.threads), cached=True)
         if found.spread <= options.max_spread:
             return found
     best: Measurement | None = None
     for _ in range(options.attempts):
         again = measure(
             folder,
-            "local",
+            device,
             options.repeats,
             options.warmup,
             options.timeout_s,
@@ -152,9 +149,7 @@ def measure_quietly(
         if best.spread <= options.max_spread:
             break
     assert best is not None
-    if records is not None:
-        samples = list(best.samples_us)
-        records.add_model(artifact.plan.digest, artifact.threads, samples, best.latency_us)
+    device.records.add_model(artifact.plan.digest, artifact.threads, list(best.samples_us), best.latency_us)
     return best
 
 
@@ -164,7 +159,7 @@ def evaluate(
     folder: Path,
     build_options: BuildOptions,
     schedules: Schedules | str | None = None,
-    records: Records | None = None,
+    device: Device | None = None,
     options: MeasureOptions | None = None,
 ) -> Evaluation:
     """Compile a fake-quantized network and take its figures on the device.
@@ -174,34 +169,35 @@ def evaluate(
         batches: images and labels that accuracy is taken on; walked through twice.
         folder: where the artifact is saved.
         build_options: what it is compiled for.
-        schedules, records: of :func:`lightning_baqe.build`.
+        schedules: of :func:`lightning_baqe.build`.
+        device: with its records; by default this machine with the user's.
         options: of the latency measurement.
 
     Raises:
         BuildError: it cannot be compiled, or an integer node of the artifact differs from the interpreter.
         MeasurementError: no figure could be taken.
     """
-    options = options or MeasureOptions()
+    options, device = options or MeasureOptions(), device or Local()
     give_back_memory()
     sample = next((x[:1] for x, _ in batches), None)
     start = time.perf_counter()
     graph = lower(model)
-    artifact = build_with(graph, build_options, schedules, records)
+    artifact = device.build(graph, build_options, schedules)
     artifact.save(folder)
     built = time.perf_counter()
     try:
-        wrong = verify(artifact, sample) if sample is not None else {}
+        wrong = device.verify(artifact, sample) if sample is not None else {}
         if any(wrong.values()):
             raise BuildError(
                 "the compiled network differs from its reference at "
                 f"{ {name: count for name, count in wrong.items() if count} }; "
                 f"please report it with the artifact {folder}"
             )
-        accuracy = deployed_accuracy(artifact, batches)
+        accuracy = deployed_accuracy(artifact, batches, device)
     finally:
         artifact.close()
     checked = time.perf_counter()
-    best = measure_quietly(artifact, folder, options, records)
+    best = measure_quietly(artifact, folder, options, device)
     if not best.latency_us > 0:
         raise MeasurementError(f"latency {best.latency_us} us is no figure; the clock of this machine is too coarse")
     seconds = {"build": built - start, "evaluate": checked - built, "measure": time.perf_counter() - checked}

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -30,10 +31,17 @@ class Worker:
         study: in a storage that all workers share.
         beat_s: seconds between beats.
         grace_s: seconds without a beat after which a worker elsewhere is taken for dead.
+        clock: seconds, for the grace.
     """
 
-    def __init__(self, study: optuna.Study, beat_s: float = BEAT_S, grace_s: float = GRACE_S) -> None:
-        self.id = uuid.uuid4().hex
+    def __init__(
+        self,
+        study: optuna.Study,
+        beat_s: float = BEAT_S,
+        grace_s: float = GRACE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.id, self._clock = uuid.uuid4().hex, clock
         self._study, self._beat_s, self._grace_s = study, beat_s, grace_s
         self._seen: dict[str, tuple[int, float]] = {}
         self._stop = threading.Event()
@@ -58,7 +66,7 @@ class Worker:
         if record["place"] == process_table():
             same_process = record["pid"] == os.getpid()
             return worker in _HERE if same_process else _runs(record["pid"], record["started"])
-        now = time.monotonic()
+        now = self._clock()
         beat, since = self._seen.get(str(worker), (None, now))
         if beat != record["beat"]:
             since = now

@@ -12,7 +12,7 @@ from lightning_baqe.costs.network_knowledge import search_knowledge
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
-from lightning_baqe.measurement.database import Records
+from lightning_baqe.measurement.device import Device
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.sensitivity import layer_scores
@@ -38,7 +38,7 @@ class Preparation:
         network: the float classifier.
         quantized: bits to the calibrated, untrained network.
         study: of the search.
-        records: of the kernels.
+        device: that is searched for, with the records of its kernels.
         progress: told what is going on.
         options: what is compiled for.
     """
@@ -46,7 +46,7 @@ class Preparation:
     network: torch.nn.Module
     quantized: Callable[[BitConfig], QuantizedModel]
     study: SearchStudy
-    records: Records
+    device: Device
     progress: SearchProgress
     options: BuildOptions
 
@@ -79,12 +79,12 @@ class Preparation:
             graphs[bits] = lower(self._uniform(bits))
             if tuning_s > 0:
                 self.progress.say(f"tuning kernels of {bits} bit")
-                tune(graphs[bits], self.options, TUNED, tuning_s, self.records)
+                tune(graphs[bits], self.options, TUNED, tuning_s, self.device)
         rewards = self._rewards(graphs)
         offered = default_bit_choices(rewards, mode) if rewarded else bit_choices
         return NetworkSpace.of(
             {bits: graphs[bits] for bits in offered}, base, self.options,
-            schedules and mode == "paper", self.records, supported,
+            schedules and mode == "paper", self.device.records, supported,
         )  # fmt: skip
 
     def _rewards(self, graphs: Mapping[int, IntegerGraph]) -> Rewards | None:
@@ -92,7 +92,7 @@ class Preparation:
         if REFERENCE not in graphs:
             return None
         integer = {bits: graph for bits, graph in graphs.items() if bits != FLOAT_BITS}
-        rewards = rewards_of(integer, self.options, self.records)
+        rewards = rewards_of(integer, self.options, self.device.records)
         self.study.set_rewards(rewards.summary())
         return rewards
 
@@ -111,7 +111,7 @@ class Preparation:
             scores = {b: layer_scores(model, images[:SCORED]) for b, model in models.items() if b != FLOAT_BITS}
             graphs = {bits: lower(model) for bits, model in models.items()}
             known = search_knowledge(
-                space, graphs, self._reference().model_dump(), self.options, self.records, scores,
+                space, graphs, self._reference().model_dump(), self.options, self.device.records, scores,
                 shared_tensors(self.network, images[:1], space.base),
             )  # fmt: skip
             self.study.set_knowledge(known)
@@ -126,7 +126,7 @@ class Preparation:
         eight = BitConfig.uniform(self.network, REFERENCE, REFERENCE)
         graphs = [lower(self.quantized(bits)) for bits in (space.extreme(min), eight, space.extreme(max))]
         accuracy = self._reference().triple[0]
-        reach = Reach.of(graphs, self.options, self.records, accuracy)
+        reach = Reach.of(graphs, self.options, self.device.records, accuracy)
         self.progress.show(reach.table(limits))
         reach.check(limits, self.study.summary().entries)
 

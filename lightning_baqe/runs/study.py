@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.measurement.device import Device
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.runs.evaluation import Batches, deployed_accuracy
 from lightning_baqe.runs.limits import violations
@@ -59,8 +60,7 @@ class SearchStudy:
     Args:
         run_dir: the run folder.
         storage: URL of an SQLite file or a PostgreSQL database; None: ``study.db`` in the run folder.
-        about: recipe, model and dataset, for the summary.
-        threads: of the measurements.
+        about: recipe, model, dataset and device, for the summary; the device is this machine if it says none.
         name: of the study in the storage; None: the run folder's.
 
     Raises:
@@ -74,7 +74,6 @@ class SearchStudy:
         run_dir: Path,
         storage: str | None,
         about: Mapping[str, Any],
-        threads: int = 1,
         name: str | None = None,
     ) -> None:
         self.run_dir = run_dir
@@ -89,7 +88,7 @@ class SearchStudy:
                 study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
             )
         self._worker = Worker(self._study)
-        self._about = {**about, "device": device_info(threads), "versions": versions()}
+        self._about = {"device": device_info(), **about, "versions": versions()}
 
     def known_space(self, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of the space that the study was begun with, None for a new study.
@@ -340,8 +339,8 @@ class SearchStudy:
         if report:
             write_report(summary, self.run_dir / "report.html")
 
-    def test_front(self, batches: Batches | None) -> None:
-        """Accuracy on the test split of the float model and of every Pareto point that lacks it, compiled.
+    def test_front(self, batches: Batches | None, device: Device) -> None:
+        """Accuracy on the test split of the float model and of every Pareto point that lacks it, on the device.
 
         Points whose artifacts are in another worker's run folder are left to it.
         """
@@ -352,7 +351,7 @@ class SearchStudy:
             for name in ["float", *(entry.key for entry in self.summary().pareto)]:
                 folder = self.run_dir / "artifacts" / name
                 if name not in tests and folder.is_dir():
-                    tests[name] = deployed_accuracy(Artifact.load(folder), batches)
+                    tests[name] = deployed_accuracy(Artifact.load(folder), batches, device)
                     self._study.set_user_attr(TEST, tests)
 
 

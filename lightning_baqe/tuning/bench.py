@@ -1,4 +1,4 @@
-"""Compile one kernel with several knobs, measure each in the measuring process, and check each result.
+"""Compile one kernel with several knobs, measure each on the device, and check each result.
 
 A kernel's figure is its fastest sample. Samples are short, so that some of them fall between the time slices of other
 processes: those, and clocks that go down, only ever add time, while a median tells how busy the machine was.
@@ -20,12 +20,10 @@ from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.tunable import Sample, TunableSpec, template_of
 from lightning_baqe.measurement.database import KernelRecord, Records
-from lightning_baqe.measurement.measure import worker
+from lightning_baqe.measurement.device import REPEATS, Device, Kernel, KernelTurn
 from lightning_baqe.tuning.strategies import KernelSpace, Tried
 
-REPEATS, MIN_REPEAT_MS = 16, 2
 CONFIRM_ROUNDS = 3
-TIMEOUT_S = 30.0
 
 
 @dataclass(eq=False)
@@ -35,19 +33,24 @@ class KernelBench:
     Args:
         spec: the kernel.
         target: compiled for.
-        records: where figures are kept.
+        device: measures, and keeps the figures.
         folder: for compiled kernels and their arguments.
         measured, failed: candidates so far.
     """
 
     spec: TunableSpec
     target: CpuTarget
-    records: Records
+    device: Device
     folder: Path
     measured: int = 0
     failed: int = 0
     _sample: Sample | None = None
     _confirmed: set[str] = field(default_factory=set)
+
+    @property
+    def records(self) -> Records:
+        """Of the device."""
+        return self.device.records
 
     @property
     def default(self) -> dict[str, Any]:
@@ -89,14 +92,14 @@ class KernelBench:
         taken = len(record.samples_us) >= CONFIRM_ROUNDS * REPEATS
         return taken or kernel_key(self.spec, record.knobs) in self._confirmed
 
-    def ask(self, knobs: dict[str, Any]) -> dict[str, Any]:
-        """One turn of a candidate in the measuring process: its ``samples_us``, and whether its result is ``exact``.
+    def ask(self, knobs: dict[str, Any]) -> KernelTurn:
+        """One turn of a candidate on the device.
 
         Raises:
             BuildError, MeasurementError: it does not compile, or run.
         """
-        library, arguments = self._prepared(knobs)
-        return ask_kernel(library, arguments, self.spec.threads)
+        files = functools.partial(self._prepared, knobs)
+        return self.device.measure_kernel(Kernel(files, self.spec.threads, self.spec, knobs))
 
     def keep(self, knobs: dict[str, Any], turns: Turns) -> KernelRecord:
         """Put what the turns of a candidate gave into the records, as what is now known of it."""
@@ -141,7 +144,7 @@ class Turns:
         return min(self.samples_us, default=None)
 
 
-def in_turns(questions: Sequence[Callable[[], dict[str, Any]]], rounds: int) -> list[Turns]:
+def in_turns(questions: Sequence[Callable[[], KernelTurn]], rounds: int) -> list[Turns]:
     """Ask each question once a round. One that failed, or whose result was wrong, is not asked again.
 
     Args:
@@ -160,9 +163,9 @@ def in_turns(questions: Sequence[Callable[[], dict[str, Any]]], rounds: int) -> 
             except (BuildError, MeasurementError) as error:
                 reasons[index] = str(error)
                 continue
-            samples[index] += answer["samples_us"]
-            exact[index] = answer["exact"]
-            if not answer["exact"]:
+            samples[index] += answer.samples_us
+            exact[index] = answer.exact
+            if not answer.exact:
                 reasons[index] = "its result differs from the reference"
     return [Turns(rounds, tuple(samples[i]), exact[i], reasons.get(i)) for i in range(len(questions))]
 
@@ -184,26 +187,6 @@ def save_arguments(path: Path, arguments: Sequence[np.ndarray], result: np.ndarr
     """Write a kernel's arguments and its right result as the measuring process reads them."""
     arrays = {f"a{i}": array for i, array in enumerate(arguments)}
     np.savez(path, result=result, **arrays)  # type: ignore[arg-type]
-
-
-def ask_kernel(library: Path, arguments: Path, threads: int) -> dict[str, Any]:
-    """One turn of a compiled kernel in the measuring process: its ``samples_us``, and whether its result is ``exact``.
-
-    Args:
-        library: with the function ``main``.
-        arguments: of :func:`save_arguments`.
-        threads: that it runs on.
-
-    Raises:
-        MeasurementError: it crashed, or took too long.
-    """
-    request = {
-        "kernel": str(library),
-        "arguments": str(arguments),
-        "repeats": REPEATS,
-        "min_repeat_ms": MIN_REPEAT_MS,
-    }
-    return worker(threads).ask(request, TIMEOUT_S)
 
 
 def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], path: Path) -> None:

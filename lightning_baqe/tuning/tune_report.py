@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lightning_baqe.files import replace_file
-from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.identity import versions
 from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.tuning.tuner import Step, TunedKernel, TuneResult
@@ -106,11 +106,10 @@ def tuning_line(result: TuneResult, budget_s: float | None) -> str:
     return line
 
 
-def write_tuning(folder: Path, result: TuneResult, about: Mapping[str, Any], threads: int) -> Path:
-    """Write ``tuning.json`` with ``about``, the device and one entry for each kernel; returns its path."""
+def write_tuning(folder: Path, result: TuneResult, about: Mapping[str, Any]) -> Path:
+    """Write ``tuning.json`` with ``about`` (recipe, device, ...) and one entry for each kernel; returns its path."""
     content = {
         **about,
-        "device": device_info(threads),
         "versions": versions(),
         "seconds": result.seconds,
         "complete": result.complete,

@@ -1,6 +1,6 @@
 """Tuning: measure a network's kernels with several knobs each, so that the next build takes the fastest.
 
-Each kernel is compiled here and measured in the measuring process, on random data, and its result is compared with a
+Each kernel is compiled here and measured on the device, on random data, and its result is compared with a
 plain computation. What is in the records is not measured again.
 
 A figure is the fastest of many short samples. Even so, the lowest of several noisy figures is too low (the winner's
@@ -10,7 +10,6 @@ was confirmed so.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +20,11 @@ from typing import Any
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import can_run
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.tunable import TunableSpec
-from lightning_baqe.measurement.database import KernelRecord, Records
-from lightning_baqe.measurement.peak import pinned_peak_gmacs
+from lightning_baqe.measurement.database import KernelRecord
+from lightning_baqe.measurement.device import Device
+from lightning_baqe.measurement.local import Local
 from lightning_baqe.tuning.bench import KernelBench, kernel_space
 from lightning_baqe.tuning.strategies import KernelSpace, Ranked, Strategy
 
@@ -135,7 +134,7 @@ def tune(
     options: BuildOptions | None = None,
     candidates: int = 8,
     budget_s: float | None = None,
-    records: Records | None = None,
+    device: Device | None = None,
     strategy: Strategy | None = None,
     progress: Progress | None = None,
 ) -> TuneResult:
@@ -150,26 +149,28 @@ def tune(
         options: what the kernels are compiled for; None: one thread of this CPU.
         candidates: knobs to know of each kernel, on average.
         budget_s: stop proposing after so many seconds; confirming the winners comes on top. None: no limit.
-        records: the database; by default the user's.
+        device: measures, and keeps the records; by default this machine with the user's.
         strategy: proposes the knobs; by default :class:`~lightning_baqe.tuning.strategies.Ranked`.
         progress: called after each measurement.
 
     Raises:
         ConfigError: candidates below 1, or more threads than cores.
-        BuildError: a target that this CPU does not run, or an operator without a kernel.
+        BuildError: a target that the device does not run, or an operator without a kernel.
     """
     if candidates < 1:
         raise ConfigError(f"candidates must be at least 1, got {candidates}")
     options = options or BuildOptions()
     target = options.target
-    if not can_run(target.path):
-        raise BuildError(f"this CPU does not run {target.path} code ({target.mcpu}): tune on a machine that does")
+    device = device or Local()
+    if not device.can_run(target):
+        raise BuildError(
+            f"{device.info()['cpu']} does not run {target.path} code ({target.mcpu}): tune on a machine that does"
+        )
     started = time.monotonic()
-    known = records if records is not None else Records()
     layers = tunable_layers(graph, options)
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
         states = [
-            _Kernel(KernelBench(spec, target, known, Path(folder) / str(i)), names)
+            _Kernel(KernelBench(spec, target, device, Path(folder) / str(i)), names)
             for i, (spec, names) in enumerate(layers.items())
         ]
         deadline = None if budget_s is None else started + budget_s
@@ -237,8 +238,7 @@ class _Kernel:
         return self.bench.spec.macs / record.latency_us / 1e3 if record.usable and record.latency_us else None
 
     def _measure_peak(self) -> None:
-        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-        peak = pinned_peak_gmacs(self.bench.target, *self._dot, core=usable[-1], fastest=True)
+        peak = self.bench.device.measure_peak(self.bench.target, *self._dot)
         self.bench.records.add_peak(self.bench.target, *self._dot, peak)
 
     def summary(self) -> TunedKernel:

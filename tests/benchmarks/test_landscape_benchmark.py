@@ -3,90 +3,73 @@
 from __future__ import annotations
 
 import json
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_device import FakeDevice
 from smallest import SmallestNet
 
 import lightning_baqe as baqe
 from lightning_baqe.benchmarks import accuracy_rows, landscape, landscape_accuracy
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, bit_configs, searched_layers, wanted_rows, with_bits
 from lightning_baqe.costs.correction import Correction
+from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.landscapes import latency_tables as landscape_latency
 from lightning_baqe.landscapes import measured as landscapes
 from lightning_baqe.landscapes.measured import Landscape, read_record
-from lightning_baqe.measurement.database import KernelRecord, canonical
 from lightning_baqe.search.knowledge import BoundKnowledge, Sum
 from lightning_baqe.search.space import SearchSpace
 from lightning_baqe.train import compose
-from lightning_baqe.tuning.bench import KernelBench
 
 SMALLEST = Trial(2, 8, 16, 16, 16, calibration_batches=1, float_sizes=accuracy_rows.SMALLEST)
 ARGUMENTS = ["--network", "resnet18", "--configs", "5", "--tiles", "2", "--points", "5"]
 
 
-class Network:
-    """Stands for torchvision, and counts what is measured."""
+class Board(FakeDevice):
+    """No two measurements of a network agree."""
 
-    def __init__(self) -> None:
-        self.kernels = self.wholes = 0
-
-    def measure_kernel(self, bench: KernelBench, knobs: dict[str, Any]) -> KernelRecord:
-        self.kernels += 1
-        latency = 1.0 + zlib.crc32(f"{bench.spec}{canonical(knobs)}".encode()) % 1000 / 100
-        record = KernelRecord(knobs, latency, [latency], True)
-        bench.records.add_kernel(bench.spec, bench.target, record)
-        return record
-
-    def measure_whole(self, *_: Any, **__: Any) -> Any:
-        self.wholes += 1
-        return SimpleNamespace(latency_us=50.0 + self.wholes)
+    def network_us(self, artifact: Artifact) -> float:
+        return 50.0 + len(self.networks)
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Network:
-    found = Network()
+def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Board]:
     for module in (landscape_accuracy, landscapes):
         monkeypatch.setattr(module, "network", lambda name, classes: SmallestNet(classes))
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the other tests, too
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(landscape, "Trial", lambda: SMALLEST)
     settings = landscape_accuracy.SETTINGS["resnet18"].with_epochs(1, 1)
     monkeypatch.setitem(landscape_accuracy.SETTINGS, "resnet18", settings)
-    monkeypatch.setattr(KernelBench, "measure", lambda bench, knobs: found.measure_kernel(bench, knobs))
-    monkeypatch.setattr(landscape_latency, "_measure_call", lambda *_: 0.5)
-    monkeypatch.setattr(landscape_latency, "tune", lambda *_: None)
-    monkeypatch.setattr(landscape_latency, "build", lambda *_: SimpleNamespace(save=lambda path: path))
-    monkeypatch.setattr(landscape_latency, "measure", found.measure_whole)
-    return found
+    threads = torch.get_num_threads()
+    yield Board(tmp_path / "none.db")
+    torch.set_num_threads(threads)
 
 
-def run(folder: Path, *more: str) -> None:
-    assert landscape.main([*ARGUMENTS, "--folder", str(folder), *more]) == 0
+def run(board: Board, folder: Path, *more: str) -> None:
+    assert landscape.main([*ARGUMENTS, "--folder", str(folder), *more], board, SMALLEST) == 0
 
 
 def test_everything_is_measured_once_and_any_point_is_answered(
-    counted: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    board: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "landscape"
-    run(folder, "--stages", "accuracy", "--share", "0/2")
+    run(board, folder, "--stages", "accuracy", "--share", "0/2")
     rows = (folder / "rows.jsonl").read_text().splitlines()
-    run(folder)
+    run(board, folder)
     again = (folder / "rows.jsonl").read_text().splitlines()
     assert again[: len(rows)] == rows
     assert 0 < len(rows) < len(again) == 5 + len(landscape_accuracy.REPEATED) * landscape_accuracy.REPEATS
-    assert counted.kernels > 20
-    assert 1 + 4 <= counted.wholes <= 1 + 5 + 5  # the float network and twice each point, of which two may be equal
+    assert len(board.kernels) > 20
+    assert (
+        1 + 4 <= len(board.networks) <= 1 + 5 + 5
+    )  # the float network and twice each point, of which two may be equal
 
-    before = (counted.kernels, counted.wholes)
+    before = (len(board.kernels), len(board.networks))
     first = (folder / "resnet18_glyphs.json.gz").read_bytes()
-    run(folder)
-    assert (counted.kernels, counted.wholes) == before
+    run(board, folder)
+    assert (len(board.kernels), len(board.networks)) == before
     assert (folder / "resnet18_glyphs.json.gz").read_bytes() == first
     printed = capsys.readouterr().out
     assert "corrections fitted to others" in printed
@@ -167,9 +150,9 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
-def test_a_table_wants_measurements(counted: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_wants_measurements(board: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "empty"
-    assert landscape.main([*ARGUMENTS, "--folder", str(folder), "--stages", "table"]) == 1
+    assert landscape.main([*ARGUMENTS, "--folder", str(folder), "--stages", "table"], board, SMALLEST) == 1
     assert "run the latency stage" in capsys.readouterr().out.replace("\n", " ")
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_device import FakeDevice, Refusing
 from small_graphs import Maker
 
 from lightning_baqe.benchmarks import rewards
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import can_run, get_target
+from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec
 from lightning_baqe.kernels.x86.layout import Layout
-from lightning_baqe.measurement.database import Records
-from lightning_baqe.tuning import bench as kernel_bench
+from lightning_baqe.measurement.device import REPEATS
 
 
 def _graphs(*_: Any) -> dict[int, IntegerGraph]:
@@ -40,37 +39,26 @@ def test_what_is_missing_is_measured_once(
     first = capsys.readouterr().out
     assert "16->32 3x3/1 8x8" in first
     assert "with size as an objective offers 4, 8 bit" in first
-    monkeypatch.setattr(kernel_bench, "worker", lambda threads: pytest.fail("measured again"))
-    assert rewards.main(arguments) == 0
+    assert rewards.main(arguments, Refusing(tmp_path / "records.db")) == 0
     assert capsys.readouterr().out == first
 
 
-@pytest.mark.skipif(not can_run("avx2"), reason="needs AVX2")
-def test_bit_widths_are_compared_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bit_widths_are_compared_in_turns(tmp_path: Path) -> None:
     """One by one they were measured at different clocks; the table is of figures that were taken in turns."""
-    target, records = get_target("avx2"), Records(tmp_path / "records.db")
+    target, device = get_target("avx2"), FakeDevice(tmp_path / "records.db")
     graphs = _graphs()
-    rewards.measure_missing(graphs, target, 1, 1, records)
+    rewards.measure_missing(graphs, target, 1, 1, device)
     (kernel,) = rewards.searched_kernels(graphs, BuildOptions(target))
-    before = rewards.fastest_codes(kernel.specs, target, records)
+    before = rewards.fastest_codes(kernel.specs, target, device.records)
     assert before[4].code != before[8].code
-    asked: list[tuple[str, ...]] = []
-    in_turns = kernel_bench.in_turns
-
-    def noted(questions: Sequence[Any], rounds: int) -> list[kernel_bench.Turns]:
-        asked.append(tuple(question.args[0]["tile"] for question in questions))
-        assert rounds == rewards.ROUNDS
-        return in_turns(questions, rounds)
-
-    monkeypatch.setattr(kernel_bench, "in_turns", noted)
-    rewards.compare_widths(graphs, target, 1, records)
-    assert asked
-    assert all(len(tiles) == 2 for tiles in asked)
-    after = rewards.fastest_codes(kernel.specs, target, records)
-    assert {one.samples for one in after.values()} == {rewards.ROUNDS * kernel_bench.REPEATS}
-    asked.clear()
-    rewards.compare_widths(graphs, target, 1, records)
-    assert not asked
+    device.kernels.clear()
+    rewards.compare_widths(graphs, target, 1, device)
+    assert [one.spec for one in device.kernels] == [kernel.specs[8], kernel.specs[4]] * rewards.ROUNDS
+    after = rewards.fastest_codes(kernel.specs, target, device.records)
+    assert {one.samples for one in after.values()} == {rewards.ROUNDS * REPEATS}
+    device.kernels.clear()
+    rewards.compare_widths(graphs, target, 1, device)
+    assert not device.kernels
 
 
 def test_names_of_kernels() -> None:

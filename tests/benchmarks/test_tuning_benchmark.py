@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_device import Refusing
 from small_graphs import Maker
 
 from lightning_baqe.benchmarks import tuning
@@ -15,6 +16,7 @@ from lightning_baqe.benchmarks.tuning import Setup, open_folder, strategies_of, 
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.files import Rows
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.measurement.local import Local
 
 SETUP = Setup("resnet18", 64, 8, "native", 1, random=2, seed=0)
 
@@ -31,10 +33,10 @@ def test_rows_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_setup(tmp_path: Path) -> None:
-    open_folder(tmp_path / "deep" / "folder", SETUP)
-    open_folder(tmp_path / "deep" / "folder", SETUP)
+    open_folder(tmp_path / "deep" / "folder", SETUP, Local())
+    open_folder(tmp_path / "deep" / "folder", SETUP, Local())
     with pytest.raises(ConfigError, match="bits: 8 there, 4 here"):
-        open_folder(tmp_path / "deep" / "folder", dataclasses.replace(SETUP, bits=4))
+        open_folder(tmp_path / "deep" / "folder", dataclasses.replace(SETUP, bits=4), Local())
 
 
 def figure(latency_us: float | None) -> dict[str, Any]:
@@ -72,9 +74,8 @@ def test_from_end_to_end_and_again(
     graph: IntegerGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Setup, "graph", lambda self, model=None: graph)
-    monkeypatch.setattr(tuning, "rebuild_seconds", lambda *_: {"build_s": 1.0, "kernels": 2.0})
     command = ["--candidates", "2", "--random", "2", "--rounds", "2", "--folder", str(tmp_path / "folder")]
-    command += ["--strategies", "ranked", "random"]
+    command += ["--strategies", "ranked", "random", "--rebuild", ""]
     tuning.main(command)
     output = capsys.readouterr().out
     assert "second run of ranked: 0 measurements" in output
@@ -85,12 +86,7 @@ def test_from_end_to_end_and_again(
     assert first["table_x"]["rounds"] == 2
     assert {entry["strategy"] for entry in first["strategies"]} == {"ranked", "random"}
 
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr("lightning_baqe.tuning.bench.worker", refuse)
-    monkeypatch.setattr(tuning, "measure", refuse)
-    tuning.main(command)
+    tuning.main(command, Refusing(tmp_path / "none.db"))
     second = json.loads((tmp_path / "folder" / "tuning.json").read_text())
     assert (second["kernels"], second["table_x"]) == (first["kernels"], first["table_x"])
 

@@ -11,16 +11,18 @@ import optuna
 import pytest
 import torch
 import yaml
+from fake_device import FakeDevice
 from foreign_module import random_loader
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
 import lightning_baqe.recipes
+from lightning_baqe.callbacks import BayesianSearch
 from lightning_baqe.callbacks import bayesian_search as search_module
-from lightning_baqe.costs.bit_rewards import KernelReward, Rewards
+from lightning_baqe.data import DigitsDataModule
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
 from lightning_baqe.hardware.description import DeviceDescription
-from lightning_baqe.runs import preparation
+from lightning_baqe.measurement.device import Kernel
 
 Make = Callable[..., Any]
 FILES = ("study.db", "summary.json", "pareto.csv", "report.html")
@@ -165,22 +167,49 @@ def test_a_nan_loss_fails_one_trial_only(tmp_path: Path, foreign: Make, search: 
     assert trials[0]["accuracy"] is None
 
 
-def test_measuring_that_fails_is_recorded(
-    tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = search_module.evaluate, []
+class Flaky(FakeDevice):
+    """Hangs at the third network: float, baseline, first trial."""
 
-    def flaky(*args: Any, **options: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 3:  # float, baseline, first trial
+    def network_us(self, artifact: baqe.Artifact) -> float:
+        if len(self.networks) == 3:
             raise MeasurementError("gave no answer within 60 s")
-        return original(*args, **options)
+        return super().network_us(artifact)
 
-    monkeypatch.setattr(search_module, "evaluate", flaky)
-    fit(foreign(), search(trials=1), digits)
+
+def test_measuring_that_fails_is_recorded(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    fit(foreign(), search(trials=1, measure_on=Flaky(tmp_path / "records.db")), digits)
     trials = summary_of(tmp_path / "run")["trials"]
     assert [e["state"] for e in trials] == ["failed", "complete"]
     assert trials[0]["error"] == "MeasurementError: gave no answer within 60 s"
+
+
+@pytest.mark.parametrize("mode", ["paper", "beyond"])
+def test_another_device(
+    mode: str, tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any, made_up_device: FakeDevice
+) -> None:
+    """A whole search, its tuning and its tests included, on a device that is not this process."""
+    options = {"mode": mode, "bit_choices": (4, 8), "tune_s": 60.0}
+    fit(foreign(), search(measure_on=made_up_device, **options), digits)
+    summary = summary_of(tmp_path / "run")
+    assert summary["device"]["cpu"] == "made up"
+    assert [e["state"] for e in summary["trials"]] == ["complete"] * 3
+    for entry in [summary["float"], *summary["baselines"], *summary["trials"]]:
+        assert entry["latency_us"] == entry["size_bytes"] / 10
+    assert summary["float"]["test_accuracy"] > 0.5
+    assert made_up_device.kernels
+    with made_up_device.records.reading() as connection:
+        devices = connection.execute("SELECT DISTINCT json_extract(info, '$.cpu') FROM devices").fetchall()
+    assert devices == [("made up",)]
+    asked = len(made_up_device.kernels), len(made_up_device.networks)
+    fit(foreign(), search(measure_on=made_up_device, **options), digits)
+    assert (len(made_up_device.kernels), len(made_up_device.networks)) == asked
+    with pytest.raises(ConfigError, match="begun with device ="):  # the figures of two devices do not compare
+        fit(foreign(), search(**options), digits)
+
+
+def test_a_device_keeps_its_own_records(made_up_device: FakeDevice) -> None:
+    with pytest.raises(ConfigError, match=r"records='other\.db', but measure_on keeps its own"):
+        BayesianSearch(measure_on=made_up_device, records="other.db")
 
 
 def test_gives_up_after_max_failures(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
@@ -212,18 +241,23 @@ def test_an_error_in_their_code_leaves_a_summary(
     assert trials[2]["bits"] == trials[1]["bits"] != {}
 
 
-def test_the_test_split_is_read_at_the_end_only(
-    tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = type(digits).test_dataloader
+class Guarded(DigitsDataModule):
+    """Gives its test split away only after two trials."""
 
-    def guarded(self: Any) -> Any:
-        trials = summary_of(tmp_path / "run")["trials"]
+    run_dir: Path
+
+    def test_dataloader(self) -> Any:
+        trials = summary_of(self.run_dir)["trials"]
         assert [e["state"] for e in trials] == ["complete"] * 2
-        return original(self)
+        return super().test_dataloader()
 
-    monkeypatch.setattr(type(digits), "test_dataloader", guarded)
-    fit(foreign(), search(trials=2), digits)
+
+def test_the_test_split_is_read_at_the_end_only(
+    tmp_path: Path, foreign: Make, search: Make, fit: Make, made_up_device: FakeDevice
+) -> None:
+    data = Guarded(batch_size=32)
+    data.run_dir = tmp_path / "run"
+    fit(foreign(), search(trials=2, measure_on=made_up_device), data)
     assert summary_of(tmp_path / "run")["float"]["test_accuracy"] is not None
 
 
@@ -270,17 +304,18 @@ def test_another_space_or_network_in_the_same_folder(foreign: Make, search: Make
         fit(module, search(), digits)
 
 
-def test_auto_bits_are_what_the_device_rewards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
-) -> None:
-    def known(graphs: Any, *_: Any) -> Rewards:
-        times = {bits: float(bits == 8) + 1.0 for bits in graphs}
-        return Rewards(
-            "made up", tuple(sorted(graphs)), (KernelReward(("x",), None, 1, times),), dict.fromkeys(graphs, 1.0)
-        )
+class Pairwise(FakeDevice):
+    """Twice as fast where sums of two products fit into 16 bits."""
 
-    monkeypatch.setattr(preparation, "rewards_of", known)
-    options = {"trials": 1, "n_initial": 1, "baselines": ()}
+    def kernel_us(self, kernel: Kernel) -> float:
+        return 1.0 if getattr(kernel.spec, "dot", None) == "maddubs" else 2.0
+
+
+def test_auto_bits_are_what_the_device_rewards(
+    tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any
+) -> None:
+    device = Pairwise(tmp_path / "records.db")
+    options = {"trials": 1, "n_initial": 1, "baselines": (), "target": "avx2", "tune_s": 60.0, "measure_on": device}
     fit(foreign(), search(mode="beyond", **options), digits)
     summary = summary_of(tmp_path / "run")
     assert {bits for trial in summary["trials"] for bits, _ in trial["bits"].values()} <= {4, 7, 8}

@@ -91,17 +91,18 @@ def test_normalisation() -> None:
     assert (x.std((0, 2, 3)) - 1).abs().max() < 0.05
 
 
-def test_cache_gives_the_same_and_draws_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_gives_the_same_and_draws_once(tmp_path: Path) -> None:
     drawn = images_of(small())
     small(cache=True, cache_dir=tmp_path).prepare_data()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert [name.split("-")[1] for name in names] == ["test", "train", "val"]
-    monkeypatch.setattr(glyphs, "draw_glyphs", None)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     data = small(cache=True, cache_dir=tmp_path)
     data.prepare_data()
     data.setup()
     for split, images in images_of(data).items():
         assert torch.equal(images, drawn[split])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
 
 
 def test_cache_tells_parameters_apart(tmp_path: Path) -> None:

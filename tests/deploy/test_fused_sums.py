@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from fake_device import FakeDevice
 from small_graphs import Maker, images
+from torch import nn
 
 from lightning_baqe.deploy.artifact import MANIFEST, Artifact
 from lightning_baqe.deploy.calls import Plan
@@ -21,8 +22,10 @@ from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.pixels import PixelSpec
 from lightning_baqe.measurement.build import build_with
+from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
-from lightning_baqe.runs import evaluation as evaluate_module
+from lightning_baqe.quantization.convert import quantize
+from lightning_baqe.runs.evaluation import evaluate
 from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.tuner import tunable_layers
 
@@ -78,16 +81,9 @@ def test_what_is_tuned_and_searched_is_what_is_built(graph: IntegerGraph) -> Non
     assert make_plan(graph, BuildOptions(target, fuse_residual=False), schedules).schedules == schedules
 
 
-def test_evaluation_hands_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Stop(Exception):
-        """Raised in place of a build."""
-
-    def spy(*args: Any) -> None:
-        raise Stop(args[1])
-
-    monkeypatch.setattr(evaluate_module, "build_with", spy)
-    monkeypatch.setattr(evaluate_module, "lower", lambda model: None)
-    options = BuildOptions(threads=3, fuse_residual=False)
-    with pytest.raises(Stop) as stopped:
-        evaluate_module.evaluate(None, [], tmp_path, options)  # type: ignore[arg-type]
-    assert stopped.value.args == (options,)
+def test_evaluation_hands_it_on(tmp_path: Path) -> None:
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), torch.randn(1, 3, 2, 2)
+    model = calibrate(quantize(network, BitConfig.uniform(network, 8, 8), x), [x])
+    options, device = BuildOptions(threads=3, fuse_residual=False), FakeDevice(tmp_path / "records.db")
+    evaluate(model.eval(), [(x, torch.zeros(1))], tmp_path / "artifact", options, device=device)
+    assert [artifact.plan.options for artifact in device.networks] == [options]

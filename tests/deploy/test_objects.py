@@ -22,7 +22,9 @@ from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.tunable import template_of
-from lightning_baqe.tuning.bench import ask_kernel, compile_kernel, save_arguments
+from lightning_baqe.measurement.device import Kernel
+from lightning_baqe.measurement.local import Local
+from lightning_baqe.tuning.bench import compile_kernel, save_arguments
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_what_the_tuner_compiled_is_linked_to_the_network(tmp_path: Path, monkey
     compile_kernel(spec, get_target(), knobs, library)
     sample = template_of(spec).sample(spec)
     save_arguments(arguments, sample.arguments(knobs), sample.result)
-    assert ask_kernel(library, arguments, 1)["exact"]
+    assert Local().measure_kernel(Kernel(lambda: (library, arguments))).exact
     objects = KernelObjects()
     (tuned,) = objects.folder.iterdir()
     before = tuned.read_bytes()

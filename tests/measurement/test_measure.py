@@ -6,13 +6,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from fake_device import Refusing
 from small_graphs import Maker
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
 from lightning_baqe.measurement.database import Records
-from lightning_baqe.measurement.measure import Measurement, worker
+from lightning_baqe.measurement.device import Measurement
+from lightning_baqe.measurement.local import Local
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +36,14 @@ def test_figures_are_plausible(artifact: Artifact, tmp_path: Path) -> None:
     assert by_folder.latency_us > 0
 
 
-def test_the_second_time_comes_from_the_records(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = Records(tmp_path / "records.db")
+def test_the_second_time_comes_from_the_records(artifact: Artifact, tmp_path: Path) -> None:
+    records, refusing = Records(tmp_path / "records.db"), Refusing(tmp_path / "none.db")
     first = baqe.measure(artifact, repeats=5, records=records)
-
-    def refuse(threads: int) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr("lightning_baqe.measurement.measure.worker", refuse)
-    second = baqe.measure(artifact, repeats=5, records=records)
+    second = baqe.measure(artifact, refusing, repeats=5, records=records)
     assert second.cached
     assert (second.latency_us, second.samples_us) == (first.latency_us, first.samples_us)
     with pytest.raises(AssertionError, match="again"):
-        baqe.measure(artifact, repeats=5)
+        baqe.measure(artifact, refusing, repeats=5)
 
 
 def test_precision_or_the_limit_ends_it(artifact: Artifact) -> None:
@@ -78,7 +73,7 @@ def test_a_hanging_measurement_ends_and_the_next_one_works(artifact: Artifact) -
 
 
 def test_a_dead_process_is_an_error_and_is_replaced(artifact: Artifact) -> None:
-    process = worker(1)._running()
+    process = Local().process(1)._running()
     threading.Timer(0.5, process.kill).start()
     with pytest.raises(MeasurementError, match="died"):
         baqe.measure(artifact, repeats=10**7, timeout_s=60)
@@ -87,7 +82,7 @@ def test_a_dead_process_is_an_error_and_is_replaced(artifact: Artifact) -> None:
 
 def test_an_error_in_the_process_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(MeasurementError, match="no artifact"):
-        worker(1).ask({"artifact": str(tmp_path), "warmup": 0}, 30)
+        Local().process(1).ask({"artifact": str(tmp_path), "warmup": 0}, 30)
 
 
 def test_wrong_arguments(artifact: Artifact, tmp_path: Path) -> None:
@@ -101,7 +96,7 @@ def test_wrong_arguments(artifact: Artifact, tmp_path: Path) -> None:
     with pytest.raises(BuildError):
         baqe.measure(tmp_path)
     with pytest.raises(ConfigError, match="cores"):
-        worker(4096).ask({}, 1)
+        Local().process(4096).ask({}, 1)
 
 
 def test_spread() -> None:

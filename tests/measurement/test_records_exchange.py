@@ -33,12 +33,9 @@ bad = st.builds(
 )
 
 
-def _on(cpu: str, use: Callable[[], None]) -> None:
-    """Do something on another device."""
-    with pytest.MonkeyPatch.context() as patch:
-        info = device_info()
-        patch.setattr("lightning_baqe.measurement.database.device_info", lambda threads=1: {**info, "cpu": cpu})
-        use()
+def _on(cpu: str, records: Records) -> Records:
+    """The same database, opened for another device."""
+    return Records(records.path, lambda threads: {**device_info(threads), "cpu": cpu})
 
 
 def _content(records: Records) -> dict[str, list[Any]]:
@@ -62,7 +59,7 @@ def test_export_then_import_is_the_identity(
     folder = tmp_path_factory.mktemp("exchange")
     first, second = Records(folder / "first.db"), Records(folder / "second.db")
     for cpu, record in kernels:
-        _on(cpu, lambda record=record: first.add_kernel(SPEC, TARGET, record))  # type: ignore[misc]
+        _on(cpu, first).add_kernel(SPEC, TARGET, record)
     for plan, (latency_us, samples_us) in models.items():
         first.add_model(plan, 1, samples_us, latency_us)
         first.add_peak(TARGET, plan, len(samples_us), latency_us)
@@ -97,11 +94,11 @@ def test_order_and_joining_do_not_matter(exported: Path, tmp_path: Path) -> None
 
 def test_records_of_another_device_stay_there(tmp_path: Path) -> None:
     theirs, ours = Records(tmp_path / "theirs.db"), Records(tmp_path / "ours.db")
-    _on("another CPU", lambda: theirs.add_kernel(SPEC, TARGET, KernelRecord(KNOBS, 1.0, [1.0], True)))
+    _on("another CPU", theirs).add_kernel(SPEC, TARGET, KernelRecord(KNOBS, 1.0, [1.0], True))
     export_records(theirs, tmp_path / "a.jsonl")
     assert import_records(ours, tmp_path / "a.jsonl").added == 1
     assert ours.best_knobs(SPEC, TARGET) is None
-    _on("another CPU", lambda: None if ours.best_knobs(SPEC, TARGET) == KNOBS else pytest.fail("it was lost"))
+    assert _on("another CPU", ours).best_knobs(SPEC, TARGET) == KNOBS
 
 
 @pytest.mark.parametrize(
@@ -193,7 +190,7 @@ def test_a_record_of_nowhere(kind: str, exported: Path, tmp_path: Path) -> None:
 def test_export_of_one_device(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.db")
     for cpu in ("Fast 1", "Fast 2", "Slow 1"):
-        _on(cpu, lambda: records.add_kernel(SPEC, TARGET, KernelRecord(KNOBS, 1.0, [1.0], True)))
+        _on(cpu, records).add_kernel(SPEC, TARGET, KernelRecord(KNOBS, 1.0, [1.0], True))
     assert export_records(records, tmp_path / "a.jsonl", "fast") == 2
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert {row["info"]["cpu"] for row in rows if row["kind"] == "device"} == {"Fast 1", "Fast 2"}

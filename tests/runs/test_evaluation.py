@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import FakeDevice
 from torch import nn
 
 import lightning_baqe as baqe
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.measurement.database import Records
-from lightning_baqe.measurement.measure import Measurement
+from lightning_baqe.measurement.device import Measurement
 from lightning_baqe.measurement.memory import give_back_memory
-from lightning_baqe.runs import evaluation as module
 from lightning_baqe.runs.evaluation import (
     MeasureOptions,
     deployed_accuracy,
@@ -41,34 +40,44 @@ def artifact(quantized: baqe.QuantizedModel, tmp_path: Path) -> Any:
     return built
 
 
+class Answers(FakeDevice):
+    """Gives prepared answers; nothing is measured where none is left."""
+
+    answers: list[Measurement]
+
+    def measure_artifact(self, *_: Any) -> Measurement:
+        return self.answers.pop(0)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Answers:
+    return Answers(tmp_path / "records.db")
+
+
 def fake(latency_us: float, spread: float, count: int = 50) -> Measurement:
     low, high = latency_us * (1 - spread / 2), latency_us * (1 + spread / 2)
     samples = [low] * (count // 2 - 1) + [latency_us] * 2 + [high] * (count // 2 - 1)
     return Measurement(latency_us, tuple(samples), {})
 
 
-def test_the_quiet_figure_counts_and_is_kept(artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [fake(200.0, 0.5), fake(100.0, 0.01)]
-    monkeypatch.setattr(module, "measure", lambda *args, **options: answers.pop(0))
-    records, options = Records(tmp_path / "records.db"), MeasureOptions()
-    assert measure_quietly(artifact, tmp_path, options, records).latency_us == 100.0
-    again = measure_quietly(artifact, tmp_path, options, records)  # no answer is left: it must not measure
+def test_the_quiet_figure_counts_and_is_kept(artifact: Any, tmp_path: Path, device: Answers) -> None:
+    folder, options = tmp_path / "artifact", MeasureOptions()
+    device.answers = [fake(200.0, 0.5), fake(100.0, 0.01)]
+    assert measure_quietly(artifact, folder, options, device).latency_us == 100.0
+    again = measure_quietly(artifact, folder, options, device)  # no answer is left: it must not measure
     assert again.cached
     assert again.latency_us == 100.0
 
 
-def test_a_noisy_or_thin_record_is_measured_again(
-    artifact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records, options = Records(tmp_path / "records.db"), MeasureOptions(attempts=2)
-    answers = [fake(200.0, 0.5), fake(150.0, 0.4)]
-    monkeypatch.setattr(module, "measure", lambda *args, **options: answers.pop(0))
-    assert measure_quietly(artifact, tmp_path, options, records).latency_us == 150.0  # the less noisy of two
-    answers = [fake(100.0, 0.0, count=10)]
-    assert measure_quietly(artifact, tmp_path, MeasureOptions(repeats=10), records).latency_us == 100.0
-    answers = [fake(101.0, 0.0)]
-    assert measure_quietly(artifact, tmp_path, options, records).latency_us == 101.0  # 10 samples are fewer than 50
-    assert answers == []
+def test_a_noisy_or_thin_record_is_measured_again(artifact: Any, tmp_path: Path, device: Answers) -> None:
+    folder, options = tmp_path / "artifact", MeasureOptions(attempts=2)
+    device.answers = [fake(200.0, 0.5), fake(150.0, 0.4)]
+    assert measure_quietly(artifact, folder, options, device).latency_us == 150.0  # the less noisy of two
+    device.answers = [fake(100.0, 0.0, count=10)]
+    assert measure_quietly(artifact, folder, MeasureOptions(repeats=10), device).latency_us == 100.0
+    device.answers = [fake(101.0, 0.0)]
+    assert measure_quietly(artifact, folder, options, device).latency_us == 101.0  # 10 samples are fewer than 50
+    assert device.answers == []
 
 
 def test_evaluate_takes_all_figures(quantized: baqe.QuantizedModel, tmp_path: Path) -> None:

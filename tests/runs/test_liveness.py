@@ -170,17 +170,15 @@ class TestAlive:
         assert not worker.alive("other")
         worker.close()
 
-    def test_by_beats(self, study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_by_beats(self, study: optuna.Study) -> None:
         now = [0.0]
-        worker = Worker(study, grace_s=100)
-        monkeypatch.setattr(life.time, "monotonic", lambda: now[0])
+        worker = Worker(study, grace_s=100, clock=lambda: now[0])
         record = {"place": "another machine", "pid": 1, "started": 0.0}
         for time_s, beat, alive in ((0, 5, True), (90, 5, True), (95, 6, True), (190, 6, True), (196, 6, False),
                                     (200, 7, True), (201, None, False)):  # fmt: skip
             now[0] = time_s
             study.set_user_attr(f"{PREFIX}far", {**record, "beat": beat})
             assert worker.alive("far") is alive, (time_s, beat)
-        monkeypatch.undo()
         worker.close()
 
     def test_it_beats(self, study: optuna.Study) -> None:

@@ -25,9 +25,14 @@ def test_rows_are_the_pareto_points(sample_summary: dict[str, Any]) -> None:
     assert all(len(row) == len(COLUMNS) for row in rows)
 
 
-@pytest.mark.usefixtures("made_up_device")
 def test_wandb_gets_table_curve_and_artifacts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    foreign: Make,
+    search: Make,
+    fit: Make,
+    digits: Any,
+    made_up_device: Any,
 ) -> None:
     import wandb
 
@@ -51,8 +56,7 @@ def test_wandb_gets_table_curve_and_artifacts(
     monkeypatch.setattr(wandb.Run, "log_artifact", spy_artifact)
     loggers = [WandbLogger(project="test", save_dir=tmp_path), CSVLogger(tmp_path / "csv")]
     try:
-        loaders = (digits.train_dataloader(), digits.val_dataloader())
-        fit(foreign(), search(trials=2), loaders, logger=loggers)
+        fit(foreign(), search(measure_on=made_up_device, trials=2), digits, logger=loggers)
     finally:
         wandb.finish()
     summary = Summary.load(tmp_path / "run")
@@ -69,5 +73,5 @@ def test_wandb_gets_table_curve_and_artifacts(
     (artifact,) = [a for a in artifacts if a.type == "pareto-front"]  # W&B makes one of the table itself
     held = set(artifact.manifest.entries)
     assert {"summary.json", "report.html"} <= held
-    assert {f"artifacts/{entry.key}/artifact" for entry in summary.pareto} <= held
+    assert {f"artifacts/{entry.key}/manifest.json" for entry in summary.pareto} <= held
     assert "search/hypervolume" in next((tmp_path / "csv").rglob("metrics.csv")).read_text()

@@ -25,11 +25,6 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def loaders(data: Any) -> tuple[Any, Any]:
-    """Without a test split, on which made-up artifacts could not be run."""
-    return data.train_dataloader(), data.val_dataloader()
-
-
 def judge(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[int, int], bool]) -> list[tuple[int, int, float]]:
     """Let a verdict on trial and rung decide instead of the figures; what was asked."""
     asked: list[tuple[int, int, float]] = []
@@ -44,12 +39,17 @@ def judge(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[int, int], bool]) 
     return asked
 
 
-@pytest.mark.usefixtures("made_up_device")
 def test_hopeless_trials_are_pruned_and_others_finish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    foreign: Make,
+    search: Make,
+    fit: Make,
+    digits: Any,
+    made_up_device: Any,
 ) -> None:
     asked = judge(monkeypatch, lambda number, rung: (number, rung) in {(1, 0), (2, 1)})
-    fit(foreign(), search(**OPTIONS, trials=3, epochs_per_trial=2), loaders(digits))
+    fit(foreign(), search(measure_on=made_up_device, **OPTIONS, trials=3, epochs_per_trial=2), digits)
     assert [(number, rung) for number, rung, _ in asked] == [
         (0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1),
     ]  # fmt: skip
@@ -67,22 +67,26 @@ def test_hopeless_trials_are_pruned_and_others_finish(
     assert "2 pruned" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("made_up_device")
 def test_no_more_are_pruned_than_are_wanted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    foreign: Make,
+    search: Make,
+    fit: Make,
+    digits: Any,
+    made_up_device: Any,
 ) -> None:
     judge(monkeypatch, lambda number, rung: True)
-    fit(foreign(), search(**OPTIONS, trials=2), loaders(digits))
+    fit(foreign(), search(measure_on=made_up_device, **OPTIONS, trials=2), digits)
     states = [entry["state"] for entry in summary_of(tmp_path / "run")["trials"]]
     assert states == ["pruned", "pruned", "complete", "complete"]
 
 
-@pytest.mark.usefixtures("made_up_device")
 def test_without_pruning_nothing_is_promised(
-    monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
+    monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any, made_up_device: Any
 ) -> None:
     asked = judge(monkeypatch, lambda number, rung: True)
-    fit(foreign(), search(**{**OPTIONS, "prune": False}, trials=1), loaders(digits))
+    fit(foreign(), search(measure_on=made_up_device, **{**OPTIONS, "prune": False}, trials=1), digits)
     assert asked == []
 
 

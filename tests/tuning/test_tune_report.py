@@ -68,7 +68,7 @@ def test_table(result: TuneResult) -> None:
 
 
 def test_file(result: TuneResult, tmp_path: Path) -> None:
-    path = write_tuning(tmp_path, result, {"recipe": "tune"}, threads=1)
+    path = write_tuning(tmp_path, result, {"recipe": "tune", "device": {"threads": 1}})
     content = json.loads(path.read_text())
     assert content["recipe"] == "tune"
     assert content["device"]["threads"] == 1
