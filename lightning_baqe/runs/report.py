@@ -8,13 +8,12 @@ Both are made from `summary.json` alone, so a report can be written again at any
 from __future__ import annotations
 
 import argparse
-import html
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from plotly.offline import get_plotlyjs
 
 from lightning_baqe.errors import BaqeError
@@ -22,10 +21,8 @@ from lightning_baqe.files import replace_file
 from lightning_baqe.runs.front import bits_summary
 from lightning_baqe.runs.report_figures import (
     PARETO_COLOUR,
-    Figure,
     axis_ticks,
     bits_figure,
-    escaped,
     front_steps,
     in_kilobytes,
     in_microseconds,
@@ -52,7 +49,14 @@ _FLAGS = (
     "i8mm",
     "sve",
 )
-_RUNNING = "The run has no complete trial yet."
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("lightning_baqe.runs", ""),
+    autoescape=True,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+    undefined=jinja2.StrictUndefined,
+)
+_PAGES.policies["json.dumps_kwargs"] = {"allow_nan": False}
 
 
 def write_report(summary: Summary, path: Path) -> None:
@@ -69,32 +73,18 @@ def write_report(summary: Summary, path: Path) -> None:
         "bits": bits_figure(summary),
         "seconds": time_figure(summary),
     }
-    title = f"{escaped(summary.model)} on {escaped(summary.dataset)}"
-    body = [
-        _header(summary, title),
-        _cards(summary),
-        '<div class="pair">',
-        _chart("Accuracy over latency", figures["accuracy-latency"], "accuracy-latency", _RUNNING),
-        _chart("Accuracy over size", figures["accuracy-size"], "accuracy-size", _RUNNING),
-        "</div>",
-        _section("Pareto set", _pareto_table(summary)),
-        _chart("Bits per layer of the Pareto points", figures["bits"], "bits", "There is no Pareto point yet."),
-        '<div class="pair">',
-        _chart("Hypervolume over trials", figures["hypervolume"], "hypervolume", _RUNNING),
-        _chart("Where the time went", figures["seconds"], "seconds", "No trial has reported its times yet."),
-        "</div>",
-        _failures(summary),
-    ]
-    data = {name: figure for name, figure in figures.items() if figure}
-    # Inside a script element only "<" can end it early; in JSON it may be written as an escape.
-    payload = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">{_POLICY}'
-        f"<title>{title} · lightning_baqe</title><style>{_STYLE}</style></head><body><main>"
-        + "\n".join(body)
-        + f'</main><script type="application/json" id="figures">{payload}</script>'
-        f"<script>{get_plotlyjs()}</script><script>{_SCRIPT}</script></body></html>\n"
+    page = _PAGES.get_template("report.html.jinja").render(
+        summary=summary,
+        flags=[flag for flag in _FLAGS if flag in (summary.device.get("flags") or [])],
+        limits=", ".join(f"{name} {value:g}" for name, value in (summary.limits or {}).items()),
+        cards=_cards(summary),
+        pareto=_pareto_rows(summary),
+        failed=[entry for entry in summary.entries if entry.state == "failed"],
+        name_of=name_of,
+        bits_summary=bits_summary,
+        figures=figures,
+        drawn={name: figure for name, figure in figures.items() if figure},
+        plotly=get_plotlyjs(),
     )
     replace_file(Path(path), page.encode("utf-8"))
 
@@ -146,34 +136,8 @@ def write_picture(summary: Summary, path: Path) -> None:
 # --- parts of the page --------------------------------------------------------------------------------------------
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
-
-
-def _chart(title: str, figure: Figure | None, name: str, nothing: str) -> str:
-    if figure is None:
-        return _section(title, f'<p class="quiet">{html.escape(nothing)}</p>')
-    return _section(title, f'<div class="chart" id="{name}" style="height:{figure["layout"]["height"]}px"></div>')
-
-
-def _header(summary: Summary, title: str) -> str:
-    device = summary.device
-    flags = [flag for flag in _FLAGS if flag in (device.get("flags") or [])]
-    threads = device.get("threads")
-    rows = {
-        "recipe": escaped(summary.recipe),
-        "device": f"{escaped(device.get('cpu'))}, {escaped(device.get('cores'))} cores"
-        + ("" if threads is None else f", measured on {html.escape(str(threads))} thread{'s' * (threads != 1)}"),
-        "instructions": " ".join(f"<code>{flag}</code>" for flag in flags) or "–",
-        "limits": html.escape(", ".join(f"{name} {value:g}" for name, value in (summary.limits or {}).items())),
-        "bits here": html.escape((summary.rewards or {}).get("line", "")),
-        "versions": ", ".join(html.escape(f"{name} {version}") for name, version in summary.versions.items()) or "–",
-    }
-    facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items() if value)
-    return f"<header><h1>{title}</h1><dl>{facts}</dl></header>"
-
-
-def _cards(summary: Summary) -> str:
+def _cards(summary: Summary) -> list[tuple[str, str, list[str]]]:
+    """Heading, figure and the lines below it."""
     reference, points = summary.reference or Figures(), summary.pareto
     best = max(points, key=lambda entry: (entry.accuracy, -entry.latency_us), default=None)
     floor = reference.accuracy
@@ -185,153 +149,46 @@ def _cards(summary: Summary) -> str:
     gain += f" ({found / level - 1:+.1%})" if level and found is not None else ""
     states = [entry.state for entry in summary.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none yet"
-    cards = [
-        ("Float model", in_percent(floor), figures),
+    return [
+        ("Float model", in_percent(floor), [figures]),
         ("Most accurate", *_figures(best, reference, lambda entry: in_percent(entry.accuracy))),
         (
             "Fastest within 1 point of float",
             *_figures(fastest, reference, lambda entry: in_microseconds(entry.latency_us)),
         ),
-        ("Hypervolume", "–" if found is None else f"{found:.4f}", gain),
-        ("Trials", str(len(states)), counts),
+        ("Hypervolume", "–" if found is None else f"{found:.4f}", [gain]),
+        ("Trials", str(len(states)), [counts]),
     ]
-    return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
 
 
-def _card(title: str, value: str, note: str) -> str:
-    return f'<div class="card"><h3>{title}</h3><p class="value">{value}</p><p class="quiet">{note}</p></div>'
-
-
-def _figures(entry: Measured | None, reference: Figures, key: Callable[[Measured], str]) -> tuple[str, str]:
+def _figures(entry: Measured | None, reference: Figures, key: Callable[[Measured], str]) -> tuple[str, list[str]]:
     if entry is None:
-        return "–", "no such point so far"
+        return "–", ["no such point so far"]
     faster = speedup(reference.latency_us, entry.latency_us)
     smaller = speedup(reference.size_bytes, entry.size_bytes)
     figures = f"{in_percent(entry.accuracy)}, {in_microseconds(entry.latency_us)}, {in_kilobytes(entry.size_bytes)}"
-    return key(entry), f"{html.escape(entry.key)}: {figures}<br>{faster} faster, {smaller} smaller than float"
+    return key(entry), [f"{entry.key}: {figures}", f"{faster} faster, {smaller} smaller than float"]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Cells are HTML already; the first `left` columns hold text, the others numbers."""
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        sides = [""] * left + [' class="number"'] * (len(cells) - left)
-        content = "".join(f"<{tag}{side}>{cell}</{tag}>" for side, cell in zip(sides, cells, strict=True))
-        return f"<tr>{content}</tr>"
-
-    body = "".join(row("td", cells) for cells in rows)
-    return f'<div class="wide"><table><thead>{row("th", header)}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _pareto_table(summary: Summary) -> str:
+def _pareto_rows(summary: Summary) -> list[dict[str, str | None]]:
+    """Cells by the heading of their column; the first three hold text, the others numbers."""
     reference = summary.reference or Figures()
-    if not summary.pareto:
-        return '<p class="quiet">There is no Pareto point yet.</p>'
-    header = ["point", "phase", "bits: mean (range)", "accuracy", "fake-quantized", "test accuracy"]
-    header += ["latency", "speedup", "size", "smaller"]
-    header += ["within limits"] if summary.limits else []
-    rows = [
-        [
-            html.escape(entry.key),
-            escaped(entry.phase),
-            html.escape(bits_summary(entry.bits)),
-            in_percent(entry.accuracy),
-            in_percent(entry.fake_quant_accuracy),
-            in_percent(entry.test_accuracy),
-            in_microseconds(entry.latency_us),
-            speedup(reference.latency_us, entry.latency_us),
-            in_kilobytes(entry.size_bytes),
-            speedup(reference.size_bytes, entry.size_bytes),
-            *(["yes" if entry.feasible else "no"] if summary.limits else []),
-        ]
+    return [
+        {
+            "point": entry.key,
+            "phase": entry.phase,
+            "bits: mean (range)": bits_summary(entry.bits),
+            "accuracy": in_percent(entry.accuracy),
+            "fake-quantized": in_percent(entry.fake_quant_accuracy),
+            "test accuracy": in_percent(entry.test_accuracy),
+            "latency": in_microseconds(entry.latency_us),
+            "speedup": speedup(reference.latency_us, entry.latency_us),
+            "size": in_kilobytes(entry.size_bytes),
+            "smaller": speedup(reference.size_bytes, entry.size_bytes),
+            **({"within limits": "yes" if entry.feasible else "no"} if summary.limits else {}),
+        }
         for entry in summary.pareto
     ]
-    return _table(header, rows, left=3)
-
-
-def _failures(summary: Summary) -> str:
-    failed = [entry for entry in summary.entries if entry.state == "failed"]
-    if not failed:
-        return ""
-    rows = [
-        [
-            name_of(entry),
-            escaped(entry.phase),
-            html.escape(bits_summary(entry.bits)),
-            f"<pre>{html.escape(entry.error or 'no reason was recorded')}</pre>",
-        ]
-        for entry in failed
-    ]
-    return _section(
-        f"Failed trials ({len(failed)})", _table(["trial", "phase", "bits: mean (range)", "reason"], rows, left=4)
-    )
-
-
-# The policy lets a browser load nothing from anywhere: what is not in the file does not exist for it.
-_POLICY = (
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; img-src data: blob:\">"
-)
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1d2129; --quiet: #626a76; --line: #e3e6ea; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171c; --card: #1d2128; --text: #e6e9ee; --quiet: #9aa3b0; --line: #323843; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1280px; margin: 0 auto; padding: 28px 24px 48px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.01em; }
-h2 { font-size: 17px; margin: 0 0 10px; }
-h3 { font-size: 13px; font-weight: 600; margin: 0; color: var(--quiet); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 0 0 22px; font-size: 14px; }
-dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
-code { font: 12px ui-monospace, "SF Mono", Menlo, Consolas, monospace; padding: 1px 6px; border: 1px solid var(--line);
-  border-radius: 4px; background: var(--card); }
-section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-section { padding: 16px 18px; margin: 0 0 18px; min-width: 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 14px; margin: 0 0 18px; }
-.card { padding: 14px 16px; } .card p { margin: 0; overflow-wrap: anywhere; }
-.value { font-size: 25px; font-weight: 650; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
-.quiet { color: var(--quiet); font-size: 13px; }
-.pair { display: grid; grid-template-columns: 1fr; gap: 0 18px; }
-@media (min-width: 980px) { .pair { grid-template-columns: 1fr 1fr; } }
-.chart { width: 100%; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th { color: var(--quiet); font-weight: 600; text-align: left; border-bottom: 1px solid var(--line); }
-th, td { padding: 5px 10px; vertical-align: top; white-space: nowrap; }
-tbody tr + tr td { border-top: 1px solid var(--line); }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 320px; max-height: 220px; overflow-y: auto;
-  font: 12px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-"""
-
-_SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function draw() {
-  const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  for (const [name, figure] of Object.entries(figures)) {
-    // The legend hangs 66 px below the plot, whose height is the chart's without the margins.
-    const layout = Object.assign({}, figure.layout, {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
-      font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--text")},
-      hoverlabel: {bgcolor: colour("--card"), bordercolor: colour("--line"), font: {color: colour("--text")},
-        align: "left"},
-      modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: colour("--text")},
-      legend: {orientation: "h", x: 0, y: -66 / (figure.layout.height - 106), yanchor: "top", traceorder: "normal"},
-      margin: {l: 60, r: 16, t: 34, b: 72},
-    });
-    for (const key of Object.keys(layout).filter(key => /^[xy]axis/.test(key)))
-      layout[key] = Object.assign({gridcolor: colour("--line"), linecolor: colour("--line")}, layout[key]);
-    Plotly.react(name, figure.data, layout, {responsive: true, displaylogo: false,
-      modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]]});
-  }
-}
-draw();
-dark.addEventListener("change", draw);
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

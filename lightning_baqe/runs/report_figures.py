@@ -96,11 +96,6 @@ def front_steps(summary: Summary, key: str) -> list[tuple[float, float]]:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def escaped(value: object) -> str:
-    """A value as HTML; a dash for none."""
-    return "–" if value in (None, "") else html.escape(str(value))
-
-
 def in_percent(value: float | None) -> str:
     """A share; a dash for none."""
     return "–" if value is None else f"{value:.2%}"
@@ -122,7 +117,7 @@ def speedup(reference: float | None, value: float | None) -> str:
 
 
 def name_of(entry: Entry) -> str:
-    """What a table calls an entry."""
+    """What tables and charts call an entry, as HTML."""
     return f"#{entry.number}" if entry.name is None else html.escape(entry.name)
 
 
