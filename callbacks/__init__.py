@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from lightning_baqe.callbacks.freeze_batch_norm import FreezeBatchNorm
     from lightning_baqe.callbacks.pareto_checkpoint import ParetoCheckpoint
 
-_HOME = {
-    "BayesianSearch": "bayesian_search",
-    "Distillation": "distillation",
-    "FreezeBatchNorm": "freeze_batch_norm",
-    "ParetoCheckpoint": "pareto_checkpoint",
+_HOMES = {
+    "bayesian_search": ("BayesianSearch",),
+    "distillation": ("Distillation",),
+    "freeze_batch_norm": ("FreezeBatchNorm",),
+    "pareto_checkpoint": ("ParetoCheckpoint",),
 }
 
-__getattr__, __dir__ = on_first_use(__name__, _HOME)
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)
 
 __all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm", "ParetoCheckpoint"]

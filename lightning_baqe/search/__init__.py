@@ -61,46 +61,28 @@ if TYPE_CHECKING:
     from lightning_baqe.search.space import SearchSpace, encode
     from lightning_baqe.search.surrogate import ArdGP, ArdOptions, DeepKernelGP, DeepKernelOptions, Posterior, Surrogate
 
-_HOME = {
-    "AnnealingOptions": "annealing",
-    "AnnealingSampler": "annealing",
-    "ArdGP": "surrogate",
-    "ArdOptions": "surrogate",
-    "BaqeSampler": "sampler",
-    "DeepKernelGP": "surrogate",
-    "DeepKernelOptions": "surrogate",
-    "Knowledge": "knowledge",
-    "NoisyImprovementOptions": "noisy_improvement",
-    "NoisyImprovementSampler": "noisy_improvement",
-    "OptunaSampler": "baselines",
-    "ParetoPruner": "pruning",
-    "PoolSearch": "baselines",
-    "Posterior": "surrogate",
-    "SamplerOptions": "sampler",
-    "SearchSpace": "space",
-    "Sum": "knowledge",
-    "Surrogate": "surrogate",
-    "adrs": "pareto",
-    "best_candidate": "acquisition",
-    "default_reference_point": "pareto",
-    "encode": "space",
-    "expected_hypervolume_improvement": "acquisition",
-    "gaussian_process": "baselines",
-    "hypervolume": "pareto",
-    "hypervolume_improvement": "acquisition",
-    "joint_samples": "acquisition",
-    "median_distance": "initial_design",
-    "nondominated_cells": "acquisition",
-    "nsga2": "baselines",
-    "pareto_mask": "pareto",
-    "random_search": "baselines",
-    "rbf": "initial_design",
-    "spanning_pool": "pool",
-    "ted": "initial_design",
-    "tpe": "baselines",
+_HOMES = {
+    "acquisition": (
+        "best_candidate",
+        "expected_hypervolume_improvement",
+        "hypervolume_improvement",
+        "joint_samples",
+        "nondominated_cells",
+    ),
+    "annealing": ("AnnealingOptions", "AnnealingSampler"),
+    "baselines": ("OptunaSampler", "PoolSearch", "gaussian_process", "nsga2", "random_search", "tpe"),
+    "initial_design": ("median_distance", "rbf", "ted"),
+    "knowledge": ("Knowledge", "Sum"),
+    "noisy_improvement": ("NoisyImprovementOptions", "NoisyImprovementSampler"),
+    "pareto": ("adrs", "default_reference_point", "hypervolume", "pareto_mask"),
+    "pool": ("spanning_pool",),
+    "pruning": ("ParetoPruner",),
+    "sampler": ("BaqeSampler", "SamplerOptions"),
+    "space": ("SearchSpace", "encode"),
+    "surrogate": ("ArdGP", "ArdOptions", "DeepKernelGP", "DeepKernelOptions", "Posterior", "Surrogate"),
 }
 
-__getattr__, __dir__ = on_first_use(__name__, _HOME)
+__getattr__, __dir__ = on_first_use(__name__, _HOMES)
 
 __all__ = [
     "AnnealingOptions",

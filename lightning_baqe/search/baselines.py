@@ -61,14 +61,14 @@ class OptunaSampler(StudySampler):
     it proposes a point that was tried, it is asked again with another seed; after 20 times a random point is taken.
 
     Args:
-        make: seed -> sampler.
+        make: called with ``seed=``; returns a sampler.
         seed: of everything, at least 0.
         search_space: see `StudySampler`.
     """
 
     def __init__(
         self,
-        make: Callable[[int], BaseSampler],
+        make: Callable[..., BaseSampler],
         seed: int = 0,
         search_space: Mapping[str, BaseDistribution] | None = None,
     ) -> None:
@@ -79,13 +79,13 @@ class OptunaSampler(StudySampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """As the wrapped sampler does it."""
-        sampler = self._make(self._derived_by_name(1, trial.number, param_name))
+        sampler = self._make(seed=self._derived_by_name(1, trial.number, param_name))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, str]:
         history = History.read(study, space, exclude=trial.number)
         for attempt in range(_ATTEMPTS):
-            key = self._ask(self._make(self._derived(2, trial.number, attempt)), study, trial, space)
+            key = self._ask(self._make(seed=self._derived(2, trial.number, attempt)), study, trial, space)
             if key not in history.seen:
                 return key, "sampler"
         return fresh_point(space, history, self._rng(3, trial.number)), "random"
@@ -106,7 +106,7 @@ class OptunaSampler(StudySampler):
 
 def random_search(seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None) -> OptunaSampler:
     """Uniform over the space, without repetition."""
-    return OptunaSampler(_random, seed, search_space)
+    return OptunaSampler(RandomSampler, seed, search_space)
 
 
 def tpe(
@@ -118,7 +118,7 @@ def tpe(
         seed, search_space: see `StudySampler`.
         n_initial: random trials before the first model.
     """
-    return OptunaSampler(partial(_tpe, n_initial), seed, search_space)
+    return OptunaSampler(partial(TPESampler, n_startup_trials=n_initial), seed, search_space)
 
 
 def nsga2(
@@ -130,7 +130,7 @@ def nsga2(
         seed, search_space: see `StudySampler`.
         population: Optuna's 50 would leave a search of 40 trials at random; 10 gives it four generations.
     """
-    return OptunaSampler(partial(_nsga2, population), seed, search_space)
+    return OptunaSampler(partial(NSGAIISampler, population_size=population), seed, search_space)
 
 
 def gaussian_process(
@@ -142,24 +142,8 @@ def gaussian_process(
         seed, search_space: see `StudySampler`.
         n_initial: random trials before the first model.
     """
-    return OptunaSampler(partial(_gaussian_process, n_initial), seed, search_space)
-
-
-# Functions of the module, so that samplers can be pickled.
-def _random(seed: int) -> BaseSampler:
-    return RandomSampler(seed=seed)
-
-
-def _tpe(n_initial: int, seed: int) -> BaseSampler:
-    return TPESampler(seed=seed, n_startup_trials=n_initial)
-
-
-def _nsga2(population: int, seed: int) -> BaseSampler:
-    return NSGAIISampler(seed=seed, population_size=population)
-
-
-def _gaussian_process(n_initial: int, seed: int) -> BaseSampler:
-    return GPSampler(seed=seed, n_startup_trials=n_initial, warn_independent_sampling=False)
+    make = partial(GPSampler, n_startup_trials=n_initial, warn_independent_sampling=False)
+    return OptunaSampler(make, seed, search_space)
 
 
 class PoolBaseline(StudySampler, abc.ABC):

@@ -232,6 +232,7 @@ def bootstrap_interval(
     values = np.asarray(figures, dtype=np.float64)
     if not len(values) or not 0 < level < 1:
         raise ConfigError(f"{len(values)} figures, level={level}; wanted at least one figure and 0 < level < 1")
+    # SciPy's bootstrap draws otherwise: published intervals could not be repeated, and one figure is refused there.
     chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.quantile(values[chosen].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -116,6 +116,7 @@ def _sqlite_file(url: URL) -> Path | None:
 
 @contextmanager
 def _hold_file(path: Path) -> Iterator[None]:
+    # Not filelock: a process that the holder forks inherits its lock and keeps it when the holder is killed.
     connection = sqlite3.connect(path, timeout=_TRY_S, isolation_level=None, check_same_thread=False)
     try:
         while not _begin(connection):
