@@ -255,8 +255,9 @@ def exact_chains(quads: np.ndarray, activation_max: int) -> list[int]:
     length = quads.shape[2]
     padding = ((0, 0), (0, 0), (0, -length % CHAINS[0]), (0, 0))
     padded = np.pad(quads, padding).astype(np.int32) * activation_max
-    positive = sum(np.maximum(padded[..., i::2], 0) for i in (0, 1))
-    negative = sum(np.minimum(padded[..., i::2], 0) for i in (0, 1))
+    first, second = padded[..., ::2], padded[..., 1::2]
+    positive = np.maximum(first, 0) + np.maximum(second, 0)
+    negative = np.minimum(first, 0) + np.minimum(second, 0)
     fits: list[int] = []
     for chain in reversed(CHAINS):
         if positive.max() > INT16_MAX or negative.min() < -INT16_MAX - 1:
