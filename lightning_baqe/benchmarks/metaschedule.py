@@ -253,8 +253,8 @@ def compare_kernel(
     save_arguments(arguments, workload_arguments(sample), workload_result(sample))
     ours = [bench.default] if dict(tuned_knobs) == bench.default else [bench.default, dict(tuned_knobs)]
     questions = [functools.partial(bench.ask, knobs) for knobs in ours]
-    for path in libraries:
-        questions.append(functools.partial(bench.device.measure_kernel, Kernel(lambda path=path: (path, arguments))))
+    theirs_files = [functools.partial(_same, path, arguments) for path in libraries]
+    questions += [functools.partial(bench.device.measure_kernel, Kernel(files)) for files in theirs_files]
     turns = in_turns(questions, CONFIRM_ROUNDS)
     theirs = turns[len(ours) :]
     right = [one.latency_us for one in theirs if one.error is None and one.latency_us is not None]
@@ -267,6 +267,10 @@ def compare_kernel(
         "exact": all(one.exact for one in theirs),
         "error": None if right else theirs[0].error,
     }
+
+
+def _same(library: Path, arguments: Path) -> tuple[Path, Path]:
+    return library, arguments
 
 
 def _figure(turns: Turns) -> float | None:
