@@ -49,6 +49,7 @@ from lightning_baqe.benchmarks.accuracy_rows import (
     find_row,
     measure_row,
 )
+from lightning_baqe.benchmarks.setups import check_positive, table_of
 from lightning_baqe.files import Rows
 
 SETTINGS = {
@@ -69,6 +70,7 @@ BELOW_FLOAT = {
     ("mobilenet_v2", "w4a4"): 4.0,
 }
 FROM_FAKE_QUANT = 0.2
+_TEXTS = ("network", "bits", "limits")  # columns
 
 
 def drop(row: dict[str, Any]) -> float:
@@ -95,11 +97,9 @@ def failures(row: dict[str, Any]) -> list[str]:
 
 def row_table(rows: list[dict[str, Any]]) -> Table:
     """Every row: accuracies in percent, differences in points of the test split."""
-    table = Table(title="accuracy in %, differences in points of the test split")
     headings = ("network", "bits", "seed", "float val", "test", "fake-quant val", "test", "deployed val", "test",
                 "below float", "from fake-quant", "limits")  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("network", "bits", "limits") else "right")
+    table = table_of("accuracy in %, differences in points of the test split", headings, _TEXTS)
     for row in rows:
         figures = [f"{100 * row[kind][split]:.2f}" for kind in ("float", "fake_quant", "deployed")
                    for split in ("val", "test")]  # fmt: skip
@@ -111,9 +111,8 @@ def row_table(rows: list[dict[str, Any]]) -> Table:
 
 def mean_table(rows: list[dict[str, Any]]) -> Table:
     """Mean and standard deviation over the seeds, by network and bits."""
-    table = Table(title="test split, mean ± standard deviation over seeds")
-    for heading in ("network", "bits", "seeds", "float", "fake-quant", "deployed", "below float", "most", "limits"):
-        table.add_column(heading, justify="left" if heading in ("network", "bits", "limits") else "right")
+    headings = ("network", "bits", "seeds", "float", "fake-quant", "deployed", "below float", "most", "limits")
+    table = table_of("test split, mean ± standard deviation over seeds", headings, _TEXTS)
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["network"], row["bits"]), []).append(row)
@@ -146,11 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of training and of the compiled network")
     parser.add_argument("--smallest", action="store_true", help="a few images and one epoch: does it run?")
     options = parser.parse_args(arguments)
-    if options.threads < 1:
-        parser.error("--threads is at least 1")
-    for name, epochs in (("--float-epochs", options.float_epochs), ("--tuning-epochs", options.tuning_epochs)):
-        if epochs is not None and epochs < 1:
-            parser.error(f"{name} is at least 1")
+    check_positive(parser, options, "threads", "float-epochs", "tuning-epochs")
     torch.set_num_threads(options.threads)
     console = Console(width=150 if not Console().is_terminal else None)
     shortest = 1 if options.smallest else None

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,11 @@ def find_row(rows: Rows, request: Request) -> dict[str, Any] | None:
     return next((row for row in reversed(rows.read()) if row["key"] == request.key), None)
 
 
+quiet_trainer = partial(
+    pl.Trainer, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
+)
+
+
 class _Curve(pl.Callback):
     """Accuracy and seconds of each epoch, kept beside the checkpoint, over interruptions, too."""
 
@@ -246,7 +252,7 @@ def _float(request: Request, data: GlyphsDataModule, folder: Path, say: Say) -> 
     pl.seed_everything(request.seed, verbose=False)
     net = network(request.network, data.num_classes).to(memory_format=torch.channels_last)
     training = request.settings.float_training
-    task = _task(net, data, training)
+    task = task_of(net, data, training)
     return _fit(task, data, request.checkpoint(folder, quantized=False), training, [], say)
 
 
@@ -254,7 +260,7 @@ def _tuned(request: Request, data: GlyphsDataModule, teacher: _Trained, folder: 
     pl.seed_everything(request.seed, verbose=False)
     weight, activation = BITS[request.bits]
     settings = request.settings
-    task = _task(copy.deepcopy(teacher.net), data, settings.tuning[request.bits])
+    task = task_of(copy.deepcopy(teacher.net), data, settings.tuning[request.bits])
     quantized = task.quantize(BitConfig.uniform(teacher.net, weight, activation), data.example_input)
     calibrate(quantized, data.train_dataloader(), settings.calibration_batches)
     distillation = Distillation("net", teacher.net, settings.weight, settings.temperature)
@@ -262,13 +268,10 @@ def _tuned(request: Request, data: GlyphsDataModule, teacher: _Trained, folder: 
     return _fit(task, data, checkpoint, settings.tuning[request.bits], [distillation], say)
 
 
-def _task(net: nn.Module, data: GlyphsDataModule, training: Training) -> ImageClassifier:
+def task_of(net: nn.Module, data: GlyphsDataModule, training: Training) -> ImageClassifier:
+    """The task of one training."""
     return ImageClassifier(
-        net,
-        data.num_classes,
-        training.learning_rate,
-        training.weight_decay,
-        scheduler=training.scheduler,
+        net, data.num_classes, training.learning_rate, training.weight_decay, scheduler=training.scheduler
     )
 
 
@@ -286,8 +289,7 @@ def _fit(
 
     def trainer(**options: Any) -> pl.Trainer:
         options["callbacks"] = [*options["callbacks"], curve, *callbacks]
-        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        return pl.Trainer(accelerator="cpu", devices=1, **quiet, **options)
+        return quiet_trainer(**options)
 
     fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer)
     kept = json.loads(curve.path.read_text())

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.engines.zoo import calibrated
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
@@ -105,19 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--networks", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     options = parser.parse_args(arguments)
     console = Console(width=None if Console().is_terminal else 140)
-    table = Table(title="HAWQ-V3, Table I: size (MB = 2^20 bytes) and BOPs (10^9)")
-    for column in (
-        "network",
-        "width",
-        "paper MB",
-        "weights MB",
-        "all MB",
-        "paper GBOPs",
-        "GBOPs",
-        "MB fits",
-        "GBOPs fits",
-    ):
-        table.add_column(column, justify="left" if column in ("network", "width") else "right")
+    headings = ("network", "width", "paper MB", "weights MB", "all MB", "paper GBOPs", "GBOPs", "MB fits", "GBOPs fits")
+    table = table_of("HAWQ-V3, Table I: size (MB = 2^20 bytes) and BOPs (10^9)", headings, ("network", "width"))
     fine = True
     for name in options.networks:
         for row in rows(name):

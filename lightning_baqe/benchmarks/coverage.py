@@ -30,8 +30,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, versions
 
 STAGES = ("quantize", "lower", "build", "match")
@@ -186,17 +187,15 @@ def _in_process(library: str, family: str, member: str, timeout_s: float) -> Row
 
 def run(libraries: list[str], folder: Path, jobs: int, timeout_s: float, console: Console) -> list[Row]:
     """All rows, from the folder or tried now."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "rows.jsonl"
-    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
+    kept = Rows(folder / "rows.jsonl")
+    rows = [Row(**row) for row in kept.read()]
     done = {(row.library, row.family, row.member) for row in rows}
     wanted = [(lib, family, member) for lib in libraries for family, member in CNNS[lib].items()]
     missing = [entry for entry in wanted if entry not in done]
-    with Progress(console=console) as progress, ThreadPoolExecutor(jobs) as pool, kept.open("a") as file:
+    with Progress(console=console) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("networks", total=len(missing))
         for row in pool.map(lambda e: _in_process(e[0], e[1], e[2], timeout_s), missing):
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
+            kept.append(asdict(row))
             rows.append(row)
             progress.update(task, advance=1, description=row.member)
     return [row for entry in wanted for row in rows if (row.library, row.family, row.member) == entry]
@@ -207,9 +206,9 @@ def report(rows: list[Row], console: Console) -> bool:
     fine = True
     for library in dict.fromkeys(row.library for row in rows):
         mine = [row for row in rows if row.library == library]
-        table = Table(title=f"{library}: CNN families, random mixed 2..8-bit layers")
-        for column in ("family", "member", "image", "MMAC", *STAGES, "seconds", "error"):
-            table.add_column(column, justify="right" if column in ("image", "MMAC", "seconds") else "left")
+        texts = ("family", "member", *STAGES, "error")
+        headings = ("family", "member", "image", "MMAC", *STAGES, "seconds", "error")
+        table = table_of(f"{library}: CNN families, random mixed 2..8-bit layers", headings, texts)
         for row in mine:
             last = STAGES.index(row.reached) if row.reached else -1
             marks = ["yes" if index <= last else "no" for index in range(len(STAGES))]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -29,11 +28,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.engines.engine_process import ENGINES, engine_name, missing_packages
 from lightning_baqe.engines.engine_runs import EngineResult, ModelRun, RunOptions, run_model
 from lightning_baqe.engines.layer_tables import kind_rows, layer_rows, print_layers
 from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.files import replace_file
 from lightning_baqe.hardware.identity import device_info, versions
 
 INSTALL = "uv sync --group bench"
@@ -140,10 +141,7 @@ class Store:
         """Keep a network's figures, and write them at once."""
         self.models[model] = figures
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self.path.with_name(self.path.name + ".partial")
-            unfinished.write_text(json.dumps(self.content, indent=1))
-            os.replace(unfinished, self.path)
+            replace_file(self.path, json.dumps(self.content, indent=1).encode())
 
 
 def show(console: Console, model: str, figures: dict[str, Any]) -> None:
@@ -161,9 +159,8 @@ def show(console: Console, model: str, figures: dict[str, Any]) -> None:
 
 def print_exactness(console: Console, model: str, checks: dict[str, list[dict[str, Any]]]) -> None:
     """Print how many elements of each engine's results are wrong."""
-    table = Table(title=f"{model}: how exact the integer arithmetic is")
-    for heading in ("engine", "check", "elements", "wrong", "share", "largest"):
-        table.add_column(heading, justify="left" if heading in ("engine", "check") else "right")
+    headings = ("engine", "check", "elements", "wrong", "share", "largest")
+    table = table_of(f"{model}: how exact the integer arithmetic is", headings, ("engine", "check"))
     for engine, rows in checks.items():
         for row in rows:
             share = row["differing"] / row["elements"]

@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import fx
 
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.zoo import calibrated, random_bits, settled_network
 from lightning_baqe.errors import ConfigError
@@ -187,21 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
         bits = BitConfig.uniform(module, int(options["weight"]), int(options["activation"]))
     rows, same = compare(calibrated(module, bits, x), x, options["target"], int(options["threads"]))
     console = Console(width=None if Console().is_terminal else 160)
-    table = Table(
-        title=f"{options['model']}, W{options['weight']}A{options['activation']}, {len(x)} images of {size} px"
-    )
-    for column in (
-        "tensor",
-        "operator",
-        "elements",
-        "alone: max",
-        "equal",
-        "whole: max",
-        "equal",
-        "cosine",
-        "compiled",
-    ):
-        table.add_column(column, justify="left" if column in ("tensor", "operator") else "right")
+    title = f"{options['model']}, W{options['weight']}A{options['activation']}, {len(x)} images of {size} px"
+    headings = ("tensor", "operator", "elements", "alone: max", "equal", "whole: max", "equal", "cosine", "compiled")
+    table = table_of(title, headings, ("tensor", "operator"))
     for row in rows:
         alone = (str(row.alone.largest), f"{row.alone.equal:.4%}")
         whole = (str(row.whole.largest), f"{row.whole.equal:.2%}", f"{row.whole.cosine:.6f}")

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, float_network, measure_rows, row_key
+from lightning_baqe.benchmarks.setups import check_positive, table_of
 from lightning_baqe.costs.accuracy_models import choose, spread_of_repeats
 from lightning_baqe.costs.correction import PLAIN
 from lightning_baqe.costs.structure import Structure
@@ -238,9 +238,8 @@ def print_record(record: dict[str, Any], console: Console) -> None:
         f"{len(record['latency']['pixels'])} conversions; float {record['reference']['latency_us']:.0f} us",
         soft_wrap=True,
     )
-    table = Table(title=f"accuracy: held-out predictions of {accuracy['bit_configs']} bit-configs, 10 folds")
-    for heading in ("model", "R2", "mean absolute error", "rank correlation"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    title = f"accuracy: held-out predictions of {accuracy['bit_configs']} bit-configs, 10 folds"
+    table = table_of(title, ("model", "R2", "mean absolute error", "rank correlation"), ("model",))
     for name, scores in accuracy["held_out"].items():
         shown = f"{name} *" if name == accuracy["chosen"] else name
         table.add_row(shown, f"{scores['r2']:.3f}", f"{100 * scores['mae']:.2f} points", f"{scores['spearman']:.3f}")
@@ -251,9 +250,9 @@ def print_record(record: dict[str, Any], console: Console) -> None:
         f"{100 * errors['std']:.2f} points; of equal bits {100 * record['accuracy']['spread']:.2f} points",
         soft_wrap=True,
     )
-    table = Table(title=f"latency: {check['networks']} whole networks, corrections fitted to others (5 folds)")
-    for heading in ("model", "rank correlation", "median error", "mean error", "largest error"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    title = f"latency: {check['networks']} whole networks, corrections fitted to others (5 folds)"
+    headings = ("model", "rank correlation", "median error", "mean error", "largest error")
+    table = table_of(title, headings, ("model",))
     for name in ("sum", "corrected"):
         row = check[name]
         relative = [f"{row[f'{kind}_relative_error']:.1%}" for kind in ("median", "mean", "largest")]
@@ -303,9 +302,7 @@ def main(arguments: list[str] | None = None, device: Device | None = None, trial
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("configs", "tiles", "points"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is at least 1")
+    check_positive(parser, options, "configs", "tiles", "points")
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # hardware and tips, anew for each Trainer
     warnings.filterwarnings("ignore", message=".*does not have many workers")

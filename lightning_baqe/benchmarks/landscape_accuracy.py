@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
-from lightning_baqe.benchmarks.accuracy_rows import Sizes
+from lightning_baqe.benchmarks.accuracy_rows import Sizes, quiet_trainer, task_of
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError
@@ -91,19 +91,12 @@ def float_network(name: str, trial: Trial, checkpoint: Path, say: Say) -> nn.Mod
     data = GlyphsDataModule(sizes.train, sizes.val, sizes.test, min(settings.batch_size, sizes.train), 0)
     pl.seed_everything(0, verbose=False)
     net = network(name, data.num_classes).to(memory_format=torch.channels_last)
-    task = ImageClassifier(
-        net, data.num_classes, training.learning_rate, training.weight_decay, scheduler=training.scheduler
-    )
+    task = task_of(net, data, training)
     if not checkpoint.exists():
         say(f"training {name} in float, {training.epochs} epochs of {sizes.train} images")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    fit_to_checkpoint(task, data, checkpoint, training.epochs, _trainer)
+    fit_to_checkpoint(task, data, checkpoint, training.epochs, quiet_trainer)
     return net.to(memory_format=torch.contiguous_format).eval()
-
-
-def _trainer(**options: Any) -> pl.Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(accelerator="cpu", devices=1, **quiet, **options)
 
 
 def bit_configs(base: BitConfig, n: int, seed: int = 0) -> list[dict[str, int]]:
@@ -198,7 +191,8 @@ def measure_bits(
     loader = torch.utils.data.DataLoader(
         data.dataset("train"), trial.batch_size, shuffle=True, drop_last=True, generator=order
     )
-    trainer = _trainer(max_epochs=1, limit_train_batches=trial.steps, limit_val_batches=0, enable_checkpointing=False)
+    limits: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": trial.steps, "limit_val_batches": 0}
+    trainer = quiet_trainer(**limits, enable_checkpointing=False)
     trainer.fit(task, loader, data.val_dataloader())
     tuned = time.perf_counter()
     graph = lower(quantized)

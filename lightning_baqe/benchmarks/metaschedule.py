@@ -50,6 +50,7 @@ from lightning_baqe.benchmarks.metaschedule_workload import (
     workload_arguments,
     workload_result,
 )
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.target import CpuTarget
@@ -343,10 +344,9 @@ def metaschedule_table(rows: list[dict[str, Any]], ours_seconds: float | None = 
         ours_seconds: that our tuner took for all kernels of the network, for the title.
     """
     took = "" if ours_seconds is None else f"; our tuner took {ours_seconds:.0f} s for all kernels"
-    table = Table(title=f"TVM's MetaSchedule, measured in turns with ours{took}")
-    for name in ("layers", "MMAC", "ours default us", "ours tuned us", "MetaSchedule us", "ratio", "exact", "trials",
-                 "tuning s"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "layers" else "right")
+    headings = ("layers", "MMAC", "ours default us", "ours tuned us", "MetaSchedule us", "ratio", "exact", "trials",
+                "tuning s")  # fmt: skip
+    table = table_of(f"TVM's MetaSchedule, measured in turns with ours{took}", headings, ("layers",))
     for row in rows:
         more = f" +{len(row['layers']) - 1}" if len(row["layers"]) > 1 else ""
         end = [str(row["trials"]), f"{row['seconds']:.0f}"]

@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.search_runs import replay
 from lightning_baqe.benchmarks.search_tables import scaled_adrs
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.files import Rows, replace_file
@@ -191,11 +191,9 @@ def predicted(landscape: str, modes: Sequence[str], trials: int, seeds: int, fol
 def show(console: Console, title: str, entries: Sequence[Mapping[str, Any]], landscape: Mapping[str, Any]) -> None:
     """Print the table of both."""
     points = list(entries[0]["hypervolume"])
-    table = Table(title=title)
     names = ("mode", "seed", *(f"HV at {n}" for n in points), "of joint", "ADRS", "trials to paper's", "front",
              "on joint", "best accuracy", "fastest", "smallest", "s a trial", "minutes", "float")  # fmt: skip
-    for name in names:
-        table.add_column(name, justify="left" if name == "mode" else "right")
+    table = table_of(title, names, ("mode",))
     for entry in entries:
         reached = entry["trials_to_paper"]
         table.add_row(

@@ -29,6 +29,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.data.base import ImageTensorDataset, Split
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.engine_process import missing_packages
+from lightning_baqe.engines.peers import onnxruntime_session
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
@@ -195,11 +198,7 @@ def float_network(name: str, training: Training, num_classes: int, own: Path, ot
     kept = own / f"{name}-float-{digest}.ckpt"
     checkpoint = found[-1] if found and training == TRAININGS[name] and not kept.exists() else kept
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-
-    def trainer(**options: Any) -> pl.Trainer:
-        quiet: dict[str, Any] = {"logger": False, "enable_model_summary": False}
-        return pl.Trainer(accelerator="cpu", devices=1, **quiet, **options)
-
+    trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, enable_model_summary=False)
     task = ImageClassifier(net, num_classes)
     rate = training.learning_rate
     if training.colourless_epochs and not checkpoint.exists():
@@ -227,14 +226,7 @@ def prepared(name: str, training: Training, own: Path, others: Path, images: int
 
 def onnxruntime_run(path: Path, exact: bool, threads: int) -> Run:
     """A session of ONNX Runtime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if exact:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(str(path), threads, exact)
     return lambda x: np.asarray(session.run(["logits"], {"input": x})[0])
 
 
@@ -284,10 +276,9 @@ def measure(name: str, graph: IntegerGraph, x: np.ndarray, y: np.ndarray, path: 
 
 def table(rows: list[Row]) -> Table:
     """All rows."""
-    made = Table(title="compiled networks and their ONNX models, W8A8")
-    for heading in ("network", "engine", "same class", "cosine", "smallest", "largest difference", "of spread",
-                    "accuracy", "ours", "limits"):  # fmt: skip
-        made.add_column(heading, justify="left" if heading in ("network", "engine", "limits") else "right")
+    headings = ("network", "engine", "same class", "cosine", "smallest", "largest difference", "of spread", "accuracy",
+                "ours", "limits")  # fmt: skip
+    made = table_of("compiled networks and their ONNX models, W8A8", headings, ("network", "engine", "limits"))
     for row in rows:
         verdict = ("; ".join(row.failures) or "hold") if row.engine == EXACT else ""
         made.add_row(

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lightning_baqe.benchmarks.loops import FUNCTIONS, METHODS, function_of, reference_of, run
 from lightning_baqe.benchmarks.replays import fill
-from lightning_baqe.benchmarks.setups import begin
+from lightning_baqe.benchmarks.setups import begin, check_positive, table_of
 from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.search import hypervolume
 from lightning_baqe.search.metrics import bootstrap_interval, compare_paired
@@ -75,11 +74,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], problem: str, evaluations: int,
 
 def print_summary(console: Console, entries: Sequence[Mapping[str, Any]], evaluations: int) -> None:
     """Print the table of `summarise`."""
-    table = Table(title=f"2 (d + 1) Sobol points and {evaluations} evaluations: hypervolume, median over the seeds")
-    table.add_column("problem")
-    for name in ("seeds", "maximum", "start", "BoTorch", "ours", "ours / BoTorch", "95 %", f"within {MARGIN:.0%}",
-                 "p", "s a proposal: BoTorch", "ours"):  # fmt: skip
-        table.add_column(name, justify="right")
+    title = f"2 (d + 1) Sobol points and {evaluations} evaluations: hypervolume, median over the seeds"
+    headings = ("problem", "seeds", "maximum", "start", "BoTorch", "ours", "ours / BoTorch", "95 %",
+                f"within {MARGIN:.0%}", "p", "s a proposal: BoTorch", "ours")  # fmt: skip
+    table = table_of(title, headings, ("problem",))
     for entry in entries:
         if not entry["seeds"]:
             table.add_row(entry["problem"], "0", f"{entry['maximum']:.5g}")
@@ -109,9 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("evaluations", "seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is at least 1")
+    check_positive(parser, options, "evaluations", "seeds", "jobs")
     console = Console(width=150 if not Console().is_terminal else None, highlight=False)
     begin(options.folder, {"version": 1})
     rows = Rows(options.folder / "runs.jsonl")

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.costs.bit_rewards import (
     GAIN,
     REFERENCE,
@@ -119,11 +120,8 @@ def shape_text(spec: TunableSpec) -> str:
 def table(rewards: Rewards) -> Table:
     """One row a kernel, then the network."""
     widths = [bits for bits in rewards.widths if bits != REFERENCE]
-    found = Table(title=f"Speed at each bit-width over 8 bit ({rewards.path}); '=': the same instructions")
-    for column, side in (("kernel", "left"), ("layers", "right"), ("us at 8 bit", "right")):
-        found.add_column(column, justify=side)  # type: ignore[arg-type]
-    for bits in widths:
-        found.add_column(f"{bits} bit", justify="right")
+    title = f"Speed at each bit-width over 8 bit ({rewards.path}); '=': the same instructions"
+    found = table_of(title, ("kernel", "layers", "us at 8 bit", *(f"{bits} bit" for bits in widths)), ("kernel",))
     for kernel in rewards.kernels:
         ratios = ["=" if bits in kernel.same else _ratio(kernel.speedup(bits)) for bits in widths]
         reference = kernel.latency_us.get(REFERENCE)

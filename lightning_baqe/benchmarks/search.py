@@ -30,7 +30,7 @@ from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.search_figures import draw_curves, draw_points
 from lightning_baqe.benchmarks.search_runs import SAMPLERS, best_known_front, proposing_seconds, replay
 from lightning_baqe.benchmarks.search_tables import Runs, curves_of, print_summary, runs_of, summarise
-from lightning_baqe.benchmarks.setups import begin
+from lightning_baqe.benchmarks.setups import begin, check_positive
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.search import pareto_mask
@@ -90,9 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("seeds", "jobs", "proposals"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is at least 1")
+    check_positive(parser, options, "seeds", "jobs", "proposals")
     if not 2 <= options.initial < options.trials:
         parser.error("--initial is at least 2 and below --trials")
     console = Console(width=200 if not Console().is_terminal else None, highlight=False)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search import adrs, hypervolume, pareto_mask
 from lightning_baqe.search.metrics import (
@@ -180,12 +180,10 @@ def print_summary(console: Console, title: str, entries: Sequence[Mapping[str, A
     """Print the table of `summarise`."""
     points = list(entries[0]["hypervolume"])
     others = list(dict.fromkeys(other for entry in entries for other in entry["against"]))
-    table = Table(title=title)
-    table.add_column("sampler")
-    for name in ("ADRS", "norm. ADRS", "norm. time", "optimal points", "of P",
-                 *(f"HV at {n}" for n in points), *(f"p vs {other}" for other in others),
-                 "trials to target", "seeds", "proposing s", "total s"):  # fmt: skip
-        table.add_column(name, justify="right")
+    headings = ("sampler", "ADRS", "norm. ADRS", "norm. time", "optimal points", "of P",
+                *(f"HV at {n}" for n in points), *(f"p vs {other}" for other in others),
+                "trials to target", "seeds", "proposing s", "total s")  # fmt: skip
+    table = table_of(title, headings, ("sampler",))
     for entry in entries:
         low, _, high = entry["hypervolume"][points[-1]]
         volumes = [f"{entry['hypervolume'][n][1]:.3f}" for n in points]

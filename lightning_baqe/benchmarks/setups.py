@@ -1,11 +1,14 @@
-"""Folders that benchmarks fill, so that the same command goes on where it was interrupted."""
+"""What benchmarks share: folders that the same command goes on to fill, tables, numbers on the command line."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.files import replace_file
@@ -30,3 +33,19 @@ def begin(folder: Path, setup: Mapping[str, Any]) -> None:
     different = [f"{k}: {found.get(k)!r} there, {v!r} here" for k, v in setup.items() if found.get(k) != v]
     if different:
         raise ConfigError(f"{folder} was begun with another setup ({'; '.join(different)}): give another --folder.")
+
+
+def table_of(title: str, headings: Sequence[str], texts: Collection[str] = ()) -> Table:
+    """A table without rows; the columns in ``texts`` are set left, those of figures right."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in texts else "right")
+    return table
+
+
+def check_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """End the program with a message, unless these options are left out or at least 1."""
+    for name in names:
+        value = getattr(options, name.replace("-", "_"))
+        if value is not None and value < 1:
+            parser.error(f"--{name} is at least 1")

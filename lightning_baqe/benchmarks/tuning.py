@@ -29,10 +29,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from lightning_baqe.benchmarks.metaschedule import compare, metaschedule_table
-from lightning_baqe.benchmarks.setups import begin
+from lightning_baqe.benchmarks.setups import begin, check_positive, table_of
 from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import MeasurementError
@@ -112,15 +111,9 @@ def run_strategy(
     result: TuneResult | None = None
     try:
         with TuneProgress(console) as bar:
-            result = tune(
-                graph,
-                BuildOptions(get_target(setup.target), setup.threads),
-                candidates,
-                None,
-                keeping(device, folder, name),
-                STRATEGIES[name](setup.seed),
-                bar.update,
-            )
+            strategy, known = STRATEGIES[name](setup.seed), keeping(device, folder, name)
+            options = BuildOptions(get_target(setup.target), setup.threads)
+            result = tune(graph, options, candidates, None, known, strategy, bar.update)
     finally:
         measured = None if result is None else result.measured
         row = {"strategy": name, "candidates": candidates, "seconds": time.monotonic() - started, "measured": measured}
@@ -269,10 +262,9 @@ def total(rows: list[dict[str, Any]], of: str, strategy: str | None = None) -> f
 
 def print_kernels(console: Console, title: str, rows: list[dict[str, Any]], shares: dict[str, float | None]) -> None:
     """Print the table of default, tuned and random knobs."""
-    table = Table(title=title)
-    for name in ("layers", "MMAC", "default us", "tuned us", "speedup", "GMAC/s", "of peak", "random us: best",
-                 "median", "worst", "median / default", "tuned knobs"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("layers", "tuned knobs") else "right")
+    headings = ("layers", "MMAC", "default us", "tuned us", "speedup", "GMAC/s", "of peak", "random us: best",
+                "median", "worst", "median / default", "tuned knobs")  # fmt: skip
+    table = table_of(title, headings, ("layers", "tuned knobs"))
     for row in rows:
         tuned, at_random = next(iter(row["tuned_us"].values())), row["random_us"]
         gmacs = row["macs"] / tuned / 1e3
@@ -296,9 +288,8 @@ def print_kernels(console: Console, title: str, rows: list[dict[str, Any]], shar
 
 def print_strategies(console: Console, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
     """Print what each strategy's winners take, measured in turns, and what it took to find them."""
-    table = Table(title="strategies at equal numbers of candidates; all layers")
-    for name in ("strategy", "winners us", "default / winners", "best on kernels", "tuning s"):
-        table.add_column(name, justify="left" if name == "strategy" else "right")
+    headings = ("strategy", "winners us", "default / winners", "best on kernels", "tuning s")
+    table = table_of("strategies at equal numbers of candidates; all layers", headings, ("strategy",))
     for entry in strategies_of(rows, runs):
         table.add_row(
             entry["strategy"], f"{entry['winners_us']:.0f}", f"{entry['ratio']:.3f}", str(entry["best_on"]),
@@ -376,9 +367,7 @@ def main(arguments: list[str] | None = None, device: Device | None = None) -> No
     """The command line, for a device instead of this machine if one is given."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("candidates", "random", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is at least 1")
+    check_positive(parser, options, "candidates", "random", "rounds")
     if options.metaschedule < 0 or options.metaschedule_kernels < 1:
         parser.error("--metaschedule is at least 0, and --metaschedule-kernels at least 1")
     if options.metaschedule and options.threads != 1:
@@ -423,14 +412,8 @@ def main(arguments: list[str] | None = None, device: Device | None = None) -> No
     rebuilt = None
     if options.rebuild:
         other = setup.graph(options.rebuild)
-        tune(
-            other,
-            BuildOptions(get_target(setup.target), setup.threads),
-            1,
-            None,
-            keeping(device, folder, first),
-            STRATEGIES[first](setup.seed),
-        )
+        build_options = BuildOptions(get_target(setup.target), setup.threads)
+        tune(other, build_options, 1, None, keeping(device, folder, first), STRATEGIES[first](setup.seed))
         rebuilt = rebuild_seconds(setup, options.rebuild, keeping(device, folder, first).records.path)
         console.print(
             f"build of {options.rebuild} from records: {rebuilt['build_s']:.1f} s, "

@@ -29,9 +29,9 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
-from rich.table import Table
 
 from lightning_baqe.benchmarks import postgres
+from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.landscapes.measured import Landscape
 from lightning_baqe.quantization.config import BitConfig, LayerBits
@@ -299,9 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )  # fmt: skip
             if "://" in options.storage:
                 optuna.delete_study(study_name="workers", storage=storage)
-    table = Table(title=f"{options.trials} trials of {options.pause:g} s on {options.landscape}, {options.storage}")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
+    title = f"{options.trials} trials of {options.pause:g} s on {options.landscape}, {options.storage}"
+    table = table_of(title, [name.replace("_", " ") for name in rows[0]])
     for row in rows:
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=160).print(table)

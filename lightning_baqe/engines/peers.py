@@ -138,6 +138,7 @@ def onnxruntime_session(path: str, threads: int, exact: bool, profile: str | Non
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
