@@ -83,16 +83,26 @@ class ActivationQuantizer(nn.Module, ABC):
                 "training diverged; use a lower learning rate or clip gradients"
             )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _ready(self, x: torch.Tensor) -> bool:
+        """Whether the scale acts on ``x``: an observer only looks at it; the first batch of a training sets the scale.
+
+        Raises:
+            CalibrationError: there is no scale, and nothing is trained.
+        """
         if self.observer is not None:
             self.observer.update(x.detach())
-            return x
+            return False
         if not bool(self.initialized):
             if not self.training:
                 self.require_initialized()
             first = RangeObserver()
             first.update(x.detach())
             self.initialize(first)
+        return True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._ready(x):
+            return x
         if not (math.isfinite(self.step()) and math.isfinite(float(self._offset().detach()))):
             return x * math.nan  # training diverged: the loss must show it, whoever computes it
         factor = 1.0 / math.sqrt(max(x[0].numel(), 1) * self.qmax)
@@ -213,14 +223,7 @@ class ResidualStream(ActivationQuantizer):
         self.scale.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.observer is not None:
-            self.observer.update(x.detach())
-        elif not bool(self.initialized):
-            if not self.training:
-                self.require_initialized()
-            first = RangeObserver()
-            first.update(x.detach())
-            self.initialize(first)
+        self._ready(x)
         return x
 
     def zero_point(self) -> int:
