@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torchvision
 
@@ -354,9 +355,9 @@ def compiled(
 
 
 def assert_exact(artifact: Artifact, x: torch.Tensor, also: Sequence[str] = ()) -> None:
-    """Every integer node and the output equal the interpreter's, if this CPU runs the code at all."""
+    """Every integer node and the output equal the interpreter's; skips the test where this CPU cannot run the code."""
     if not can_run(artifact.target.path):
-        return
+        pytest.skip(f"this CPU does not run {artifact.target.path} code: it was compiled only")
     wrong = verify(artifact, x)
     assert not {name: count for name, count in wrong.items() if count}
     assert set(also) <= set(wrong)
