@@ -17,7 +17,6 @@ A new device is a new file. ``detected`` stands for what this machine says of it
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +26,7 @@ from torch import nn
 
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import can_run, cpu_flags, get_target
+from lightning_baqe.hardware.target import can_run, cpu_flags, get_target, usable_cores
 from lightning_baqe.quantization.config import FLOAT_BITS, MAX_BITS, MIN_BITS, BitConfig, layers
 
 VERSION = 1
@@ -86,7 +85,7 @@ class DeviceDescription(_Part):
     version: int
     target: str
     instructions: Annotated[tuple[str, ...], _or_detected(lambda: tuple(sorted(cpu_flags())))]
-    cores: Annotated[Positive, _or_detected(lambda: usable_cores())]
+    cores: Annotated[Positive, _or_detected(lambda: len(usable_cores()))]
     caches: Annotated[Caches, _or_detected(lambda: detected_caches())]
     bits: dict[Operator, SupportedBits]
     fuses: tuple[Literal["requantization", "residual"], ...]
@@ -147,7 +146,7 @@ class DeviceDescription(_Part):
             raise ValueError(f"bits says nothing about {', '.join(sorted(missing))}")
         if self.threads > self.cores:
             raise ValueError(f"threads is {self.threads}, but the device has {self.cores} cores")
-        sizes = [size for size in (self.caches.l1d_kib, self.caches.l2_kib, self.caches.l3_kib) if size]
+        sizes = [size for _, size in self.caches if size]
         if sizes != sorted(sizes):
             raise ValueError(f"caches grow from l1d_kib to l3_kib, got {sizes}")
         return self
@@ -191,14 +190,12 @@ class DeviceDescription(_Part):
         wrong = []
         operators = layer_operators(network)
         for name in (name for name in operators if name in bits):
-            operator, supported, layer = operators[name], self.bits[operators[name]], bits[name]
+            supported, layer, about = self.bits[operators[name]], bits[name], f"{name!r} ({operators[name]}) has"
             weight = set(layer.weight if isinstance(layer.weight, tuple) else (layer.weight,))
             if not weight <= set(supported.weight):
-                wrong.append(f"{name!r} ({operator}) has weights of {list(supported.weight)} bit, not {sorted(weight)}")
+                wrong.append(f"{about} weights of {list(supported.weight)} bit, not {sorted(weight)}")
             if layer.activation not in supported.activation:
-                wrong.append(
-                    f"{name!r} ({operator}) has inputs of {list(supported.activation)} bit, not {layer.activation}"
-                )
+                wrong.append(f"{about} inputs of {list(supported.activation)} bit, not {layer.activation}")
         _refuse(wrong, self.target)
 
 
@@ -219,17 +216,11 @@ def layer_operators(network: nn.Module) -> dict[str, Operator]:
     return found
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def detected_caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> Caches:
     """The caches of the first core as Linux tells them; 0 where it tells nothing."""
-    sizes = {"l1d_kib": 0, "l2_kib": 0, "l3_kib": 0}
+    sizes = {"1": 0, "2": 0, "3": 0}
     for index in folder.glob("index*"):
         level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-        name = {"1": "l1d_kib", "2": "l2_kib", "3": "l3_kib"}.get(level)
-        if name is not None and kind != "Instruction":
-            sizes[name] = int(size.removesuffix("K"))
-    return Caches(**sizes)
+        if level in sizes and kind != "Instruction":
+            sizes[level] = int(size.removesuffix("K"))
+    return Caches(l1d_kib=sizes["1"], l2_kib=sizes["2"], l3_kib=sizes["3"])

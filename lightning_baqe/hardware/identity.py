@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from lightning_baqe.hardware.target import cpu_flags, cpu_name
+from lightning_baqe.hardware.target import cpu_flags, cpu_name, usable_cores
 
 _FLAGS_THAT_MATTER = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "lightning-baqe")
@@ -31,7 +30,7 @@ def device_info(threads: int = 1) -> dict[str, Any]:
         "system": platform.system(),
         "flags": [flag for flag in _FLAGS_THAT_MATTER if flag in cpu_flags()],
         "flags_digest": hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:16],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(usable_cores()),
         "threads": threads,
     }
 

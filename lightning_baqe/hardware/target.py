@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_baqe.errors import BuildError
@@ -52,27 +53,32 @@ NEEDED_FLAGS = {
 
 
 @functools.cache
-def cpu_flags() -> frozenset[str]:
-    """The instruction-set flags of this CPU, in the kernel's spelling; empty where the kernel tells none."""
+def _cpu_info() -> dict[str, str]:
+    """What Linux tells of the first CPU; empty on other systems."""
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return frozenset()
-    for line in info.read_text().splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
+    fields: dict[str, str] = {}
+    for line in info.read_text().splitlines() if info.exists() else ():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def usable_cores() -> list[int]:
+    """Cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 @functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction-set flags of this CPU, in the kernel's spelling; empty where the kernel tells none."""
+    return frozenset(_cpu_info().get("flags", "").split())
+
+
 def cpu_name() -> str:
     """Model name of this CPU with family and model, since several generations share one name."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
+    fields = _cpu_info()
+    if not fields:
         return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in info.read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name", platform.machine())
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
@@ -101,10 +107,10 @@ def get_target(name: str = "native") -> CpuTarget:
     best = next(path for path in _PATHS if can_run(path))
     from tvm.target import Target, codegen
 
-    base = _PATHS[best]
+    base = replace(_PATHS[best], name="native")
     if best == "portable":
-        return CpuTarget("native", "portable", base.mcpu, base.lanes, base.registers)
+        return base
     detected = Target.from_device("cpu")
     # Both the CPU and what LLVM takes it for must have it.
     vbmi = can_run(best, vbmi=True) and bool(codegen.target_has_features("avx512vbmi", detected))
-    return CpuTarget("native", base.path, str(detected.attrs["mcpu"]), base.lanes, base.registers, vbmi)
+    return replace(base, mcpu=str(detected.attrs["mcpu"]), vbmi=vbmi)

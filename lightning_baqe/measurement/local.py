@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import statistics
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -15,7 +14,7 @@ from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.hardware.description import detected_caches
 from lightning_baqe.hardware.identity import device_info
-from lightning_baqe.hardware.target import CpuTarget, can_run
+from lightning_baqe.hardware.target import CpuTarget, can_run, usable_cores
 from lightning_baqe.measurement.device import REPEATS, Device, Kernel, KernelTurn, Measurement, Sampling
 from lightning_baqe.measurement.peak import pinned_peak_gmacs
 from lightning_baqe.measurement.worker_process import WorkerProcess
@@ -63,8 +62,7 @@ class Local(Device):
         return KernelTurn(tuple(answer["samples_us"]), answer["exact"])
 
     def measure_peak(self, target: CpuTarget, dot: str, chain: int) -> float:
-        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
-        return pinned_peak_gmacs(target, dot, chain, core=max(usable), fastest=True)
+        return pinned_peak_gmacs(target, dot, chain, core=usable_cores()[-1], fastest=True)
 
     def process(self, threads: int) -> WorkerProcess:
         """The measuring process for so many threads."""
@@ -95,5 +93,4 @@ def reach(how: str, records: Path | str | None = None) -> Device:
 
 def flush_bytes() -> int:
     """Enough to displace all that any cache holds: twice the largest one, or 64 MiB where nobody tells its size."""
-    caches = detected_caches()
-    return 2048 * max(caches.l1d_kib, caches.l2_kib, caches.l3_kib) or 64 * 2**20
+    return 2048 * max(size for _, size in detected_caches()) or 64 * 2**20

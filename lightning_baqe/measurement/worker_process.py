@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import threading
 from typing import IO, Any
 
 from lightning_baqe.errors import ConfigError, MeasurementError
+from lightning_baqe.hardware.target import usable_cores
 
 START_TIMEOUT_S = 120.0
 
@@ -73,8 +73,7 @@ class WorkerProcess:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
-        affinity = hasattr(os, "sched_getaffinity")
-        usable = sorted(os.sched_getaffinity(0)) if affinity else list(range(os.cpu_count() or 1))
+        usable = usable_cores()
         if self.threads > len(usable):
             raise ConfigError(f"{self.threads} threads are asked for, but this process may use {len(usable)} cores")
         cores = ",".join(str(core) for core in usable[-self.threads :])
