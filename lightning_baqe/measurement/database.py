@@ -25,7 +25,7 @@ import math
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,27 +43,58 @@ from lightning_baqe.kernels.specs import Spec
 
 Identity = Callable[[int], Mapping[str, Any]]
 VERSION = 2
-KERNEL_KEY = ("device", "toolchain", "target", "operator", "spec", "knobs", "code")
-MODEL_KEY = ("device", "toolchain", "plan")
-PEAK_KEY = ("device", "toolchain", "target", "dot", "chain", "code")
-FIGURES = ("latency_us", "samples_us", "exact", "error", "measured_at")
-_SCHEMA = (
-    "CREATE TABLE devices (id TEXT PRIMARY KEY, info TEXT NOT NULL)",
-    "CREATE TABLE toolchains (id TEXT PRIMARY KEY, versions TEXT NOT NULL)",
-    """CREATE TABLE kernels (
-        device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, target TEXT NOT NULL,
-        operator TEXT NOT NULL, spec TEXT NOT NULL, knobs TEXT NOT NULL, code TEXT NOT NULL,
-        latency_us REAL, samples_us TEXT NOT NULL, exact INTEGER, error TEXT, measured_at REAL NOT NULL,
-        PRIMARY KEY (device, toolchain, target, operator, spec, knobs, code))""",
-    """CREATE TABLE models (
-        device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, plan TEXT NOT NULL,
-        latency_us REAL NOT NULL, samples_us TEXT NOT NULL, measured_at REAL NOT NULL,
-        PRIMARY KEY (device, toolchain, plan))""",
-    """CREATE TABLE peaks (
-        device TEXT NOT NULL REFERENCES devices, toolchain TEXT NOT NULL REFERENCES toolchains, target TEXT NOT NULL,
-        dot TEXT NOT NULL, chain INTEGER NOT NULL, code TEXT NOT NULL, gmacs REAL NOT NULL, measured_at REAL NOT NULL,
-        PRIMARY KEY (device, toolchain, target, dot, chain, code))""",
-)
+_TEXT, _REAL = "TEXT NOT NULL", "REAL NOT NULL"
+_ORIGIN = {"device": f"{_TEXT} REFERENCES devices", "toolchain": f"{_TEXT} REFERENCES toolchains"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of record.
+
+    Args:
+        table: where it is kept.
+        key, figures: ``{column: its SQL type}``.
+    """
+
+    table: str
+    key: Mapping[str, str]
+    figures: Mapping[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns in order."""
+        return (*self.key, *self.figures)
+
+    def insert(self, connection: sqlite3.Connection, row: Sequence[Any], conflict: str = "REPLACE") -> None:
+        """Keep a row; ``conflict`` is what SQLite does where its key is there already."""
+        marks = ", ".join("?" * len(row))
+        connection.execute(f"INSERT OR {conflict} INTO {self.table} VALUES ({marks})", row)
+
+    def find(self, connection: sqlite3.Connection, key: Sequence[Any]) -> tuple[Any, ...] | None:
+        """The figures of a key, None if there are none."""
+        where = " AND ".join(f"{name} = ?" for name in self.key)
+        query = f"SELECT {', '.join(self.figures)} FROM {self.table} WHERE {where}"
+        found: tuple[Any, ...] | None = connection.execute(query, key).fetchone()
+        return found
+
+
+KINDS = {
+    "device": Kind("devices", {"id": _TEXT}, {"info": _TEXT}),
+    "toolchain": Kind("toolchains", {"id": _TEXT}, {"versions": _TEXT}),
+    "kernel": Kind(
+        "kernels",
+        {**_ORIGIN, "target": _TEXT, "operator": _TEXT, "spec": _TEXT, "knobs": _TEXT, "code": _TEXT},
+        {"latency_us": "REAL", "samples_us": _TEXT, "exact": "INTEGER", "error": "TEXT", "measured_at": _REAL},
+    ),
+    "model": Kind(
+        "models", {**_ORIGIN, "plan": _TEXT}, {"latency_us": _REAL, "samples_us": _TEXT, "measured_at": _REAL}
+    ),
+    "peak": Kind(
+        "peaks",
+        {**_ORIGIN, "target": _TEXT, "dot": _TEXT, "chain": "INTEGER NOT NULL", "code": _TEXT},
+        {"gmacs": _REAL, "measured_at": _REAL},
+    ),
+}
 
 
 def default_records_path() -> Path:
@@ -162,15 +193,12 @@ class Records:
             target: what it was compiled for.
             record: its figures, or why there are none.
         """
-        info, knobs = self.identity(_threads(spec)), canonical(record.knobs)
+        knobs = canonical(record.knobs)
         code = code_key(spec, knobs) or ""  # knobs that the template refuses have no code; their failure is kept
         exact = None if record.exact is None else int(record.exact)
-        samples = json.dumps(record.samples_us)
-        key = (device_key(info), digest(toolchain()), *kernel_text(spec, target), knobs, code)
-        with self.transaction() as connection:
-            _know(connection, info)
-            row = (*key, record.latency_us, samples, exact, record.error, time.time())
-            connection.execute(f"INSERT OR REPLACE INTO kernels VALUES ({_marks(row)})", row)
+        figures = (record.latency_us, json.dumps(record.samples_us), exact, record.error, time.time())
+        with self._adding(_threads(spec)) as (connection, origin):
+            KINDS["kernel"].insert(connection, (*origin, *kernel_text(spec, target), knobs, code, *figures))
 
     def kernel(self, spec: Spec, target: CpuTarget, knobs: Mapping[str, Any]) -> KernelRecord | None:
         """The record of a kernel as it would be compiled now, None if it was never measured."""
@@ -188,18 +216,14 @@ class Records:
     def add_model(self, plan_digest: str, threads: int, samples_us: list[float], latency_us: float) -> None:
         """Keep a whole model's latency."""
         check_latencies(latency_us, samples_us)
-        info = self.identity(threads)
-        row = (device_key(info), digest(toolchain()), plan_digest, latency_us, json.dumps(samples_us), time.time())
-        with self.transaction() as connection:
-            _know(connection, info)
-            connection.execute(f"INSERT OR REPLACE INTO models VALUES ({_marks(row)})", row)
+        with self._adding(threads) as (connection, origin):
+            row = (*origin, plan_digest, latency_us, json.dumps(samples_us), time.time())
+            KINDS["model"].insert(connection, row)
 
     def model(self, plan_digest: str, threads: int) -> tuple[float, list[float]] | None:
         """``(latency_us, samples_us)`` of a whole model with this code, None if it was never measured."""
-        query = "SELECT latency_us, samples_us FROM models WHERE device=? AND toolchain=? AND plan=?"
         with self.reading() as connection:
-            key = (device_key(self.identity(threads)), digest(toolchain()), plan_digest)
-            row = connection.execute(query, key).fetchone()
+            row = KINDS["model"].find(connection, (*self._origin(threads), plan_digest))
         return (row[0], json.loads(row[1])) if row else None
 
     def add_peak(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
@@ -209,22 +233,33 @@ class Records:
         """
         if not (math.isfinite(gmacs) and gmacs > 0):
             raise ConfigError(f"a peak is a finite positive number of GMAC/s, got {gmacs}")
-        row = (*self._peak_key(target, dot, chain), gmacs, time.time())
-        with self.transaction() as connection:
-            _know(connection, self.identity(1))
-            keep = "ON CONFLICT DO UPDATE SET gmacs = excluded.gmacs WHERE excluded.gmacs > gmacs"
-            connection.execute(f"INSERT INTO peaks VALUES ({_marks(row)}) {keep}", row)
+        with self._adding(1) as (connection, _):
+            key = self._peak_key(target, dot, chain)
+            known = KINDS["peak"].find(connection, key)
+            if known is None or gmacs > known[0]:
+                KINDS["peak"].insert(connection, (*key, gmacs, time.time() if known is None else known[1]))
 
     def peak(self, target: CpuTarget, dot: str, chain: int) -> float | None:
         """The kept peak in GMAC/s, None if it was never measured with the code there is now."""
-        where = " AND ".join(f"{name} = ?" for name in PEAK_KEY)
         with self.reading() as connection:
-            query = f"SELECT gmacs FROM peaks WHERE {where}"
-            row = connection.execute(query, self._peak_key(target, dot, chain)).fetchone()
+            row = KINDS["peak"].find(connection, self._peak_key(target, dot, chain))
         return row[0] if row else None
 
     def _peak_key(self, target: CpuTarget, dot: str, chain: int) -> tuple[Any, ...]:
-        return device_key(self.identity(1)), digest(toolchain()), canonical(target.tvm), dot, chain, code_digest()
+        return *self._origin(1), canonical(target.tvm), dot, chain, code_digest()
+
+    def _origin(self, threads: int) -> tuple[str, str]:
+        """The ids of the device and the toolchain."""
+        return device_key(self.identity(threads)), digest(toolchain())
+
+    @contextmanager
+    def _adding(self, threads: int) -> Iterator[tuple[sqlite3.Connection, tuple[str, str]]]:
+        """A connection that writes, and the device and the toolchain of what is added, which are now kept."""
+        origin = self._origin(threads)
+        with self.transaction() as connection:
+            for kind, key, what in zip(_ORIGIN, origin, (self.identity(threads), toolchain()), strict=True):
+                KINDS[kind].insert(connection, (key, canonical(what)), "IGNORE")
+            yield connection, origin
 
     def _current(
         self, spec: Spec, target: CpuTarget, condition: str = "1", values: tuple[Any, ...] = ()
@@ -235,7 +270,7 @@ class Records:
             f"WHERE device=? AND toolchain=? AND target=? AND operator=? AND spec=? AND {condition} "
             "ORDER BY latency_us IS NULL, latency_us, knobs"
         )
-        key = (device_key(self.identity(_threads(spec))), digest(toolchain()), *kernel_text(spec, target), *values)
+        key = (*self._origin(_threads(spec)), *kernel_text(spec, target), *values)
         with self.reading() as connection:
             rows = connection.execute(query, key).fetchall()
         for code, knobs, latency_us, samples_us, exact, error in rows:
@@ -288,17 +323,6 @@ def _threads(spec: Spec) -> int:
     return int(getattr(spec, "threads", 1))  # kernels without that field are never parallel
 
 
-def _marks(row: tuple[Any, ...]) -> str:
-    return ",".join("?" * len(row))
-
-
-def _know(connection: sqlite3.Connection, info: Mapping[str, Any]) -> None:
-    """Keep what the device and the toolchain are, once."""
-    versions = toolchain()
-    connection.execute("INSERT OR IGNORE INTO devices VALUES (?, ?)", (device_key(info), canonical(info)))
-    connection.execute("INSERT OR IGNORE INTO toolchains VALUES (?, ?)", (digest(versions), canonical(versions)))
-
-
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Create the tables, or set those of version 1 aside."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -314,8 +338,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise ConfigError(f"{path} is a database of something else, with the tables {sorted(tables)}: give another")
     if tables:
         _set_aside(connection, path)
-    for statement in _SCHEMA:
-        connection.execute(statement)
+    for kind in KINDS.values():
+        columns = ", ".join(f"{name} {meaning}" for name, meaning in {**kind.key, **kind.figures}.items())
+        connection.execute(f"CREATE TABLE {kind.table} ({columns}, PRIMARY KEY ({', '.join(kind.key)}))")
     connection.execute(f"PRAGMA user_version = {VERSION}")
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,27 +27,9 @@ from typing import Any
 from lightning_baqe.errors import ConfigError, DataError
 from lightning_baqe.files import replace_file
 from lightning_baqe.hardware.identity import device_key, digest
-from lightning_baqe.measurement.database import (
-    FIGURES,
-    KERNEL_KEY,
-    MODEL_KEY,
-    PEAK_KEY,
-    VERSION,
-    KernelRecord,
-    Records,
-    check_latencies,
-)
+from lightning_baqe.measurement.database import KINDS, VERSION, KernelRecord, Records, check_latencies
 
 _JSON_COLUMNS = ("info", "versions", "target", "spec", "knobs", "samples_us")
-_TABLES = {"device": "devices", "toolchain": "toolchains", "kernel": "kernels", "model": "models", "peak": "peaks"}
-_COLUMNS: dict[str, tuple[str, ...]] = {
-    "device": ("id", "info"),
-    "toolchain": ("id", "versions"),
-    "kernel": (*KERNEL_KEY, *FIGURES),
-    "model": (*MODEL_KEY, "latency_us", "samples_us", "measured_at"),
-    "peak": (*PEAK_KEY, "gmacs", "measured_at"),
-}
-_KEYS = {"device": ("id",), "toolchain": ("id",), "kernel": KERNEL_KEY, "model": MODEL_KEY, "peak": PEAK_KEY}
 _MEASURED = ("kernel", "model", "peak")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "device", "toolchain", "operator", "code", "plan", "dot"), (str,)),
@@ -139,7 +121,7 @@ def import_records(records: Records, path: Path) -> Imported:
         for kind in ("device", "toolchain"):
             for _, row in rows:
                 if row["kind"] == kind:
-                    _insert(connection, row, "IGNORE")
+                    KINDS[kind].insert(connection, _values(row, KINDS[kind].columns), "IGNORE")
         for number, row in rows:
             if row["kind"] in _MEASURED:
                 _check_references(connection, row, f"{path}, line {number}")
@@ -148,8 +130,8 @@ def import_records(records: Records, path: Path) -> Imported:
 
 
 def _rows(connection: sqlite3.Connection, kind: str) -> Iterator[dict[str, Any]]:
-    columns = _COLUMNS[kind]
-    query = f"SELECT {', '.join(columns)} FROM {_TABLES[kind]} ORDER BY {', '.join(_KEYS[kind])}"
+    columns = KINDS[kind].columns
+    query = f"SELECT {', '.join(columns)} FROM {KINDS[kind].table} ORDER BY {', '.join(KINDS[kind].key)}"
     for values in connection.execute(query):
         row = {"kind": kind, "version": VERSION, **dict(zip(columns, values, strict=True))}
         for name in _JSON_COLUMNS:
@@ -160,12 +142,6 @@ def _rows(connection: sqlite3.Connection, kind: str) -> Iterator[dict[str, Any]]
         yield row
 
 
-def _insert(connection: sqlite3.Connection, row: Mapping[str, Any], otherwise: str) -> None:
-    columns = _COLUMNS[row["kind"]]
-    marks = ",".join("?" * len(columns))
-    connection.execute(f"INSERT OR {otherwise} INTO {_TABLES[row['kind']]} VALUES ({marks})", _values(row, columns))
-
-
 def _values(row: Mapping[str, Any], columns: Iterable[str]) -> tuple[Any, ...]:
     """A row's values as the database holds them."""
     texts = {name: json.dumps(row[name], sort_keys=True) for name in _JSON_COLUMNS if name in row}
@@ -173,31 +149,26 @@ def _values(row: Mapping[str, Any], columns: Iterable[str]) -> tuple[Any, ...]:
 
 
 def _merge(connection: sqlite3.Connection, row: dict[str, Any], done: Imported) -> None:
-    kind = row["kind"]
-    key = _KEYS[kind]
-    figures = [name for name in _COLUMNS[kind] if name not in key]
-    where = " AND ".join(f"{name} = ?" for name in key)
-    query = f"SELECT {', '.join(figures)} FROM {_TABLES[kind]} WHERE {where}"
-    known = connection.execute(query, _values(row, key)).fetchone()
-    if known is None:
-        _insert(connection, row, "ABORT")
-        done.added += 1
-        return
-    if known == _values(row, figures):
+    kind = KINDS[row["kind"]]
+    known = kind.find(connection, _values(row, kind.key))
+    if known == _values(row, kind.figures):
         done.same += 1
         return
-    here = dict(zip(figures, known, strict=True))
+    here = dict(zip(kind.figures, known or (), strict=known is not None))
     samples = len(row.get("samples_us", ()))
-    if here.get("exact") == 0 or len(json.loads(here.get("samples_us", "[]"))) >= samples:
+    if known is None:
+        done.added += 1
+    elif here.get("exact") == 0 or len(json.loads(here.get("samples_us", "[]"))) >= samples:
         done.kept += 1
         return
-    _insert(connection, row, "REPLACE")
-    done.replaced += 1
+    else:
+        done.replaced += 1
+    kind.insert(connection, _values(row, kind.columns))
 
 
 def _check_references(connection: sqlite3.Connection, row: Mapping[str, Any], where: str) -> None:
     for kind in ("device", "toolchain"):
-        if connection.execute(f"SELECT 1 FROM {_TABLES[kind]} WHERE id = ?", (row[kind],)).fetchone() is None:
+        if KINDS[kind].find(connection, (row[kind],)) is None:
             raise DataError(f"{where}: there is no line for its {kind} {row[kind]!r}; export the records again")
 
 
@@ -227,11 +198,11 @@ def _check(row: Any) -> None:
     Raises:
         ConfigError: what is wrong with it.
     """
-    if not isinstance(row, dict) or row.get("kind") not in _COLUMNS:
-        raise ConfigError(f"a line is an object whose kind is one of {', '.join(_COLUMNS)}")
+    if not isinstance(row, dict) or row.get("kind") not in KINDS:
+        raise ConfigError(f"a line is an object whose kind is one of {', '.join(KINDS)}")
     if row.get("version") != VERSION:
         raise ConfigError(f"it has version {row.get('version')!r} of the format, this package reads {VERSION}")
-    columns = _COLUMNS[row["kind"]]
+    columns = KINDS[row["kind"]].columns
     wrong = sorted(set(row) ^ {"kind", "version", *columns})
     if wrong:
         raise ConfigError(f"a {row['kind']} has the keys {', '.join(columns)}; missing or unknown: {', '.join(wrong)}")
@@ -240,53 +211,39 @@ def _check(row: Any) -> None:
         if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in _TYPES[name])
             raise ConfigError(f"{name} is {wanted}, got {value!r}")
-    _CHECKS[row["kind"]](row)
+    _check_content(row)
 
 
-def _check_device(row: Mapping[str, Any]) -> None:
-    info = row["info"]
-    missing = {"cpu", "machine", "system", "flags_digest", "threads"} - set(info)
-    if missing or not isinstance(info["cpu"], str):
-        raise ConfigError(f"the info of a device lacks {sorted(missing) or 'a name of its CPU'}")
-    if device_key(info) != row["id"]:
-        raise ConfigError(f"the id {row['id']!r} is not that of this device, {device_key(info)!r}")
-
-
-def _check_toolchain(row: Mapping[str, Any]) -> None:
-    if not all(isinstance(value, str) for value in row["versions"].values()):
-        raise ConfigError(f"versions are texts, got {row['versions']!r}")
-    if digest(row["versions"]) != row["id"]:
-        raise ConfigError(f"the id {row['id']!r} is not that of these versions, {digest(row['versions'])!r}")
-
-
-def _check_kernel(row: Mapping[str, Any]) -> None:
-    if not all(isinstance(value, _SCALARS) for value in row["knobs"].values()):
-        raise ConfigError(f"knobs are texts and numbers, got {row['knobs']!r}")
-    _check_samples(row)
-    KernelRecord(row["knobs"], row["latency_us"], row["samples_us"], row["exact"], row["error"])
-
-
-def _check_model(row: Mapping[str, Any]) -> None:
-    if row["latency_us"] is None:
-        raise ConfigError("latency_us is a number, got None")
-    _check_samples(row)
-    check_latencies(row["latency_us"], row["samples_us"])
-
-
-def _check_peak(row: Mapping[str, Any]) -> None:
-    if not (math.isfinite(row["gmacs"]) and row["gmacs"] > 0):
-        raise ConfigError(f"gmacs is finite and positive, got {row['gmacs']}")
+def _check_content(row: Mapping[str, Any]) -> None:
+    """Check what a line with all keys and the right types says; raises as :func:`_check`."""
+    match row["kind"]:
+        case "device":
+            info = row["info"]
+            missing = {"cpu", "machine", "system", "flags_digest", "threads"} - set(info)
+            if missing or not isinstance(info["cpu"], str):
+                raise ConfigError(f"the info of a device lacks {sorted(missing) or 'a name of its CPU'}")
+            if device_key(info) != row["id"]:
+                raise ConfigError(f"the id {row['id']!r} is not that of this device, {device_key(info)!r}")
+        case "toolchain":
+            if not all(isinstance(value, str) for value in row["versions"].values()):
+                raise ConfigError(f"versions are texts, got {row['versions']!r}")
+            if digest(row["versions"]) != row["id"]:
+                raise ConfigError(f"the id {row['id']!r} is not that of these versions, {digest(row['versions'])!r}")
+        case "kernel":
+            if not all(isinstance(value, _SCALARS) for value in row["knobs"].values()):
+                raise ConfigError(f"knobs are texts and numbers, got {row['knobs']!r}")
+            _check_samples(row)
+            KernelRecord(row["knobs"], row["latency_us"], row["samples_us"], row["exact"], row["error"])
+        case "model":
+            if row["latency_us"] is None:
+                raise ConfigError("latency_us is a number, got None")
+            _check_samples(row)
+            check_latencies(row["latency_us"], row["samples_us"])
+        case "peak":
+            if not (math.isfinite(row["gmacs"]) and row["gmacs"] > 0):
+                raise ConfigError(f"gmacs is finite and positive, got {row['gmacs']}")
 
 
 def _check_samples(row: Mapping[str, Any]) -> None:
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in row["samples_us"]):
         raise ConfigError(f"samples_us are numbers, got {row['samples_us']!r}")
-
-
-_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {
-    "device": _check_device,
-    "toolchain": _check_toolchain,
-    "kernel": _check_kernel,
-    "model": _check_model,
-    "peak": _check_peak,
-}
