@@ -106,13 +106,9 @@ class NetworkSpace:
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """The space as Optuna knows it."""
-        found: dict[str, BaseDistribution] = {}
-        for layer, bits in self.bit_choices.items():
-            found[f"{layer}/bits"] = CategoricalDistribution(bits)
-        for layer, knobs in self.knobs.items():
-            for knob, values in knobs.items():
-                found[f"{layer}/{knob}"] = CategoricalDistribution(values)
-        return found
+        choices: dict[str, Sequence[Any]] = {f"{layer}/bits": bits for layer, bits in self.bit_choices.items()}
+        choices |= {f"{layer}/{knob}": found for layer, knobs in self.knobs.items() for knob, found in knobs.items()}
+        return {name: CategoricalDistribution(values) for name, values in choices.items()}
 
     def point(self, params: Mapping[str, Any]) -> tuple[BitConfig, dict[str, dict[str, Any]]]:
         """``(bits, schedules)`` of a point; knobs that are not searched stay at their best known values.
@@ -130,7 +126,7 @@ class NetworkSpace:
             if group[0] in chosen:
                 chosen.update(dict.fromkeys(group[1:], chosen[group[0]]))
         bits = self.base.replace({layer: LayerBits(value, value) for layer, value in chosen.items()})
-        schedules = {layer: dict(self._default(layer, bits[layer].activation)) for layer in self.defaults}
+        schedules = {layer: dict(known.get(bits[layer].activation, {})) for layer, known in self.defaults.items()}
         for layer, knobs in self.knobs.items():
             for knob in knobs:
                 schedules[layer][knob] = params[f"{layer}/{knob}"]
@@ -145,10 +141,6 @@ class NetworkSpace:
         params = {f"{layer}/bits": pick(bits) for layer, bits in self.bit_choices.items()}
         knobs = {f"{layer}/{knob}": values[0] for layer, found in self.knobs.items() for knob, values in found.items()}
         return self.point({**params, **knobs})[0]
-
-    def _default(self, layer: str, bits: int) -> Mapping[str, Any]:
-        known = self.defaults[layer]
-        return known.get(bits, {})
 
     def candidates(self, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         """Points that span the space, for the initial pool (BAQE section III-C asks for 500 representative ones).
@@ -171,7 +163,7 @@ class NetworkSpace:
                 keep = rng.random() < quality
                 leader = next((group[0] for group in self.base.ties if layer in group), layer)
                 chosen = point.get(f"{leader}/bits", self.base[layer].activation)
-                default = self._default(layer, chosen)
+                default = self.defaults[layer].get(chosen, {})
                 for knob, found in knobs.items():
                     keeps = keep and knob in default
                     point[f"{layer}/{knob}"] = default[knob] if keeps else found[rng.integers(len(found))]

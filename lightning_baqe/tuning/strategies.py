@@ -76,9 +76,8 @@ class KernelSpace:
 
     def is_like(self, other: KernelSpace) -> bool:
         """Whether the features of both have the same meaning."""
-        return (sorted(self.values), len(self.context)) == (sorted(other.values), len(other.context)) and len(
-            self.features(self.default)
-        ) == len(other.features(other.default))
+        mine, theirs = ((sorted(one.values), len(one.context), len(one.features(one.default))) for one in (self, other))
+        return mine == theirs
 
     def shuffled(self, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         """Canonical knobs in random order: all of them, of huge spaces some."""
@@ -91,8 +90,8 @@ class KernelSpace:
 def _numbers(value: Any, choices: Sequence[Any]) -> list[float]:
     """A knob's value as numbers: logarithms of sizes and of their product, or the rank among unordered choices."""
     if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)+", value):
-        extents = [math.log2(1 + int(part)) for part in value.split("x")]
-        return [*extents, math.log2(math.prod(map(int, value.split("x"))) + 1)]
+        extents = [int(part) for part in value.split("x")]
+        return [math.log2(1 + extent) for extent in (*extents, math.prod(extents))]
     if isinstance(value, int | float):
         return [math.log2(1 + abs(value))]
     return [float(sorted(choices).index(value))]
@@ -109,6 +108,23 @@ class Tried:
 Known = tuple[KernelSpace, Sequence[Tried]]
 
 
+@dataclass(frozen=True)
+class _Question:
+    """The arguments of :meth:`Strategy.propose`, what was tried sorted, and random numbers."""
+
+    space: KernelSpace
+    tried: Sequence[Tried]
+    count: int
+    others: Sequence[Known]
+    rng: np.random.Generator
+
+    @functools.cached_property
+    def known(self) -> frozenset[Key]:
+        """What was tried, to look it up."""
+        return frozenset(key_of(one.knobs) for one in self.tried)
+
+
+@dataclass(eq=False)
 class Strategy(ABC):
     """Proposes knobs.
 
@@ -116,8 +132,7 @@ class Strategy(ABC):
         seed: of random numbers.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = 0
 
     def propose(
         self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known] = ()
@@ -134,11 +149,11 @@ class Strategy(ABC):
             ``count`` canonical knobs that were not tried, the default first; fewer where there are no more.
         """
         known = {key_of(one.knobs) for one in tried}
-        digest = hashlib.sha256(f"{self.seed} {space.name} {len(known)}".encode()).digest()
-        rng = np.random.default_rng(list(digest))
-        found: list[dict[str, Any]] = []
+        rng = _generator(f"{self.seed} {space.name} {len(known)}")
         ordered = sorted(tried, key=lambda one: repr(key_of(one.knobs)))
-        for knobs in self._candidates(space, ordered, count, others, rng):
+        wishes = self._wishes(_Question(space, ordered, count, others, rng))
+        found: list[dict[str, Any]] = []
+        for knobs in itertools.chain([space.default], wishes, space.shuffled(rng)):
             if len(found) == count:
                 break
             key = key_of(knobs)
@@ -147,29 +162,24 @@ class Strategy(ABC):
                 found.append(knobs)
         return found
 
-    def _candidates(
-        self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
-        yield space.default
-        yield from self._wishes(space, tried, count, others, rng)
-        yield from space.shuffled(rng)
-
     @abstractmethod
-    def _wishes(
-        self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
+    def _wishes(self, asked: _Question) -> Iterator[dict[str, Any]]:
         """Canonical knobs, most wanted first; those that were tried are skipped."""
+
+
+def _generator(text: str) -> np.random.Generator:
+    """Random numbers for a text."""
+    return np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
 
 
 class Random(Strategy):
     """Random knobs, all equally likely."""
 
-    def _wishes(
-        self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
+    def _wishes(self, asked: _Question) -> Iterator[dict[str, Any]]:
         return iter(())
 
 
+@dataclass(eq=False)
 class Ranked(Strategy):
     """By the templates' own estimates: the best values of the knob with the most, everything else at its default, in
     turns with random knobs out of the most promising values.
@@ -179,56 +189,38 @@ class Ranked(Strategy):
         promising: values of each knob to draw from.
     """
 
-    def __init__(self, seed: int = 0, promising: int = 16) -> None:
-        super().__init__(seed)
-        self.promising = promising
+    promising: int = 16
 
-    def _wishes(
-        self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
+    def _wishes(self, asked: _Question) -> Iterator[dict[str, Any]]:
+        space, rng, known = asked.space, asked.rng, asked.known
         widest = max(space.values, key=lambda name: len(space.values[name]))
-        known = {key_of(one.knobs) for one in tried}
         few = {name: values[: self.promising] for name, values in space.values.items()}
         best = (space.check({**space.default, widest: value}) for value in few[widest])
         ranked = (knobs for knobs in best if key_of(knobs) not in known)
         drawn = (
             space.check({name: values[int(rng.integers(len(values)))] for name, values in few.items()})
-            for _ in range(20 * count)
+            for _ in range(20 * asked.count)
         )
-        yield from _in_turns([drawn, ranked] if len(known) % 2 else [ranked, drawn])
+        for turn in itertools.zip_longest(*([drawn, ranked] if len(known) % 2 else [ranked, drawn])):
+            yield from (knobs for knobs in turn if knobs is not None)
 
 
-def _in_turns(iterators: Sequence[Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    for turn in itertools.zip_longest(*iterators):
-        yield from (knobs for knobs in turn if knobs is not None)
-
-
-@dataclass(frozen=True)
-class Observations:
-    """What models learn from.
-
-    Args:
-        x: features ``(n, d)``, those of the kernel itself first.
-        y: ``(n,)``.
-        own: how many are of the kernel itself.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    own: int
-
-
-def observations(space: KernelSpace, tried: Sequence[Tried], others: Sequence[Known], most: int) -> Observations:
-    """All of this kernel and, spread evenly, at most ``most`` of others of its template.
+def observations(
+    space: KernelSpace, tried: Sequence[Tried], others: Sequence[Known], most: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """What models learn from: all of this kernel and, spread evenly, at most ``most`` of others of its template.
 
     A failure counts as twice the slowest latency of its kernel; kernels of which nothing succeeded say nothing. Where
     the default failed, the median latency takes its place.
+
+    Returns:
+        x ``(n, d)`` and y ``(n,)``, those of the kernel itself first, and how many are of it.
     """
     x, y = _rows(space, tried)
     more = [_rows(other, seen) for other, seen in others if other.is_like(space)]
     xs, ys = [row for rows, _ in more for row in rows], [value for _, values in more for value in values]
     kept = np.unique(np.linspace(0, len(ys) - 1, min(most, len(ys))).astype(int))
-    return Observations(np.array(x + [xs[i] for i in kept]), np.array(y + [ys[i] for i in kept]), len(y))
+    return np.array(x + [xs[i] for i in kept]), np.array(y + [ys[i] for i in kept]), len(y)
 
 
 def _rows(space: KernelSpace, tried: Sequence[Tried]) -> tuple[list[list[float]], list[float]]:
@@ -241,6 +233,7 @@ def _rows(space: KernelSpace, tried: Sequence[Tried]) -> tuple[list[list[float]]
     return [space.features(one.knobs) for one in tried], [math.log(figure / base) for figure in figures]
 
 
+@dataclass(eq=False)
 class SimulatedAnnealing(Strategy):
     """AutoTVM's: gradient-boosted trees predict latency, simulated annealing over the space finds where it is low.
 
@@ -255,29 +248,24 @@ class SimulatedAnnealing(Strategy):
         epsilon: share of random proposals.
     """
 
-    def __init__(
-        self, seed: int = 0, initial: int = 8, chains: int = 32, steps: int = 60, epsilon: float = 0.05
-    ) -> None:
-        super().__init__(seed)
-        self.initial, self.chains, self.steps, self.epsilon = initial, chains, steps, epsilon
+    initial: int = 8
+    chains: int = 32
+    steps: int = 60
+    epsilon: float = 0.05
 
-    def _wishes(
-        self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
-        data = observations(space, tried, others, most=2000)
-        if len(data.y) < self.initial:
+    def _wishes(self, asked: _Question) -> Iterator[dict[str, Any]]:
+        x, y, _ = observations(asked.space, asked.tried, asked.others, most=2000)
+        if len(y) < self.initial:
             return
-        known = {key_of(one.knobs) for one in tried}
-        randoms = space.shuffled(rng)
-        for knobs in self._annealed(space, _trees(data.x, data.y, self.seed), known, rng):
-            if rng.random() < self.epsilon:
+        randoms = asked.space.shuffled(asked.rng)
+        for knobs in self._annealed(asked, _trees(x, y, self.seed)):
+            if asked.rng.random() < self.epsilon:
                 yield next(randoms)
             yield knobs
 
-    def _annealed(
-        self, space: KernelSpace, predict: Callable[[np.ndarray], np.ndarray], known: set[Key], rng: np.random.Generator
-    ) -> list[dict[str, Any]]:
+    def _annealed(self, asked: _Question, predict: Callable[[np.ndarray], np.ndarray]) -> list[dict[str, Any]]:
         """The points that the chains met and nobody tried, lowest prediction first."""
+        space, rng = asked.space, asked.rng
         sizes = np.array([len(values) for values in space.values.values()])
         movable = np.flatnonzero(sizes > 1)
         seen: dict[tuple[int, ...], tuple[Key, float]] = {}
@@ -302,7 +290,7 @@ class SimulatedAnnealing(Strategy):
             reached = energies(moved)
             accepted = rng.random(self.chains) < np.exp(np.minimum(0.0, (energy - reached) / (temperature + 1e-5)))
             points[accepted], energy[accepted] = moved[accepted], reached[accepted]
-        unknown = {key: energy for key, energy in seen.values() if key not in known}
+        unknown = {key: energy for key, energy in seen.values() if key not in asked.known}
         return [dict(key) for key in sorted(unknown, key=lambda key: (unknown[key], repr(key)))]
 
 
@@ -314,6 +302,7 @@ def _trees(x: np.ndarray, y: np.ndarray, seed: int) -> Callable[[np.ndarray], np
     return lambda rows: np.asarray(booster.inplace_predict(rows))
 
 
+@dataclass(eq=False)
 class DeepKernel(Strategy):
     """BAQE's for one kernel: TED chooses the first candidates, then a deep-kernel GP and the expected improvement.
 
@@ -328,49 +317,41 @@ class DeepKernel(Strategy):
         widths: of the perceptron. The paper's (1000, 500, 50, 48) take longer to fit than a kernel to measure.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        initial: int = 8,
-        pool: int = 500,
-        most: int = 60,
-        widths: tuple[int, ...] = (64, 32, 16),
-    ) -> None:
-        super().__init__(seed)
-        self.initial, self.pool, self.most, self.widths = initial, pool, most, widths
+    initial: int = 8
+    pool: int = 500
+    most: int = 60
+    widths: tuple[int, ...] = (64, 32, 16)
+
+    def __post_init__(self) -> None:
         self._pool_of = functools.lru_cache(maxsize=256)(self._make_pool)
 
     def _make_pool(self, space: KernelSpace) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """Points of a space without those of equal form, and their features ``(n, d)``."""
-        digest = hashlib.sha256(f"{self.seed} {space.name} pool".encode()).digest()
         points: dict[Key, dict[str, Any]] = {}
-        for knobs in space.shuffled(np.random.default_rng(list(digest))):
+        for knobs in space.shuffled(_generator(f"{self.seed} {space.name} pool")):
             points.setdefault(key_of(knobs), knobs)
             if len(points) == self.pool:
                 break
         chosen = list(points.values())
         return chosen, torch.tensor([space.features(knobs) for knobs in chosen], dtype=torch.float64)
 
-    def _wishes(
-        self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
+    def _wishes(self, asked: _Question) -> Iterator[dict[str, Any]]:
         from lightning_baqe.search import DeepKernelGP, DeepKernelOptions, expected_hypervolume_improvement, ted
 
-        pool, features = self._pool_of(space)
-        known = {key_of(one.knobs) for one in tried}
-        if len(tried) < 1 + self.initial:
+        pool, features = self._pool_of(asked.space)
+        if len(asked.tried) < 1 + self.initial:
             chosen = ted(_scaled(features, features), min(self.initial, len(pool)))
             yield from (pool[int(index)] for index in chosen)
             return
-        data = observations(space, tried, others, self.most)
-        free = [index for index, knobs in enumerate(pool) if key_of(knobs) not in known]
-        if data.own < 2 or not free:
+        x, y, count = observations(asked.space, asked.tried, asked.others, self.most)
+        free = [index for index, knobs in enumerate(pool) if key_of(knobs) not in asked.known]
+        if count < 2 or not free:
             return
-        rows, goal = torch.from_numpy(data.x), torch.from_numpy(data.y)[:, None]
+        rows, goal = torch.from_numpy(x), torch.from_numpy(y)[:, None]
         span = torch.cat([features, rows])
         model = DeepKernelGP(_scaled(rows, span), goal, DeepKernelOptions(widths=self.widths), self.seed)
         posterior = model.posterior(_scaled(features[free], span))
-        own = goal[: data.own]
+        own = goal[:count]
         gain = expected_hypervolume_improvement(posterior.mean, posterior.covariance, own, own.max(0).values + 1)
         variance = posterior.covariance[:, 0, 0]
         order = sorted(range(len(free)), key=lambda at: (-float(gain[at]), -float(variance[at]), at))

@@ -171,15 +171,15 @@ def test_observations() -> None:
     space, other = made_up(), made_up("other", context=2.0)
     points = Random(0).propose(space, [], 4)
     tried = [Tried(knobs, latency) for knobs, latency in zip(points, (10.0, 20.0, None, 5.0), strict=True)]
-    data = observations(space, tried, [(other, tried[:2])], most=10)
-    assert (data.own, data.x.shape[0]) == (4, 6)
-    assert data.y.tolist() == pytest.approx([0, math.log(2), math.log(4), -math.log(2), 0, math.log(2)])
-    assert {row[-1] for row in data.x[:4]} == {1.0}
-    assert {row[-1] for row in data.x[4:]} == {2.0}
-    assert len(observations(space, tried, [(other, tried)], most=3).y) == 7
-    without_default = observations(space, tried[1:], [], most=0)
-    assert without_default.y.tolist() == pytest.approx([math.log(1.6), math.log(3.2), math.log(0.4)])
-    assert observations(space, [Tried(points[0], None)], [], most=0).own == 0
+    x, y, own = observations(space, tried, [(other, tried[:2])], most=10)
+    assert (own, x.shape[0]) == (4, 6)
+    assert y.tolist() == pytest.approx([0, math.log(2), math.log(4), -math.log(2), 0, math.log(2)])
+    assert {row[-1] for row in x[:4]} == {1.0}
+    assert {row[-1] for row in x[4:]} == {2.0}
+    assert len(observations(space, tried, [(other, tried)], most=3)[1]) == 7
+    _, without_default, _ = observations(space, tried[1:], [], most=0)
+    assert without_default.tolist() == pytest.approx([math.log(1.6), math.log(3.2), math.log(0.4)])
+    assert observations(space, [Tried(points[0], None)], [], most=0)[2] == 0
 
 
 def test_features_are_numbers_of_extents() -> None:
