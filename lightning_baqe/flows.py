@@ -248,9 +248,9 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     quantized = calibrate(quantize(settle(net, images), bits, example_input=images).eval(), [images])
     graph = lower(quantized, example_input=images[:1])
     measured_on = reach(device.reach, cfg.records)
-    with tune_report.TuneProgress(console) as bar:
+    with tune_report.tune_progress(console) as show:
         result = tuner.tune(
-            graph, device.options, cfg.candidates, cfg.budget_s, measured_on, strategy, bar.update,
+            graph, device.options, cfg.candidates, cfg.budget_s, measured_on, strategy, show,
         )  # fmt: skip
     about = {
         "recipe": recipe_name(cfg), "model": cfg.model.name, "image_size": cfg.image_size,

@@ -16,7 +16,7 @@ import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.compiler import compile_plan
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.deploy.verify import FLOAT_TOLERANCE, float_errors, verify
+from lightning_baqe.deploy.verify import recomputed, verify
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run
 from lightning_baqe.integer import nodes as ir
@@ -24,6 +24,7 @@ from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.tunable import template_of
 
+FLOAT_TOLERANCE = 1e-5  # two float convolutions never agree to the last bit; more than this is a wrong kernel
 UINT8, INT8, WIDE = (0, 255), (-128, 127), (-40000, 40000)
 
 
@@ -352,6 +353,16 @@ def compiled(
     """An artifact without a look into the records."""
     plan = make_plan(graph, BuildOptions(target, threads), schedules, fuse=fuse)
     return Artifact(graph, plan, compile_plan(plan, graph.input_shape))
+
+
+def float_errors(artifact: Artifact, x: torch.Tensor) -> dict[str, float]:
+    """Largest error of every float node relative to its largest value, given the artifact's own inputs."""
+    values, errors = artifact.run_all(x), {}
+    for node in artifact.graph:
+        if node.is_float:
+            got, want = recomputed(node, artifact, values, x)
+            errors[node.name] = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
+    return errors
 
 
 def assert_exact(artifact: Artifact, x: torch.Tensor, also: Sequence[str] = ()) -> None:

@@ -58,8 +58,9 @@ from lightning_baqe.kernels.sample import sample_kernel
 from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.measurement.database import KernelRecord
 from lightning_baqe.measurement.device import Kernel
-from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, Turns, in_turns, save_arguments
+from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, in_turns, save_arguments
 
 FINALISTS = 4
 FAILED_US = 1e12  # what failed has seconds of 1e10 in its log
@@ -274,7 +275,7 @@ def _same(library: Path, arguments: Path) -> tuple[Path, Path]:
     return library, arguments
 
 
-def _figure(turns: Turns) -> float | None:
+def _figure(turns: KernelRecord) -> float | None:
     return turns.latency_us if turns.error is None else None
 
 

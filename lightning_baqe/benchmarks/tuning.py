@@ -49,9 +49,9 @@ from lightning_baqe.measurement.device import Device
 from lightning_baqe.measurement.local import Local
 from lightning_baqe.measurement.measure import measure
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.tuning.bench import KernelBench, kernel_space
+from lightning_baqe.tuning.bench import KernelBench, interleaved, kernel_space
 from lightning_baqe.tuning.strategies import DeepKernel, Random, Ranked, SimulatedAnnealing, Strategy
-from lightning_baqe.tuning.tune_report import TuneProgress, kernel_entry, knobs_text
+from lightning_baqe.tuning.tune_report import kernel_entry, knobs_text, tune_progress
 from lightning_baqe.tuning.tuner import TuneResult, tunable_layers, tune
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -110,10 +110,10 @@ def run_strategy(
     rows, started = Rows(folder / "runs.jsonl"), time.monotonic()
     result: TuneResult | None = None
     try:
-        with TuneProgress(console) as bar:
+        with tune_progress(console) as show:
             strategy, known = STRATEGIES[name](setup.seed), keeping(device, folder, name)
             options = BuildOptions(get_target(setup.target), setup.threads)
-            result = tune(graph, options, candidates, None, known, strategy, bar.update)
+            result = tune(graph, options, candidates, None, known, strategy, show)
     finally:
         measured = None if result is None else result.measured
         row = {"strategy": name, "candidates": candidates, "seconds": time.monotonic() - started, "measured": measured}
@@ -154,7 +154,9 @@ def _compared(bench: KernelBench, winners: dict[str, dict[str, Any] | None], set
     default, *others = Random(setup.seed + 1).propose(kernel_space(bench.spec), [], 1 + setup.random)
     chosen = {name: knobs or default for name, knobs in winners.items()}
     distinct = {kernel_key(bench.spec, knobs): knobs for knobs in (default, *chosen.values(), *others)}
-    figures = dict(zip(distinct, map(_figure, bench.interleaved(list(distinct.values()))), strict=True))
+    figures = dict(
+        zip(distinct, map(_figure, interleaved([(bench, knobs) for knobs in distinct.values()])), strict=True)
+    )
     return {
         "default": figures[kernel_key(bench.spec, default)],
         "winners": {name: figures[kernel_key(bench.spec, knobs)] for name, knobs in chosen.items()},

@@ -139,11 +139,8 @@ class Artifact:
             BuildError: this CPU lacks the artifact's instructions.
         """
         images = self._images(x)
-        shape = (len(images), *self.graph.output.type.shape)
-        out = np.empty((len(images), int(np.prod(shape[1:]))), np.float32)
-        for index in range(len(images)):
-            out[index] = self.run_array(images[index : index + 1])[0]
-        return torch.from_numpy(out).reshape(shape)
+        logits = np.array([self.run_array(image[None])[0] for image in images], np.float32)
+        return torch.from_numpy(logits).reshape(len(images), *self.graph.output.type.shape)
 
     def run_array(self, image: np.ndarray) -> np.ndarray:
         """One image without torch: contiguous float32 ``(1, *input_shape)`` to float32 ``(1, outputs)``."""

@@ -5,15 +5,44 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_baqe.deploy.constants import Constants
+import numpy as np
+
 from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.kernels.specs import Spec, TunableSpec, alone, build_kernel, kernel_key
 from lightning_baqe.kernels.x86.layout import Layout
+
+Maker = Callable[[], np.ndarray]
+
+
+class Constants(Mapping[str, np.ndarray]):
+    """Arrays by name, each made when it is first asked for: whoever wants a plan's specs alone packs no weights.
+
+    Args:
+        makers: ``{name: what makes the array}``.
+    """
+
+    def __init__(self, makers: Mapping[str, Maker]) -> None:
+        self._makers = dict(makers)
+        self.made: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.made:
+            self.made[name] = np.ascontiguousarray(self._makers[name]())
+        return self.made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,6 @@ from tvm.target import Target
 from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.errors import BuildError
-from lightning_baqe.kernels.x86.layout import Layout
 from lightning_baqe.kernels.x86.pixels import PixelSpec
 
 MAIN, ALL = "main", "main_all"
@@ -82,5 +81,5 @@ def result_type(call: Call, plan: Plan) -> Any:
     if isinstance(spec, PixelSpec) and spec.op in ("logits", "unpack"):
         source = spec.source
         return relax.TensorType((1, source.channels * source.height * source.width), "float32")
-    layout: Layout = plan.layouts[call.result]
+    layout = plan.layouts[call.result]
     return relax.TensorType((layout.length,), layout.dtype)

@@ -12,7 +12,6 @@ and then nothing is left of it but a way to read the later one's buffer.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 from lightning_baqe.deploy.placement import Slice, Values, halos
 from lightning_baqe.integer import nodes as ir
@@ -21,32 +20,23 @@ from lightning_baqe.kernels.x86.layout import VECTOR, stored_channels
 _LOOKED_UP = 64  # bytes that a table takes at once, see :func:`lightning_baqe.kernels.x86.pixels.build_byte_table`
 
 
-@dataclass(frozen=True)
-class Slices:
-    """Which values lie in a slice, and the halos of the buffers.
-
-    Args:
-        places: ``{value: where it lies}``.
-        halos: ``{concatenation that owns a buffer: {padding value: width}}``, one entry at most.
-    """
-
-    places: dict[str, Slice]
-    halos: dict[str, dict[int, int]]
-
-
-def find_slices(values: Values, vbmi: bool) -> Slices:
+def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str, dict[int, int]]]:
     """The slices of a graph's concatenations, the last one first: it is the largest, where several share inputs.
 
     Args:
         values: of the graph, none placed yet.
         vbmi: tables of bytes are looked up a row at a time.
+
+    Returns:
+        ``{value: where it lies}``, and ``{concatenation that owns a buffer: {padding value: width}}`` of the buffers'
+        halos, one entry each at most.
     """
     finder = _Finder(values, vbmi)
     for node in reversed(values.graph.nodes):
         if isinstance(node, ir.Concat):
             finder.share(node)
     owners = {place.owner for place in finder.places.values()}
-    return Slices(finder.places, {name: pads for name, pads in finder.halos.items() if name in owners})
+    return finder.places, {name: pads for name, pads in finder.halos.items() if name in owners}
 
 
 class _Finder:
@@ -87,16 +77,10 @@ class _Finder:
             return False  # stored as the image is, and filled whole
         if values.dtype(node) != values.dtype(values.by_name[owner]):
             return False
-        if self._is_looked_up(node):
+        small = self.vbmi and stored_channels(node.type.shape[0]) < _LOOKED_UP  # for a table of bytes
+        if small and any(isinstance(one, ir.Table | ir.Requantize) for one in (node, *values.readers(node.name))):
             return False  # whole rows of a small value are faster, even with a copy
         return self._pads_agree(node, owner)
-
-    def _is_looked_up(self, node: ir.Node) -> bool:
-        """Whether a table of bytes reads or writes pixels that are too small for it."""
-        small = self.vbmi and stored_channels(node.type.shape[0]) < _LOOKED_UP
-        return small and any(
-            isinstance(one, ir.Table | ir.Requantize) for one in (node, *self.values.readers(node.name))
-        )
 
     def _pads_agree(self, node: ir.Node, owner: str) -> bool:
         """Whether one halo does for a value's readers and the buffer's; widens it as they need it."""

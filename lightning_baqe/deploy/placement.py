@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer import nodes as ir
@@ -34,6 +34,7 @@ class Values:
         graph: whose.
 
     Attributes:
+        direct_readers: of each node.
         layouts: by name of value; filled by :meth:`place`.
         pads: what the halo of each value holds.
         places: of values that lie in a concatenation's buffer.
@@ -46,10 +47,10 @@ class Values:
         self.pads: dict[str, int] = {}
         self.places: dict[str, Slice] = {}
         self._shared_halos: Mapping[str, dict[int, int]] = {}
-        self._direct: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
+        self.direct_readers: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
         for node in graph:
             for name in node.inputs:
-                self._direct[name].append(node)
+                self.direct_readers[name].append(node)
         self._alias: dict[str, str] = {}
         for node in graph:
             if isinstance(node, ir.Flatten) and self._needs_no_copy(node):
@@ -84,14 +85,10 @@ class Values:
         """Whether the buffer is the network's input as the caller gives it."""
         return isinstance(self.by_name[self.root(name)], ir.Input)
 
-    def direct_readers(self, name: str) -> list[ir.Node]:
-        """Readers of a node."""
-        return self._direct[name]
-
     def readers(self, name: str) -> list[ir.Node]:
         """Readers of a value, through nodes that share its buffer."""
         found: list[ir.Node] = []
-        for node in self._direct[name]:
+        for node in self.direct_readers[name]:
             found.extend(self.readers(node.name) if self.is_alias(node) else [node])
         return found
 
@@ -101,7 +98,7 @@ class Values:
         if len(before) == 1 or before[1:] == (1, 1):
             return True
         assert len(after) == 1
-        for reader in self._direct[node.name]:
+        for reader in self.direct_readers[node.name]:
             ends = reader is self.graph.output and isinstance(reader, ir.Dequantize) and reader.scale.ndim == 0
             flat = isinstance(reader, ir.Flatten) and len(reader.type.shape) == 1 and self._needs_no_copy(reader)
             if not (ends or flat or isinstance(reader, _PRODUCTS)):
@@ -137,16 +134,12 @@ class Values:
             return "int32"
         return "float32" if low is None or high is None else storage_dtype(low, high)
 
-    def place_input(self) -> str:
-        """The name of the network's float input in our layout, for readers that take it as it is."""
-        first = self.graph.nodes[0]
-        name = f"{first.name}.packed"
-        if name not in self.layouts:
-            channels, height, width = self.image_shape()
-            readers = [r for r in self.readers(first.name) if not isinstance(r, ir.Quantize)]
-            stored = _stored(channels, readers, True)
-            self._place(name, Layout(channels, height, width, stored, 0, "float32"), halos(readers))
-        return name
+    def place_input(self, name: str) -> None:
+        """Place the network's float input in our layout under a name, for readers that take it as it is."""
+        channels, height, width = self.image_shape()
+        readers = [r for r in self.readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize)]
+        stored = _stored(channels, readers, True)
+        self._place(name, Layout(channels, height, width, stored, 0, "float32"), halos(readers))
 
     def image_shape(self) -> tuple[int, int, int]:
         """The network's input shape.
@@ -159,18 +152,13 @@ class Values:
             raise BuildError(f"networks take images (channels, height, width), got an input of shape {shape}")
         return shape[0], shape[1], shape[2]
 
-    def place_copy(self, name: str, pad: int) -> str:
-        """The name of a value's copy for readers that pad with another number."""
-        copy = f"{name}.padded{pad}"
-        layout = self.layouts[name]
-        plain = Layout(layout.channels, layout.height, layout.width, layout.stored, 0, layout.dtype)
-        self._place(copy, plain, {pad: halos(self.readers(name))[pad]})
-        return copy
+    def place_copy(self, copy: str, name: str, pad: int) -> None:
+        """Place a value's copy under a name, for readers that pad with another number."""
+        self._place(copy, self.layouts[name].alone, {pad: halos(self.readers(name))[pad]})
 
     def _place(self, name: str, layout: Layout, pads: dict[int, int]) -> None:
         pad, halo = max(pads.items(), key=lambda item: item[1], default=(0, 0))
-        self.layouts[name] = Layout(layout.channels, layout.height, layout.width, layout.stored, halo, layout.dtype)
-        self.pads[name] = pad
+        self.layouts[name], self.pads[name] = replace(layout, halo=halo), pad
 
 
 def pad_of(reader: ir.Node) -> int | None:

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.calls import Call, Plan
-from lightning_baqe.deploy.constants import Constants, Maker
+from lightning_baqe.deploy.calls import Call, Constants, Maker, Plan
 from lightning_baqe.deploy.in_place import find_slices
 from lightning_baqe.deploy.placement import Slice, Values, pad_of
 from lightning_baqe.deploy.plan_pixels import (
@@ -31,23 +30,18 @@ from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.specs import Spec, alone
+from lightning_baqe.kernels.specs import Spec, TunableSpec, alone
+from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.kernels.x86.arithmetic import arithmetics, choose_dot
 from lightning_baqe.kernels.x86.conv import PARAMS
-from lightning_baqe.kernels.x86.conv_knobs import check_knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.conv_weights import pack_weights, weight_quads
-from lightning_baqe.kernels.x86.depthwise import (
-    DEPTHWISE_PARAMS,
-    DepthwiseSpec,
-    check_depthwise_knobs,
-    pack_depthwise,
-)
+from lightning_baqe.kernels.x86.depthwise import DEPTHWISE_PARAMS, DepthwiseSpec, pack_depthwise
 from lightning_baqe.kernels.x86.layout import Layout
 from lightning_baqe.kernels.x86.requantize import requant_numbers
 
 Schedules = Mapping[str, Mapping[str, Any]]
-BestKnobs = Callable[[ConvSpec | DepthwiseSpec], Mapping[str, Any] | None]
+BestKnobs = Callable[[TunableSpec], Mapping[str, Any] | None]
 
 
 def make_plan(
@@ -90,16 +84,14 @@ class _Planner:
         self.values = Values(graph)
         self.fused = self._fused_adds() if fuse and options.fuse_residual else {}
         if fuse:
-            slices = find_slices(self.values, self.target.vbmi)
-            self.values.share(slices.places, slices.halos)
-        self.copies: dict[tuple[str, int], str] = {}
+            self.values.share(*find_slices(self.values, self.target.vbmi))
         self.buffers = {name: place.owner for name, place in self.values.places.items()}
         self.calls: list[Call] = []
         self.makers: dict[str, Maker] = {}
         self.resolved: dict[str, dict[str, Any]] = {}
 
     def _fused_adds(self) -> dict[str, str]:
-        """``{convolution: residual sum that its kernel ends with}``: of two candidates the one computed later."""
+        """``{residual sum: convolution whose kernel ends with it}``: of two candidates the one computed later."""
         order = {node.name: index for index, node in enumerate(self.graph)}
         fused: dict[str, str] = {}
         for node in self.graph:
@@ -111,23 +103,23 @@ class _Planner:
                 if isinstance(conv := self.values.by_name[name], ir.Conv)
                 and conv.requant is not None
                 and conv.groups == 1
-                and len(self.values.direct_readers(name)) == 1
+                and len(self.values.direct_readers[name]) == 1
                 and node.inputs[0] != node.inputs[1]
             ]
             if candidates:
-                fused[max(candidates, key=order.__getitem__)] = node.name
+                fused[node.name] = max(candidates, key=order.__getitem__)
         return fused
 
     def plan(self) -> Plan:
-        fused_into = {add: conv for conv, add in self.fused.items()}
+        inside = set(self.fused.values())
         for node in self.graph:
-            if isinstance(node, ir.Input) or self.values.is_alias(node) or node.name in self.fused:
+            if isinstance(node, ir.Input) or self.values.is_alias(node) or node.name in inside:
                 continue
             if isinstance(node, ir.Dequantize) and node is self.graph.output:
                 break
             self.values.place(node)
-            if isinstance(node, ir.Add) and node.name in fused_into:
-                self._conv(self.values.by_name[fused_into[node.name]], node)
+            if isinstance(node, ir.Add) and node.name in self.fused:
+                self._conv(self.values.by_name[self.fused[node.name]], node)
             else:
                 self._emit(node)
         self._output()
@@ -138,20 +130,21 @@ class _Planner:
     def _value(self, name: str, reader: ir.Node) -> str:
         """The value that a node reads: packed, or copied with another halo, before its first reader."""
         root = self.values.root(name)
+        layouts = self.values.layouts
         if self.values.is_input(name):
-            fresh = f"{root}.packed" not in self.values.layouts
-            packed = self.values.place_input()
-            if fresh:
-                self._pixels(packed, pack_kernel(self.values.layouts[packed], None), [root])
+            packed = f"{root}.packed"
+            if packed not in layouts:
+                self.values.place_input(packed)
+                self._pixels(packed, pack_kernel(layouts[packed], None), [root])
             return packed
         pad = pad_of(reader)
         if pad is None or pad == self.values.pads[root]:
             return root
-        if (root, pad) not in self.copies:
-            copy = self.values.place_copy(root, pad)
-            self._pixels(copy, copy_kernel(self.values.layouts[root], self.values.layouts[copy]), [root])
-            self.copies[root, pad] = copy
-        return self.copies[root, pad]
+        copy = f"{root}.padded{pad}"
+        if copy not in layouts:
+            self.values.place_copy(copy, root, pad)
+            self._pixels(copy, copy_kernel(layouts[root], layouts[copy]), [root])
+        return copy
 
     # -- kernels ------------------------------------------------------------------------------------------------------
 
@@ -239,22 +232,20 @@ class _Planner:
             params |= {"add_low": add.type.low, "add_high": add.type.high}
         largest = 0 if is_float else int(node.input_range[1])
         dot, chain = choose_dot(
-            self.target, lambda dot: weight_quads(ConvSpec(dot, 1, **fields), weight), largest, is_float
+            self.target, lambda dot: weight_quads(ConvSpec(dot, chain=1, **fields), weight), largest, is_float
         )
-        spec = ConvSpec(dot, chain, **fields)
+        spec = ConvSpec(dot, chain=chain, **fields)
         knobs = self._knobs(node.layer, spec)
         packed, bias = partial(pack_weights, spec, knobs, weight), _bias(node, layout, spec)
         numbers = _requant_numbers(node, spec) or partial(np.zeros, 2 * layout.stored, np.int64)
         nodes = (node.name, add.name) if add is not None else (node.name,)
         self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, _numbered(PARAMS, params), residual))
 
-    def _knobs(self, layer: str, spec: ConvSpec | DepthwiseSpec) -> dict[str, Any]:
+    def _knobs(self, layer: str, spec: TunableSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
         known = self.best(alone(spec)) if chosen is None and self.best is not None else None
-        wanted = chosen or known or {}
-        knobs = check_knobs(spec, wanted) if isinstance(spec, ConvSpec) else check_depthwise_knobs(spec, wanted)
-        self.resolved[layer] = knobs
-        return knobs
+        self.resolved[layer] = template_of(spec).check_knobs(spec, chosen or known or {})
+        return self.resolved[layer]
 
     def _depthwise(self, node: ir.Conv | ir.FloatConv) -> None:
         name = self._value(node.inputs[0], node)
@@ -289,12 +280,12 @@ def _is_float(node: ir.Node) -> bool:
     return isinstance(node, ir.FloatConv | ir.FloatLinear)
 
 
-def _bias(node: Any, layout: Layout, spec: ConvSpec | DepthwiseSpec) -> Maker:
+def _bias(node: Any, layout: Layout, spec: TunableSpec) -> Maker:
     """What makes a layer's bias by stored channel."""
     return partial(by_channel, node.bias, layout, spec.arithmetic.dtype)
 
 
-def _requant_numbers(node: Any, spec: ConvSpec | DepthwiseSpec) -> Maker | None:
+def _requant_numbers(node: Any, spec: TunableSpec) -> Maker | None:
     """What makes multipliers, fractions and rounding as the kernels read them, if the layer requantizes."""
 
     def make() -> np.ndarray:
@@ -302,7 +293,7 @@ def _requant_numbers(node: Any, spec: ConvSpec | DepthwiseSpec) -> Maker | None:
         fractions = np.zeros_like(multipliers) if node.fraction is None else node.fraction.numpy()
         return requant_numbers(multipliers, fractions, node.requant.shift, spec.result.stored, spec.lanes)
 
-    return make if spec.epilogue.startswith("requant") else None
+    return make if spec.requantizes else None
 
 
 def _requant_params(node: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_baqe.deploy.constants import Maker
+from lightning_baqe.deploy.calls import Maker
 from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer import nodes as ir
@@ -58,46 +58,45 @@ def pixel_kernel(
     Raises:
         BuildError: no kernel computes it.
     """
-    kind, source = node.type, sources[0]
-    limits = (kind.zero_point, kind.low, kind.high)
+    source, limits = sources[0], _limits(node.type)
+
+    def pixels(op: str, params: tuple[Any, ...] = (), *constants: Maker, **fields: Any) -> Kernel:
+        return Kernel(PixelSpec(op, source, result, **fields), params, constants)
+
     match node:
         case ir.Quantize():
-            return Kernel(PixelSpec("quantize", source, result), limits, (_floats(node.inverse_scale),))
+            return pixels("quantize", limits, _floats(node.inverse_scale))
         case ir.Dequantize():
             factors = partial(by_channel, node.scale.expand(result.channels), result, "float32")
-            return Kernel(PixelSpec("dequantize", source, result), (node.zero_point,), (factors,))
+            return pixels("dequantize", (node.zero_point,), factors)
         case ir.Requantize():
             if _bytes_to_bytes(source, result, target):
                 return _byte_table(node, source, result)
-            m, shift = int(node.requant.multiplier), node.requant.shift
             narrow, high = _requantize_width(node, kinds[0])
-            spec = PixelSpec("requantize", source, result, narrow=narrow, high=high)
-            return Kernel(spec, (node.input_zero_point, m, shift, *limits))
+            params = (node.input_zero_point, int(node.requant.multiplier), node.requant.shift, *limits)
+            return pixels("requantize", params, narrow=narrow, high=high)
         case ir.Add():
-            spec = PixelSpec("add", source, result, sources[1], narrow=narrow_add(node, kinds))
-            return Kernel(spec, (*node.multipliers, node.offset, node.shift, *limits))
+            params = (*node.multipliers, node.offset, node.shift, *limits)
+            return pixels("add", params, other=sources[1], narrow=narrow_add(node, kinds))
         case ir.Mul():
-            m, shift = int(node.requant.multiplier), node.requant.shift
-            reach = [_reach(kind, point) for kind, point in zip(kinds, node.input_zero_points, strict=True)]
-            high = shift >= 32 and reach[0] * reach[1] <= INT32_MAX
-            spec = PixelSpec("mul", source, result, sources[1], narrow=False, high=high)
-            return Kernel(spec, (*node.input_zero_points, m, shift, *limits))
+            a, b = (_reach(kind, point) for kind, point in zip(kinds, node.input_zero_points, strict=True))
+            high = node.requant.shift >= 32 and a * b <= INT32_MAX
+            params = (*node.input_zero_points, int(node.requant.multiplier), node.requant.shift, *limits)
+            return pixels("mul", params, other=sources[1], narrow=False, high=high)
         case ir.Affine():
             multipliers = partial(by_channel, node.requant.multiplier.expand(result.channels), result, "int32")
             # With 2^61 of offset and as much of rounding, one bit more is wanted than elsewhere.
             high = node.requant.shift >= 33 and _reach(kinds[0], node.input_zero_point) <= INT32_MAX
-            spec = PixelSpec("affine", source, result, narrow=False, high=high)
             params = (node.input_zero_point, node.requant.shift, *limits)
-            return Kernel(spec, params, (multipliers, partial(_even_first, node.offset, result)))
+            offsets = partial(_even_first, node.offset, result)
+            return pixels("affine", params, multipliers, offsets, narrow=False, high=high)
         case ir.Table():
             return _table(node, source, kinds[0], result, target)
         case ir.Clip():
-            return Kernel(PixelSpec("clip", source, result), limits[1:])
+            return pixels("clip", limits[1:])
         case ir.MaxPool():
             return Kernel(PoolSpec("max_pool", source, result, node.kernel, node.stride, node.padding, node.dilation))
-        case ir.AvgPool():
-            return _average(node, source, result)
-        case ir.FloatAvgPool():
+        case ir.AvgPool() | ir.FloatAvgPool():
             return _average(node, source, result)
         case ir.Concat():
             return Kernel(MoveSpec("concat", tuple(sources), result))
@@ -105,36 +104,33 @@ def pixel_kernel(
             return _gather(node, source, result)
         case ir.Flatten():
             return Kernel(MoveSpec("flatten", (source,), result))
-        case _:
-            return _float_kernel(node, sources, result)
-
-
-def _float_kernel(node: ir.Node, sources: list[Layout], result: Layout) -> Kernel:
-    match node:
         case ir.FloatAdd():
-            return Kernel(PixelSpec("float_add", sources[0], result, sources[1], relu=node.relu))
+            return pixels("float_add", other=sources[1], relu=node.relu)
         case ir.FloatMul():
-            return Kernel(PixelSpec("float_mul", sources[0], result, sources[1]))
+            return pixels("float_mul", other=sources[1])
         case ir.FloatAffine():
             parts = [part.expand(result.channels) for part in (node.gain, node.shift)]
-            return Kernel(PixelSpec("float_affine", sources[0], result), (), (partial(_in_turn, parts, result),))
+            return pixels("float_affine", (), partial(_in_turn, parts, result))
         case ir.FloatFunction():
             if node.function not in float_functions.NAMES:
                 raise BuildError(
                     f"{node.name!r}: no kernel computes the float function {node.function!r}; there are "
                     f"{sorted(float_functions.NAMES)}"
                 )
-            spec = PixelSpec("float_function", sources[0], result, function=node.function)
-            return Kernel(spec, (), (_floats(*node.parameters, *[0.0] * (2 - len(node.parameters))),))
+            parameters = _floats(*node.parameters, *[0.0] * (2 - len(node.parameters)))
+            return pixels("float_function", (), parameters, function=node.function)
     raise BuildError(f"no kernel computes {node.name!r} ({node.kind})")
+
+
+def _limits(kind: ir.TensorType) -> tuple[Any, ...]:
+    return kind.zero_point, kind.low, kind.high
 
 
 def pack_kernel(result: Layout, node: ir.Quantize | None) -> Kernel:
     """Of the network's input, quantized by a node or as it is."""
     if node is None:
         return Kernel(PixelSpec("pack", result, result))
-    limits = (node.type.zero_point, node.type.low, node.type.high)
-    return Kernel(PixelSpec("pack", result, result), limits, (_floats(node.inverse_scale),))
+    return Kernel(PixelSpec("pack", result, result), _limits(node.type), (_floats(node.inverse_scale),))
 
 
 def unpack_kernel(source: Layout, node: ir.Dequantize | None) -> Kernel:
@@ -182,11 +178,9 @@ def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout, 
         )
     if _bytes_to_bytes(source, result, target):
         return _byte_table(node, source, result)
-    if source.dtype != "int32":
-        spec = PixelSpec("table", source, result, entries=256)
-        return Kernel(spec, (node.input_low,), (partial(_byte_results, node, source, result),))
-    spec = PixelSpec("table", source, result, entries=len(node.table))
-    return Kernel(spec, (node.input_low,), (_flat(node.table, result.dtype),))
+    by_byte, entries = partial(_byte_results, node, source, result), _flat(node.table, result.dtype)
+    size, made = (len(node.table), entries) if source.dtype == "int32" else (256, by_byte)
+    return Kernel(PixelSpec("table", source, result, entries=size), (node.input_low,), (made,))
 
 
 def _bytes_to_bytes(source: Layout, result: Layout, target: CpuTarget) -> bool:
@@ -209,20 +203,17 @@ def _byte_table(node: ir.Table | ir.Requantize, source: Layout, result: Layout) 
 
 
 def _average(node: ir.AvgPool | ir.FloatAvgPool, source: Layout, result: Layout) -> Kernel:
-    is_float = isinstance(node, ir.FloatAvgPool)
-    op = "float_avg_pool" if is_float else "avg_pool"
     params: tuple[Any, ...] = ()
-    factors = node.factors if isinstance(node, ir.FloatAvgPool) else node.requant.multiplier
     if isinstance(node, ir.AvgPool):
-        params = (node.input_zero_point, node.requant.shift, node.type.zero_point, node.type.low, node.type.high)
-    made = _flat(factors, "float32" if is_float else "int32")
-    by_pixel, high = factors.numel() > 1, isinstance(node, ir.AvgPool) and node.requant.shift >= 32
-    rows, columns = _regular(node.rows), _regular(node.columns)
+        op, factors, dtype, high = "avg_pool", node.requant.multiplier, "int32", node.requant.shift >= 32
+        params = (node.input_zero_point, node.requant.shift, *_limits(node.type))
+    else:
+        op, factors, dtype, high = "float_avg_pool", node.factors, "float32", False
+    spec = partial(PoolSpec, op, source, result, by_pixel=factors.numel() > 1, high=high)
+    rows, columns, made = _regular(node.rows), _regular(node.columns), _flat(factors, dtype)
     if rows is not None and columns is not None:
-        kernel, stride = (rows[0], columns[0]), (rows[1], columns[1])
-        return Kernel(PoolSpec(op, source, result, kernel, stride, by_pixel=by_pixel, high=high), params, (made,))
-    spec = PoolSpec(op, source, result, windows=True, by_pixel=by_pixel, high=high)
-    return Kernel(spec, params, (_flat(node.rows), _flat(node.columns), made))
+        return Kernel(spec(kernel=(rows[0], columns[0]), stride=(rows[1], columns[1])), params, (made,))
+    return Kernel(spec(windows=True), params, (_flat(node.rows), _flat(node.columns), made))
 
 
 def _regular(bounds: torch.Tensor) -> tuple[int, int] | None:

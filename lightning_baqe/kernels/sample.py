@@ -46,7 +46,7 @@ class KernelSample:
         """The kernel's arguments but the result, weights packed for these knobs."""
         if isinstance(self.spec, DepthwiseSpec):
             packed = pack_depthwise(self.spec, knobs, self.weight)
-            numbers = [self.numbers] if self.spec.epilogue == "requant" else []
+            numbers = [self.numbers] if self.spec.requantizes else []
             params = self.params[[PARAMS.index(name) for name in DEPTHWISE_PARAMS]]
             return [self.source, packed, self.bias, *numbers, params]
         packed = pack_weights(self.spec, knobs, self.weight)
@@ -74,13 +74,12 @@ def sample_kernel(spec: ConvSpec | DepthwiseSpec, seed: int = 0) -> KernelSample
         weight = rng.standard_normal(shape, np.float32)
         bias = rng.standard_normal(spec.result.stored, np.float32)
     else:
-        low, high = _weight_range(spec)
-        weight = rng.integers(low, high + 1, shape, np.int64)
+        weight = rng.integers(*_weight_range(spec), shape, np.int64, endpoint=True)
         bias = rng.integers(-1000, 1001, spec.result.stored, np.int32)
     acc = _accumulators(spec, source, weight) + bias.reshape(-1, 1, 1)
     low, high = _RANGES.get(spec.result.dtype, (0, 0))
     params[PARAMS.index("pad")] = 0 if is_float else rng.integers(max(low, 0), 100)
-    if spec.epilogue.startswith("requant"):
+    if spec.requantizes:
         # Twice the range of the result, so that both ends are clipped somewhere.
         shift = 40 if spec.high else 24
         largest = (high - low) * 2.0**shift / max(1, int(np.abs(acc).max()))
@@ -111,8 +110,7 @@ def _weight_range(spec: ConvSpec | DepthwiseSpec) -> tuple[int, int]:
 def _buffer(layout: Layout, rng: np.random.Generator) -> np.ndarray:
     if layout.dtype == "float32":
         return rng.standard_normal(layout.length, np.float32)
-    low, high = _RANGES[layout.dtype]
-    return rng.integers(low, high + 1, layout.length).astype(layout.dtype)
+    return rng.integers(*_RANGES[layout.dtype], layout.length, endpoint=True).astype(layout.dtype)
 
 
 def _image(layout: Layout, buffer: np.ndarray) -> np.ndarray:
@@ -142,7 +140,7 @@ def _finished(
     value = acc
     if spec.epilogue == "float_relu":
         value = np.maximum(acc, 0)
-    elif spec.epilogue.startswith("requant"):
+    elif spec.requantizes:
         multipliers, fractions = numbers.astype(np.int64).reshape(2, -1, 1, 1)
         scaled = acc * multipliers + fractions
         value = np.clip(_rounded(scaled, p["shift"]) + p["zero_point"], p["low"], p["high"])

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from lightning_baqe.kernels.sample import sample_kernel
-from lightning_baqe.kernels.specs import TunableSpec, build_kernel
+from lightning_baqe.kernels.specs import TunableSpec
 from lightning_baqe.kernels.x86.conv_knobs import (
     Knobs,
     check_knobs,
-    default_knobs,
     knob_space,
     sizes,
     tile_cost,
@@ -24,64 +20,40 @@ from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.depthwise import (
     DepthwiseSpec,
     check_depthwise_knobs,
-    default_depthwise_knobs,
     depthwise_cost,
     depthwise_knob_space,
 )
 
 
-class Sample(Protocol):
-    """Random data for one kernel."""
-
-    @property
-    def result(self) -> np.ndarray:
-        """What the kernel must write."""
-
-    def arguments(self, knobs: Knobs) -> list[np.ndarray]:
-        """Its arguments but the result, for these knobs."""
-
-
 @dataclass(frozen=True)
 class Template:
-    """A schedule template with knobs. Each function takes the kernel's spec first.
+    """The knobs of a schedule template. Each function takes the kernel's spec first.
 
     Args:
         knob_space: all values of each knob, best guess first.
-        default_knobs: the shipped ones.
         check_knobs: knobs with the defaults for missing ones, in canonical form; ConfigError if they cannot be.
         cost: of knobs, estimated, in any positive unit.
-        build: the kernel's TIR function.
-        sample: random data and the right result.
         unsearched: knobs that a search over networks leaves as they are, because no device rewards another value; the
             tuner tries them.
     """
 
     knob_space: Callable[[Any], Mapping[str, list[Any]]]
-    default_knobs: Callable[[Any], dict[str, Any]]
     check_knobs: Callable[[Any, Knobs], dict[str, Any]]
     cost: Callable[[Any, Knobs], float]
-    build: Callable[[Any, Knobs], Any]
-    sample: Callable[[Any], Sample]
     unsearched: frozenset[str] = frozenset()
 
 
 _TEMPLATES: dict[type, Template] = {
     ConvSpec: Template(
         knob_space=lambda spec: knob_space(spec, limit=len(tiles(spec))),
-        default_knobs=default_knobs,
         check_knobs=check_knobs,
         cost=lambda spec, knobs: tile_cost(with_intrinsic(spec, knobs), sizes(knobs)),
-        build=build_kernel,
-        sample=sample_kernel,
         unsearched=frozenset({"intrinsic"}),
     ),
     DepthwiseSpec: Template(
         knob_space=depthwise_knob_space,
-        default_knobs=default_depthwise_knobs,
         check_knobs=check_depthwise_knobs,
         cost=lambda spec, knobs: depthwise_cost(spec, sizes(knobs)),
-        build=build_kernel,
-        sample=sample_kernel,
     ),
 }
 

@@ -13,7 +13,6 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.compiler import result_type
-from lightning_baqe.kernels.x86.layout import Layout
 from lightning_baqe.measurement.clock import PROFILED_RUNS, WARM_UP, timed
 
 
@@ -66,7 +65,7 @@ class KernelProfile:
             everything.append([*arguments, held[target]])
             for name in self._buffers(call):
                 if last_use[name] == at and name in held:
-                    layout: Layout = self.plan.layouts[name]
+                    layout = self.plan.layouts[name]
                     free.setdefault((layout.length, layout.dtype), []).append(held.pop(name))
         return everything
 

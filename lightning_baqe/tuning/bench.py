@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.errors import BuildError, MeasurementError
 from lightning_baqe.hardware.target import CpuTarget
-from lightning_baqe.kernels.specs import kernel_key
-from lightning_baqe.kernels.tunable import Sample, TunableSpec, template_of
+from lightning_baqe.kernels.sample import KernelSample, sample_kernel
+from lightning_baqe.kernels.specs import TunableSpec, build_kernel, kernel_key
+from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.measurement.database import KernelRecord, Records
 from lightning_baqe.measurement.device import REPEATS, Device, Kernel, KernelTurn
 from lightning_baqe.tuning.strategies import KernelSpace, Tried
@@ -44,8 +45,7 @@ class KernelBench:
     folder: Path
     measured: int = 0
     failed: int = 0
-    _sample: Sample | None = None
-    _confirmed: set[str] = field(default_factory=set)
+    _sample: KernelSample | None = None
 
     @property
     def records(self) -> Records:
@@ -55,8 +55,7 @@ class KernelBench:
     @property
     def default(self) -> dict[str, Any]:
         """The shipped knobs."""
-        template = template_of(self.spec)
-        return template.check_knobs(self.spec, template.default_knobs(self.spec))
+        return template_of(self.spec).check_knobs(self.spec, {})
 
     def tried(self) -> list[Tried]:
         """All that the records hold of this kernel."""
@@ -67,30 +66,20 @@ class KernelBench:
 
     def measure(self, knobs: dict[str, Any]) -> KernelRecord:
         """Measure one candidate and keep its record; a failure is a record with its reason."""
-        (turns,) = in_turns([lambda: self.ask(knobs)], 1)
-        record = self.keep(knobs, turns)
+        (record,) = interleaved([(self, knobs)], 1)
         self.measured += 1
         self.failed += record.error is not None
         return record
-
-    def interleaved(self, candidates: Sequence[dict[str, Any]]) -> list[KernelRecord]:
-        """Measure several candidates in turns, so that a clock that drifts does so for all; keeps their records."""
-        return interleaved([(self, knobs) for knobs in candidates])
 
     def confirm(self) -> None:
         """Measure the fastest and the default again, in turns, until the fastest record is a confirmed one."""
         default = self.records.kernel(self.spec, self.target, self.default)
         while default is not None and default.usable:
             best = next((r for r in self.records.kernels(self.spec, self.target) if r.usable), None)
-            if best is None or self._is_confirmed(best):
+            if best is None or len(best.samples_us) >= CONFIRM_ROUNDS * REPEATS:  # so many tell that it had its turns
                 return
             pair = [self.default] if best.knobs == self.default else [self.default, best.knobs]
-            default = self.interleaved(pair)[0]
-
-    def _is_confirmed(self, record: KernelRecord) -> bool:
-        """Whether a record was taken in turns, by this run or, as its many samples tell, by an earlier one."""
-        taken = len(record.samples_us) >= CONFIRM_ROUNDS * REPEATS
-        return taken or kernel_key(self.spec, record.knobs) in self._confirmed
+            default = interleaved([(self, knobs) for knobs in pair])[0]
 
     def ask(self, knobs: dict[str, Any]) -> KernelTurn:
         """One turn of a candidate on the device.
@@ -101,12 +90,10 @@ class KernelBench:
         files = functools.partial(self._prepared, knobs)
         return self.device.measure_kernel(Kernel(files, self.spec.threads, self.spec, knobs))
 
-    def keep(self, knobs: dict[str, Any], turns: Turns) -> KernelRecord:
+    def keep(self, knobs: dict[str, Any], turns: KernelRecord) -> KernelRecord:
         """Put what the turns of a candidate gave into the records, as what is now known of it."""
-        record = KernelRecord(knobs, turns.latency_us, list(turns.samples_us), turns.exact, turns.error)
+        record = replace(turns, knobs=knobs)
         self.records.add_kernel(self.spec, self.target, record)
-        if turns.rounds >= CONFIRM_ROUNDS:
-            self._confirmed.add(kernel_key(self.spec, knobs))
         return record
 
     def _prepared(self, knobs: dict[str, Any]) -> tuple[Path, Path]:
@@ -116,40 +103,22 @@ class KernelBench:
         if not library.exists():
             if self._sample is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._sample = template_of(self.spec).sample(self.spec)
+                self._sample = sample_kernel(self.spec)
             save_arguments(arguments, self._sample.arguments(knobs), self._sample.result)
             compile_kernel(self.spec, self.target, knobs, library)
         return library, arguments
 
 
-@dataclass(frozen=True)
-class Turns:
-    """What the turns of one candidate gave.
-
-    Args:
-        rounds: that were asked for.
-        samples_us: all of them, microseconds.
-        exact: whether its result was the right one; None if it never ran.
-        error: why it has no more turns.
-    """
-
-    rounds: int
-    samples_us: tuple[float, ...]
-    exact: bool | None
-    error: str | None
-
-    @property
-    def latency_us(self) -> float | None:
-        """The fastest sample; None if there is none."""
-        return min(self.samples_us, default=None)
-
-
-def in_turns(questions: Sequence[Callable[[], KernelTurn]], rounds: int) -> list[Turns]:
+def in_turns(questions: Sequence[Callable[[], KernelTurn]], rounds: int) -> list[KernelRecord]:
     """Ask each question once a round. One that failed, or whose result was wrong, is not asked again.
 
     Args:
         questions: such as :meth:`KernelBench.ask` of a candidate.
         rounds: how often.
+
+    Returns:
+        for each question a record without knobs: the fastest sample, all of them, whether the result was the right one
+        (None if it never ran), and why it has no more turns.
     """
     samples: list[list[float]] = [[] for _ in questions]
     exact: list[bool | None] = [None] * len(questions)
@@ -167,13 +136,16 @@ def in_turns(questions: Sequence[Callable[[], KernelTurn]], rounds: int) -> list
             exact[index] = answer.exact
             if not answer.exact:
                 reasons[index] = "its result differs from the reference"
-    return [Turns(rounds, tuple(samples[i]), exact[i], reasons.get(i)) for i in range(len(questions))]
+    return [
+        KernelRecord({}, min(taken, default=None), taken, exact[index], reasons.get(index))
+        for index, taken in enumerate(samples)
+    ]
 
 
 def interleaved(
     candidates: Sequence[tuple[KernelBench, dict[str, Any]]], rounds: int = CONFIRM_ROUNDS
 ) -> list[KernelRecord]:
-    """Measure knobs of one or several kernels in turns; keeps their records.
+    """Measure knobs of kernels in turns, so that a clock that drifts does so for all; keeps their records.
 
     Args:
         candidates: ``(the kernel's bench, knobs)``.
@@ -195,7 +167,7 @@ def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], 
     Raises:
         BuildError: TVM, LLVM or the linker refuses it.
     """
-    build = functools.partial(template_of(spec).build, spec, knobs)
+    build = functools.partial(build_kernel, spec, knobs)
     try:
         KernelObjects().library(kernel_key(spec, knobs), target, build).export_library(str(path))
     except (RuntimeError, ValueError) as error:
@@ -210,7 +182,7 @@ def kernel_space(spec: TunableSpec) -> KernelSpace:
     return KernelSpace(
         name=kernel_key(spec, {}),
         values=template.knob_space(spec),
-        default=template.check_knobs(spec, template.default_knobs(spec)),
+        default=template.check_knobs(spec, {}),
         check=lambda knobs: template.check_knobs(spec, knobs),
         cost=lambda knobs: template.cost(spec, knobs),
         context=tuple(float(np.log2(size)) for size in sizes),

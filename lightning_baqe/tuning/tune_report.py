@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -19,38 +19,31 @@ from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.tuning.tuner import Step, TunedKernel, TuneResult
 
 
-class TuneProgress:
+@contextmanager
+def tune_progress(console: Console) -> Iterator[Callable[[Step], None]]:
     """A bar with the kernel, its latency, GMAC/s and share of the peak; a line now and then where there is no terminal.
 
     Args:
         console: to show it on.
+
+    Returns:
+        what shows a step of the tuner.
     """
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[figures]}", markup=False))  # fmt: skip
+    shown = 0  # tenths
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn(), TextColumn("{task.fields[figures]}", markup=False))  # fmt: skip
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("tune", total=None, figures="")
-        self._tenths = 0
+    def update(step: Step) -> None:
+        nonlocal shown
+        figures, tenths = step_text(step), 10 * step.done // step.total
+        bar.update(task, completed=step.done, total=step.total, figures=figures)
+        if not console.is_terminal and tenths > shown:
+            shown = tenths
+            console.print(f"{step.done}/{step.total} {figures}", markup=False, soft_wrap=True)
 
-    def __enter__(self) -> TuneProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def update(self, step: Step) -> None:
-        """Show a step of the tuner."""
-        figures = step_text(step)
-        self._bar.update(self._task, completed=step.done, total=step.total, figures=figures)
-        tenths = 10 * step.done // step.total
-        if not self._console.is_terminal and tenths > self._tenths:
-            self._tenths = tenths
-            self._console.print(f"{step.done}/{step.total} {figures}", markup=False, soft_wrap=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tune", total=None, figures="")
+        yield update
 
 
 def step_text(step: Step) -> str:
@@ -125,7 +118,7 @@ def write_tuning(folder: Path, result: TuneResult, about: Mapping[str, Any]) -> 
 
 def kernel_entry(kernel: TunedKernel) -> dict[str, Any]:
     """A kernel's figures, as JSON can hold them."""
-    spec, template = kernel.spec, template_of(kernel.spec)
+    spec = kernel.spec
     return {
         "kernel": kernel_key(spec, {}),
         "layers": list(kernel.layers),
@@ -136,7 +129,7 @@ def kernel_entry(kernel: TunedKernel) -> dict[str, Any]:
         "gmacs": kernel.gmacs,
         "peak_gmacs": kernel.peak_gmacs,
         "share": kernel.share,
-        "default_knobs": template.check_knobs(spec, template.default_knobs(spec)),
+        "default_knobs": template_of(spec).check_knobs(spec, {}),
         "knobs": kernel.knobs,
         "known": kernel.known,
         "inexact": kernel.inexact,

@@ -21,7 +21,7 @@ from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.tunable import TunableSpec
+from lightning_baqe.kernels.specs import TunableSpec
 from lightning_baqe.measurement.database import KernelRecord
 from lightning_baqe.measurement.device import Device
 from lightning_baqe.measurement.local import Local
@@ -173,8 +173,12 @@ def tune(
             _Kernel(KernelBench(spec, target, device, Path(folder) / str(i)), names)
             for i, (spec, names) in enumerate(layers.items())
         ]
+        for state, wanted in zip(
+            states, allotment([one.work for one in states], candidates * len(states)), strict=True
+        ):
+            state.wanted = wanted
         deadline = None if budget_s is None else started + budget_s
-        complete = _Run(states, strategy or Ranked(), candidates, deadline, progress).measure()
+        complete = _measure_all(states, strategy or Ranked(), deadline, progress)
         for state in states:
             state.bench.confirm()
         kernels = tuple(state.summary() for state in states)
@@ -230,16 +234,13 @@ class _Kernel:
             # A kernel above the peak says that the machine was busy when the peak was measured.
             if self.peak_gmacs is not None and self.peak_gmacs >= (gmacs or 0.0):
                 break
-            self._measure_peak()
+            peak = self.bench.device.measure_peak(self.bench.target, *self._dot)
+            self.bench.records.add_peak(self.bench.target, *self._dot, peak)
         return record
 
     def gmacs(self, record: KernelRecord) -> float | None:
         """1e9 multiply-accumulates a second of a record; None if it failed."""
         return self.bench.spec.macs / record.latency_us / 1e3 if record.usable and record.latency_us else None
-
-    def _measure_peak(self) -> None:
-        peak = self.bench.device.measure_peak(self.bench.target, *self._dot)
-        self.bench.records.add_peak(self.bench.target, *self._dot, peak)
 
     def summary(self) -> TunedKernel:
         """What the records now say."""
@@ -254,55 +255,31 @@ class _Kernel:
         )  # fmt: skip
 
 
-class _Run:
-    """Lets the kernels take turns until each has its candidates or the time is up."""
+def _measure_all(kernels: list[_Kernel], strategy: Strategy, deadline: float | None, progress: Progress | None) -> bool:
+    """Let the kernels take turns until each has its candidates or the time is up; whether each has them."""
+    weights = dict(zip(kernels, _weights([kernel.work for kernel in kernels]), strict=True))
+    done = 0
 
-    def __init__(
-        self,
-        kernels: list[_Kernel],
-        strategy: Strategy,
-        candidates: int,
-        deadline: float | None,
-        progress: Progress | None,
-    ) -> None:
-        self.kernels, self.strategy, self.deadline, self.progress = kernels, strategy, deadline, progress
-        self.done = 0
-        work = [kernel.work for kernel in kernels]
-        self.weights = dict(zip(kernels, _weights(work), strict=True))
-        for kernel, wanted in zip(kernels, allotment(work, candidates * len(kernels)), strict=True):
-            kernel.wanted = wanted
+    def late() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
 
-    def measure(self) -> bool:
-        """Whether every kernel has its candidates."""
-        while True:
-            missing = [kernel for kernel in self.kernels if len(kernel.tried) < kernel.wanted]
-            if not missing:
-                return True
-            if self._late():
+    while missing := [kernel for kernel in kernels if len(kernel.tried) < kernel.wanted]:
+        if late():
+            return False
+        kernel = max(missing, key=lambda one: (not one.tried, weights[one] / (len(one.tried) + 1)))
+        count = min(BATCH, kernel.wanted - len(kernel.tried)) if kernel.tried else 1
+        others = [(other.space, other.tried) for other in kernels if other is not kernel]
+        proposed = strategy.propose(kernel.space, kernel.tried, count, others)
+        if len(proposed) < count:
+            kernel.wanted = len(kernel.tried) + len(proposed)
+        for knobs in proposed:
+            if late():
                 return False
-            kernel = max(missing, key=self._urgency)
-            count = min(BATCH, kernel.wanted - len(kernel.tried)) if kernel.tried else 1
-            others = [(other.space, other.tried) for other in self.kernels if other is not kernel]
-            proposed = self.strategy.propose(kernel.space, kernel.tried, count, others)
-            if len(proposed) < count:
-                kernel.wanted = len(kernel.tried) + len(proposed)
-            for knobs in proposed:
-                if self._late():
-                    return False
-                record = kernel.measure(knobs)
-                self.done += 1
-                self._tell(kernel, record)
-
-    def _urgency(self, kernel: _Kernel) -> tuple[bool, float]:
-        return not kernel.tried, self.weights[kernel] / (len(kernel.tried) + 1)
-
-    def _late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
-    def _tell(self, kernel: _Kernel, record: KernelRecord) -> None:
-        if self.progress is None:
-            return
-        left = sum(max(0, one.wanted - len(one.tried)) for one in self.kernels)
-        gmacs = kernel.gmacs(record)
-        share = gmacs / kernel.peak_gmacs if gmacs and kernel.peak_gmacs else None
-        self.progress(Step(self.done, self.done + left, kernel.layers[0], record, gmacs, share))
+            record = kernel.measure(knobs)
+            done += 1
+            if progress is not None:
+                left = sum(max(0, one.wanted - len(one.tried)) for one in kernels)
+                gmacs, peak = kernel.gmacs(record), kernel.peak_gmacs
+                share = gmacs / peak if gmacs and peak else None
+                progress(Step(done, done + left, kernel.layers[0], record, gmacs, share))
+    return True

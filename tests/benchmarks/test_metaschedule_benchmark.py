@@ -37,8 +37,8 @@ def spec_of(target: CpuTarget, channels: int = 32, out: int = 32, size: int = 6,
     end = -(-size // stride)
     result = Layout(out, end, end, -(-out // 16) * 16, 1, "uint8")
     return ConvSpec(
-        DOTS[target.path], 1, target.lanes, target.registers, source, result, (kernel, kernel), (stride, stride),
-        (1, 1), padding, padding, **{"epilogue": "requant", **others},
+        DOTS[target.path], target.lanes, target.registers, source, result, (kernel, kernel), (stride, stride),
+        (1, 1), padding, padding, **{"chain": 1, "epilogue": "requant", **others},
     )  # fmt: skip
 
 

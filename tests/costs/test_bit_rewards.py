@@ -30,7 +30,7 @@ from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs, knob_space
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
-from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec, default_depthwise_knobs
+from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec, check_depthwise_knobs
 from lightning_baqe.measurement.database import KernelRecord, Records
 
 Graphs = dict[int, IntegerGraph]
@@ -195,7 +195,7 @@ def test_depthwise_kernels_are_told(tmp_path: Path) -> None:
     depthwise = next(kernel for kernel in kernels if "2" in kernel.layers)
     assert all(isinstance(spec, DepthwiseSpec) for spec in depthwise.specs.values())
     for spec in set(depthwise.specs.values()):
-        knobs = default_depthwise_knobs(spec)  # type: ignore[arg-type]
+        knobs = check_depthwise_knobs(spec, {})  # type: ignore[arg-type]
         records.add_kernel(spec, target, KernelRecord(knobs, 3.0, [3.0], True))
     reward = next(kernel for kernel in rewards_of(found, BuildOptions(target), records).kernels if "2" in kernel.layers)
     assert reward.latency_us == {4: 3.0, 8: 3.0}

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_graphs import lowered
+from small_graphs import FLOAT_TOLERANCE, float_errors, lowered
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import GRAPH, MANIFEST, MODULE, TENSORS, Artifact
-from lightning_baqe.deploy.verify import FLOAT_TOLERANCE, float_errors
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec

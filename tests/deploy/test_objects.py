@@ -21,7 +21,7 @@ from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.tunable import template_of
+from lightning_baqe.kernels.sample import sample_kernel
 from lightning_baqe.measurement.device import Kernel
 from lightning_baqe.measurement.local import Local
 from lightning_baqe.tuning.bench import compile_kernel, save_arguments
@@ -105,7 +105,7 @@ def test_what_the_tuner_compiled_is_linked_to_the_network(tmp_path: Path, monkey
     (spec,), knobs = plan_of(graph).tunable().values(), dict(call.knobs)
     library, arguments = tmp_path / "kernel.so", tmp_path / "kernel.npz"
     compile_kernel(spec, get_target(), knobs, library)
-    sample = template_of(spec).sample(spec)
+    sample = sample_kernel(spec)
     save_arguments(arguments, sample.arguments(knobs), sample.result)
     assert Local().measure_kernel(Kernel(lambda: (library, arguments))).exact
     objects = KernelObjects()

@@ -13,7 +13,7 @@ from small_graphs import Maker
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.measurement.database import KernelRecord
-from lightning_baqe.tuning.tune_report import TuneProgress, step_text, tuning_line, tuning_table, write_tuning
+from lightning_baqe.tuning.tune_report import step_text, tune_progress, tuning_line, tuning_table, write_tuning
 from lightning_baqe.tuning.tuner import Step, TunedKernel, TuneResult, tunable_layers
 
 KNOBS = {"tile": "1x1x2", "order": "pixels", "unroll": 2, "weights": "bytes"}
@@ -42,9 +42,9 @@ def test_steps_as_text() -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(terminal: bool) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    with TuneProgress(console) as bar:
+    with tune_progress(console) as show:
         for done in range(1, 21):
-            bar.update(Step(done, 20, "conv[1]", GOOD.record, 250.0, 0.5))
+            show(Step(done, 20, "conv[1]", GOOD.record, 250.0, 0.5))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "conv[1] pixels 1x1x2 2 bytes: 12.5 us, 250 GMAC/s, 50% of peak" in text

@@ -26,7 +26,7 @@ from lightning_baqe.kernels.x86.conv_knobs import Knobs, check_knobs, inner_chan
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, named, prefetch, put, tile_loops, tile_start
 from lightning_baqe.kernels.x86.layout import Layout
-from lightning_baqe.kernels.x86.requantize import bounds, clipped, cut, packed_bytes, requantized, store_bytes
+from lightning_baqe.kernels.x86.requantize import bounds, clipped, cut, requantized, store_bytes
 
 Sums = dict[tuple[int, int, int], Any]  # buffers of a tile's accumulators, by row, column and block
 LINE = 64  # bytes of a cache line
@@ -50,11 +50,6 @@ class _Tiled:
         self.turns = self.steps // (self.group if spec.chain > 1 else self.group * self.unroll)
         self.block_length = self.segments * self.steps * (spec.lanes * (2 if self.packed else spec.arithmetic.quad))
         self.weight_dtype = "uint8" if self.packed else spec.arithmetic.weight_dtype
-
-    @property
-    def extents(self) -> tuple[int, int]:
-        """Of the two outermost loops."""
-        return (self.channel_tiles, self.row_tiles) if self.by_channel else (self.row_tiles, self.channel_tiles)
 
     def segment_offset(self, segment: Any) -> Any:
         """Where a segment's input values begin, from the first one of the window."""
@@ -194,7 +189,7 @@ def _store(
     spec: ConvSpec, acc: Sums, corner: tuple[Any, Any, Any], numbers: Any, params: dict[str, Any], other: Any, out: Any
 ) -> None:
     """Emit a tile's results: requantized, rectified or as they are."""
-    lanes, (block, y, x), requantizes = spec.lanes, corner, spec.epilogue.startswith("requant")
+    lanes, (block, y, x) = spec.lanes, corner
 
     def place(layout: Layout, h: int, w: int, c: int) -> Any:
         return layout.origin() + (y + h) * layout.row + (x + w) * layout.pitch + (block + c) * lanes
@@ -202,7 +197,7 @@ def _store(
     values, places = [], []
     for (h, w, c), sums in acc.items():
         value = sums[T.ramp(0, 1, lanes)]
-        if requantizes:
+        if spec.requantizes:
             residual = None if spec.residual is None else at(other, place(spec.residual, h, w, c), lanes)
             value = _int32_results(spec, value, numbers, block + c, residual, params)
         elif spec.epilogue == "float_relu":
@@ -210,11 +205,10 @@ def _store(
         values.append(value)
         places.append(((h, w), place(spec.result, h, w, c)))
     if spec.packs_bytes:
-        limits = bounds(params, "" if spec.residual is None else "add_")
-        store_bytes(out, values, places, lambda part: packed_bytes(part, *limits, lanes), lanes)
+        store_bytes(out, values, places, bounds(params, "" if spec.residual is None else "add_"), lanes)
     else:
         for value, (_, to) in zip(values, places, strict=True):
-            put(out, cast(spec.result.dtype, lanes, value) if requantizes else value, to, lanes)
+            put(out, cast(spec.result.dtype, lanes, value) if spec.requantizes else value, to, lanes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -233,8 +227,11 @@ def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
         )  # fmt: skip
         P = named(params, PARAMS)
         fill_halo(result, Y, P["pad"])
-        with tile_loops(*tiled.extents, spec.threads) as loops, B.serial(tiled.column_tiles) as column_tile:
-            channel_tile, row_tile = loops if tiled.by_channel else loops[::-1]
+        extents = tiled.channel_tiles, tiled.row_tiles
+        with (
+            tile_loops(*extents, tiled.by_channel, spec.threads) as (channel_tile, row_tile),
+            B.serial(tiled.column_tiles) as column_tile,
+        ):
             # One buffer for each: from 1024 bytes on, and in scope "local", TVM takes them from a workspace.
             tile = itertools.product(range(tiled.rows), range(tiled.columns), range(tiled.blocks))
             acc = {place: B.alloc_buffer((lanes,), dtype) for place in tile}

@@ -19,6 +19,9 @@ few stores; any other place is a copy before the kernel.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +30,7 @@ from lightning_baqe.kernels.x86.arithmetic import PLAIN
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 
 Knobs = Mapping[str, Any]
+BLOCKS, ROWS, COLUMNS = (1, 2, 3, 4, 6, 8), (1, 2, 4), (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)  # of tiles
 CHANNEL_TILES = (16, 32, 64, 128, 256)
 FEW_PIXELS, MANY_WEIGHTS = 4, 64 * 1024  # of so few pixels, so many weights are read more slowly than multiplied
 CHOICES = {"order": ("channels", "pixels"), "weights": ("bytes", "packed"), "intrinsic": ("on", "off")}
@@ -71,15 +75,12 @@ def _unrolls(spec: ConvSpec, packed: bool, inner: int, unroll: int) -> bool:
 
 def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
     """Every tile that fits the registers: accumulators, one weight vector a channel block, one input word."""
-    found = []
-    for oct_ in (1, 2, 3, 4, 6, 8):
-        for oht in (1, 2, 4):
-            for owt in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14):
-                if oct_ > spec.blocks or oht > spec.result.height or owt > spec.result.width:
-                    continue
-                if oct_ * oht * owt + oct_ + 1 <= spec.registers:
-                    found.append((oct_, oht, owt))
-    return found
+    limits = (spec.blocks, spec.result.height, spec.result.width)
+    return [
+        tile
+        for tile in itertools.product(BLOCKS, ROWS, COLUMNS)
+        if all(map(operator.le, tile, limits)) and math.prod(tile) + tile[0] + 1 <= spec.registers
+    ]
 
 
 def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
@@ -90,18 +91,15 @@ def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
         limit: how many tiles to offer, by estimated cost.
     """
     ranked = sorted(tiles(spec), key=lambda tile: (tile_cost(spec, tile), tile))
-    space: dict[str, list[Any]] = {
+    inner = [tile for tile in channel_tiles(spec) if _keeps_groups(spec, False, tile)]
+    return {
         "tile": ["x".join(map(str, tile)) for tile in ranked[:limit]],
         "order": ["channels", "pixels"],
         "unroll": [u for u in (1, 2, 4) if _unrolls(spec, False, 0, u)],
-        "weights": ["bytes"],
+        "weights": ["bytes", "packed"] if _takes_nibbles(spec) else ["bytes"],
+        "reduction": ["window", *(f"channels/{tile}" for tile in inner)],
+        "intrinsic": ["on"] if spec.arithmetic.plain else ["on", "off"],
     }
-    if _takes_nibbles(spec):
-        space["weights"].append("packed")
-    inner = [tile for tile in channel_tiles(spec) if _keeps_groups(spec, False, tile)]
-    space["reduction"] = ["window", *(f"channels/{tile}" for tile in inner)]
-    space["intrinsic"] = ["on"] if spec.arithmetic.plain else ["on", "off"]
-    return space
 
 
 def _takes_nibbles(spec: ConvSpec) -> bool:

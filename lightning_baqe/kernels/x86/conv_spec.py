@@ -1,8 +1,8 @@
-"""What the code of a dense or grouped convolution, or of a matrix product, depends on, knobs apart."""
+"""What the code of a convolution, or of a matrix product, depends on, knobs apart."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm.script import tirx as T
@@ -12,27 +12,22 @@ from lightning_baqe.kernels.x86.layout import Layout
 
 
 @dataclass(frozen=True)
-class ConvSpec:
-    """Everything that a kernel's code depends on, knobs apart. Numbers such as scales are data, not code.
+class WindowSpec:
+    """What dense and depthwise convolutions have in common. Numbers such as scales are data, not code.
 
     Args:
-        dot, chain: see :mod:`lightning_baqe.kernels.x86.arithmetic`.
+        dot: see :mod:`lightning_baqe.kernels.x86.arithmetic`.
         lanes, registers: of the target.
         source, result: layouts of input and output; the output's channels are stored.
         kernel, stride, dilation: ``(height, width)``.
         top, left: padding before the first row and column.
         epilogue: ``acc`` (int32 accumulators), ``requant``, ``requant_add``, ``float``, ``float_relu``.
         narrow: the requantized value fits 32 bits before it is clipped.
-        residual: layout of the other operand of a fused residual sum.
-        narrow_add: the residual sum fits 32 bits.
-        weight_bits: that storage needs, 4 or 8: the code for 3 bits is that for 4, and measured once. 32 = float.
-        threads: that share the tiles.
-        groups: of channels; of more than one, a block reads ``span`` channels of each pixel.
         high: the shift of the requantization is 32 or more.
+        threads: that share the tiles.
     """
 
     dot: str
-    chain: int
     lanes: int
     registers: int
     source: Layout
@@ -44,12 +39,8 @@ class ConvSpec:
     left: int
     epilogue: str
     narrow: bool = True
-    residual: Layout | None = None
-    narrow_add: bool = True
-    weight_bits: int = 8
-    threads: int = 1
-    groups: int = 1
     high: bool = False
+    threads: int = 1
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -57,15 +48,39 @@ class ConvSpec:
         return ARITHMETICS[self.dot]
 
     @property
-    def blocks(self) -> int:
-        """Register-wide blocks of output channels."""
-        return self.result.stored // self.lanes
+    def requantizes(self) -> bool:
+        """Whether results are requantized."""
+        return self.epilogue.startswith("requant")
 
     @property
     def packs_bytes(self) -> bool:
         """Whether results are requantized to unsigned bytes, four vectors at a time."""
-        packs = self.epilogue.startswith("requant") and self.result.dtype == "uint8" and not self.arithmetic.plain
-        return packs and (self.narrow or self.high or self.residual is not None)
+        packs = self.requantizes and self.result.dtype == "uint8" and not self.arithmetic.plain
+        return packs and (self.narrow or self.high or self.epilogue == "requant_add")
+
+
+@dataclass(frozen=True)
+class ConvSpec(WindowSpec):
+    """Everything that the code of a dense or grouped convolution, or of a matrix product, depends on.
+
+    Args:
+        chain: see :mod:`lightning_baqe.kernels.x86.arithmetic`.
+        residual: layout of the other operand of a fused residual sum.
+        narrow_add: the residual sum fits 32 bits.
+        weight_bits: that storage needs, 4 or 8: the code for 3 bits is that for 4, and measured once. 32 = float.
+        groups: of channels; of more than one, a block reads ``span`` channels of each pixel.
+    """
+
+    chain: int = field(kw_only=True)
+    residual: Layout | None = None
+    narrow_add: bool = True
+    weight_bits: int = 8
+    groups: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Register-wide blocks of output channels."""
+        return self.result.stored // self.lanes
 
     @property
     def whole_rows(self) -> bool:

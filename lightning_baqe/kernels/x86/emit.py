@@ -52,14 +52,18 @@ def param(params: Any, index: int, dtype: str, lanes: int) -> Any:
 
 
 @contextmanager
-def tile_loops(first: int, second: int, threads: int) -> Iterator[tuple[Any, Any]]:
-    """Two nested loops; threads share their product, because one of them alone may be too short."""
+def tile_loops(channels: int, rows: int, by_channel: bool, threads: int) -> Iterator[tuple[Any, Any]]:
+    """Loops over tiles of channels and of rows, in one order or the other; threads share their product, because one of
+    them alone may be too short.
+    """
+    first, second = (channels, rows) if by_channel else (rows, channels)
     if threads > 1:
         with B.parallel(first * second) as both:
-            yield T.floordiv(both, second), T.floormod(both, second)
+            loops = T.floordiv(both, second), T.floormod(both, second)
+            yield loops if by_channel else loops[::-1]
     else:
         with B.serial(first) as outer, B.serial(second) as inner:
-            yield outer, inner
+            yield (outer, inner) if by_channel else (inner, outer)
 
 
 def tile_start(index: Any, extent: int, size: int) -> Any:

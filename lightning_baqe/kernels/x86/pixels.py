@@ -36,7 +36,7 @@ from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.kernels.x86 import float_functions
 from lightning_baqe.kernels.x86.arithmetic import look_up_64
-from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, fill_spare, param, put, splat
+from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, fill_spare, param, put, splat, tile_start
 from lightning_baqe.kernels.x86.layout import VECTOR, Layout
 from lightning_baqe.kernels.x86.requantize import clip, clipped, requantized_high, rescaled, rounding_shift
 
@@ -225,8 +225,7 @@ def build_byte_table(spec: PixelSpec) -> Any:
 
         def look_up(read: Any, write: Any) -> None:
             with B.serial(-(-values // lanes)) as v:
-                # The last vector is moved back over its neighbour.
-                first = T.min(v * lanes, T.int32(values - lanes)) if values % lanes else v * lanes
+                first = tile_start(v, values, lanes)
                 index = T.reinterpret(at(X, read + first, lanes), dtype=f"uint8x{lanes}")
                 found = T.reinterpret(look_up_64(parts, index), dtype=f"{result.dtype}x{lanes}")
                 put(Y, found, write + first, lanes)
@@ -274,8 +273,7 @@ def _pack_dense(result: Layout, image: Any, out: Any, convert: Any) -> None:
         to = result.origin() + y * result.row
         if width >= lanes:
             with B.serial(-(-width // lanes)) as v:
-                # The last vector of a row is moved back over its neighbour.
-                first = T.min(v * lanes, T.int32(width - lanes)) if width % lanes else v * lanes
+                first = tile_start(v, width, lanes)
                 parts = [B.Bind(convert(image[0, c, y, T.ramp(first, 1, lanes)], lanes)) for c in range(channels)]
                 for turn in range(channels):
                     order = [i % channels * lanes + i // channels for i in range(turn * lanes, (turn + 1) * lanes)]

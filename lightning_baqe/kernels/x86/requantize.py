@@ -167,19 +167,21 @@ def packed_bytes(values: Sequence[Any], zero_point: Any, low: Any, high: Any, la
     return T.reinterpret(moved, dtype=f"uint8x{4 * lanes}")
 
 
-def store_bytes(buffer: Any, values: Sequence[Any], places: Sequence[Any], pack: Any, lanes: int) -> None:
+def store_bytes(
+    buffer: Any, values: Sequence[Any], places: Sequence[Any], limits: tuple[Any, Any, Any], lanes: int
+) -> None:
     """Emit the requantized bytes of any number of vectors.
 
     Args:
         buffer: uint8.
         values: int32 vectors, not clipped.
         places: ``(group, index)`` of each: vectors of one group that follow one another are neighbours in memory.
-        pack: from four vectors to their bytes.
+        limits: zero point, low and high, as :func:`packed_bytes` takes them.
         lanes: of a vector.
     """
     for first in range(0, len(values), PACKED):
         part, where = list(values[first : first + PACKED]), places[first : first + PACKED]
-        result = B.Bind(pack(part + [part[-1]] * (PACKED - len(part))))
+        result = B.Bind(packed_bytes(part + [part[-1]] * (PACKED - len(part)), *limits, lanes))
         start = 0
         while start < len(part):
             end = start + 1
