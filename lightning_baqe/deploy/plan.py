@@ -219,7 +219,7 @@ class _Planner:
             "groups": getattr(node, "groups", 1),
             "weight_bits": 32 if is_float else 4 if node.weight_bits <= 4 else 8,
         }
-        params: dict[str, Any] = {"pad": self.values.pads[result], **_requant_params(node)}
+        params: dict[str, Any] = {"pad": self.values.pads[result]}
         residual = name
         if add is not None:
             kinds = [self.values.by_name[value].type for value in add.inputs]
@@ -236,16 +236,29 @@ class _Planner:
         )
         spec = ConvSpec(dot, chain=chain, **fields)
         knobs = self._knobs(node.layer, spec)
-        packed, bias = partial(pack_weights, spec, knobs, weight), _bias(node, layout, spec)
-        numbers = _requant_numbers(node, spec) or partial(np.zeros, 2 * layout.stored, np.int64)
+        bias, numbers, filled = self._constants(node, spec, PARAMS, params)
+        arguments = (name, partial(pack_weights, spec, knobs, weight), bias, numbers, filled, residual)
         nodes = (node.name, add.name) if add is not None else (node.name,)
-        self._add(nodes, node.layer, spec, knobs, (name, packed, bias, numbers, _numbered(PARAMS, params), residual))
+        self._add(nodes, node.layer, spec, knobs, arguments)
 
     def _knobs(self, layer: str, spec: TunableSpec) -> dict[str, Any]:
         chosen = self.schedules.get(layer)
         known = self.best(alone(spec)) if chosen is None and self.best is not None else None
         self.resolved[layer] = template_of(spec).check_knobs(spec, chosen or known or {})
         return self.resolved[layer]
+
+    def _constants(
+        self, node: Any, spec: TunableSpec, names: tuple[str, ...], params: dict[str, Any]
+    ) -> tuple[Maker, Maker, Maker]:
+        """What makes the bias by stored channel, the numbers of requantization (0 where there is none), and the params,
+        0 for those that the kernel does not use.
+        """
+        numbers = partial(np.zeros, 2 * spec.result.stored, np.int64)
+        if spec.requantizes:
+            kind, numbers = node.type, partial(_requant_numbers, node, spec)
+            params |= {"shift": node.requant.shift, "zero_point": kind.zero_point, "low": kind.low, "high": kind.high}
+        bias = partial(by_channel, node.bias, spec.result, spec.arithmetic.dtype)
+        return bias, numbers, partial(np.array, [params.get(name, 0) for name in names], np.int64)
 
     def _depthwise(self, node: ir.Conv | ir.FloatConv) -> None:
         name = self._value(node.inputs[0], node)
@@ -259,10 +272,8 @@ class _Planner:
             vbmi=self.target.vbmi and arithmetic.taps == 4,  # one permutation puts four rows of bytes together
         )
         knobs = self._knobs(node.layer, spec)
-        packed, bias = partial(pack_depthwise, spec, knobs, weight), _bias(node, layout, spec)
-        numbers = _requant_numbers(node, spec)
-        params = {"pad": self.values.pads[node.name], **_requant_params(node)}
-        constants = [packed, bias, *([numbers] if numbers else []), _numbered(DEPTHWISE_PARAMS, params)]
+        bias, numbers, filled = self._constants(node, spec, DEPTHWISE_PARAMS, {"pad": self.values.pads[node.name]})
+        constants = [partial(pack_depthwise, spec, knobs, weight), bias, *[numbers] * spec.requantizes, filled]
         self._add((node.name,), node.layer, spec, knobs, (name, *constants))
 
     def _output(self) -> None:
@@ -280,33 +291,11 @@ def _is_float(node: ir.Node) -> bool:
     return isinstance(node, ir.FloatConv | ir.FloatLinear)
 
 
-def _bias(node: Any, layout: Layout, spec: TunableSpec) -> Maker:
-    """What makes a layer's bias by stored channel."""
-    return partial(by_channel, node.bias, layout, spec.arithmetic.dtype)
-
-
-def _requant_numbers(node: Any, spec: TunableSpec) -> Maker | None:
-    """What makes multipliers, fractions and rounding as the kernels read them, if the layer requantizes."""
-
-    def make() -> np.ndarray:
-        multipliers = node.requant.multiplier.expand(len(node.bias)).numpy()
-        fractions = np.zeros_like(multipliers) if node.fraction is None else node.fraction.numpy()
-        return requant_numbers(multipliers, fractions, node.requant.shift, spec.result.stored, spec.lanes)
-
-    return make if spec.requantizes else None
-
-
-def _requant_params(node: Any) -> dict[str, Any]:
-    """Shift, zero point and limits, if the layer requantizes."""
-    if getattr(node, "requant", None) is None:
-        return {}
-    kind = node.type
-    return {"shift": node.requant.shift, "zero_point": kind.zero_point, "low": kind.low, "high": kind.high}
-
-
-def _numbered(names: tuple[str, ...], params: Mapping[str, Any]) -> Maker:
-    """What makes a kernel's numbers, 0 for those that it does not use."""
-    return partial(np.array, [params.get(name, 0) for name in names], np.int64)
+def _requant_numbers(node: Any, spec: TunableSpec) -> np.ndarray:
+    """Multipliers, fractions and rounding as the kernels read them."""
+    multipliers = node.requant.multiplier.expand(len(node.bias)).numpy()
+    fractions = np.zeros_like(multipliers) if node.fraction is None else node.fraction.numpy()
+    return requant_numbers(multipliers, fractions, node.requant.shift, spec.result.stored, spec.lanes)
 
 
 def _is_depthwise(node: ir.Node) -> bool:

@@ -154,14 +154,13 @@ def _merge(connection: sqlite3.Connection, row: dict[str, Any], done: Imported) 
     if known == _values(row, kind.figures):
         done.same += 1
         return
-    here = dict(zip(kind.figures, known or (), strict=known is not None))
-    samples = len(row.get("samples_us", ()))
     if known is None:
         done.added += 1
-    elif here.get("exact") == 0 or len(json.loads(here.get("samples_us", "[]"))) >= samples:
-        done.kept += 1
-        return
     else:
+        here = dict(zip(kind.figures, known, strict=True))
+        if here.get("exact") == 0 or len(json.loads(here.get("samples_us", "[]"))) >= len(row.get("samples_us", ())):
+            done.kept += 1
+            return
         done.replaced += 1
     kind.insert(connection, _values(row, kind.columns))
 

@@ -119,20 +119,15 @@ def write_tuning(folder: Path, result: TuneResult, about: Mapping[str, Any]) -> 
 def kernel_entry(kernel: TunedKernel) -> dict[str, Any]:
     """A kernel's figures, as JSON can hold them."""
     spec = kernel.spec
+
+    def figures(*names: str) -> dict[str, Any]:
+        return {name: getattr(kernel, name) for name in names}
+
     return {
         "kernel": kernel_key(spec, {}),
         "layers": list(kernel.layers),
         "macs": spec.macs,
-        "default_us": kernel.default_us,
-        "best_us": kernel.best_us,
-        "speedup": kernel.speedup,
-        "gmacs": kernel.gmacs,
-        "peak_gmacs": kernel.peak_gmacs,
-        "share": kernel.share,
+        **figures("default_us", "best_us", "speedup", "gmacs", "peak_gmacs", "share"),
         "default_knobs": template_of(spec).check_knobs(spec, {}),
-        "knobs": kernel.knobs,
-        "known": kernel.known,
-        "inexact": kernel.inexact,
-        "measured": kernel.measured,
-        "failed": kernel.failed,
+        **figures("knobs", "known", "inexact", "measured", "failed"),
     }

@@ -173,9 +173,8 @@ def tune(
             _Kernel(KernelBench(spec, target, device, Path(folder) / str(i)), names)
             for i, (spec, names) in enumerate(layers.items())
         ]
-        for state, wanted in zip(
-            states, allotment([one.work for one in states], candidates * len(states)), strict=True
-        ):
+        counts = allotment([state.work for state in states], candidates * len(states))
+        for state, wanted in zip(states, counts, strict=True):
             state.wanted = wanted
         deadline = None if budget_s is None else started + budget_s
         complete = _measure_all(states, strategy or Ranked(), deadline, progress)

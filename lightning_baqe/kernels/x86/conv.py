@@ -178,13 +178,6 @@ def _residual_sum(spec: ConvSpec, value: Any, residual: Any, params: dict[str, A
     return T.Cast(f"int32x{lanes}", clipped(total, *bounds(params, "add_"), width, lanes))
 
 
-def _int32_results(spec: ConvSpec, acc: Any, numbers: Any, block: Any, residual: Any, params: dict[str, Any]) -> Any:
-    """One vector of requantized results, int32, before the last zero point and clipping where bytes are packed."""
-    clips = not spec.packs_bytes or spec.residual is not None
-    value = requantized(acc, numbers, block, params, spec.lanes, spec.narrow, spec.high, clips)
-    return value if spec.residual is None else _residual_sum(spec, value, residual, params)
-
-
 def _store(
     spec: ConvSpec, acc: Sums, corner: tuple[Any, Any, Any], numbers: Any, params: dict[str, Any], other: Any, out: Any
 ) -> None:
@@ -197,9 +190,11 @@ def _store(
     values, places = [], []
     for (h, w, c), sums in acc.items():
         value = sums[T.ramp(0, 1, lanes)]
-        if spec.requantizes:
-            residual = None if spec.residual is None else at(other, place(spec.residual, h, w, c), lanes)
-            value = _int32_results(spec, value, numbers, block + c, residual, params)
+        if spec.requantizes:  # int32, before the last zero point and clipping where bytes are packed
+            clips = not spec.packs_bytes or spec.residual is not None
+            value = requantized(value, numbers, block + c, params, lanes, spec.narrow, spec.high, clips)
+            if spec.residual is not None:
+                value = _residual_sum(spec, value, at(other, place(spec.residual, h, w, c), lanes), params)
         elif spec.epilogue == "float_relu":
             value = T.max(value, T.broadcast(T.float32(0), lanes))
         values.append(value)
