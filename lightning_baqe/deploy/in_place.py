@@ -17,7 +17,7 @@ from lightning_baqe.deploy.placement import Slice, Values, halos
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.kernels.x86.layout import VECTOR, stored_channels
 
-_LOOKED_UP = 64  # bytes that a table takes at once, see :func:`lightning_baqe.kernels.x86.pixels.build_byte_table`
+_LOOKED_UP = 64  # bytes that a table takes at once, see :func:`lightning_baqe.kernels.x86.pixels.emit_byte_table`
 
 
 def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str, dict[int, int]]]:

@@ -19,7 +19,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.hardware import identity as device
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
-from lightning_baqe.kernels.x86.conv import build_conv
+from lightning_baqe.kernels.specs import build_kernel
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.measurement.database import (
@@ -126,7 +126,7 @@ def test_code_that_changed_is_not_believed(spec: ConvSpec, records: Records, mon
     other = dataclasses.replace(spec, epilogue="acc")
 
     def edited(call: Call) -> Any:
-        return build_conv(other if call.spec == spec else call.spec, tuple(sorted(call.knobs.items())))
+        return build_kernel(other if call.spec == spec else call.spec, call.knobs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Call, "function", edited)

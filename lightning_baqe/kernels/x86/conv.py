@@ -6,23 +6,19 @@ that would pass the edge is shifted back over its neighbour, so any size works w
 
 A block of a grouped convolution takes only the channels of its own groups; depthwise ones have a template of their own.
 
-Kernels are emitted with TVM's IR builder: TVMScript's parser would take 40 times as long, most of a build.
-
 Its knobs are those of :mod:`lightning_baqe.kernels.x86.conv_knobs`.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
 import numpy as np
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
-from lightning_baqe.kernels.x86.conv_knobs import Knobs, check_knobs, inner_channels, sizes, with_intrinsic
+from lightning_baqe.kernels.x86.conv_knobs import Knobs, inner_channels, sizes, with_intrinsic
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, named, prefetch, put, tile_loops, tile_start
 from lightning_baqe.kernels.x86.layout import Layout
@@ -206,38 +202,35 @@ def _store(
             put(out, cast(spec.result.dtype, lanes, value) if spec.requantizes else value, to, lanes)
 
 
-@functools.lru_cache(maxsize=4096)
-def build_conv(spec: ConvSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
-    """The kernel as a TIR function of (source, weights, bias, numbers, params, residual, result).
+def emit_conv(spec: ConvSpec, knobs: Knobs) -> None:
+    """Emit the kernel, a function of (source, weights, bias, numbers, params, residual, result); the knobs are checked.
 
     Numbers are those of :func:`~lightning_baqe.kernels.x86.requantize.requant_numbers`.
     """
-    tiled = _Tiled(spec, check_knobs(spec, dict(knobs_items)))
+    tiled = _Tiled(spec, knobs)
     spec, lanes, dtype = tiled.spec, tiled.spec.lanes, tiled.spec.arithmetic.dtype
     source, result = spec.source, spec.result
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        X, W, bias, M, params, R, Y = arguments(
-            "conv", source, (spec.blocks * tiled.block_length, tiled.weight_dtype), (result.stored, dtype),
-            (2 * result.stored, "int64"), (len(PARAMS), "int64"), spec.residual or source, result,
-        )  # fmt: skip
-        P = named(params, PARAMS)
-        fill_halo(result, Y, P["pad"])
-        extents = tiled.channel_tiles, tiled.row_tiles
-        with (
-            tile_loops(*extents, tiled.by_channel, spec.threads) as (channel_tile, row_tile),
-            B.serial(tiled.column_tiles) as column_tile,
-        ):
-            # One buffer for each: from 1024 bytes on, and in scope "local", TVM takes them from a workspace.
-            tile = itertools.product(range(tiled.rows), range(tiled.columns), range(tiled.blocks))
-            acc = {place: B.alloc_buffer((lanes,), dtype) for place in tile}
-            block = B.Bind(tile_start(channel_tile, spec.blocks, tiled.blocks))
-            y = B.Bind(tile_start(row_tile, result.height, tiled.rows))
-            x = B.Bind(tile_start(column_tile, result.width, tiled.columns))
-            for (_, _, c), sums in acc.items():
-                put(sums, at(bias, (block + c) * lanes, lanes), 0, lanes)
-            with B.serial(tiled.segments) as segment, B.serial(tiled.turns) as turn:
-                done = row_tile * tiled.column_tiles + column_tile if tiled.by_channel else column_tile
-                tiled.prefetch_next(W, block, done, segment, turn)
-                _accumulate(tiled, acc, X, W, (block, y, x), segment, turn)
-            _store(spec, acc, (block, y, x), M, P, R, Y)
-    return builder.get()
+    X, W, bias, M, params, R, Y = arguments(
+        "conv", source, (spec.blocks * tiled.block_length, tiled.weight_dtype), (result.stored, dtype),
+        (2 * result.stored, "int64"), (len(PARAMS), "int64"), spec.residual or source, result,
+    )  # fmt: skip
+    P = named(params, PARAMS)
+    fill_halo(result, Y, P["pad"])
+    extents = tiled.channel_tiles, tiled.row_tiles
+    with (
+        tile_loops(*extents, tiled.by_channel, spec.threads) as (channel_tile, row_tile),
+        B.serial(tiled.column_tiles) as column_tile,
+    ):
+        # One buffer for each: from 1024 bytes on, and in scope "local", TVM takes them from a workspace.
+        tile = itertools.product(range(tiled.rows), range(tiled.columns), range(tiled.blocks))
+        acc = {place: B.alloc_buffer((lanes,), dtype) for place in tile}
+        block = B.Bind(tile_start(channel_tile, spec.blocks, tiled.blocks))
+        y = B.Bind(tile_start(row_tile, result.height, tiled.rows))
+        x = B.Bind(tile_start(column_tile, result.width, tiled.columns))
+        for (_, _, c), sums in acc.items():
+            put(sums, at(bias, (block + c) * lanes, lanes), 0, lanes)
+        with B.serial(tiled.segments) as segment, B.serial(tiled.turns) as turn:
+            done = row_tile * tiled.column_tiles + column_tile if tiled.by_channel else column_tile
+            tiled.prefetch_next(W, block, done, segment, turn)
+            _accumulate(tiled, acc, X, W, (block, y, x), segment, turn)
+        _store(spec, acc, (block, y, x), M, P, R, Y)

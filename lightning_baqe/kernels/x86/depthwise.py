@@ -15,14 +15,12 @@ Knobs:
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.errors import ConfigError
@@ -138,45 +136,41 @@ def _words_of_rows(spec: DepthwiseSpec, height: int) -> np.ndarray:
     return np.asarray((spec.tap_rows(height) >= 0).any(2))
 
 
-@functools.lru_cache(maxsize=1024)
-def build_depthwise(spec: DepthwiseSpec, knobs_items: tuple[tuple[str, Any], ...]) -> Any:
-    """A TIR function of (source, weights, bias, numbers where it requantizes, params, result).
+def emit_depthwise(spec: DepthwiseSpec, knobs: Knobs) -> None:
+    """Emit a function of (source, weights, bias, numbers where it requantizes, params, result); the knobs are checked.
 
     Numbers are those of :func:`~lightning_baqe.kernels.x86.requantize.requant_numbers`.
     """
-    knobs = check_depthwise_knobs(spec, dict(knobs_items))
     height, width = sizes(knobs)
     source, result, lanes = spec.source, spec.result, spec.lanes
     blocks, window = result.stored // lanes, height * spec.words(height) * spec.kernel[1]
     row_tiles, column_tiles = -(-result.height // height), -(-result.width // width)
     tile = list(itertools.product(range(height), range(width)))
 
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        X, W, bias, *numbers, params, Y = arguments(
-            "depthwise", source, (blocks * window * lanes * spec.taps, spec.arithmetic.weight_dtype),
-            (result.stored, spec.arithmetic.dtype), *[(2 * result.stored, "int64")] * spec.requantizes,
-            (len(DEPTHWISE_PARAMS), "int64"), result,
-        )  # fmt: skip
-        P = named(params, DEPTHWISE_PARAMS)
-        fill_halo(result, Y, P["pad"])
-        loops = tile_loops(blocks, row_tiles, knobs["order"] == "channels", spec.threads)
-        with loops as (block, row_tile), B.serial(column_tiles) as column_tile:
-            y = B.Bind(tile_start(row_tile, result.height, height))
-            x = B.Bind(tile_start(column_tile, result.width, width))
-            channel = block * lanes
-            start = source.origin(spec.top, spec.left) + channel
-            start = B.Bind(start + y * (spec.stride[0] * source.row) + x * (spec.stride[1] * source.pitch))
-            acc = dict.fromkeys(tile, at(bias, channel, lanes))
-            _accumulate(spec, acc, X, start, W, block * window)
-            to = result.origin() + y * result.row + x * result.pitch + channel
-            values = [_finished(spec, acc[pixel], numbers, block, P) for pixel in tile]
-            places = [((row, column), to + row * result.row + column * result.pitch) for row, column in tile]
-            if spec.packs_bytes:
-                store_bytes(Y, values, places, bounds(P), lanes)
-            else:
-                for value, (_, index) in zip(values, places, strict=True):
-                    put(Y, cast(result.dtype, lanes, value), index, lanes)
-    return builder.get()
+    X, W, bias, *numbers, params, Y = arguments(
+        "depthwise", source, (blocks * window * lanes * spec.taps, spec.arithmetic.weight_dtype),
+        (result.stored, spec.arithmetic.dtype), *[(2 * result.stored, "int64")] * spec.requantizes,
+        (len(DEPTHWISE_PARAMS), "int64"), result,
+    )  # fmt: skip
+    P = named(params, DEPTHWISE_PARAMS)
+    fill_halo(result, Y, P["pad"])
+    loops = tile_loops(blocks, row_tiles, knobs["order"] == "channels", spec.threads)
+    with loops as (block, row_tile), B.serial(column_tiles) as column_tile:
+        y = B.Bind(tile_start(row_tile, result.height, height))
+        x = B.Bind(tile_start(column_tile, result.width, width))
+        channel = block * lanes
+        start = source.origin(spec.top, spec.left) + channel
+        start = B.Bind(start + y * (spec.stride[0] * source.row) + x * (spec.stride[1] * source.pitch))
+        acc = dict.fromkeys(tile, at(bias, channel, lanes))
+        _accumulate(spec, acc, X, start, W, block * window)
+        to = result.origin() + y * result.row + x * result.pitch + channel
+        values = [_finished(spec, acc[pixel], numbers, block, P) for pixel in tile]
+        places = [((row, column), to + row * result.row + column * result.pitch) for row, column in tile]
+        if spec.packs_bytes:
+            store_bytes(Y, values, places, bounds(P), lanes)
+        else:
+            for value, (_, index) in zip(values, places, strict=True):
+                put(Y, cast(result.dtype, lanes, value), index, lanes)
 
 
 def _accumulate(

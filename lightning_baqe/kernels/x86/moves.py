@@ -5,12 +5,10 @@ Stored channels beyond the logical ones are never taken for data: they hold anyt
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, fill_spare, put, splat
@@ -40,23 +38,20 @@ class MoveSpec:
     pixels: bool = False
 
 
-@functools.lru_cache(maxsize=4096)
-def build_move(spec: MoveSpec) -> Any:
-    """The kernel as a TIR function.
+def emit_move(spec: MoveSpec) -> None:
+    """Emit the kernel.
 
     Its arguments are the sources, for ``gather`` the int32 tables of channels (where by index), rows and columns (where
     by pixel), then params and result.
     """
     emit = {"concat": _concat, "gather": _gather, "copy": _gather, "flatten": _flatten}[spec.op]
     result = spec.result
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        sizes = [result.channels] * (spec.channels == "index") + [result.height, result.width] * spec.pixels
-        indices = [(size, "int32") for size in sizes]
-        *values, params, out = arguments("move", *spec.sources, *indices, (MOVE_PARAMS, "int64"), result)
-        sources, tables = values[: len(spec.sources)], values[len(spec.sources) :]
-        fill_halo(result, out, params[MOVE_PARAMS - 1])
-        emit(spec, sources, tables, params, out)
-    return builder.get()
+    sizes = [result.channels] * (spec.channels == "index") + [result.height, result.width] * spec.pixels
+    indices = [(size, "int32") for size in sizes]
+    *values, params, out = arguments("move", *spec.sources, *indices, (MOVE_PARAMS, "int64"), result)
+    sources, tables = values[: len(spec.sources)], values[len(spec.sources) :]
+    fill_halo(result, out, params[MOVE_PARAMS - 1])
+    emit(spec, sources, tables, params, out)
 
 
 def _run(channels: int, room: int, move: Any) -> None:

@@ -26,12 +26,10 @@ range; but 256 in the order of the byte's value where its input is stored in one
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.kernels.x86 import float_functions
@@ -182,34 +180,30 @@ def _value(spec: PixelSpec, values: list[Any], constants: list[Any], params: Any
     raise AssertionError(spec.op)
 
 
-@functools.lru_cache(maxsize=4096)
-def build_pointwise(spec: PixelSpec) -> Any:
-    """A TIR function of (values, constants, params, result), one value at a time."""
+def emit_pointwise(spec: PixelSpec) -> None:
+    """Emit a function of (values, constants, params, result), one value at a time."""
     result = spec.result
     by_value = spec.op == "table" or (spec.op == "float_function" and not float_functions.is_vector(spec.function))
     lanes = 1 if by_value else VECTOR
     steps = result.channels if by_value else result.stored // VECTOR
 
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        layouts = [spec.source, *([] if spec.other is None else [spec.other])]
-        *buffers, P, Y = arguments("pointwise", *layouts, *_constants(spec), (PIXEL_PARAMS, "int64"), result)
-        operands, constants = list(zip(layouts, buffers, strict=False)), buffers[len(layouts) :]
-        fill_halo(result, Y, P[PAD])
-        with B.serial(result.height) as y, B.serial(result.width) as x:
-            to = result.origin() + y * result.row + x * result.pitch
-            with B.serial(steps) as v:
-                values = []
-                for layout, buffer in operands:
-                    one = layout.height == layout.width == 1
-                    pixel = layout.origin() + (0 if one else y * layout.row + x * layout.pitch)
-                    values.append(at(buffer, pixel + v * lanes, lanes))
-                put(Y, _value(spec, values, constants, P, v * lanes, lanes), to + v * lanes, lanes)
-            fill_spare(result, Y, to)
-    return builder.get()
+    layouts = [spec.source, *([] if spec.other is None else [spec.other])]
+    *buffers, P, Y = arguments("pointwise", *layouts, *_constants(spec), (PIXEL_PARAMS, "int64"), result)
+    operands, constants = list(zip(layouts, buffers, strict=False)), buffers[len(layouts) :]
+    fill_halo(result, Y, P[PAD])
+    with B.serial(result.height) as y, B.serial(result.width) as x:
+        to = result.origin() + y * result.row + x * result.pitch
+        with B.serial(steps) as v:
+            values = []
+            for layout, buffer in operands:
+                one = layout.height == layout.width == 1
+                pixel = layout.origin() + (0 if one else y * layout.row + x * layout.pitch)
+                values.append(at(buffer, pixel + v * lanes, lanes))
+            put(Y, _value(spec, values, constants, P, v * lanes, lanes), to + v * lanes, lanes)
+        fill_spare(result, Y, to)
 
 
-@functools.lru_cache(maxsize=256)
-def build_byte_table(spec: PixelSpec) -> Any:
+def emit_byte_table(spec: PixelSpec) -> None:
     """A table from bytes to bytes, 64 at once: rows of both images are alike, but for their halos; or, in slices of
     larger images, pixels are.
     """
@@ -218,30 +212,27 @@ def build_byte_table(spec: PixelSpec) -> Any:
     values = result.stored if by_pixel else result.width * result.stored
     lanes = 64
 
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        X, table, P, Y = arguments("byte_table", source, (256, result.dtype), (PIXEL_PARAMS, "int64"), result)
-        fill_halo(result, Y, P[PAD])
-        parts = [B.Bind(T.reinterpret(at(table, lanes * i, lanes), dtype=f"uint8x{lanes}")) for i in range(4)]
+    X, table, P, Y = arguments("byte_table", source, (256, result.dtype), (PIXEL_PARAMS, "int64"), result)
+    fill_halo(result, Y, P[PAD])
+    parts = [B.Bind(T.reinterpret(at(table, lanes * i, lanes), dtype=f"uint8x{lanes}")) for i in range(4)]
 
-        def look_up(read: Any, write: Any) -> None:
-            with B.serial(-(-values // lanes)) as v:
-                first = tile_start(v, values, lanes)
-                index = T.reinterpret(at(X, read + first, lanes), dtype=f"uint8x{lanes}")
-                found = T.reinterpret(look_up_64(parts, index), dtype=f"{result.dtype}x{lanes}")
-                put(Y, found, write + first, lanes)
+    def look_up(read: Any, write: Any) -> None:
+        with B.serial(-(-values // lanes)) as v:
+            first = tile_start(v, values, lanes)
+            index = T.reinterpret(at(X, read + first, lanes), dtype=f"uint8x{lanes}")
+            found = T.reinterpret(look_up_64(parts, index), dtype=f"{result.dtype}x{lanes}")
+            put(Y, found, write + first, lanes)
 
-        with B.serial(result.height) as y:
-            read, write = source.origin() + y * source.row, result.origin() + y * result.row
-            if by_pixel:
-                with B.serial(result.width) as x:
-                    look_up(read + x * source.pitch, write + x * result.pitch)
-            else:
-                look_up(read, write)
-    return builder.get()
+    with B.serial(result.height) as y:
+        read, write = source.origin() + y * source.row, result.origin() + y * result.row
+        if by_pixel:
+            with B.serial(result.width) as x:
+                look_up(read + x * source.pitch, write + x * result.pitch)
+        else:
+            look_up(read, write)
 
 
-@functools.lru_cache(maxsize=256)
-def build_pack(spec: PixelSpec) -> Any:
+def emit_pack(spec: PixelSpec) -> None:
     """The network's input, ``(1, channels, height, width)`` float32, into our layout; quantized if the layout is.
 
     An image of few channels, stored without spare ones, is shuffled together in vectors; of any other, one row of one
@@ -250,21 +241,19 @@ def build_pack(spec: PixelSpec) -> Any:
     result = spec.result
     is_float = result.dtype == "float32"
 
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        image = (1, result.channels, result.height, result.width), "float32"
-        X, *factor, P, Y = arguments(
-            "pack", image, *([] if is_float else [(1, "float32")]), (PIXEL_PARAMS, "int64"), result
-        )
+    image = (1, result.channels, result.height, result.width), "float32"
+    X, *factor, P, Y = arguments(
+        "pack", image, *([] if is_float else [(1, "float32")]), (PIXEL_PARAMS, "int64"), result
+    )
 
-        def convert(value: Any, lanes: int) -> Any:
-            return _quantized(spec, value, factor[0][0], P, lanes) if factor else value
+    def convert(value: Any, lanes: int) -> Any:
+        return _quantized(spec, value, factor[0][0], P, lanes) if factor else value
 
-        if result.stored == result.channels <= MOST_SHUFFLED:
-            fill_halo(result, Y, P[PAD])
-            _pack_dense(result, X, Y, convert)
-        else:
-            _pack_spread(result, X, Y, P, convert)
-    return builder.get()
+    if result.stored == result.channels <= MOST_SHUFFLED:
+        fill_halo(result, Y, P[PAD])
+        _pack_dense(result, X, Y, convert)
+    else:
+        _pack_spread(result, X, Y, P, convert)
 
 
 def _pack_dense(result: Layout, image: Any, out: Any, convert: Any) -> None:
@@ -296,8 +285,7 @@ def _pack_spread(result: Layout, image: Any, out: Any, params: Any, convert: Any
             B.buffer_store(out, line[x], [result.origin() + y * result.row + x * result.pitch + c])
 
 
-@functools.lru_cache(maxsize=256)
-def build_unpack(spec: PixelSpec) -> Any:
+def emit_unpack(spec: PixelSpec) -> None:
     """A network's output as float32 ``(1, values)``.
 
     ``logits``: integers minus the zero point times one factor by channel; ``unpack``: floats as are.
@@ -305,13 +293,11 @@ def build_unpack(spec: PixelSpec) -> Any:
     source = spec.source
     channels, height, width = source.channels, source.height, source.width
 
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        scales = [(channels, "float32")] if spec.op == "logits" else []
-        out = (1, channels * height * width), "float32"
-        X, *factors, P, Y = arguments("unpack", source, *scales, (PIXEL_PARAMS, "int64"), out)
-        with B.serial(channels) as c, B.serial(height) as y, B.serial(width) as x:
-            value = X[source.origin() + y * source.row + x * source.pitch + c]
-            if factors:
-                value = T.Cast("float32", T.Cast("int32", value) - T.Cast("int32", P[0])) * factors[0][c]
-            B.buffer_store(Y, value, [0, (c * height + y) * width + x])
-    return builder.get()
+    scales = [(channels, "float32")] if spec.op == "logits" else []
+    out = (1, channels * height * width), "float32"
+    X, *factors, P, Y = arguments("unpack", source, *scales, (PIXEL_PARAMS, "int64"), out)
+    with B.serial(channels) as c, B.serial(height) as y, B.serial(width) as x:
+        value = X[source.origin() + y * source.row + x * source.pitch + c]
+        if factors:
+            value = T.Cast("float32", T.Cast("int32", value) - T.Cast("int32", P[0])) * factors[0][c]
+        B.buffer_store(Y, value, [0, (c * height + y) * width + x])

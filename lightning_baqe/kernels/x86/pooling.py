@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.kernels.x86.emit import arguments, cast, fill_halo, param, splat
@@ -54,9 +52,8 @@ class PoolSpec:
         return next(n for n in (6, 5, 4, 3, 2, 1) if blocks % n == 0)
 
 
-@functools.lru_cache(maxsize=4096)
-def build_pool(spec: PoolSpec) -> Any:
-    """A TIR function of the source, for windows their int32 bounds (rows, then columns, first and end of each), for
+def emit_pool(spec: PoolSpec) -> None:
+    """Emit a function of the source, for windows their int32 bounds (rows, then columns, first and end of each), for
     averages the factors (int32 multipliers, or float32), params and result.
     """
     source, result = spec.source, spec.result
@@ -64,45 +61,43 @@ def build_pool(spec: PoolSpec) -> Any:
     kind = source.dtype if is_max else "float32" if is_float else "int32"
     lanes, vectors = spec.lanes, spec.vectors
 
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        windows = [(2 * result.height, "int32"), (2 * result.width, "int32")] if spec.windows else []
-        factors = [] if is_max else [(result.height * result.width if spec.by_pixel else 1, kind)]
-        X, *constants, P, Y = arguments("pool", source, *windows, *factors, (POOL_PARAMS, "int64"), result)
-        acc = B.alloc_buffer((vectors, lanes), kind)
-        lane = T.ramp(0, 1, lanes)
-        fill_halo(result, Y, P[POOL_PARAMS - 1])
-        groups = result.stored // (lanes * vectors)
-        with B.serial(result.height) as y, B.serial(result.width) as x, B.serial(groups) as group:
-            start = T.min_value(kind) if is_max else T.float32(0) if is_float else T.int32(0)
-            with B.unroll(vectors) as v:
-                B.buffer_store(acc, splat(start, lanes), [v, lane])
+    windows = [(2 * result.height, "int32"), (2 * result.width, "int32")] if spec.windows else []
+    factors = [] if is_max else [(result.height * result.width if spec.by_pixel else 1, kind)]
+    X, *constants, P, Y = arguments("pool", source, *windows, *factors, (POOL_PARAMS, "int64"), result)
+    acc = B.alloc_buffer((vectors, lanes), kind)
+    lane = T.ramp(0, 1, lanes)
+    fill_halo(result, Y, P[POOL_PARAMS - 1])
+    groups = result.stored // (lanes * vectors)
+    with B.serial(result.height) as y, B.serial(result.width) as x, B.serial(groups) as group:
+        start = T.min_value(kind) if is_max else T.float32(0) if is_float else T.int32(0)
+        with B.unroll(vectors) as v:
+            B.buffer_store(acc, splat(start, lanes), [v, lane])
 
-            def load(row: Any, column: Any, v: Any) -> Any:
-                channel = (group * vectors + v) * lanes
-                return X[T.ramp(source.origin() + row * source.row + column * source.pitch + channel, 1, lanes)]
+        def load(row: Any, column: Any, v: Any) -> Any:
+            channel = (group * vectors + v) * lanes
+            return X[T.ramp(source.origin() + row * source.row + column * source.pitch + channel, 1, lanes)]
 
-            if spec.windows:
-                rows, columns = constants[:2]
-                with (
-                    B.serial(rows[2 * y], rows[2 * y + 1]) as i,
-                    B.serial(columns[2 * x], columns[2 * x + 1]) as j,
-                    B.unroll(vectors) as v,
-                ):
-                    B.buffer_store(acc, _accumulated(spec, acc[v, lane], load(i, j, v), P), [v, lane])
-            else:
-                with B.serial(spec.kernel[0]) as i, B.serial(spec.kernel[1]) as j, B.unroll(vectors) as v:
-                    row, rows_in = _tap(spec, 0, y, i)
-                    column, columns_in = _tap(spec, 1, x, j)
-                    total = _accumulated(spec, acc[v, lane], load(row, column, v), P)
-                    for inside in (rows_in, columns_in):
-                        if inside is not None:
-                            total = T.Select(splat(inside, lanes), total, acc[v, lane])
-                    B.buffer_store(acc, total, [v, lane])
-            factor = None if is_max else constants[-1][y * result.width + x if spec.by_pixel else 0]
-            with B.unroll(vectors) as v:
-                to = result.origin() + y * result.row + x * result.pitch + (group * vectors + v) * lanes
-                B.buffer_store(Y, _finished(spec, acc[v, lane], factor, P), [T.ramp(to, 1, lanes)])
-    return builder.get()
+        if spec.windows:
+            rows, columns = constants[:2]
+            with (
+                B.serial(rows[2 * y], rows[2 * y + 1]) as i,
+                B.serial(columns[2 * x], columns[2 * x + 1]) as j,
+                B.unroll(vectors) as v,
+            ):
+                B.buffer_store(acc, _accumulated(spec, acc[v, lane], load(i, j, v), P), [v, lane])
+        else:
+            with B.serial(spec.kernel[0]) as i, B.serial(spec.kernel[1]) as j, B.unroll(vectors) as v:
+                row, rows_in = _tap(spec, 0, y, i)
+                column, columns_in = _tap(spec, 1, x, j)
+                total = _accumulated(spec, acc[v, lane], load(row, column, v), P)
+                for inside in (rows_in, columns_in):
+                    if inside is not None:
+                        total = T.Select(splat(inside, lanes), total, acc[v, lane])
+                B.buffer_store(acc, total, [v, lane])
+        factor = None if is_max else constants[-1][y * result.width + x if spec.by_pixel else 0]
+        with B.unroll(vectors) as v:
+            to = result.origin() + y * result.row + x * result.pitch + (group * vectors + v) * lanes
+            B.buffer_store(Y, _finished(spec, acc[v, lane], factor, P), [T.ramp(to, 1, lanes)])
 
 
 def _tap(spec: PoolSpec, axis: int, out: Any, tap: Any) -> tuple[Any, Any]:
