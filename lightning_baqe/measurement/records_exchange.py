@@ -3,13 +3,8 @@
 Every line is an object with its ``kind`` and the ``version`` of the format, so that files may be joined, sorted and
 filtered by lines. Kernels and models name their device and toolchain by id; the lines of those say what they are.
 
-| kind | keys |
-| --- | --- |
-| device | id, info |
-| toolchain | id, versions |
-| kernel | device, toolchain, target, operator, spec, knobs, code, latency_us, samples_us, exact, error, measured_at |
-| model | device, toolchain, plan, latency_us, samples_us, measured_at |
-| peak | device, toolchain, target, dot, chain, code, gmacs, measured_at |
+The other keys of a kind are its columns in :data:`~lightning_baqe.measurement.database.KINDS`; what is JSON text there
+is an object or a list here, and ``exact`` is true, false or null.
 
 Records of other devices are kept under their own device and never taken for this one's.
 """
