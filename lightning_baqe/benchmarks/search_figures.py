@@ -20,10 +20,10 @@ def draw_curves(curves: Curves, title: str, path: Path) -> None:
     axes = figure.subplots()
     steps = range(1, curves.trials + 1)
     for index, name in enumerate(curves.names):
-        band = bands(curves.relative[name])
+        low, median, high = bands(curves.relative[name])
         colour = f"C{index % 10}"
-        axes.plot(steps, band.median, color=colour, linestyle="--" if index >= 10 else "-", label=name)
-        axes.fill_between(steps, band.low, band.high, color=colour, alpha=0.12, linewidth=0)
+        axes.plot(steps, median, color=colour, linestyle="--" if index >= 10 else "-", label=name)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="trials", ylabel="hypervolume / best known")
     axes.set_title(f"{title}: median and quartiles, {len(curves.seeds)} seeds")
     axes.legend(fontsize="small", ncols=2)

@@ -25,8 +25,7 @@ from lightning_baqe.search import adrs, hypervolume, pareto_mask
 from lightning_baqe.search.metrics import (
     bands,
     compare_paired,
-    found_count,
-    found_share,
+    found_points,
     holm,
     hypervolume_curve,
     trials_to_reach,
@@ -113,8 +112,8 @@ def _distances(runs: Runs, curves: Curves, front: Tensor) -> dict[str, dict[str,
             of["adrs"].append(scaled_adrs(fronts[name], front))
             of["adrs_of_all"].append(adrs((values[name] - low) / span, scaled))
             of["front_to_found"].append(adrs(scaled, own))
-            of["optimal"].append(found_count(fronts[name], joint))
-            of["share"].append(found_share(fronts[name], front))
+            of["optimal"].append(int(found_points(fronts[name], joint).sum()))
+            of["share"].append(float(found_points(fronts[name], front).double().mean()))
     return {name: {key: statistics.fmean(v) for key, v in of.items()} for name, of in found.items()}
 
 
@@ -147,9 +146,7 @@ def summarise(runs: Runs, curves: Curves, front: Tensor, at: Sequence[int]) -> l
             {
                 "sampler": name,
                 **distances[name],
-                "hypervolume": {
-                    n: [float(b[n - 1]) for b in (band.low, band.median, band.high)] for n in at if n <= curves.trials
-                },
+                "hypervolume": {n: [float(b[n - 1]) for b in band] for n in at if n <= curves.trials},
                 "against": {other: of[name] for other, of in tests.items() if other != name},
                 "trials_to_target": statistics.median(math.inf if n is None else n for n in steps),
                 "seconds_to_target": statistics.median(times),
