@@ -35,7 +35,6 @@ from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, float_network, measure_rows, row_key
 from lightning_baqe.benchmarks.setups import check_positive, table_of
 from lightning_baqe.costs.accuracy_models import choose, spread_of_repeats
-from lightning_baqe.costs.correction import PLAIN
 from lightning_baqe.costs.structure import Structure
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.files import Rows
@@ -169,8 +168,8 @@ def make_record(request: Request) -> dict[str, Any]:
         "latency": {
             **latency.latency_tables(grid, table),
             "pixels": latency.measure_conversions(subject, structure, grid.space, request.device, request.folder),
-            "correction": PLAIN.record(),
-            "spread": latency.spread_of_measurements(whole),
+            "correction": latency.PLAIN.record(),
+            "spread": spread_of_repeats([row["point"] for row in whole], np.log([row["latency_us"] for row in whole])),
         },
         "accuracy": accuracy,
         "scores": latency.sensitivities(subject),

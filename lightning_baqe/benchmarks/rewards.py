@@ -77,10 +77,10 @@ def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thread
     """
     with Progress(console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as folder:
         bar = _Bar(progress, "bit-widths in turns")
-        for number, kernel in enumerate(searched_kernels(graphs, BuildOptions(target, threads))):
+        for number, (_, specs) in enumerate(searched_kernels(graphs, BuildOptions(target, threads))):
             benches: dict[TunableSpec, KernelBench] = {}
             while True:
-                fastest = fastest_codes(kernel.specs, target, device.records)
+                fastest = fastest_codes(specs, target, device.records)
                 codes: dict[str, Fastest] = {}
                 for bits in sorted(fastest, reverse=True):
                     codes.setdefault(fastest[bits].code, fastest[bits])

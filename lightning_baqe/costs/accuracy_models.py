@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,33 +57,28 @@ def _levels(widths: Array) -> Array:
     return np.concatenate([widths == level for level in (4, 5, 6, 7, 8)], axis=1).astype(np.float64)
 
 
-def _total(widths: Array) -> Array:
-    noise = _noise(widths)
-    return np.stack([noise.mean(1), _amplitude(widths).mean(1), (widths == FLOAT_BITS).mean(1)], axis=1)
-
-
 def _mean_amplitude(widths: Array) -> Array:
-    return np.concatenate([_amplitude(widths), _amplitude(widths).mean(1, keepdims=True)], axis=1)
+    return np.asarray(_amplitude(widths).mean(1, keepdims=True))
 
 
-COLUMNS: dict[str, Callable[[Array], Array]] = {
-    "total": _total,
-    "amplitude": lambda widths: np.concatenate([_amplitude(widths), _total(widths)], axis=1),
-    "noise": lambda widths: np.concatenate([_noise(widths), _total(widths)], axis=1),
-    "amplitudes": _mean_amplitude,
-    "noises": _noise,
-    "levels": lambda widths: np.concatenate([_levels(widths), _total(widths)], axis=1),
+def _total(widths: Array) -> Array:
+    is_float = (widths == FLOAT_BITS).mean(1, keepdims=True)
+    return np.concatenate([_noise(widths).mean(1, keepdims=True), _mean_amplitude(widths), is_float], axis=1)
+
+
+# What a model sees of the widths: these parts, side by side.
+COLUMNS: dict[str, tuple[Callable[[Array], Array], ...]] = {
+    "total": (_total,),
+    "amplitude": (_amplitude, _total),
+    "noise": (_noise, _total),
+    "amplitudes": (_amplitude, _mean_amplitude),
+    "noises": (_noise,),
+    "levels": (_levels, _total),
 }
 
 
-class AccuracyModel(Protocol):
-    """Predicts errors."""
-
-    def predict(self, widths: Array) -> Array:
-        """Errors 0..1 ``(n,)`` of widths ``(n, l)``."""
-
-    def record(self) -> dict[str, Any]:
-        """As JSON can hold it, for :func:`from_record`."""
+def _columns(name: str, widths: Array) -> Array:
+    return np.concatenate([part(widths) for part in COLUMNS[name]], axis=1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class Additive:
 
     def predict(self, widths: Array) -> Array:
         """Errors 0..1 ``(n,)`` of widths ``(n, l)``."""
-        return from_logit(COLUMNS[self.columns](widths) @ self.weights + self.bias)
+        return from_logit(_columns(self.columns, widths) @ self.weights + self.bias)
 
     def record(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -146,6 +141,9 @@ class Process:
         }
 
 
+AccuracyModel = Additive | Process
+
+
 def process_inputs(widths: Array) -> Array:
     """Amplitudes, scaled so that distances are root mean squares over the layers."""
     return _amplitude(widths) / np.sqrt(widths.shape[1])
@@ -168,7 +166,7 @@ def from_record(record: Mapping[str, Any]) -> AccuracyModel:
 
 def fit_additive(columns: str, widths: Array, errors: Array) -> Additive:
     """Ridge regression, its strength by leave-one-out error."""
-    x, z = COLUMNS[columns](widths), logit(errors)
+    x, z = _columns(columns, widths), logit(errors)
     scale = x.std(0) + 1e-9
     model = RidgeCV(alphas=_ALPHAS).fit(x / scale, z)
     return Additive(columns, np.asarray(model.coef_ / scale), float(model.intercept_))
@@ -176,7 +174,7 @@ def fit_additive(columns: str, widths: Array, errors: Array) -> Additive:
 
 def fit_monotone(columns: str, widths: Array, errors: Array) -> Additive:
     """As :func:`fit_additive`, with no layer whose coarser grid lowers the error; strength by cross-validation."""
-    x, z = COLUMNS[columns](widths), logit(errors)
+    x, z = _columns(columns, widths), logit(errors)
     scale = x.std(0) + 1e-9
 
     def solve(rows: Array, targets: Array, alpha: float) -> tuple[Array, float]:
@@ -261,11 +259,11 @@ def choose(widths: Array, errors: Array) -> tuple[AccuracyModel, dict[str, dict[
     return FITS[best](widths, errors), table, best
 
 
-def spread_of_repeats(keys: Sequence[Any], errors: Array) -> float:
-    """Standard deviation of errors of equal bit-configs, pooled; 0 without repeats."""
+def spread_of_repeats(keys: Sequence[Any], figures: Array) -> float:
+    """Standard deviation of figures with equal keys, pooled; 0 without repeats."""
     groups: dict[Any, list[float]] = {}
-    for key, error in zip(keys, errors.tolist(), strict=True):
-        groups.setdefault(key, []).append(error)
+    for key, figure in zip(keys, figures.tolist(), strict=True):
+        groups.setdefault(key, []).append(figure)
     repeated = [np.array(group) for group in groups.values() if len(group) > 1]
     freedom = sum(len(group) - 1 for group in repeated)
     total = sum(float(((group - group.mean()) ** 2).sum()) for group in repeated)

@@ -24,7 +24,7 @@ from lightning_baqe.measurement.database import Records, canonical, code_key
 REFERENCE = 8
 PAPER_CHOICES = (4, 8, 32)
 WIDTHS = (4, 5, 6, 7, 8)
-GAIN = 1.05
+GAIN = 1.05  # speedup from which a width buys latency; below, a figure is within the noise of a quiet machine
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,12 @@ class KernelReward:
     Args:
         layers: that call it.
         spec: of the kernel at 8 bit.
-        macs: of one call.
         latency_us: ``{bits: best known latency}``; bits that were not measured are missing.
         same: bits whose fastest code is, instruction for instruction, that of 8 bit.
     """
 
     layers: tuple[str, ...]
     spec: TunableSpec
-    macs: int
     latency_us: Mapping[int, float]
     same: tuple[int, ...] = ()
 
@@ -79,11 +77,6 @@ class Rewards:
         reference, found = (sum(len(k.layers) * k.latency_us[b] for k in known) for b in (REFERENCE, bits))
         return reference / found
 
-    def coverage(self, bits: int) -> float:
-        """Share of the multiply-accumulates whose kernels are known at both, 0..1."""
-        total = sum(len(k.layers) * k.macs for k in self.kernels)
-        return sum(len(k.layers) * k.macs for k in self.kernels if k.speedup(bits) is not None) / max(total, 1)
-
     @property
     def line(self) -> str:
         """One line for people; empty where no latency is known."""
@@ -100,9 +93,7 @@ class Rewards:
         return {
             "path": self.path,
             "line": self.line,
-            "widths": {
-                str(bits): {"speedup": self.speedup(bits), "storage": self.storage[bits]} for bits in self.widths
-            },
+            "widths": {str(b): {"speedup": self.speedup(b), "storage": self.storage[b]} for b in self.widths},
         }
 
 
@@ -120,38 +111,30 @@ def rewards_of(graphs: Mapping[int, IntegerGraph], options: BuildOptions, record
     Raises:
         ConfigError: the network at 8 bit is missing.
     """
-    kernels = [
-        _kernel(kernel.specs, kernel.layers, options.target, records) for kernel in searched_kernels(graphs, options)
-    ]
+    kernels = []
+    for layers, specs in searched_kernels(graphs, options):
+        best = fastest_codes(specs, options.target, records)
+        same = tuple(bits for bits, one in best.items() if REFERENCE in best and one.code == best[REFERENCE].code)
+        known = {bits: one.latency_us for bits, one in best.items()}
+        kernels.append(KernelReward(layers, specs[REFERENCE], known, same))
+    kernels.sort(key=lambda kernel: -len(kernel.layers) * kernel.spec.macs)
     size = graphs[REFERENCE].size_bytes
-    return Rewards(
-        options.target.path,
-        tuple(sorted(graphs)),
-        tuple(sorted(kernels, key=lambda k: -len(k.layers) * k.macs)),
-        {bits: graph.size_bytes / size for bits, graph in graphs.items()},
-    )
+    storage = {bits: graph.size_bytes / size for bits, graph in graphs.items()}
+    return Rewards(options.target.path, tuple(sorted(graphs)), tuple(kernels), storage)
 
 
-@dataclass(frozen=True)
-class SearchedKernel:
-    """One kernel of a network as it is at each bit-width.
-
-    Args:
-        layers: that call it.
-        specs: ``{bits: the kernel}``.
-    """
-
-    layers: tuple[str, ...]
-    specs: Mapping[int, TunableSpec]
-
-
-def searched_kernels(graphs: Mapping[int, IntegerGraph], options: BuildOptions) -> list[SearchedKernel]:
+def searched_kernels(
+    graphs: Mapping[int, IntegerGraph], options: BuildOptions
+) -> list[tuple[tuple[str, ...], dict[int, TunableSpec]]]:
     """The distinct kernels, dense and depthwise, of the layers whose bits a search chooses: those that each graph has
     at its own bits.
 
     Args:
         graphs: ``{bits: the network with its searched layers at these bits}``, 8 among them.
         options: what the kernels are compiled for.
+
+    Returns:
+        Of each kernel the layers that call it, and ``{bits: the kernel}``.
 
     Raises:
         ConfigError: the network at 8 bit is missing.
@@ -162,10 +145,9 @@ def searched_kernels(graphs: Mapping[int, IntegerGraph], options: BuildOptions) 
     specs = {bits: make_plan(graphs[bits], options).tunable() for bits in widths}
     groups: dict[tuple[TunableSpec, ...], list[str]] = {}
     for layer in specs[REFERENCE]:
-        searched = all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths)
-        if searched:
+        if all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths):
             groups.setdefault(tuple(specs[b][layer] for b in widths), []).append(layer)
-    return [SearchedKernel(tuple(layers), dict(zip(widths, key, strict=True))) for key, layers in groups.items()]
+    return [(tuple(layers), dict(zip(widths, key, strict=True))) for key, layers in groups.items()]
 
 
 @dataclass(frozen=True)
@@ -187,15 +169,10 @@ class Fastest:
 
 
 def fastest_codes(specs: Mapping[int, TunableSpec], target: CpuTarget, records: Records) -> dict[int, Fastest]:
-    """The fastest code of a kernel at each bit-width, as the records know it; unknown bits are missing.
+    """``{bits: the fastest code of the kernel}``, as the records know it; unknown bits are missing.
 
     What one bit-width was measured with is a choice of all others, too, where it generates code that was measured. Of
     several figures of one code the one with the most samples counts.
-
-    Args:
-        specs: ``{bits: the kernel}``.
-        target: compiled for.
-        records: where figures are looked up.
     """
     by_code: dict[str, tuple[int, float]] = {}  # minus samples and latency: the least is the figure that counts
     knobs: set[str] = set()
@@ -221,24 +198,12 @@ def fastest_codes(specs: Mapping[int, TunableSpec], target: CpuTarget, records: 
     return found
 
 
-def _kernel(
-    specs: Mapping[int, TunableSpec], layers: tuple[str, ...], target: CpuTarget, records: Records
-) -> KernelReward:
-    best = fastest_codes(specs, target, records)
-    reference = best.get(REFERENCE)
-    same = tuple(bits for bits, one in best.items() if reference is not None and one.code == reference.code)
-    known = {bits: one.latency_us for bits, one in best.items()}
-    return KernelReward(layers, specs[REFERENCE], specs[REFERENCE].macs, known, same)
-
-
-def default_bit_choices(
-    rewards: Rewards | None, mode: str, size_counts: bool = True, gain: float = GAIN
-) -> tuple[int, ...]:
+def default_bit_choices(rewards: Rewards | None, mode: str, size_counts: bool = True) -> tuple[int, ...]:
     """The bits that a search should offer each layer, where nobody chose them.
 
     Mode ``paper`` keeps BAQE's 4, 8 and 32. Otherwise, from wide to narrow, 8 bit is kept, and then each width that is
-    at least ``gain`` times as fast over the network as every wider one that is kept: it buys latency. A width that buys
-    none is smaller all the same, since artifacts are packed to the bit; but any size between those of two widths is
+    at least :data:`GAIN` times as fast over the network as every wider one that is kept. A width that buys no latency
+    is smaller all the same, since artifacts are packed to the bit; but any size between those of two widths is
     had by giving some layers the one and some the other, so that where size is an objective only the narrowest width
     is kept for its storage, and those between are dropped: no faster, less accurate than the wider and larger than the
     narrower one. Where size does not count it is dropped, too. 32 (float) is neither faster nor smaller and must be
@@ -248,7 +213,6 @@ def default_bit_choices(
         rewards: from :func:`rewards_of`; None is only good for the paper's mode.
         mode: of the search.
         size_counts: whether size is an objective.
-        gain: speedup from which a width buys latency; below, a figure is within the noise of a quiet machine.
 
     Raises:
         ConfigError: no rewards, or no latency is known at some width.
@@ -267,7 +231,7 @@ def default_bit_choices(
     speedups = {bits: speedup for bits, speedup in found.items() if speedup is not None and bits <= REFERENCE}
     kept = [REFERENCE]
     for bits in sorted(set(speedups) - {REFERENCE}, reverse=True):
-        if all(speedups[bits] >= gain * speedups[wider] for wider in kept):
+        if all(speedups[bits] >= GAIN * speedups[wider] for wider in kept):
             kept.append(bits)
     if size_counts and min(speedups) not in kept:
         kept.append(min(speedups))

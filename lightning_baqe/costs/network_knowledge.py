@@ -17,7 +17,6 @@ from lightning_baqe.quantization.sharing import Shared
 from lightning_baqe.search.knowledge import Group, Knowledge, Sum
 from lightning_baqe.tuning.network_space import NetworkSpace
 
-Terms = dict[str, dict[int, float]]
 NEGLIGIBLE = 1e-3  # of the float network's size
 
 
@@ -53,15 +52,13 @@ def search_knowledge(
     missing = sorted(choices - set(graphs))
     if missing:
         raise ConfigError(f"the space offers {missing} bits, but there are graphs at {sorted(graphs)} alone")
-    groups = {leader: _group(space, leader) for leader in space.bit_choices}
     names = tuple(f"{leader}/bits" for leader in space.bit_choices)
-    given = {b: (scores or {}).get(b, {}) for b in choices}
-    error = Sum(_terms(space, groups, given) if scores is not None else {}, 0.0, "score", names)
-    best, fixed = best_schedules(space)
-    latency = _latency(space, groups, graphs, reference, options, records)
+    terms = {} if scores is None else _terms(space, {bits: scores.get(bits, {}) for bits in choices})
+    latency = _latency(space, graphs, float(reference["latency_us"]), options, records)
     if latency is not None:
         latency = replace(latency, groups=conversion_groups(space, shared))
-    return Knowledge([error, latency, _size(space, groups, graphs, reference)], best, fixed)
+    size = _size(space, graphs, float(reference["size_bytes"]))
+    return Knowledge([Sum(terms, 0.0, "score", names), latency, size], *best_schedules(space))
 
 
 def conversion_groups(space: NetworkSpace, shared: Sequence[Shared]) -> tuple[Group, ...]:
@@ -70,7 +67,7 @@ def conversion_groups(space: NetworkSpace, shared: Sequence[Shared]) -> tuple[Gr
     A tensor with several readers is a group; a layer whose bits are not searched stands as a value. A float layer among
     integer ones has its input dequantized and its output quantized: two more, less where float layers meet.
     """
-    leader = {layer: first for first in space.bit_choices for layer in _group(space, first)}
+    leader = _leaders(space)
     found = []
     for layers, beside in shared:
         names = dict.fromkeys(f"{leader[layer]}/bits" for layer in layers if layer in leader)
@@ -80,7 +77,7 @@ def conversion_groups(space: NetworkSpace, shared: Sequence[Shared]) -> tuple[Gr
     for first, offered in space.bit_choices.items():
         integers = tuple(bits for bits in offered if bits != FLOAT_BITS)
         if integers and len(integers) < len(offered):
-            found += 2 * len(_group(space, first)) * [((f"{first}/bits",), integers)]
+            found += 2 * len(tied_to(space, first)) * [((f"{first}/bits",), integers)]
     return tuple(found)
 
 
@@ -91,20 +88,19 @@ def best_schedules(space: NetworkSpace) -> tuple[dict[str, dict[int, dict[str, A
         ``best``: ``{"<leader>/bits": {bits: {"<layer>/<knob>": value}}}`` of the searched layers and those tied to
         them, and ``fixed``: of all others.
     """
-    best: dict[str, dict[int, dict[str, Any]]] = {}
-    followed: set[str] = set()
-    for leader, offered in space.bit_choices.items():
-        group = _group(space, leader)
-        followed.update(group)
-        best[f"{leader}/bits"] = {
+    best = {
+        f"{leader}/bits": {
             bits: {
                 f"{layer}/{knob}": space.defaults[layer][bits][knob]
-                for layer in group
+                for layer in tied_to(space, leader)
                 for knob in space.knobs.get(layer, {})
                 if knob in space.defaults[layer].get(bits, {})
             }
             for bits in offered
         }
+        for leader, offered in space.bit_choices.items()
+    }
+    followed = _leaders(space)
     fixed = {
         f"{layer}/{knob}": space.defaults[layer][space.base[layer].activation][knob]
         for layer, knobs in space.knobs.items()
@@ -114,28 +110,27 @@ def best_schedules(space: NetworkSpace) -> tuple[dict[str, dict[int, dict[str, A
     return best, fixed
 
 
-def _group(space: NetworkSpace, leader: str) -> tuple[str, ...]:
-    """The layers that get a searched layer's bits."""
+def tied_to(space: NetworkSpace, leader: str) -> tuple[str, ...]:
+    """The layers that get a searched layer's bits, itself among them."""
     return next((group for group in space.base.ties if leader in group), (leader,))
 
 
-def _terms(
-    space: NetworkSpace, groups: Mapping[str, tuple[str, ...]], by_bits: Mapping[int, Mapping[str, float]]
-) -> Terms:
+def _leaders(space: NetworkSpace) -> dict[str, str]:
+    """``{layer: the searched layer whose bits it gets}``."""
+    return {layer: leader for leader in space.bit_choices for layer in tied_to(space, leader)}
+
+
+def _terms(space: NetworkSpace, by_bits: Mapping[int, Mapping[str, float]]) -> dict[str, dict[int, float]]:
     return {
-        f"{leader}/bits": {bits: sum(by_bits[bits].get(layer, 0.0) for layer in groups[leader]) for bits in offered}
+        f"{leader}/bits": {
+            bits: sum(by_bits[bits].get(layer, 0.0) for layer in tied_to(space, leader)) for bits in offered
+        }
         for leader, offered in space.bit_choices.items()
     }
 
 
-def _size(
-    space: NetworkSpace,
-    groups: Mapping[str, tuple[str, ...]],
-    graphs: Mapping[int, IntegerGraph],
-    reference: Mapping[str, Any],
-) -> Sum:
-    searched = {layer for group in groups.values() for layer in group}
-    total = float(reference["size_bytes"])
+def _size(space: NetworkSpace, graphs: Mapping[int, IntegerGraph], total: float) -> Sum:
+    searched = _leaders(space)
     own = {
         bits: {node.layer: node_bytes(node) / total for node in graph if getattr(node, "layer", None) in searched}  # type: ignore[attr-defined]
         for bits, graph in graphs.items()
@@ -145,20 +140,13 @@ def _size(
     integer = [rest[bits] for bits in offered if bits != FLOAT_BITS] or [rest[FLOAT_BITS]]
     # Narrower readers of a tensor bring a requantization, a few bytes each: no search notices.
     exact = FLOAT_BITS not in offered and max(integer) - min(integer) < NEGLIGIBLE
-    terms = _terms(space, groups, {bits: own[bits] for bits in offered})
-    return Sum(terms, sum(integer) / len(integer), "exact" if exact else "estimate")
+    return Sum(_terms(space, own), sum(integer) / len(integer), "exact" if exact else "estimate")
 
 
 def _latency(
-    space: NetworkSpace,
-    groups: Mapping[str, tuple[str, ...]],
-    graphs: Mapping[int, IntegerGraph],
-    reference: Mapping[str, Any],
-    options: BuildOptions,
-    records: Records,
+    space: NetworkSpace, graphs: Mapping[int, IntegerGraph], total: float, options: BuildOptions, records: Records
 ) -> Sum | None:
     """None where the records hold no kernel of the network."""
-    total = float(reference["latency_us"])
     known: dict[int, dict[str, float]] = {}
     specs: dict[int, dict[str, TunableSpec]] = {}
     for bits, graph in graphs.items():
@@ -177,9 +165,8 @@ def _latency(
         pace = sum(source[layer] for layer in layers) / max(sum(specs[bits][layer].macs for layer in layers), 1)
         for layer, spec in specs[bits].items():
             found.setdefault(layer, pace * spec.macs)
-    searched = {layer for group in groups.values() for layer in group}
-    float_known = known.get(FLOAT_BITS, {})
+    searched, float_known = _leaders(space), known.get(FLOAT_BITS, {})
     others = max(0.0, 1.0 - sum(float_known.values())) if float_known else 0.0
     kept = {layer: bits.activation for layer, bits in space.base.items() if layer not in searched}
     offset = others + sum(known.get(bits, {}).get(layer, 0.0) for layer, bits in kept.items())
-    return Sum(_terms(space, groups, known), offset)
+    return Sum(_terms(space, known), offset)

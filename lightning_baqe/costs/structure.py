@@ -24,13 +24,8 @@ from lightning_baqe.quantization.ops import OpReader
 from lightning_baqe.quantization.trace import trace
 
 _LAYERS = (Conv, Linear, FloatConv, FloatLinear)
-_POOLS = {
-    "max_pool": "max_pool",
-    "adaptive_max_pool": "max_pool",
-    "avg_pool": "avg_pool",
-    "adaptive_avg_pool": "avg_pool",
-    "mean": "avg_pool",
-}
+_POOLS = dict.fromkeys(("max_pool", "adaptive_max_pool"), "max_pool")
+_POOLS |= dict.fromkeys(("avg_pool", "adaptive_avg_pool", "mean"), "avg_pool")
 
 
 class Structure:

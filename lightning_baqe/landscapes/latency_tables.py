@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import nn
 
-from lightning_baqe.costs.correction import PLAIN, Correction, correction_columns
 from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.digest import fingerprint
@@ -59,6 +58,8 @@ AGAIN = 8  # whole networks that are measured twice, for the spread
 WHOLE_REPEATS, WHOLE_LIMIT_S = 60, 2.0
 REWEIGHTED = 20  # rounds of the robust fit
 CACHED_MB = (4.0, 8.0, 12.0, 16.0, 24.0)  # what of a network's constants may stay in caches from image to image
+
+TERMS = ("constant", "kernels", "conversions", "calls", "megabytes", "beyond")  # of a latency
 
 
 def searched_layers(base: BitConfig) -> tuple[str, ...]:
@@ -164,11 +165,11 @@ def make_grid(subject: Subject) -> Grid:
                     continue
                 found = offered[layer].setdefault(knob, [])
                 found.extend(v for v in (values[: subject.tiles] if knob == "tile" else values) if v not in found)
-    knobs = {
+    several = {
         layer: {knob: tuple(values) for knob, values in found.items() if len(values) > 1}
         for layer, found in offered.items()
-        if any(len(values) > 1 for values in found.values())
     }
+    knobs = {layer: found for layer, found in several.items() if found}
     defaults = {
         layer: {width: template_of(spec).check_knobs(spec, {}) for width, spec in found.items()}
         for layer, found in specs.items()
@@ -179,13 +180,15 @@ def make_grid(subject: Subject) -> Grid:
 
 def sensitivities(subject: Subject) -> dict[str, dict[str, float]]:
     """``{layer: {bits: score}}`` of the searched layers: of a network that was not tuned, on one batch."""
-    scores: dict[str, dict[str, float]] = {layer: {} for layer in searched_layers(subject.base)}
-    for width in WIDTHS:
-        if width != FLOAT_BITS:
-            for layer, score in layer_scores(subject.quantized(subject.uniform(width)), subject.images).items():
-                if layer in scores:
-                    scores[layer][str(width)] = score
-    return scores
+    by_width = {
+        str(width): layer_scores(subject.quantized(subject.uniform(width)), subject.images)
+        for width in WIDTHS
+        if width != FLOAT_BITS
+    }
+    return {
+        layer: {width: scores[layer] for width, scores in by_width.items() if layer in scores}
+        for layer in searched_layers(subject.base)
+    }
 
 
 class KernelTable:
@@ -264,14 +267,11 @@ def tuned_defaults(grid: Grid, table: KernelTable) -> NetworkSpace:
     for layer, specs in grid.specs.items():
         for width, spec in specs.items():
             offered = {canonical(template_of(spec).check_knobs(spec, point)) for point in grid.points(layer)}
-            tried = [
-                knobs
-                for knobs in Ranked().propose(kernel_space(spec), [], 4 * TUNED)
-                if canonical(knobs) in offered
-            ][:TUNED]  # fmt: skip
+            ranked = Ranked().propose(kernel_space(spec), [], 4 * TUNED)
+            tried = [knobs for knobs in ranked if canonical(knobs) in offered][:TUNED]
             best = min(tried, key=lambda knobs: table.latency_us(spec, knobs))
             defaults.setdefault(layer, {})[width] = best
-    return NetworkSpace(grid.space.base, grid.space.bit_choices, grid.space.knobs, defaults)
+    return replace(grid.space, defaults=defaults)
 
 
 def latency_tables(grid: Grid, table: KernelTable) -> dict[str, Any]:
@@ -410,6 +410,47 @@ def measure_float(subject: Subject, device: Device, folder: Path) -> dict[str, f
     return rows.read()[-1]
 
 
+def correction_columns(parts: np.ndarray, cached_mb: float) -> np.ndarray:
+    """What :data:`TERMS` multiply, ``(n, 6)``; caches hold so many megabytes of the constants.
+
+    Parts are ``(n, 4)``: microseconds of kernels, of conversions, number of conversions, megabytes of constants.
+    """
+    beyond = np.maximum(0.0, parts[:, 3:] - cached_mb)
+    return np.concatenate([np.ones((len(parts), 1)), parts, beyond], axis=1)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """From measured kernels to a whole network, where kernels find colder caches and each call takes time of its own.
+
+    Kernels are measured alone, with all that they read in the fastest cache. In a network they meet weights that the
+    last image left in a cache further away, or, of large networks, in memory.
+
+    Args:
+        factors: by :data:`TERMS`: microseconds, none, none, microseconds a call, a megabyte, a megabyte beyond.
+        cached_mb: megabytes that caches hold from image to image.
+    """
+
+    factors: tuple[float, ...]
+    cached_mb: float
+
+    def apply(self, parts: np.ndarray) -> np.ndarray:
+        """Latencies ``(n,)``, microseconds, of parts ``(n, 4)``."""
+        return np.asarray(correction_columns(parts, self.cached_mb) @ np.array(self.factors))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**dict(zip(TERMS, self.factors, strict=True)), "cached_mb": self.cached_mb}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, float]) -> Correction:
+        """Of :meth:`record`."""
+        return cls(tuple(record[term] for term in TERMS), record["cached_mb"])
+
+
+PLAIN = Correction((0.0, 1.0, 1.0, 0.0, 0.0, 0.0), 0.0)
+
+
 def fit_correction(parts: np.ndarray, measured: np.ndarray) -> Correction:
     """The correction with the smallest errors. Kernels and conversions count as measured, so that knobs keep their say.
 
@@ -457,12 +498,3 @@ def check_latency(parts: np.ndarray, measured: np.ndarray, folds: int = 5) -> di
             "largest_relative_error": float(relative.max()),
         }
     return found
-
-
-def spread_of_measurements(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Relative standard deviation of repeated measurements of one network."""
-    by_point: dict[Any, list[float]] = {}
-    for row in rows:
-        by_point.setdefault(row["point"], []).append(float(np.log(row["latency_us"])))
-    pairs = [values for values in by_point.values() if len(values) > 1]
-    return float(np.sqrt(np.mean([np.var(values, ddof=1) for values in pairs]))) if pairs else 0.0

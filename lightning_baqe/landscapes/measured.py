@@ -26,11 +26,10 @@ from optuna.distributions import BaseDistribution
 from torch import nn
 
 from lightning_baqe.costs.accuracy_models import from_logit, from_record, logit
-from lightning_baqe.costs.correction import Correction
-from lightning_baqe.costs.network_knowledge import best_schedules, conversion_groups
+from lightning_baqe.costs.network_knowledge import best_schedules, conversion_groups, tied_to
 from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.landscapes.latency_tables import TUNED
+from lightning_baqe.landscapes.latency_tables import TUNED, Correction
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.sharing import shared_in
 from lightning_baqe.runs.objectives import OBJECTIVES, REFERENCE_POINT
@@ -39,14 +38,13 @@ from lightning_baqe.tasks.networks import network
 from lightning_baqe.tuning.network_space import NetworkSpace
 
 FORMAT = 1
-DATA = "data"
+FOLDER = resources.files("lightning_baqe.landscapes") / "data"
 SUFFIX = ".json.gz"
 
 
 def shipped() -> tuple[str, ...]:
     """Names of the landscapes that come with the package."""
-    folder = resources.files("lightning_baqe.landscapes") / DATA
-    return tuple(sorted(file.name.removesuffix(SUFFIX) for file in folder.iterdir() if file.name.endswith(SUFFIX)))
+    return tuple(sorted(file.name.removesuffix(SUFFIX) for file in FOLDER.iterdir() if file.name.endswith(SUFFIX)))
 
 
 def read_record(source: str | Path) -> dict[str, Any]:
@@ -58,9 +56,7 @@ def read_record(source: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or another version wrote it.
     """
-    path: Any = Path(source)
-    if not str(source).endswith(SUFFIX):
-        path = resources.files("lightning_baqe.landscapes") / DATA / f"{source}{SUFFIX}"
+    path: Any = Path(source) if str(source).endswith(SUFFIX) else FOLDER / f"{source}{SUFFIX}"
     if not path.is_file():
         raise ConfigError(f"there is no landscape {str(source)!r}: give a path, or one of {list(shipped())}")
     record: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
@@ -90,6 +86,7 @@ class Landscape:
     Attributes:
         name, distributions, objectives, reference_point: of the problem.
         space: the space that was measured.
+        reference: ``latency_us`` and ``size_bytes`` of the float network.
         about: CPU, versions, command, date, and what was found on held-out data.
 
     Args:
@@ -128,7 +125,8 @@ class Landscape:
             found = NetworkSpace(base, choices, found.knobs, found.defaults)
         self.space = found
         self.distributions: dict[str, BaseDistribution] = self.space.distributions
-        self._reference, self._seconds = record["reference"], record["seconds"]
+        self.reference: Mapping[str, float] = record["reference"]
+        self._seconds = record["seconds"]
         self._sizes = SizeTable.from_record(record["size"])
         latency = record["latency"]
         self._of = {layer: {int(b): i for b, i in of.items()} for layer, of in latency["of"].items()}
@@ -169,7 +167,7 @@ class Landscape:
             draws = np.random.default_rng([self.noise_seed, zlib.crc32(text.encode())]).standard_normal(2)
             error = float(np.clip(error + self._accuracy_spread * draws[0], 0.0, 1.0))
             latency *= float(np.exp(self._latency_spread * draws[1]))
-        return error, latency / self._reference["latency_us"], self.size(params)
+        return error, latency / self.reference["latency_us"], self.size(params)
 
     def candidates(self, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         """Points that span the space: the pool of BAQE III-C, as a search of the network has it."""
@@ -185,16 +183,12 @@ class Landscape:
         Knobs are the space's defaults: the best of the few that a search tries of each kernel before it begins.
         """
         offered, base = self.space.bit_choices, max(min(c) for c in self.space.bit_choices.values())
-        best, fixed = best_schedules(self.space)
         plain = self.at(dict.fromkeys(offered, base))
-        smallest, total = self.size(plain), float(self._reference["latency_us"])
-        size: dict[str, dict[Any, float]] = {}
-        latency: dict[str, dict[Any, float]] = {}
+        smallest, total = self.size(plain), float(self.reference["latency_us"])
+        size, latency = {}, {}
         for leader, choices in offered.items():
-            group = next((group for group in self.space.base.ties if leader in group), (leader,))
-            size[f"{leader}/bits"] = {
-                b: self.size(self.at({**dict.fromkeys(offered, base), leader: b})) - smallest for b in choices
-            }
+            bits, group = dict.fromkeys(offered, base), tied_to(self.space, leader)
+            size[f"{leader}/bits"] = {b: self.size(self.at({**bits, leader: b})) - smallest for b in choices}
             latency[f"{leader}/bits"] = {
                 b: sum(self.kernel_latency_us(layer, b, self.space.defaults[layer][b]) for layer in group) / total
                 for b in choices
@@ -218,19 +212,13 @@ class Landscape:
                 ),
                 Sum(size, smallest, exact),
             ],
-            best,
-            fixed,
+            *best_schedules(self.space),
         )
 
     def preparation_s(self) -> float:
         """How long tuning every kernel at every bit-width took, as far as :meth:`knowledge` needs it."""
         used = {self._kernel(layer, b) for layer, of in self.space.defaults.items() for b in of}
         return TUNED * sum(self._kernel_seconds[index] for index in used)
-
-    @property
-    def reference(self) -> Mapping[str, float]:
-        """Of the float network: ``latency_us`` and ``size_bytes``."""
-        return self._reference
 
     def at(self, bits: Mapping[str, int]) -> dict[str, Any]:
         """The point with these bits and the best known knobs.
@@ -256,7 +244,7 @@ class Landscape:
 
     def size(self, params: Mapping[str, Any]) -> float:
         """Size over the float network's, exactly."""
-        return float(self.size_bytes(params) / self._reference["size_bytes"])
+        return float(self.size_bytes(params) / self.reference["size_bytes"])
 
     def latency_us(self, params: Mapping[str, Any]) -> float:
         """Latency of the whole network: kernels and conversions, corrected by measurements of whole networks."""
@@ -292,7 +280,7 @@ class Landscape:
             index = index * len(values) + values.index(knobs[knob])
         return float(table[index])
 
-    def kernel_seconds(self, layer: str, bits: int, knobs: Mapping[str, Any] | None = None) -> float:
+    def kernel_seconds(self, layer: str, bits: int) -> float:
         """How long compiling and measuring a layer's kernel with one choice of knobs takes, on average over knobs.
 
         Raises:

@@ -15,7 +15,6 @@ from smallest import SmallestNet
 import lightning_baqe as baqe
 from lightning_baqe.benchmarks import accuracy_rows, landscape, landscape_accuracy
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, bit_configs, searched_layers, wanted_rows, with_bits
-from lightning_baqe.costs.correction import Correction
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.landscapes import latency_tables as landscape_latency
 from lightning_baqe.landscapes import measured as landscapes
@@ -159,17 +158,15 @@ def test_a_table_wants_measurements(board: Board, tmp_path: Path, capsys: pytest
 def test_a_correction_is_checked_on_other_networks() -> None:
     rng = np.random.default_rng(0)
     parts = rng.uniform((10, 10, 1, 1), (100, 100, 20, 40), (60, 4))
-    truth = Correction((20.0, 1.0, 1.0, 3.0, 0.5, 1.0), 16.0)
+    truth = landscape_latency.Correction((20.0, 1.0, 1.0, 3.0, 0.5, 1.0), 16.0)
     measured = truth.apply(parts)
     found = landscape_latency.fit_correction(parts, measured)
     assert found.cached_mb == 16.0
     assert found.factors == pytest.approx(truth.factors, rel=1e-6)
-    assert Correction.from_record(json.loads(json.dumps(found.record()))) == found
+    assert landscape_latency.Correction.from_record(json.loads(json.dumps(found.record()))) == found
     check = landscape_latency.check_latency(parts, measured)
     assert check["corrected"]["largest_relative_error"] < 1e-6
     assert check["sum"]["mean_relative_error"] > 0.1
-    rows = [{"point": 0, "latency_us": latency} for latency in (100.0, 102.0)] + [{"point": 1, "latency_us": 7.0}]
-    assert landscape_latency.spread_of_measurements(rows) == pytest.approx(np.log(1.02) / np.sqrt(2), rel=1e-3)
 
 
 @pytest.mark.parametrize("bit_choices", [(4, 8), (4, 8, 32)])

@@ -48,13 +48,13 @@ def test_bit_widths_are_compared_in_turns(tmp_path: Path) -> None:
     target, device = get_target("avx2"), FakeDevice(tmp_path / "records.db")
     graphs = _graphs()
     rewards.measure_missing(graphs, target, 1, 1, device)
-    (kernel,) = rewards.searched_kernels(graphs, BuildOptions(target))
-    before = rewards.fastest_codes(kernel.specs, target, device.records)
+    ((_, specs),) = rewards.searched_kernels(graphs, BuildOptions(target))
+    before = rewards.fastest_codes(specs, target, device.records)
     assert before[4].code != before[8].code
     device.kernels.clear()
     rewards.compare_widths(graphs, target, 1, device)
-    assert [one.spec for one in device.kernels] == [kernel.specs[8], kernel.specs[4]] * rewards.ROUNDS
-    after = rewards.fastest_codes(kernel.specs, target, device.records)
+    assert [one.spec for one in device.kernels] == [specs[8], specs[4]] * rewards.ROUNDS
+    after = rewards.fastest_codes(specs, target, device.records)
     assert {one.samples for one in after.values()} == {rewards.ROUNDS * REPEATS}
     device.kernels.clear()
     rewards.compare_widths(graphs, target, 1, device)

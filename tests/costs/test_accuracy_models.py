@@ -95,6 +95,8 @@ def test_held_out_rows_share_no_bits_with_those_that_are_fitted() -> None:
 def test_spread_is_that_of_equal_bits() -> None:
     assert spread_of_repeats(["a", "a", "b"], np.array([0.1, 0.3, 0.9])) == pytest.approx(np.std([0.1, 0.3], ddof=1))
     assert spread_of_repeats(["a", "b"], np.array([0.1, 0.3])) == 0.0
+    latencies = np.log([100.0, 102.0, 7.0])
+    assert spread_of_repeats(["a", "a", "b"], latencies) == pytest.approx(np.log(1.02) / np.sqrt(2))
 
 
 def test_too_few_rows_and_unknown_kinds() -> None:
@@ -103,4 +105,4 @@ def test_too_few_rows_and_unknown_kinds() -> None:
         choose(widths, errors)
     with pytest.raises(ConfigError, match="additive or process"):
         from_record({"kind": "oracle"})
-    assert all(columns(widths).shape[0] == 3 for columns in COLUMNS.values())
+    assert all(part(widths).shape[0] == 3 for parts in COLUMNS.values() for part in parts)

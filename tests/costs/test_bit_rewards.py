@@ -95,7 +95,6 @@ def test_chains_of_fewer_bits(graphs: Graphs, tmp_path: Path) -> None:
         assert kernel.latency_us == {b: min(t for c, t in times.items() if specs[c] == specs[b]) for b in times}
         assert kernel.same == tuple(bits for bits in sorted(times) if specs[bits] == specs[8])
     assert rewards.speedup(4) == pytest.approx(2.0)
-    assert rewards.coverage(4) == 1.0
     assert rewards.summary()["widths"]["8"] == {"speedup": 1.0, "storage": 1.0}
     assert 0.5 < rewards.storage[4] < rewards.storage[6] < 1
 
@@ -115,7 +114,6 @@ def test_wrong_and_failed_records_do_not_count(graphs: Graphs, tmp_path: Path) -
 def test_nothing_is_known(graphs: Graphs, tmp_path: Path) -> None:
     rewards = rewards_of(graphs, BuildOptions(get_target("vnni512")), Records(tmp_path / "records.db"))
     assert rewards.speedup(4) is None
-    assert rewards.coverage(4) == 0
     assert rewards.line == ""
     with pytest.raises(ConfigError, match=r"no kernel is measured at \[4, 6, 8\]"):
         default_bit_choices(rewards, "beyond")
@@ -128,17 +126,16 @@ def test_nothing_is_known(graphs: Graphs, tmp_path: Path) -> None:
 
 def _made_up(speedups: dict[int, float]) -> Rewards:
     times = {bits: 1.0 / speedup for bits, speedup in speedups.items()}
-    kernel = KernelReward(("a", "b"), None, 1, times)  # type: ignore[arg-type]
+    kernel = KernelReward(("a", "b"), None, times)  # type: ignore[arg-type]
     return Rewards("made up", tuple(sorted(speedups)), (kernel,), {bits: bits / 8 for bits in speedups})
 
 
 def test_a_kernel_counts_as_much_as_it_takes() -> None:
-    long = KernelReward(("a",), None, 1, {8: 90.0, 4: 45.0})  # type: ignore[arg-type]
-    short = KernelReward(("b", "c"), None, 1, {8: 5.0, 4: 5.0})  # type: ignore[arg-type]
-    unknown = KernelReward(("d",), None, 2, {8: 1000.0})  # type: ignore[arg-type]
+    long = KernelReward(("a",), None, {8: 90.0, 4: 45.0})  # type: ignore[arg-type]
+    short = KernelReward(("b", "c"), None, {8: 5.0, 4: 5.0})  # type: ignore[arg-type]
+    unknown = KernelReward(("d",), None, {8: 1000.0})  # type: ignore[arg-type]
     rewards = Rewards("made up", (4, 8), (long, short, unknown), {4: 0.5, 8: 1.0})
     assert rewards.speedup(4) == pytest.approx((90 + 2 * 5) / (45 + 2 * 5))
-    assert rewards.coverage(4) == pytest.approx(3 / 5)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +189,9 @@ def test_depthwise_kernels_are_told(tmp_path: Path) -> None:
     found = {b: baqe.lower(baqe.calibrate(baqe.quantize(model, config, x), [x])) for b, config in bits.items()}
     target, records = get_target("vnni512"), Records(tmp_path / "records.db")
     kernels = searched_kernels(found, BuildOptions(target))
-    depthwise = next(kernel for kernel in kernels if "2" in kernel.layers)
-    assert all(isinstance(spec, DepthwiseSpec) for spec in depthwise.specs.values())
-    for spec in set(depthwise.specs.values()):
+    depthwise = next(specs for layers, specs in kernels if "2" in layers)
+    assert all(isinstance(spec, DepthwiseSpec) for spec in depthwise.values())
+    for spec in set(depthwise.values()):
         knobs = check_depthwise_knobs(spec, {})  # type: ignore[arg-type]
         records.add_kernel(spec, target, KernelRecord(knobs, 3.0, [3.0], True))
     reward = next(kernel for kernel in rewards_of(found, BuildOptions(target), records).kernels if "2" in kernel.layers)

@@ -16,7 +16,7 @@ from optuna.samplers import TPESampler
 import lightning_baqe as baqe
 from lightning_baqe.benchmarks.landscape_accuracy import searched_layers, with_bits
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.landscapes.measured import Landscape, read_record, shipped
+from lightning_baqe.landscapes.measured import FOLDER, Landscape, read_record, shipped
 from lightning_baqe.landscapes.problem import Problem
 from lightning_baqe.search.pool import breed
 from lightning_baqe.search.space import SearchSpace
@@ -166,7 +166,4 @@ def test_unknown_landscapes(tmp_path: Path) -> None:
 
 
 def test_they_are_small() -> None:
-    import lightning_baqe.landscapes.measured as module
-
-    folder = Path(module.__file__).parent / module.DATA
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 2**20
+    assert sum(len(file.read_bytes()) for file in FOLDER.iterdir()) < 2**20
