@@ -163,10 +163,10 @@ class ParetoCheckpoint(Checkpoint):
         if odd:
             rank_zero_warn(f"no checkpoint for step {trainer.global_step}: {odd} is not finite")
             return
-        offered = self._archive.offer(self._minimised(values))
-        self._doomed += [self._front[i] for i in offered.left]
-        self._front = [point for i, point in enumerate(self._front) if i not in offered.left]
-        if offered.joined:
+        joined, left = self._archive.offer(self._minimised(values))
+        self._doomed += [self._front[i] for i in left]
+        self._front = [point for i, point in enumerate(self._front) if i not in left]
+        if joined:
             path = trainer.strategy.broadcast(self._free_path(trainer, self._name(trainer, values)))
             point = ParetoPoint(values, path, trainer.current_epoch, trainer.global_step)
             # Before writing, so that the checkpoint knows of itself; the doomed are deleted only when it is safe.

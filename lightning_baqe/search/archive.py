@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,19 +46,6 @@ def hypervolume_contributions(points: Tensor) -> Tensor:
     return torch.tensor([max(whole - rest, 0.0) for rest in without], dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class Offered:
-    """What became of a point.
-
-    Attributes:
-        joined: whether it is in the archive now.
-        left: positions, before the offer, of the points that are in the archive no more, ascending.
-    """
-
-    joined: bool
-    left: tuple[int, ...] = ()
-
-
 class ParetoArchive:
     """The Pareto front of all points that were ever offered, or `max_size` of its points.
 
@@ -86,11 +72,14 @@ class ParetoArchive:
         self.points: list[Point] = [tuple(point) for point in points]
         self.crowded_out: list[Point] = [tuple(point) for point in crowded_out]
 
-    def offer(self, point: Point) -> Offered:
+    def offer(self, point: Point) -> tuple[bool, list[int]]:
         """Let a point in if it belongs to the front.
 
         Args:
             point: `m` finite numbers.
+
+        Returns:
+            Whether it is in the archive now, and the positions, before the offer, of the points that no longer are.
 
         Raises:
             ConfigError: a number is not finite, or there are more or fewer than in earlier points.
@@ -102,7 +91,7 @@ class ParetoArchive:
             raise ConfigError(f"a point is {list(point)}; wanted {wanted}finite numbers")
         old = torch.tensor(known, dtype=torch.float64).reshape(len(known), len(point))
         if bool((old <= new).all(1).any()):
-            return Offered(False)
+            return False, []
         survives = pareto_mask(torch.cat([old, new])).tolist()
         n = len(self.points)
         # Positions of what stays, the newcomer's is n.
@@ -114,4 +103,4 @@ class ParetoArchive:
             least = max(range(len(stay)), key=lambda i: (-worth[i], i))
             self.crowded_out.append(points[stay.pop(least)])
         self.points = [points[i] for i in stay]
-        return Offered(n in stay, tuple(i for i in range(n) if i not in stay))
+        return n in stay, [i for i in range(n) if i not in stay]

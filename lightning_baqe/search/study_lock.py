@@ -17,9 +17,8 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 
 import sqlalchemy
 from optuna.storages import RDBStorage
@@ -35,35 +34,21 @@ _MAKING = threading.Lock()
 
 
 class StudyLock:
-    """A context manager; the thread that holds it may enter it again.
-
-    Args:
-        hold: gives a context manager that holds the lock against other processes.
-    """
+    """A context manager that holds what `hold` gives; the thread that holds it may enter it again."""
 
     def __init__(self, hold: Callable[[], AbstractContextManager[None]]) -> None:
-        self._hold, self._thread, self._depth = hold, threading.RLock(), 0
-        self._held = ExitStack()
+        self._hold, self._thread = hold, threading.RLock()
+        self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
-        self._thread.acquire()
-        try:
-            if not self._depth:
-                self._held.enter_context(self._hold())
-        except BaseException:
-            self._thread.release()
-            raise
-        self._depth += 1
+        with ExitStack() as stack:
+            stack.enter_context(self._thread)
+            if not self._entered:
+                stack.enter_context(self._hold())
+            self._entered.append(stack.pop_all())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._depth -= 1
-        try:
-            if not self._depth:
-                self._held.close()
-        finally:
-            self._thread.release()
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
 
 
 def study_lock(storage: str, study_name: str) -> StudyLock:
@@ -93,7 +78,7 @@ def study_lock(storage: str, study_name: str) -> StudyLock:
                 engine = _engine(url)
                 _LOCKS[key] = StudyLock(lambda: _hold_advisory(engine, study_name))
             else:
-                _LOCKS[key] = StudyLock(_hold_nothing)
+                _LOCKS[key] = StudyLock(nullcontext)
         return _LOCKS[key]
 
 
@@ -118,22 +103,14 @@ def _sqlite_file(url: URL) -> Path | None:
 def _hold_file(path: Path) -> Iterator[None]:
     # Not filelock: a process that the holder forks inherits its lock and keeps it when the holder is killed.
     connection = sqlite3.connect(path, timeout=_TRY_S, isolation_level=None, check_same_thread=False)
-    try:
-        while not _begin(connection):
-            pass
+    with closing(connection):  # ends the transaction
+        while not connection.in_transaction:
+            try:
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise
         yield
-    finally:
-        connection.close()  # ends the transaction
-
-
-def _begin(connection: sqlite3.Connection) -> bool:
-    try:
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-            raise
-        return False
-    return True
 
 
 def _engine(url: URL) -> sqlalchemy.Engine:
@@ -158,9 +135,4 @@ def _hold_advisory(engine: sqlalchemy.Engine, study_name: str) -> Iterator[None]
         yield
 
 
-@contextmanager
-def _hold_nothing() -> Iterator[None]:
-    yield
-
-
-_IN_MEMORY = StudyLock(_hold_nothing)
+_IN_MEMORY = StudyLock(nullcontext)

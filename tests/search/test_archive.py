@@ -27,11 +27,11 @@ def test_it_is_the_front_of_all_that_was_offered(points: list[tuple[float, ...]]
     archive = ParetoArchive()
     for n, point in enumerate(points, 1):
         before = list(archive.points)
-        offered = archive.offer(point)
+        joined, left = archive.offer(point)
         assert set(archive.points) == front_of(points[:n])
         assert len(set(archive.points)) == len(archive.points)  # of equal points one
-        stayed = [p for i, p in enumerate(before) if i not in offered.left]
-        assert archive.points == stayed + [point] * offered.joined
+        stayed = [p for i, p in enumerate(before) if i not in left]
+        assert archive.points == stayed + [point] * joined
 
 
 @given(POINTS, st.integers(1, 4))
@@ -50,13 +50,9 @@ def test_a_bounded_archive_holds_points_of_the_true_front(points: list[tuple[flo
 def test_the_least_contribution_leaves() -> None:
     archive = ParetoArchive(3)
     for point in ((0.0, 10.0), (10.0, 0.0), (5.0, 4.9)):
-        assert archive.offer(point).joined
-    offered = archive.offer((5.1, 4.85))  # adds little beside (5, 4.9)
-    assert not offered.joined
-    assert offered.left == ()
-    offered = archive.offer((3.0, 3.0))
-    assert offered.joined
-    assert offered.left == (2,)
+        assert archive.offer(point)[0]
+    assert archive.offer((5.1, 4.85)) == (False, [])  # adds little beside (5, 4.9)
+    assert archive.offer((3.0, 3.0)) == (True, [2])
 
 
 def test_contributions_sum_to_what_removing_one_costs() -> None:
