@@ -25,7 +25,6 @@ Mode "paper" follows BAQE (sections III-B to III-E). Where the paper contradicts
 - Objectives are maximised in the paper's pictures; here everything is minimised inside, and a study's directions are
   honoured at the border.
 - Eq. 16 (`adrs`) averages over the found points, as printed; elsewhere the average often runs over the front.
-
 - The ablation of tables V and VI says nothing of the first points without TED: `initial="random"` takes as many
   random ones of the same pool.
 

@@ -24,17 +24,21 @@ CEC 2011; Ament et al., "Unexpected Improvements to Expected Improvement for Bay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from botorch.acquisition.analytic import _log_ei_helper
+from botorch.generation.gen import gen_candidates_scipy
 from botorch.utils.multi_objective.box_decompositions.non_dominated import FastNondominatedPartitioning
 from botorch.utils.safe_math import log1mexp
 from botorch.utils.sampling import draw_sobol_normal_samples
+from optuna.distributions import FloatDistribution
 from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.pareto import as_reference_point, pareto_mask
+from lightning_baqe.search.space import Rows, SearchSpace
 
 _SMALLEST = 1e-10  # standard deviations below this are rounding, in standardised units
 _ELEMENTS_AT_ONCE = 4_000_000  # bounds the memory of one batch: samples x candidates x cells
@@ -146,15 +150,14 @@ def expected_hypervolume_improvement(
             f"{n_constraints} constraints; wanted (n, p), (n, p, p), (f, p - constraints)"
         )
     cells = nondominated_cells(front, reference_point)
-    result = torch.empty(mean.shape[0], dtype=torch.float64)
     step = max(1, _ELEMENTS_AT_ONCE // (n_samples * cells[0].shape[0]))
-    for start in range(0, mean.shape[0], step):
-        part = slice(start, start + step)
-        samples = joint_samples(mean[part].to(torch.float64), covariance[part].to(torch.float64), n_samples, seed)
+    result = []
+    for part in zip(mean.double().split(step), covariance.double().split(step), strict=True):
+        samples = joint_samples(*part, n_samples, seed)
         improvement = hypervolume_improvement(samples[..., :n_objectives], cells)
         feasible = (samples[..., n_objectives:] <= 0).all(-1)
-        result[part] = (improvement * feasible).mean(0)
-    return result
+        result.append((improvement * feasible).mean(0))
+    return torch.cat(result)
 
 
 def best_candidate(improvement: Tensor, covariance: Tensor) -> int:
@@ -211,3 +214,45 @@ def log_expected_improvement(mean: Tensor, variance: Tensor, cells: tuple[Tensor
 
 def _log_psi(a: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
     return _log_ei_helper((a - mean) / sd) + sd.log()
+
+
+def refine(space: SearchSpace, rows: Rows, log_score: Callable[[Tensor], Tensor], max_iterations: int = 200) -> Rows:
+    """Move each candidate to a local optimum in its float parameters that have no step; the others stay.
+
+    Bred candidates find the right region and lie on no optimum, as a child differs from its parents by whole redraws.
+    L-BFGS-B within the unit cube, all candidates side by side.
+
+    Args:
+        space: where the candidates live.
+        rows: `k x d` internal values.
+        log_score: encoded points `k x D` -> shape `k`, to be maximised, with gradients.
+        max_iterations: of L-BFGS-B.
+
+    Returns:
+        `k x d` internal values; `rows` itself where no parameter is continuous.
+    """
+    distributions = [dimension.distribution for dimension in space.dimensions]
+    moved = [i for i, d in enumerate(distributions) if isinstance(d, FloatDistribution) and d.step is None]
+    if not moved or not len(rows):
+        return rows
+    encoded = space.encode(rows)
+    columns = torch.tensor(space.columns(moved))
+
+    def score(part: Tensor) -> Tensor:
+        # The columns that stay are no variables of the optimiser; candidates keep their own.
+        return log_score(encoded.index_copy(1, columns, part[:, 0]))
+
+    with torch.enable_grad():
+        found, _ = gen_candidates_scipy(
+            initial_conditions=encoded[:, None, columns],
+            acquisition_function=cast(Any, score),  # any function of batches will do
+            lower_bounds=0.0,
+            upper_bounds=1.0,
+            options={"maxiter": max_iterations},
+            use_parallel_mode=False,
+        )
+    result = rows.copy()
+    place = found.detach()[:, 0].clamp(0, 1).numpy()
+    for position, index in enumerate(moved):
+        result[:, index] = space.dimensions[index].from_unit(place[:, position])
+    return result

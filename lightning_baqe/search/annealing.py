@@ -18,16 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from optuna.distributions import BaseDistribution
 from optuna.study import Study
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.baselines import PoolBaseline, fresh_point
-from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.space import Distributions, Key, Rows, SearchSpace
 from lightning_baqe.search.study_sampler import History
 
 _RHO = 0.05  # ParEGO's weight of the sum
@@ -71,7 +69,7 @@ class AnnealingSampler(PoolBaseline):
     def __init__(
         self,
         seed: int = 0,
-        search_space: Mapping[str, BaseDistribution] | None = None,
+        search_space: Distributions | None = None,
         candidates: Sequence[Mapping[str, Any]] | None = None,
         n_initial: int = 10,
         options: AnnealingOptions | None = None,
@@ -84,22 +82,13 @@ class AnnealingSampler(PoolBaseline):
         if rng.random() < self.options.epsilon:
             return fresh_point(space, history, rng)
         weights = rng.dirichlet(np.ones(history.values.shape[1]))
-        model = _ranker(
-            space.encode(history.rows).numpy(), ranks(history, weights), self._derived(7, number), self.options
-        )
+        x, places = space.encode(history.rows).numpy(), ranks(history, weights)
+        model = _ranker(x, places, self._derived(7, number), self.options)
         return _anneal(space, model, history, rng, self.options)
 
 
-def ranks(history: History, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The place of each trial, the best one highest: n - 1 down to 0.
-
-    Args:
-        history: `n` trials.
-        weights: `m`, of the objectives.
-
-    Returns:
-        Shape `n`; equal trials share a place.
-    """
+def ranks(history: History, weights: Rows) -> Rows:
+    """The place of each of `n` trials by `m` weights, n - 1 for the best one, down to 0; equal ones share a place."""
     values = history.values.numpy()
     low, high = values.min(0), values.max(0)
     weighted = weights * (values - low) / np.where(high > low, high - low, 1.0)
@@ -111,9 +100,7 @@ def ranks(history: History, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.
     return np.asarray((scalar[None, :] > scalar[:, None]).sum(1), dtype=np.float64)
 
 
-def _ranker(
-    x: npt.NDArray[np.float64], places: npt.NDArray[np.float64], seed: int, options: AnnealingOptions
-) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
+def _ranker(x: Rows, places: Rows, seed: int, options: AnnealingOptions) -> Callable[[Rows], Rows]:
     import xgboost  # slow to load, and one sampler needs it
 
     settings = {
@@ -132,7 +119,7 @@ def _ranker(
 
 def _anneal(
     space: SearchSpace,
-    predict: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    predict: Callable[[Rows], Rows],
     history: History,
     rng: np.random.Generator,
     options: AnnealingOptions,
@@ -141,13 +128,11 @@ def _anneal(
     n, d = options.chains, len(space.names)
     best: tuple[float, Key | None] = (-np.inf, None)
 
-    def scored(rows: Rows) -> npt.NDArray[np.float64]:
+    def scored(rows: Rows) -> Rows:
         nonlocal best
         scores = predict(space.encode(rows).numpy())
-        for index in np.argsort(-scores, kind="stable"):
-            if scores[index] <= best[0]:
-                break
-            key = cast("Key", tuple(rows[index].tolist()))
+        for index in np.argsort(-scores, kind="stable")[: int((scores > best[0]).sum())]:
+            key = tuple(rows[index].tolist())
             if key not in history.seen:
                 best = (float(scores[index]), key)
                 break

@@ -111,14 +111,7 @@ class ExactGP:
 
     @classmethod
     def fit(cls, x: Tensor, y: Tensor, kernel: Kernel, max_iterations: int) -> ExactGP:
-        """Maximum a posteriori by L-BFGS-B, from the modes of the priors.
-
-        Args:
-            x: `n x d` in the unit cube, float64.
-            y: `n`, standardised, float64.
-            kernel: "rbf" or "matern".
-            max_iterations: of L-BFGS-B.
-        """
+        """Maximum a posteriori by L-BFGS-B, from the modes of the priors; x and y in float64."""
         xs, ys = x.detach().numpy(), y.detach().numpy()
         d = xs.shape[1]
         mode = max(_length_loc(d) - _LENGTH_SCALE**2, math.log(_MIN_LENGTH))

@@ -13,10 +13,9 @@ constraints of `trial.set_constraint` (`random_search` apart, which learns nothi
 from __future__ import annotations
 
 import abc
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +26,8 @@ from optuna.trial import FrozenTrial
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.pool import spanning_rows, unseen
-from lightning_baqe.search.space import Key, Rows, SearchSpace
-from lightning_baqe.search.study_sampler import History, StudySampler
+from lightning_baqe.search.space import Distributions, Key, SearchSpace
+from lightning_baqe.search.study_sampler import History, StudySampler, repeated_point
 
 _ATTEMPTS = 20  # draws of a point that was not tried yet, before the space is searched for one
 _DRAWS = 500
@@ -43,15 +42,7 @@ def fresh_point(space: SearchSpace, history: History, rng: np.random.Generator) 
     rows = unseen(space.from_unit(rng.random((_ATTEMPTS, len(space.names)))), history.seen)
     if not len(rows):  # nearly used up: list what there is
         rows = unseen(spanning_rows(space, max(_DRAWS, 2 * len(history.seen)), rng), history.seen)
-    if not len(rows):
-        warnings.warn(
-            f"all {len(history.seen)} points that the search could draw were tried; one is repeated at random. "
-            "Stop the study earlier or widen its search space.",
-            UserWarning,
-            stacklevel=2,
-        )
-        rows = space.from_unit(rng.random((1, len(space.names))))
-    return cast("Key", tuple(rows[0].tolist()))
+    return tuple(rows[0].tolist()) if len(rows) else repeated_point(space, history, rng)
 
 
 class OptunaSampler(StudySampler):
@@ -67,20 +58,10 @@ class OptunaSampler(StudySampler):
     """
 
     def __init__(
-        self,
-        make: Callable[..., BaseSampler],
-        seed: int = 0,
-        search_space: Mapping[str, BaseDistribution] | None = None,
+        self, make: Callable[..., BaseSampler], seed: int = 0, search_space: Distributions | None = None
     ) -> None:
         super().__init__(seed, search_space)
         self._make = make
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """As the wrapped sampler does it."""
-        sampler = self._make(seed=self._derived_by_name(1, trial.number, param_name))
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, str]:
         history = History.read(study, space, exclude=trial.number)
@@ -94,7 +75,7 @@ class OptunaSampler(StudySampler):
     def _ask(sampler: BaseSampler, study: Study, trial: FrozenTrial, space: SearchSpace) -> Key:
         distributions: dict[str, BaseDistribution] = {d.name: d.distribution for d in space.dimensions}
         known = sampler.infer_relative_search_space(study, trial)
-        relative = {name: distributions[name] for name in distributions if name in known}
+        relative = {name: distribution for name, distribution in distributions.items() if name in known}
         # Samplers of Optuna may draw from the global generators of the libraries that they use.
         with torch.random.fork_rng(devices=[]):
             params = sampler.sample_relative(study, trial, relative)
@@ -104,44 +85,23 @@ class OptunaSampler(StudySampler):
         return space.internal(params)
 
 
-def random_search(seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None) -> OptunaSampler:
+def random_search(seed: int = 0, search_space: Distributions | None = None) -> OptunaSampler:
     """Uniform over the space, without repetition."""
     return OptunaSampler(RandomSampler, seed, search_space)
 
 
-def tpe(
-    seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None, n_initial: int = 10
-) -> OptunaSampler:
-    """Tree-structured Parzen estimators with Optuna's settings, which follow the number of objectives.
-
-    Args:
-        seed, search_space: see `StudySampler`.
-        n_initial: random trials before the first model.
-    """
+def tpe(seed: int = 0, search_space: Distributions | None = None, n_initial: int = 10) -> OptunaSampler:
+    """Tree-structured Parzen estimators with Optuna's settings, after `n_initial` random trials."""
     return OptunaSampler(partial(TPESampler, n_startup_trials=n_initial), seed, search_space)
 
 
-def nsga2(
-    seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None, population: int = 10
-) -> OptunaSampler:
-    """NSGA-II with Optuna's operators.
-
-    Args:
-        seed, search_space: see `StudySampler`.
-        population: Optuna's 50 would leave a search of 40 trials at random; 10 gives it four generations.
-    """
+def nsga2(seed: int = 0, search_space: Distributions | None = None, population: int = 10) -> OptunaSampler:
+    """NSGA-II with Optuna's operators. Its population of 50 would leave 40 trials random; 10 gives four generations."""
     return OptunaSampler(partial(NSGAIISampler, population_size=population), seed, search_space)
 
 
-def gaussian_process(
-    seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None, n_initial: int = 10
-) -> OptunaSampler:
-    """Optuna's `GPSampler`: Matern GPs, log expected hypervolume improvement, mixed local search.
-
-    Args:
-        seed, search_space: see `StudySampler`.
-        n_initial: random trials before the first model.
-    """
+def gaussian_process(seed: int = 0, search_space: Distributions | None = None, n_initial: int = 10) -> OptunaSampler:
+    """Optuna's `GPSampler`, after `n_initial` random trials: Matern GPs, log expected hypervolume improvement."""
     make = partial(GPSampler, n_startup_trials=n_initial, warn_independent_sampling=False)
     return OptunaSampler(make, seed, search_space)
 
@@ -161,7 +121,7 @@ class PoolBaseline(StudySampler, abc.ABC):
     def __init__(
         self,
         seed: int = 0,
-        search_space: Mapping[str, BaseDistribution] | None = None,
+        search_space: Distributions | None = None,
         candidates: Sequence[Mapping[str, Any]] | None = None,
         n_initial: int = 10,
     ) -> None:
@@ -177,19 +137,10 @@ class PoolBaseline(StudySampler, abc.ABC):
             key = self._model_point(study, trial.number, space, history)
             if key is not None:
                 return key, "model"
-        return self._random_point(trial.number, space, history), "random"
-
-    def _random_point(self, number: int, space: SearchSpace, history: History) -> Key:
-        pool = self._pool(space)
-        for index in self._rng(4).permutation(len(pool)):
-            key = cast("Key", tuple(pool[index].tolist()))
-            if key not in history.seen:
-                return key
-        return fresh_point(space, history, self._rng(5, number))
-
-    def _pool(self, space: SearchSpace) -> Rows:
-        rows = [space.internal(point) for point in self.candidates or ()]
-        return np.array(rows, dtype=np.float64).reshape(-1, len(space.names))
+        pool = [space.internal(point) for point in self.candidates or ()]
+        order = (pool[index] for index in self._rng(4).permutation(len(pool)))
+        key = next((key for key in order if key not in history.seen), None)
+        return key or fresh_point(space, history, self._rng(5, trial.number)), "random"
 
     @abc.abstractmethod
     def _model_point(self, study: Study, number: int, space: SearchSpace, history: History) -> Key | None:

@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from optuna.distributions import BaseDistribution
 from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.pareto import pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
-from lightning_baqe.search.space import SearchSpace
+from lightning_baqe.search.space import Distributions, SearchSpace
 
 
 def evolve(
-    search_space: Mapping[str, BaseDistribution],
+    search_space: Distributions,
     evaluate: Callable[[Mapping[str, Any]], Sequence[float]],
     population: int = 200,
     generations: int = 200,
@@ -62,15 +61,7 @@ def evolve(
 
 
 def survivors(values: Tensor, n: int) -> Tensor:
-    """NSGA-II's choice: front after front, the last one by crowding distance.
-
-    Args:
-        values: `k x m`, minimised.
-        n: how many.
-
-    Returns:
-        Indices, shape `min(n, k)`.
-    """
+    """Indices of NSGA-II's choice of n out of `k x m` values: front after front, the last one by crowding distance."""
     left = torch.arange(len(values))
     chosen: list[Tensor] = []
     missing = min(n, len(values))

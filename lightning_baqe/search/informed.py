@@ -38,10 +38,9 @@ class InformedGP:
         estimates: `n x p` in the units of y; NaN where nothing is known.
         kinds: of the estimates, one an output; None without.
         columns: of x, that what is left of each output depends on.
-        options: of the GPs.
-        seed: likewise.
-        counts: `n x p`, at least 0 where more is more of the output; None: nothing is counted.
+        counts: `n x p`, at least 0 where more is more of the output.
         steps: what one count is taken to add before, in the units of y, one an output.
+        options: of the GPs.
 
     Raises:
         ConfigError: shapes do not fit.
@@ -54,13 +53,10 @@ class InformedGP:
         estimates: Tensor,
         kinds: Sequence[Kind | None],
         columns: Sequence[Sequence[int]],
+        counts: Tensor,
+        steps: Sequence[float],
         options: ArdOptions | None = None,
-        seed: int = 0,
-        counts: Tensor | None = None,
-        steps: Sequence[float] | None = None,
     ) -> None:
-        counts = torch.zeros_like(y) if counts is None else counts
-        steps = [0.0] * y.shape[1] if steps is None else steps
         if (
             not estimates.shape == counts.shape == y.shape
             or not len(kinds) == len(columns) == len(steps) == y.shape[1]
@@ -71,46 +67,38 @@ class InformedGP:
                 f"counts {tuple(counts.shape)}, {len(kinds)} kinds, {len(columns)} columns, {len(steps)} steps; "
                 "wanted (n, d), three of (n, p), and three of p"
             )
-        self._kinds, self._columns = tuple(kinds), [list(chosen) for chosen in columns]
-        self._line: list[tuple[float, float, float]] = []
-        self._spread: list[float] = []
-        self._models: list[ArdGP | None] = []
+        # Of each output: its line, if it has estimates, the columns and the model of what is left, and its spread.
+        self._outputs: list[tuple[tuple[float, float, float] | None, list[int], ArdGP | None, float]] = []
         for output, kind in enumerate(kinds):
-            known = ~estimates[:, output].isnan()
-            a, b, c = 0.0, 0.0, 0.0
+            line: tuple[float, float, float] | None = None
+            chosen, left = list(columns[output]), y[:, output]
+            use = torch.ones(len(y), dtype=torch.bool) if kind is None else ~estimates[:, output].isnan()
             if kind is not None:
-                a, b, c = _line(estimates[known, output], counts[known, output], y[known, output], kind, steps[output])
-            left = y[:, output] - (a + b * estimates[:, output].nan_to_num(0.0) + c * counts[:, output])
-            use = known if kind is not None else torch.ones_like(known)
-            self._line.append((a, b, c))
-            count = int(use.sum())
-            spread = float(left[use].square().sum() / max(count - 2, 1)) ** 0.5 if count else 1.0
-            self._spread.append(max(spread, _LEAST_SPREAD))
-            fits = kind != "exact" and bool(self._columns[output]) and count >= 2
-            self._models.append(
-                ArdGP(x[use][:, self._columns[output]], left[use, None], options, seed) if fits else None
-            )
+                e, n = estimates[use, output], counts[use, output]
+                a, b, c = line = _line(e, n, left[use], kind, steps[output])
+                left = left[use] - (a + b * e + c * n)
+            spread = max(float(left.square().sum() / max(len(left) - 2, 1)) ** 0.5 if len(left) else 1.0, _LEAST_SPREAD)
+            fits = kind != "exact" and chosen and len(left) >= 2
+            model = ArdGP(x[use][:, chosen], left[:, None], options) if fits else None
+            self._outputs.append((line, chosen, model, 0.0 if kind == "exact" else spread))
 
     @torch.no_grad()
-    def posterior(self, x: Tensor, estimates: Tensor, counts: Tensor | None = None) -> Posterior:
+    def posterior(self, x: Tensor, estimates: Tensor, counts: Tensor) -> Posterior:
         """Predict at `q x d` points with `q x p` estimates and counts; means in the units of y, outputs independent.
 
         Where an estimate is NaN, the output is as far as is known a standard normal number.
         """
-        mean = torch.zeros(len(x), len(self._kinds), dtype=torch.float64)
+        mean = torch.zeros(len(x), len(self._outputs), dtype=torch.float64)
         variance = torch.zeros_like(mean)
-        counts = torch.zeros_like(mean) if counts is None else counts
-        for output, kind in enumerate(self._kinds):
-            if kind is not None:
-                a, b, c = self._line[output]
+        for output, (line, columns, model, spread) in enumerate(self._outputs):
+            if line is not None:
+                a, b, c = line
                 mean[:, output] = a + b * estimates[:, output] + c * counts[:, output]
-            model = self._models[output]
+            variance[:, output] = spread**2
             if model is not None:
-                left = model.posterior(x[:, self._columns[output]])
+                left = model.posterior(x[:, columns])
                 mean[:, output] += left.mean[:, 0]
                 variance[:, output] = left.covariance[:, 0, 0]
-            elif kind != "exact":
-                variance[:, output] = self._spread[output] ** 2
             unknown = mean[:, output].isnan()  # no estimate here: all that is known is how the output spreads
             mean[unknown, output], variance[unknown, output] = 0.0, 1.0
         return Posterior(mean, torch.diag_embed(variance))

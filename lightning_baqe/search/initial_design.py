@@ -7,9 +7,6 @@
 | K      | kernel matrix of V, deflated after each choice       | n x n |
 | mu     | regularisation of the regression in eq. 4            |       |
 | sigma  | length scale of the kernel                           |       |
-
-The paper's k(x, y) = ||x - y||^2 / (2 sigma^2) is a squared distance and no positive semi-definite kernel, under
-which `K_xx` is always zero; we take the radial basis function exp(-||x - y||^2 / (2 sigma^2)) of it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from optuna.distributions import CategoricalDistribution
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.space import Rows, SearchSpace
 
-Choices = Mapping[Any, float]
+Positions = npt.NDArray[np.int64]
 Group = tuple[tuple[str, ...], tuple[Any, ...]]  # parameters, and values that stand beside theirs
 Kind = Literal["exact", "estimate", "score"]
 
@@ -46,7 +47,7 @@ class Sum:
         step: what one such value is taken to add before trials tell, in the objective's unit.
     """
 
-    terms: Mapping[str, Choices]
+    terms: Mapping[str, Mapping[Any, float]]
     offset: float = 0.0
     kind: Kind = "estimate"
     rest: tuple[str, ...] = ()
@@ -71,42 +72,19 @@ class Knowledge:
 
     def record(self) -> dict[str, Any]:
         """As JSON can hold it, for :meth:`from_record`; choices, which may be numbers, stand in pairs."""
-        return {
-            "objectives": [
-                None
-                if entry is None
-                else {
-                    **vars(entry),
-                    "terms": _pairs(entry.terms),
-                    "rest": list(entry.rest),
-                    "groups": [[list(names), list(beside)] for names, beside in entry.groups],
-                }
-                for entry in self.objectives
-            ],
-            "best": _pairs(self.best),
-            "fixed": dict(self.fixed),
-        }
+        objectives = [entry and {**vars(entry), "terms": _pairs(entry.terms)} for entry in self.objectives]
+        return {"objectives": objectives, "best": _pairs(self.best), "fixed": dict(self.fixed)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Knowledge:
         """What a record holds; one that was made before there were groups has none."""
-        return cls(
-            [
-                None
-                if entry is None
-                else Sum(
-                    _unpaired(entry["terms"]),
-                    entry["offset"],
-                    entry["kind"],
-                    tuple(entry["rest"]),
-                    tuple((tuple(names), tuple(beside)) for names, beside in entry.get("groups", ())),
-                    entry.get("step", 0.0),
-                )
-                for entry in record["objectives"]
-            ],
-            _unpaired(record["best"]),
-            record["fixed"],
-        )
+        objectives = [entry and _sum_of(entry) for entry in record["objectives"]]
+        return cls(objectives, _unpaired(record["best"]), record["fixed"])
+
+
+def _sum_of(record: Mapping[str, Any]) -> Sum:
+    groups = tuple((tuple(names), tuple(beside)) for names, beside in record.get("groups", ()))
+    return Sum(**{**record, "terms": _unpaired(record["terms"]), "rest": tuple(record["rest"]), "groups": groups})
 
 
 def _pairs(table: Mapping[str, Mapping[Any, Any]]) -> dict[str, list[list[Any]]]:
@@ -137,7 +115,7 @@ class BoundKnowledge:
         self._position = {name: index for index, name in enumerate(space.names)}
         self._sums = [None if entry is None else self._tables(entry) for entry in knowledge.objectives]
         self._groups = [
-            [] if entry is None else [self._group(*group) for group in entry.groups] for entry in knowledge.objectives
+            [self._group(*group) for group in entry.groups] if entry else [] for entry in knowledge.objectives
         ]
         self._fixed = [
             (self._position[name], self._internal(name, value))
@@ -156,15 +134,19 @@ class BoundKnowledge:
             raise ConfigError(f"{name}={value!r} is known, but its distribution is {dimension.distribution!r}")
         return float(dimension.distribution.to_internal_repr(value))
 
-    def _table(self, name: str, values: Mapping[Any, float]) -> Rows:
-        """One number for each choice, by its index; NaN for choices of which nothing is said."""
+    def _choices(self, name: str, what: str) -> tuple[Any, ...]:
         distribution = self.space.dimensions[self._position[name]].distribution
         if not isinstance(distribution, CategoricalDistribution):
-            raise ConfigError(f"terms of {name} want a categorical parameter, got {distribution!r}")
-        unknown = [choice for choice in values if choice not in distribution.choices]
+            raise ConfigError(f"{what} {name}, which wants categorical choices, got {distribution!r}")
+        return distribution.choices
+
+    def _table(self, name: str, values: Mapping[Any, float]) -> Rows:
+        """One number for each choice, by its index; NaN for choices of which nothing is said."""
+        choices = self._choices(name, "terms name")
+        unknown = [choice for choice in values if choice not in choices]
         if unknown:
-            raise ConfigError(f"{name} has no choice {unknown}; its choices are {list(distribution.choices)}")
-        return np.array([values.get(choice, np.nan) for choice in distribution.choices], dtype=np.float64)
+            raise ConfigError(f"{name} has no choice {unknown}; its choices are {list(choices)}")
+        return np.array([values.get(choice, np.nan) for choice in choices], dtype=np.float64)
 
     def _tables(self, entry: Sum) -> tuple[float, list[tuple[int, Rows]]]:
         offset, tables = entry.offset, []
@@ -177,23 +159,19 @@ class BoundKnowledge:
                 raise ConfigError(f"terms name {name!r} with {len(choices)} choices, which the space does not have")
         return offset, tables
 
-    def _group(self, names: tuple[str, ...], beside: tuple[Any, ...]) -> tuple[list[int], list[Rows], int]:
-        """Positions, for each a table from its choices to numbers of values, and how many values there are.
+    def _group(self, names: tuple[str, ...], beside: tuple[Any, ...]) -> tuple[dict[int, Positions], int, int]:
+        """By a parameter's position a table from its choices to places of values; how many values are beside, and all.
 
         The values beside come first. A parameter that the space lacks adds nothing.
         """
         values = list(dict.fromkeys(beside))
-        positions, tables = [], []
+        n_beside, tables = len(values), {}
         for name in names:
-            if name not in self._position:
-                continue
-            distribution = self.space.dimensions[self._position[name]].distribution
-            if not isinstance(distribution, CategoricalDistribution):
-                raise ConfigError(f"a group names {name}, which wants categorical choices, got {distribution!r}")
-            values += [choice for choice in distribution.choices if choice not in values]
-            positions.append(self._position[name])
-            tables.append(np.array([float(values.index(choice)) for choice in distribution.choices]))
-        return positions, tables, len(values)
+            if name in self._position:
+                choices = self._choices(name, "a group names")
+                values += [choice for choice in choices if choice not in values]
+                tables[self._position[name]] = np.array([values.index(choice) for choice in choices])
+        return tables, n_beside, len(values)
 
     def _followers(self, name: str, choices: Mapping[Any, Mapping[str, Any]]) -> list[tuple[int, int, Rows]]:
         followers = sorted({other for values in choices.values() for other in values if other in self._position})
@@ -203,13 +181,12 @@ class BoundKnowledge:
             values = next(iter(choices.values()))
             self._fixed += [(self._position[other], self._internal(other, values[other])) for other in followers]
             return []
-        tables = []
-        for other in followers:
-            known = {
-                choice: self._internal(other, values[other]) for choice, values in choices.items() if other in values
-            }
-            tables.append((self._position[name], self._position[other], self._table(name, known)))
-        return tables
+        known = {
+            other: {choice: self._internal(other, at[other]) for choice, at in choices.items() if other in at}
+            for other in followers
+        }
+        leader = self._position[name]
+        return [(leader, self._position[other], self._table(name, values)) for other, values in known.items()]
 
     def estimates(self, rows: Rows) -> Tensor:
         """`n x m`, float64: the sums; NaN where an objective or a choice is not known."""
@@ -225,12 +202,12 @@ class BoundKnowledge:
     def counts(self, rows: Rows) -> Tensor:
         """`n x m`, float64: how many different values the groups of each objective have, beyond one a group."""
         result = np.zeros((len(rows), len(self._groups)))
-        for column, (groups, entry) in enumerate(zip(self._groups, self.knowledge.objectives, strict=True)):
-            for (positions, tables, n), (_, beside) in zip(groups, [] if entry is None else entry.groups, strict=True):
+        for column, groups in enumerate(self._groups):
+            for tables, n_beside, n in groups:
                 present = np.zeros((len(rows), n), dtype=bool)
-                present[:, : len(set(beside))] = True
-                for index, table in zip(positions, tables, strict=True):
-                    present[np.arange(len(rows)), table[rows[:, index].astype(np.int64)].astype(np.int64)] = True
+                present[:, :n_beside] = True
+                for index, table in tables.items():
+                    present[np.arange(len(rows)), table[rows[:, index].astype(np.int64)]] = True
                 result[:, column] += np.maximum(present.sum(1) - 1, 0)
         return torch.from_numpy(result)
 
@@ -246,10 +223,7 @@ class BoundKnowledge:
 
     def uniform(self) -> Rows:
         """Points with the same choice everywhere, for each choice: of the free parameters with equal distributions."""
-        groups: dict[str, list[int]] = {}
-        for index in self.free:
-            groups.setdefault(repr(self.space.dimensions[index].distribution), []).append(index)
-        longest = max(groups.values(), key=len)
+        longest = max(self.space.equals(self.free), key=len)
         levels = self.space.dimensions[longest[0]].levels
         if levels is None:
             return np.empty((0, len(self.space.names)))

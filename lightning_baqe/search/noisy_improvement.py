@@ -2,12 +2,6 @@
 
 Daulton et al., "Parallel Bayesian Optimization of Multiple Noisy Objectives with Expected Hypervolume Improvement",
 NeurIPS 2021; Ament et al., "Unexpected Improvements to Expected Improvement for Bayesian Optimization", NeurIPS 2023.
-
-| symbol | meaning                                                        | shape |
-| ------ | -------------------------------------------------------------- | ----- |
-| Y      | observed objectives, standardised, turned to be maximised      | n x m |
-| C      | constraints, scaled, feasible at most 0                        | n x c |
-| r      | reference point in the units of Y                              | m     |
 """
 
 from __future__ import annotations
@@ -15,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -30,17 +25,15 @@ from botorch.models import ModelListGP, SingleTaskGP
 from botorch.sampling import SobolQMCNormalSampler
 from gpytorch.mlls import SumMarginalLogLikelihood
 from linear_operator.utils.warnings import NumericalWarning
-from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.baselines import PoolBaseline
-from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
-from lightning_baqe.search.space import Key, Rows, SearchSpace
-from lightning_baqe.search.study_sampler import History, signs
-from lightning_baqe.search.surrogate import standardise
+from lightning_baqe.search.sampler import standard_units
+from lightning_baqe.search.space import Distributions, Key, Rows, SearchSpace
+from lightning_baqe.search.study_sampler import History
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class NoisyImprovementSampler(PoolBaseline):
     def __init__(
         self,
         seed: int = 0,
-        search_space: Mapping[str, BaseDistribution] | None = None,
+        search_space: Distributions | None = None,
         candidates: Sequence[Mapping[str, Any]] | None = None,
         n_initial: int = 10,
         reference_point: Sequence[float] | None = None,
@@ -91,82 +84,53 @@ class NoisyImprovementSampler(PoolBaseline):
         self.options = options or NoisyImprovementOptions()
 
     def _model_point(self, study: Study, number: int, space: SearchSpace, history: History) -> Key | None:
-        values, mean, scale = standardise(history.values)
-        constraints = history.constraints / standardise(history.constraints)[2]
-        if self.reference_point is None:
-            reference = default_reference_point(values)
-        else:
-            given = as_reference_point(self.reference_point, len(study.directions)) * signs(study)
-            reference = (given - mean) / scale
-        raw = self._raw(number, space, history)
+        values, constraints, reference, *_ = standard_units(study, history, self.reference_point)
+        # Starting points that no trial holds: half near the front, half spread over the space.
+        rng, half = self._rng(8, number), max(1, self.options.raw_samples // 2)
+        near = breed(space, history.best_rows, half, rng)
+        raw = unseen(np.concatenate([spanning_rows(space, half, rng), near]), history.seen)
         if not len(raw):
             return None
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
             # A point beside the observed ones makes a matrix singular; a little jitter is GPyTorch's own cure.
             warnings.simplefilter("ignore", NumericalWarning)
+            # Constraints are scaled and not centred, so that zero stays the border; a constant output has no scale.
+            warnings.simplefilter("ignore", InputDataWarning)
             torch.default_generator.manual_seed(self._derived(6, number))
             x = space.encode(history.rows)
             model = _fitted(x, torch.cat([-values, constraints], dim=1), self.options.max_iterations)
-            acquisition = _acquisition(
-                model, x, -reference, constraints.shape[1], self.options.n_samples, self._derived(7, number)
-            )
-            row = _maximise(acquisition, space, raw, history.seen, self.options)
-        return cast("Key", tuple(row.tolist()))
-
-    def _raw(self, number: int, space: SearchSpace, history: History) -> Rows:
-        """Starting points that no trial holds, `k x d`: half spread over the space, half near the front."""
-        rng, half = self._rng(8, number), max(1, self.options.raw_samples // 2)
-        good = history.feasible if bool(history.feasible.any()) else torch.ones_like(history.feasible)
-        front = history.rows[good.numpy()][pareto_mask(history.values[good]).numpy()]
-        near = breed(space, front, half, rng)
-        rows = spanning_rows(space, half, rng)
-        return unseen(torch.cat([torch.from_numpy(rows), torch.from_numpy(near)]).numpy(), history.seen)
+            sampler = SobolQMCNormalSampler(torch.Size([self.options.n_samples]), seed=self._derived(7, number))
+            acquisition = _acquisition(model, x, -reference, constraints.shape[1], sampler)
+            return tuple(_maximise(acquisition, space, raw, history.seen, self.options).tolist())
 
 
 def _fitted(x: Tensor, y: Tensor, max_iterations: int) -> ModelListGP:
-    with warnings.catch_warnings():
-        # Constraints are scaled and not centred, so that zero stays the border; a constant output has no scale.
-        warnings.simplefilter("ignore", InputDataWarning)
-        models = [SingleTaskGP(x, y[:, [output]], outcome_transform=None) for output in range(y.shape[1])]
-    model = ModelListGP(*models)
+    model = ModelListGP(*[SingleTaskGP(x, y[:, [output]], outcome_transform=None) for output in range(y.shape[1])])
     likelihood = SumMarginalLogLikelihood(model.likelihood, model)
     fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": max_iterations}})
     return model
 
 
 def _acquisition(
-    model: ModelListGP, x: Tensor, reference: Tensor, n_constraints: int, n_samples: int, seed: int
+    model: ModelListGP, x: Tensor, reference: Tensor, n_constraints: int, sampler: SobolQMCNormalSampler
 ) -> AcquisitionFunction:
+    """BoTorch's, maximised: of the model's outputs the last `n_constraints` are feasible at most 0."""
     n_objectives = len(reference)
-    limits = [_output(n_objectives + index) for index in range(n_constraints)] or None
-    sampler = SobolQMCNormalSampler(sample_shape=torch.Size([n_samples]), seed=seed)
+    rest: dict[str, Any] = {
+        "sampler": sampler,
+        "constraints": [itemgetter((..., n_objectives + index)) for index in range(n_constraints)] or None,
+        "prune_baseline": True,
+    }
     if n_objectives == 1:
-        objective = GenericMCObjective(_first)
-        return qLogNoisyExpectedImprovement(
-            model, x, sampler=sampler, objective=objective, constraints=limits, prune_baseline=True
-        )
-    return qLogNoisyExpectedHypervolumeImprovement(
-        model,
-        reference,
-        x,
-        sampler=sampler,
-        objective=IdentityMCMultiOutputObjective(outcomes=list(range(n_objectives))),
-        constraints=limits,
-        prune_baseline=True,
-    )
-
-
-def _first(samples: Tensor, X: Tensor | None = None) -> Tensor:
-    return samples[..., 0]
-
-
-def _output(index: int) -> Callable[[Tensor], Tensor]:
-    return lambda samples: samples[..., index]
+        objective = GenericMCObjective(lambda samples, X: samples[..., 0])
+        return qLogNoisyExpectedImprovement(model, x, objective=objective, **rest)
+    objective = IdentityMCMultiOutputObjective(outcomes=list(range(n_objectives)))
+    return qLogNoisyExpectedHypervolumeImprovement(model, reference, x, objective=objective, **rest)
 
 
 def _maximise(
     acquisition: AcquisitionFunction, space: SearchSpace, raw: Rows, seen: set[Key], options: NoisyImprovementOptions
-) -> Tensor:
+) -> Rows:
     """Internal values, shape `d`."""
 
     def values_of(rows: Rows) -> Rows:
@@ -176,9 +140,9 @@ def _maximise(
     values = values_of(raw)
     starts = np.argsort(-values, kind="stable")[: options.restarts]
     if any(dimension.levels is None for dimension in space.dimensions):
-        return torch.from_numpy(raw[starts[0]])
+        return cast("Rows", raw[starts[0]])
     found = [climb(values_of, space, raw[start], values[start], seen, options.tolerance) for start in starts]
-    return torch.from_numpy(max(found, key=lambda climbed: climbed[1])[0])
+    return max(found, key=lambda climbed: climbed[1])[0]
 
 
 def climb(
@@ -191,26 +155,17 @@ def climb(
     space takes a hundred steps instead of ten.
 
     Args:
-        values_of: of rows, `n x d` -> `n`.
+        values_of: rows `n x d` -> `n`.
         space: whose parameters can all be listed.
-        row: to begin with, `d`.
-        value: of it.
+        row, value: to begin with; `d`.
         seen: rows that are never returned, the first one apart.
         tolerance: at least 0.
-
-    Returns:
-        The row and its value.
     """
     while True:
-        near = np.array(
-            [
-                np.concatenate([row[:index], [level], row[index + 1 :]])
-                for index, dimension in enumerate(space.dimensions)
-                for level in cast("Rows", dimension.levels)
-                if level != row[index]
-            ]
-        )
-        near = unseen(near, seen)
+        levels = [(index, level) for index, d in enumerate(space.dimensions) for level in cast("Rows", d.levels)]
+        near = np.repeat(row[None], len(levels), axis=0)
+        near[range(len(levels)), [index for index, _ in levels]] = [level for _, level in levels]
+        near = unseen(near[(near != row).any(1)], seen)
         if not len(near):
             return row, value
         gains = values_of(near) - value

@@ -130,15 +130,14 @@ def adrs(found: Tensor, front: Tensor) -> float:
     return float(distances.amin(1).mean())
 
 
-def default_reference_point(values: Tensor, margin: float = 0.1) -> Tensor:
+def default_reference_point(values: Tensor) -> Tensor:
     """Derive a reference point from what was observed, for callers who have none.
 
-    The worst value on the front plus `margin` times the front's range, per objective. Where the front has no range,
+    The worst value on the front plus a tenth of the front's range, per objective. Where the front has no range,
     the range of all values takes its place, and where that is zero too, 1.
 
     Args:
         values: `n x m`, n >= 1, finite, every objective minimised.
-        margin: share of the range that is added.
 
     Returns:
         Shape `m`.
@@ -156,4 +155,4 @@ def default_reference_point(values: Tensor, margin: float = 0.1) -> Tensor:
     spread = front.amax(0) - front.amin(0)
     spread = torch.where(spread > 0, spread, values.amax(0) - values.amin(0))
     spread = torch.where(spread > 0, spread, torch.ones_like(spread))
-    return front.amax(0) + margin * spread
+    return front.amax(0) + 0.1 * spread

@@ -10,59 +10,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.space import Distributions, Key, Rows, SearchSpace
 
 _BINS = 8  # a parameter with too many values to list is drawn from this many equal parts of its range
 _ATTEMPTS = 20  # draws of n candidates before a space is taken as used up
 
 
-def _bins(space: SearchSpace, index: int) -> int:
-    levels = space.dimensions[index].levels
-    return _BINS if levels is None else len(levels)
-
-
-def _group_indices(space: SearchSpace, groups: Sequence[Sequence[str]] | None) -> list[list[int]]:
-    """Positions of the parameters of each group; those that no group names go with their equals."""
-    position = {name: index for index, name in enumerate(space.names)}
-    named = [name for group in groups or () for name in group]
-    unknown = sorted(set(named) - set(position))
-    if unknown or len(set(named)) < len(named):
-        raise ConfigError(
-            f"groups name {unknown[:5] or 'a parameter twice'}; wanted each name once, out of {list(position)[:5]}..."
-        )
-    result = [[position[name] for name in group] for group in groups or () if group]
-    for group in result:
-        if len({_bins(space, index) for index in group}) > 1:
-            raise ConfigError(
-                f"group {[space.names[index] for index in group][:5]} mixes parameters with "
-                f"{sorted({_bins(space, index) for index in group})} choices; wanted the same number in each"
-            )
-    equals: dict[str, list[int]] = {}
-    for name, index in position.items():
-        if name not in named:
-            equals.setdefault(repr(space.dimensions[index].distribution), []).append(index)
-    return result + list(equals.values())
-
-
-def _draw(space: SearchSpace, groups: list[list[int]], n: int, alpha: float, rng: np.random.Generator) -> Rows:
+def _draw(space: SearchSpace, n: int, alpha: float, rng: np.random.Generator) -> Rows:
     u = np.empty((n, len(space.names)))
-    for group in groups:
-        bins = _bins(space, group[0])
+    for group in space.equals(range(len(space.names))):
+        levels = space.dimensions[group[0]].levels
+        bins = _BINS if levels is None else len(levels)
         share = rng.dirichlet(np.full(bins, alpha), size=n)
         edges = np.cumsum(share, axis=1)
         edges[:, -1] = 1.0
         choice = (rng.random((n, len(group), 1)) >= edges[:, None, :]).sum(-1)
+        within = rng.random(choice.shape)
         # The middle of a level's own interval; anywhere within a bin.
-        within = np.array([[0.5 if space.dimensions[i].levels is not None else np.nan for i in group]])
-        within = np.where(np.isnan(within), rng.random(choice.shape), within)
-        u[:, group] = (choice + within) / bins
+        u[:, group] = (choice + (within if levels is None else 0.5)) / bins
     return space.from_unit(u)
 
 
@@ -77,13 +47,7 @@ def unseen(rows: Rows, seen: set[Key]) -> Rows:
     return rows[keep]
 
 
-def spanning_rows(
-    space: SearchSpace,
-    n: int,
-    rng: np.random.Generator,
-    groups: Sequence[Sequence[str]] | None = None,
-    alpha: float = 0.5,
-) -> Rows:
+def spanning_rows(space: SearchSpace, n: int, rng: np.random.Generator, alpha: float = 0.5) -> Rows:
     """`spanning_pool` as internal values, `k x d` with k <= n."""
     if n < 1 or not alpha > 0:
         raise ConfigError(f"n={n}, alpha={alpha}; wanted n >= 1 and alpha > 0")
@@ -91,63 +55,44 @@ def spanning_rows(
         levels = [dimension.levels for dimension in space.dimensions if dimension.levels is not None]
         grid = np.array(list(itertools.product(*levels)), dtype=np.float64)
         return grid[rng.permutation(len(grid))[:n]]
-    indices = _group_indices(space, groups)
     rows = np.empty((0, len(space.names)))
     for attempt in range(_ATTEMPTS):
         # Shares first; should they keep giving the same points, uniform draws fill the rest.
         law = alpha if attempt < _ATTEMPTS // 2 else 1e3
-        rows = unseen(np.concatenate([rows, _draw(space, indices, n, law, rng)]), set())[:n]
+        rows = unseen(np.concatenate([rows, _draw(space, n, law, rng)]), set())[:n]
         if len(rows) == n:
             break
     return rows
 
 
-def spanning_pool(
-    search_space: Mapping[str, BaseDistribution],
-    n: int,
-    rng: np.random.Generator,
-    groups: Sequence[Sequence[str]] | None = None,
-    alpha: float = 0.5,
-) -> list[dict[str, Any]]:
+def spanning_pool(search_space: Distributions, n: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Draw different candidates that span a space, as the 500 of BAQE III-C are meant to.
 
     Independent uniform draws over many parameters all have nearly the same share of each choice (all networks about
     six bits on average). Here the shares vary from one candidate to the next: per candidate and group of parameters
-    they come from a Dirichlet law, and each parameter is drawn from them, so that candidates with nearly one choice
-    everywhere are among them.
+    with equal distributions they come from a Dirichlet law, by which most candidates prefer few choices, and each
+    parameter is drawn from them, so that candidates with nearly one choice everywhere are among them.
 
     Args:
         search_space: name -> Optuna distribution. A parameter with more than 64 values is split into 8 equal parts.
         n: how many.
         rng: source of all randomness.
-        groups: names that share their shares; by default the parameters with equal distributions. Names that are in
-            no group are grouped by default.
-        alpha: concentration; below 1 most candidates prefer few choices.
 
     Returns:
         n different parameter dicts; all points of the space in random order where it has fewer than n.
 
     Raises:
-        ConfigError: n or alpha out of range, a group names an unknown parameter, or mixes numbers of choices.
+        ConfigError: n is below 1.
     """
     space = SearchSpace(search_space)
-    return [space.external(row) for row in spanning_rows(space, n, rng, groups, alpha)]
+    return [space.external(row) for row in spanning_rows(space, n, rng)]
 
 
 def breed(space: SearchSpace, parents: Rows, n: int, rng: np.random.Generator) -> Rows:
-    """Children of good points: uniform crossover of two parents, then mutation.
+    """n children, possibly repeated, of `p x d` good points, p >= 1: uniform crossover of two parents, then mutation.
 
     Each child takes every parameter from one of two random parents and redraws each with probability 1 / d, at
     least one of them: half of the time to a neighbouring level where there is an order, else anywhere.
-
-    Args:
-        space: where the points live.
-        parents: `p x d` internal values, p >= 1.
-        n: how many children.
-        rng: source of all randomness.
-
-    Returns:
-        `n x d` internal values, possibly repeated.
     """
     d = len(space.names)
     first, second = parents[rng.integers(len(parents), size=n)], parents[rng.integers(len(parents), size=n)]

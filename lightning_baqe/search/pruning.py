@@ -26,7 +26,6 @@ from collections.abc import Sequence
 
 import torch
 from optuna import Trial
-from optuna.study import Study
 from optuna.trial import TrialState
 from torch import Tensor
 
@@ -99,26 +98,21 @@ class ParetoPruner:
         if not rungs:
             raise ConfigError(f"trial {trial.number} has promised nothing: call report before should_prune")
         rung = max(rungs, key=int)
-        turned = signs(trial.study)
-        finished = self._finished(trial.study, rung)
+        complete = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        finished = [one for one in complete if rung in one.system_attrs.get(_RUNGS_KEY, {})]
         if len(finished) < self.warmup:
             return False
+        turned = signs(trial.study)
         promise = torch.tensor(rungs[rung], dtype=torch.float64) * turned
-        promises = torch.tensor([pair[0] for pair in finished], dtype=torch.float64) * turned
-        finals = torch.tensor([pair[1] for pair in finished], dtype=torch.float64) * turned
-        if not is_hopeless(optimistic(promise, promises, finals, self.margins), _feasible_values(trial.study) * turned):
+        promises = torch.tensor([one.system_attrs[_RUNGS_KEY][rung] for one in finished], dtype=torch.float64) * turned
+        finals = torch.tensor([one.values for one in finished], dtype=torch.float64) * turned
+        feasible = [one.values for one in complete if all(value <= 0 for value in one.constraints.values())]
+        others = torch.tensor(feasible, dtype=torch.float64).reshape(-1, len(turned)) * turned
+        if not is_hopeless(optimistic(promise, promises, finals, self.margins), others):
             return False
         expected = (probable(promise, promises, finals, self.margins) * turned).tolist()
         trial.study._storage.set_trial_system_attr(trial._trial_id, EXPECTED_KEY, expected)
         return True
-
-    def _finished(self, study: Study, rung: str) -> list[tuple[list[float], list[float]]]:
-        """Promises and values of the complete trials that reported at the rung."""
-        return [
-            (trial.system_attrs[_RUNGS_KEY][rung], trial.values)
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if rung in trial.system_attrs.get(_RUNGS_KEY, {})
-        ]
 
 
 def _rungs(trial: Trial) -> dict[str, list[float]]:
@@ -126,12 +120,6 @@ def _rungs(trial: Trial) -> dict[str, list[float]]:
     attributes = trial.study._storage.get_trial_system_attrs(trial._trial_id)
     found: dict[str, list[float]] = attributes.get(_RUNGS_KEY, {})
     return found
-
-
-def _feasible_values(study: Study) -> Tensor:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    values = [trial.values for trial in complete if all(value <= 0 for value in trial.constraints.values())]
-    return torch.tensor(values, dtype=torch.float64).reshape(-1, len(study.directions))
 
 
 def optimistic(promise: Tensor, promises: Tensor, finals: Tensor, margins: Sequence[float | None]) -> Tensor:

@@ -1,27 +1,19 @@
 """The sampler that runs BAQE's exploration (Algorithm 2) inside any Optuna study.
 
-| symbol | meaning                                              | shape  |
-| ------ | ---------------------------------------------------- | ------ |
-| pool   | fixed candidates that stand for the space (V)        | n x d  |
-| rows   | points as internal values of the search space        | n x d  |
-| Y      | observed values, minimised and standardised          | n x m  |
-| C      | observed constraints, scaled, feasible at most 0     | n x c  |
-| F      | front of the feasible observations                   | f x m  |
-| r      | reference point, in the same units as Y              | m      |
+Rows are points as internal values of the search space, `n x d`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from optuna.distributions import BaseDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial
+from torch.nn.functional import pad
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search.acquisition import (
@@ -29,28 +21,19 @@ from lightning_baqe.search.acquisition import (
     expected_hypervolume_improvement,
     log_expected_improvement,
     nondominated_cells,
+    refine,
 )
 from lightning_baqe.search.informed import InformedGP
 from lightning_baqe.search.initial_design import ted
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
 from lightning_baqe.search.pareto import as_reference_point, default_reference_point, pareto_mask
 from lightning_baqe.search.pool import breed, spanning_rows, unseen
-from lightning_baqe.search.refine import refine
-from lightning_baqe.search.space import Key, Rows, SearchSpace
-from lightning_baqe.search.study_sampler import History, StudySampler, signs
-from lightning_baqe.search.surrogate import (
-    ArdGP,
-    ArdOptions,
-    DeepKernelGP,
-    DeepKernelOptions,
-    Posterior,
-    Surrogate,
-    standardise,
-)
+from lightning_baqe.search.space import Distributions, Key, Rows, SearchSpace
+from lightning_baqe.search.study_sampler import History, StudySampler, repeated_point, signs
+from lightning_baqe.search.surrogate import ArdGP, ArdOptions, DeepKernelGP, DeepKernelOptions, Posterior, standardise
 
 Mode = Literal["paper", "beyond"]
 Initial = Literal["ted", "random"]
-Phase = Literal["random", "ted", "bo", "given"]
 Candidates = Sequence[Mapping[str, Any]] | Callable[[int, np.random.Generator], list[dict[str, Any]]]
 Moments = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -86,11 +69,7 @@ class SamplerOptions:
     def __post_init__(self) -> None:
         counts = (self.n_samples, self.children, self.rounds, self.elite, self.refined, self.informed_initial)
         if min(counts) < 1 or not self.share_concentration > 0:
-            raise ConfigError(
-                f"n_samples={self.n_samples}, children={self.children}, rounds={self.rounds}, elite={self.elite}, "
-                f"refined={self.refined}, share_concentration={self.share_concentration}, "
-                f"informed_initial={self.informed_initial}; wanted all positive"
-            )
+            raise ConfigError(f"{self}; wanted all positive")
 
 
 class BaqeSampler(StudySampler):
@@ -136,7 +115,7 @@ class BaqeSampler(StudySampler):
         self,
         seed: int = 0,
         mode: Mode = "beyond",
-        search_space: Mapping[str, BaseDistribution] | None = None,
+        search_space: Distributions | None = None,
         candidates: Candidates | None = None,
         n_initial: int = 10,
         pool_size: int = 500,
@@ -173,60 +152,43 @@ class BaqeSampler(StudySampler):
         self._pools: dict[tuple[tuple[str, str], ...], dict[int, Rows]] = {}
         self._bound: dict[tuple[tuple[str, str], ...], BoundKnowledge] = {}
 
-    def phase(self, study: Study, trial: FrozenTrial | Trial) -> Phase:
-        """Which phase proposed a trial; "given" where it was enqueued, added by hand or proposed by another sampler."""
-        return cast("Phase", super().phase(study, trial))
-
-    def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, Phase]:
+    def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, str]:
         number = trial.number
         history = History.read(study, space, exclude=number)
-        first_pool = self._pool(space, 0)
-        first: Phase = self.initial
         n_initial = self.n_initial if self.knowledge is None else min(self.n_initial, self.options.informed_initial)
-        pick = self._initial_pick(space, first_pool, history, n_initial)
-        if pick is not None:
-            return pick, first
-        if len(history.rows) < 2:
+        pick = self._initial_pick(space, history, n_initial)
+        if pick is None and len(history.rows) < 2:
             # Too little to fit: many trials failed, or all are still running. Follow the initial order further.
-            pick = self._initial_pick(space, first_pool, history, n_initial + len(history.seen) + 1)
-            if pick is not None:
-                return pick, first
-        free = self._free_candidates(space, history)
-        if not len(free):
-            warnings.warn(
-                f"all {len(history.seen)} points that the search could draw were tried; trial {number} repeats one "
-                "at random. Stop the study earlier or widen its search space.",
-                UserWarning,
-                stacklevel=2,
-            )
-            return cast("Key", tuple(space.from_unit(self._rng(2, number).random((1, len(space.names))))[0])), "random"
+            pick = self._initial_pick(space, history, n_initial + len(history.seen) + 1)
+        if pick is not None:
+            return pick, self.initial
+        generations = (unseen(self._pool(space, generation), history.seen) for generation in range(_REFILLS))
+        free = next((rows for rows in generations if len(rows)), None)
+        if free is None:
+            return repeated_point(space, history, self._rng(2, number)), "random"
         if len(history.rows) < 2:
-            return cast("Key", tuple(free[0].tolist())), first
+            return tuple(free[0].tolist()), self.initial
         return self._maximise_improvement(study, number, space, history, free), "bo"
 
     def _known(self, space: SearchSpace) -> BoundKnowledge | None:
         """The knowledge about this space."""
-        if self.knowledge is None:
-            return None
-        if space.signature not in self._bound:
+        if self.knowledge is not None and space.signature not in self._bound:
             self._bound[space.signature] = BoundKnowledge(self.knowledge, space)
-        return self._bound[space.signature]
+        return self._bound.get(space.signature)
 
     def _pool(self, space: SearchSpace, generation: int) -> Rows:
         """Candidates of a generation; 0 is the fixed pool, later ones refill it once all were tried."""
         pools = self._pools.setdefault(space.signature, {})
         if generation not in pools:
-            rng = self._rng(0, generation)
+            rng, known = self._rng(0, generation), self._known(space)
             if self.candidates is None or (generation and not callable(self.candidates)):
-                alpha = self.options.share_concentration
-                pools[generation] = spanning_rows(space, self.pool_size, rng, alpha=alpha)
+                rows = spanning_rows(space, self.pool_size, rng, self.options.share_concentration)
             else:
                 given = self.candidates(self.pool_size, rng) if callable(self.candidates) else self.candidates
-                pools[generation] = unseen(self._checked(given, space), set())
-            known = self._known(space)
+                rows = self._checked(given, space)
             if known is not None:
-                rows = np.concatenate([known.improved(pools[generation]), known.uniform()])
-                pools[generation] = unseen(rows, set())
+                rows = np.concatenate([known.improved(rows), known.uniform()])
+            pools[generation] = unseen(rows, set())
         return pools[generation]
 
     def _checked(self, given: Sequence[Mapping[str, Any]], space: SearchSpace) -> Rows:
@@ -238,95 +200,61 @@ class BaqeSampler(StudySampler):
                 raise ConfigError(f"candidates name {unknown[:5]}, which search_space does not; wanted the same names")
         return np.array([space.internal(point) for point in given], dtype=np.float64)
 
-    def _initial_pick(self, space: SearchSpace, pool: Rows, history: History, m: int) -> Key | None:
+    def _initial_pick(self, space: SearchSpace, history: History, m: int) -> Key | None:
         """The first of the m initial points that no trial holds."""
+        pool = self._pool(space, 0)
         m = min(m, len(pool))
         if self.initial == "random":
-            order = torch.from_numpy(self._rng(5).permutation(len(pool))[:m])
+            order = self._rng(5).permutation(len(pool))[:m]
         else:
             known = self._known(space)
             columns = slice(None) if known is None else space.columns(known.free)
-            order = ted(space.encode(pool)[:, columns], m, self.mu)
-        for index in order.tolist():
-            key = tuple(pool[index].tolist())
-            if key not in history.seen:
-                return key
-        return None
-
-    def _free_candidates(self, space: SearchSpace, history: History) -> Rows:
-        for generation in range(_REFILLS):
-            free = unseen(self._pool(space, generation), history.seen)
-            if len(free):
-                return free
-        return np.empty((0, len(space.names)))
-
-    def _reference(self, study: Study) -> torch.Tensor | None:
-        """The given reference point, minimised."""
-        if self.reference_point is None:
-            return None
-        return as_reference_point(self.reference_point, len(study.directions)) * signs(study)
+            order = ted(space.encode(pool)[:, columns], m, self.mu).numpy()
+        free = unseen(pool[order], history.seen)
+        return tuple(free[0].tolist()) if len(free) else None
 
     def _maximise_improvement(self, study: Study, number: int, space: SearchSpace, history: History, free: Rows) -> Key:
         """Algorithm 2, lines 12 and 13."""
-        seed = self._derived(3, number)
-        values, mean, scale = standardise(history.values)
-        feasible = history.feasible
-        # Constraints are scaled and not shifted: zero stays the border.
-        constraints = history.constraints / standardise(history.constraints)[2]
-        given = self._reference(study)
-        reference = default_reference_point(values) if given is None else (given - mean) / scale
-        front = values[feasible][pareto_mask(values[feasible])]
+        values, constraints, reference, mean, scale = standard_units(study, history, self.reference_point)
+        front = values[history.feasible]
+        front = front[pareto_mask(front)]
         outputs = torch.cat([values, constraints], dim=1)
-        predict, moments = self._surrogate(study, space, history, outputs, mean, scale, seed)
-        if len(history.pending) and self.mode == "beyond":
+        if self.mode == "paper":
+            seed = self._derived(3, number)
+            model = DeepKernelGP(space.encode(history.rows), outputs, self.options.deep_kernel, seed)
+            posterior = model.posterior(space.encode(free))
+            counts = {"n_constraints": constraints.shape[1], "n_samples": self.options.n_samples}
+            improvement = expected_hypervolume_improvement(*posterior, front, reference, **counts, seed=seed)
+            return tuple(free[best_candidate(improvement, posterior.covariance)].tolist())
+        predict, moments = self._surrogate(study, space, history, outputs, mean, scale)
+        if len(history.pending):
             # What runs is taken to end as predicted, so that several proposals do not want the same improvement.
-            expected = predict(history.pending).mean[:, : values.shape[1]]
-            front = torch.cat([front, expected])
+            front = torch.cat([front, predict(history.pending).mean[:, : values.shape[1]]])
             front = front[pareto_mask(front)]
         cells = nondominated_cells(front, reference)
 
-        def score(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        def score(rows: Rows) -> torch.Tensor:
             posterior = predict(rows)
-            if self.mode == "beyond":
-                variance = posterior.covariance.diagonal(dim1=1, dim2=2)
-                return log_expected_improvement(posterior.mean, variance, cells), posterior.covariance
-            improvement = expected_hypervolume_improvement(
-                posterior.mean,
-                posterior.covariance,
-                front,
-                reference,
-                n_constraints=constraints.shape[1],
-                n_samples=self.options.n_samples,
-                seed=seed,
-            )
-            return improvement, posterior.covariance
+            return log_expected_improvement(posterior.mean, posterior.covariance.diagonal(dim1=1, dim2=2), cells)
 
-        n_pool = len(free)
-        improvement, covariance = score(free)
-        if self.mode == "beyond":
-            shown = history.values[feasible] if bool(feasible.any()) else history.values
-            parents = history.rows[feasible.numpy()] if bool(feasible.any()) else history.rows
-            parents = parents[pareto_mask(shown).numpy()]
-            rng = self._rng(4, number)
-            for _ in range(self.options.rounds):
-                known = history.seen | set(map(tuple, free.tolist()))
-                children = unseen(self._children(space, parents, rng), known)
-                if len(children):
-                    more = score(children)
-                    free = np.concatenate([free, children])
-                    improvement, covariance = torch.cat([improvement, more[0]]), torch.cat([covariance, more[1]])
-                elite = improvement.argsort(descending=True, stable=True)[: self.options.elite]
-                parents = free[elite.numpy()]
-            if moments is not None:
-                # Half of the starts are of the spread pool, as bred candidates may all lie in one basin.
-                pool = improvement[:n_pool].argsort(descending=True, stable=True)[: self.options.refined // 2]
-                starts = torch.cat([elite[: self.options.refined - len(pool)], pool])
-                refined = refine(space, free[starts.numpy()], lambda x: log_expected_improvement(*moments(x), cells))
-                refined = unseen(refined, history.seen | set(map(tuple, free.tolist())))
-                if len(refined):
-                    free, improvement = np.concatenate([free, refined]), torch.cat([improvement, score(refined)[0]])
-            return cast("Key", tuple(free[int(improvement.argmax())].tolist()))
-        return cast("Key", tuple(free[best_candidate(improvement, covariance)].tolist()))
+        def joined(rows: Rows) -> tuple[Rows, torch.Tensor]:
+            """The candidates and their scores, with those of the rows that are new."""
+            new = unseen(rows, history.seen | set(map(tuple, free.tolist())))
+            return (np.concatenate([free, new]), torch.cat([scores, score(new)])) if len(new) else (free, scores)
+
+        n_pool, scores = len(free), score(free)
+        parents, rng = history.best_rows, self._rng(4, number)
+        for _ in range(self.options.rounds):
+            free, scores = joined(self._children(space, parents, rng))
+            elite = scores.argsort(descending=True, stable=True)[: self.options.elite]
+            parents = free[elite.numpy()]
+        if moments is not None:
+            # Half of the starts are of the spread pool, as bred candidates may all lie in one basin.
+            pool = scores[:n_pool].argsort(descending=True, stable=True)[: self.options.refined // 2]
+            starts = torch.cat([elite[: self.options.refined - len(pool)], pool])
+            moved = refine(space, free[starts.numpy()], lambda x: log_expected_improvement(*moments(x), cells))
+            free, scores = joined(moved)
+        return tuple(free[int(scores.argmax())].tolist())
 
     def _children(self, space: SearchSpace, parents: Rows, rng: np.random.Generator) -> Rows:
         """Children of parents; with knowledge, of what is free in them, the rest at its best."""
@@ -345,42 +273,56 @@ class BaqeSampler(StudySampler):
         outputs: torch.Tensor,
         mean: torch.Tensor,
         scale: torch.Tensor,
-        seed: int,
     ) -> tuple[Callable[[Rows], Posterior], Moments | None]:
-        """The mode's model of the standardised outputs, objectives first, fitted to the history.
+        """Mode "beyond": a model of the standardised outputs, objectives first, fitted to the history.
 
         Its moments at encoded points, with gradients, where it has them.
         """
         x, known = space.encode(history.rows), self._known(space)
         if known is None:
-            model: Surrogate = (
-                DeepKernelGP(x, outputs, self.options.deep_kernel, seed)
-                if self.mode == "paper"
-                else ArdGP(x, outputs, self.options.ard, seed)
-            )
-            moments = model.moments if isinstance(model, ArdGP) else None
-            return lambda rows: model.posterior(space.encode(rows)), moments
-        entries, constraints = known.knowledge.objectives, outputs.shape[1] - len(mean)
-        if len(entries) != len(mean):
-            raise ConfigError(f"knowledge is of {len(entries)} objectives, the study has {len(mean)}")
+            model = ArdGP(x, outputs, self.options.ard)
+            return lambda rows: model.posterior(space.encode(rows)), model.moments
+        constraints = outputs.shape[1] - len(mean)
+        entries = [*known.knowledge.objectives, *[None] * constraints]
+        if len(entries) != outputs.shape[1]:
+            raise ConfigError(f"knowledge is of {len(entries) - constraints} objectives, the study has {len(mean)}")
 
         def estimates(rows: Rows) -> torch.Tensor:
-            sums = (known.estimates(rows) * signs(study) - mean) / scale
-            return torch.cat([sums, torch.full((len(rows), constraints), torch.nan, dtype=torch.float64)], dim=1)
+            return pad((known.estimates(rows) * signs(study) - mean) / scale, (0, constraints), value=torch.nan)
 
         def counts(rows: Rows) -> torch.Tensor:
-            found = known.counts(rows) * signs(study)
-            return torch.cat([found, torch.zeros(len(rows), constraints, dtype=torch.float64)], dim=1)
+            return pad(known.counts(rows) * signs(study), (0, constraints))
 
         every, names = range(len(space.names)), {name: index for index, name in enumerate(space.names)}
         columns = [
             space.columns(every if entry is None else [names[name] for name in entry.rest if name in names])
-            for entry in (*entries, *[None] * constraints)
+            for entry in entries
         ]
-        kinds = [None if entry is None else entry.kind for entry in entries] + [None] * constraints
+        kinds = [entry and entry.kind for entry in entries]
         # Where a point is not at its best, sums say nothing of it.
         given = estimates(history.rows)
         given[(known.improved(history.rows) != history.rows).any(1)] = torch.nan
-        steps = [0.0 if e is None else e.step / float(scale[i]) for i, e in enumerate(entries)] + [0.0] * constraints
-        informed = InformedGP(x, outputs, given, kinds, columns, self.options.ard, seed, counts(history.rows), steps)
+        steps = [entry.step / float(scale[i]) if entry else 0.0 for i, entry in enumerate(entries)]
+        informed = InformedGP(x, outputs, given, kinds, columns, counts(history.rows), steps, self.options.ard)
         return lambda rows: informed.posterior(space.encode(rows), estimates(rows), counts(rows)), None
+
+
+def standard_units(
+    study: Study, history: History, reference_point: Sequence[float] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a study has seen, as models take it; without a reference point, that is `default_reference_point`.
+
+    Returns:
+        Values, minimised and standardised, `n x m`; constraints, scaled, `n x c`; the reference point in the units of
+        the values; and the mean and the scale of each objective, minimised.
+
+    Raises:
+        ConfigError: the reference point does not fit the study.
+    """
+    values, mean, scale = standardise(history.values)
+    # Constraints are scaled and not shifted: zero stays the border.
+    constraints = history.constraints / standardise(history.constraints)[2]
+    if reference_point is None:
+        return values, constraints, default_reference_point(values), mean, scale
+    given = as_reference_point(reference_point, len(study.directions)) * signs(study)
+    return values, constraints, (given - mean) / scale, mean, scale

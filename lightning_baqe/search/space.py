@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
 
+Distributions = Mapping[str, BaseDistribution]  # by the parameters' names
 Rows = npt.NDArray[np.float64]
 Key = tuple[float, ...]
 
@@ -54,43 +55,31 @@ class _Dimension:
     def __init__(self, name: str, distribution: BaseDistribution) -> None:
         if not isinstance(distribution, IntDistribution | FloatDistribution | CategoricalDistribution):
             raise ConfigError(f"{name}: {distribution!r}; wanted an Int-, Float- or CategoricalDistribution of Optuna")
-        self.name = name
-        self.distribution = distribution
-        self.levels = _levels(distribution)
-        self.is_categorical = isinstance(distribution, CategoricalDistribution)
-        self.ranks = _ranks(distribution.choices) if isinstance(distribution, CategoricalDistribution) else None
-        self.is_one_hot = self.is_categorical and self.ranks is None
-
-    @property
-    def width(self) -> int:
-        """Number of columns."""
-        if isinstance(self.distribution, CategoricalDistribution) and self.is_one_hot:
-            return len(self.distribution.choices)
-        return 1
+        self.name, self.distribution, self.levels = name, distribution, _levels(distribution)
+        choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ()
+        self.ranks = _ranks(choices) if choices else None
+        self.is_one_hot = bool(choices) and self.ranks is None
+        self.width = len(choices) if self.is_one_hot else 1  # number of columns
 
     def contains(self, value: Any) -> bool:
         if isinstance(self.distribution, CategoricalDistribution):
             return value in self.distribution.choices
         return isinstance(value, int | float) and self.distribution.low <= value <= self.distribution.high
 
-    def scale(self, internal: Rows) -> Rows:
-        """Numbers of the range -> [0, 1], on a log scale where the distribution has one."""
+    def columns(self, internal: Rows) -> Rows:
+        """`n` internal values -> `n x c` columns in [0, 1], on a log scale where the distribution has one."""
+        if self.ranks is not None:
+            return self.ranks[internal.astype(np.int64)][:, None]
+        if self.is_one_hot:
+            # Scaled so that two different choices lie at distance 1, as the ends of a numeric parameter do.
+            return np.eye(self.width)[internal.astype(np.int64)] / math.sqrt(2)
         distribution = cast("IntDistribution | FloatDistribution", self.distribution)
         low, high = float(distribution.low), float(distribution.high)
         if low == high:
-            return np.zeros_like(internal)
+            return np.zeros((len(internal), 1))
         if distribution.log:
-            return np.asarray(np.log(internal / low) / math.log(high / low))
-        return np.asarray((internal - low) / (high - low))
-
-    def columns(self, internal: Rows) -> Rows:
-        """`n` internal values -> `n x c` columns."""
-        if self.ranks is not None:
-            return self.ranks[internal.astype(np.int64)][:, None]
-        if isinstance(self.distribution, CategoricalDistribution):
-            # Scaled so that two different choices lie at distance 1, as the ends of a numeric parameter do.
-            return np.eye(len(self.distribution.choices))[internal.astype(np.int64)] / math.sqrt(2)
-        return self.scale(internal)[:, None]
+            return np.asarray(np.log(internal / low) / math.log(high / low))[:, None]
+        return np.asarray((internal - low) / (high - low))[:, None]
 
     def from_unit(self, u: Rows) -> Rows:
         """Numbers in [0, 1) -> internal values; uniform in, uniform (or log-uniform) out."""
@@ -119,7 +108,7 @@ class SearchSpace:
         ConfigError: the space is empty or holds something that is no Optuna distribution.
     """
 
-    def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:
+    def __init__(self, distributions: Distributions) -> None:
         if not distributions:
             raise ConfigError("search_space is empty; wanted at least one parameter: {name: distribution}")
         self.dimensions = tuple(_Dimension(name, distributions[name]) for name in sorted(distributions))
@@ -133,8 +122,7 @@ class SearchSpace:
     @property
     def cardinality(self) -> float:
         """Number of different points; infinite where a parameter has too many values to list."""
-        sizes = [len(d.levels) if d.levels is not None else math.inf for d in self.dimensions]
-        return math.prod(sizes)
+        return math.prod(math.inf if d.levels is None else len(d.levels) for d in self.dimensions)
 
     def internal(self, params: Mapping[str, Any]) -> Key:
         """Parameter values -> internal values, in the order of `names`; other names in params are left aside.
@@ -158,10 +146,8 @@ class SearchSpace:
 
     def external(self, row: Sequence[float] | Rows) -> dict[str, Any]:
         """Internal values -> parameter values as Optuna hands them to an objective."""
-        return {
-            dimension.name: dimension.distribution.to_external_repr(float(value))
-            for dimension, value in zip(self.dimensions, row, strict=True)
-        }
+        pairs = zip(self.dimensions, row, strict=True)
+        return {dimension.name: dimension.distribution.to_external_repr(float(value)) for dimension, value in pairs}
 
     def encode(self, rows: Rows) -> Tensor:
         """Internal values `n x d` -> columns in [0, 1] `n x D`, float64."""
@@ -170,9 +156,15 @@ class SearchSpace:
 
     def columns(self, indices: Sequence[int]) -> list[int]:
         """Encoded columns of the parameters at these positions."""
-        widths = [len(d.distribution.choices) if d.is_one_hot else 1 for d in self.dimensions]  # type: ignore[union-attr]
-        first = np.concatenate([[0], np.cumsum(widths)])
-        return [column for index in indices for column in range(int(first[index]), int(first[index + 1]))]
+        ends = np.cumsum([dimension.width for dimension in self.dimensions]).tolist()
+        return [c for index in indices for c in range(ends[index] - self.dimensions[index].width, ends[index])]
+
+    def equals(self, indices: Iterable[int]) -> list[list[int]]:
+        """Positions, those of parameters with equal distributions together."""
+        groups: dict[str, list[int]] = {}
+        for index in indices:
+            groups.setdefault(repr(self.dimensions[index].distribution), []).append(index)
+        return list(groups.values())
 
     def subspace(self, indices: Sequence[int]) -> SearchSpace:
         """The space of the parameters at these positions, in the same order."""
@@ -183,7 +175,7 @@ class SearchSpace:
         return np.stack([d.from_unit(u[:, i]) for i, d in enumerate(self.dimensions)], axis=1)
 
 
-def encode(search_space: Mapping[str, BaseDistribution], points: Sequence[Mapping[str, Any]]) -> Tensor:
+def encode(search_space: Distributions, points: Sequence[Mapping[str, Any]]) -> Tensor:
     """Encode parameter dicts for kernels.
 
     Numbers go linearly (or logarithmically, where the distribution is) to [0, 1]; a categorical parameter whose

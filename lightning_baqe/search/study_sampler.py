@@ -1,21 +1,11 @@
-"""What the samplers of this package share: the study is their only memory, and no generator outlives a proposal.
-
-What a study knows is read into numbers (:class:`History`):
-
-| symbol | meaning                                                          | shape |
-| ------ | ---------------------------------------------------------------- | ----- |
-| rows   | points of complete trials, and of pruned ones with expectations  | n x d |
-| Y      | their values, turned so that every objective is minimised        | n x m |
-| C      | their constraints, feasible where at most 0                      | n x c |
-| seen   | points of all trials in any state                                |       |
-"""
+"""What the samplers of this package share: the study is their only memory, and no generator outlives a proposal."""
 
 from __future__ import annotations
 
 import abc
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +19,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.search.space import Key, Rows, SearchSpace
+from lightning_baqe.search.pareto import pareto_mask
+from lightning_baqe.search.space import Distributions, Key, Rows, SearchSpace
 from lightning_baqe.search.study_lock import lock_of
 
 POINT_KEY = "baqe:point"  # system attribute: the proposal, for trials that have not suggested it yet
@@ -62,8 +53,8 @@ class History:
     Attributes:
         rows: `n x d`, complete trials with finite values, and pruned ones of which is known what they would probably
             have reached, in the order of their numbers.
-        values: `n x m`, minimised.
-        constraints: `n x c`.
+        values: `n x m`, turned so that every objective is minimised.
+        constraints: `n x c`, feasible where at most 0.
         seen: points that must not be proposed again, whatever became of their trials.
         pending: `q x d`, points of running trials.
         finished: bool, shape `n`; false for pruned trials, whose values are no more than expected.
@@ -81,14 +72,15 @@ class History:
         """Which points may be on the front: bool, shape `n`."""
         return (self.constraints <= 0).all(1) & self.finished
 
+    @property
+    def best_rows(self) -> Rows:
+        """The points of the front, of all points where none is feasible: `f x d`."""
+        shown = self.feasible if bool(self.feasible.any()) else torch.ones_like(self.feasible)
+        return self.rows[shown.numpy()][pareto_mask(self.values[shown]).numpy()]
+
     @classmethod
     def read(cls, study: Study, space: SearchSpace, exclude: int) -> History:
-        """Read a study.
-
-        Args:
-            study: any Optuna study.
-            space: trials without a point of this space are left aside.
-            exclude: number of the trial that asks.
+        """Of all trials with a point of the space, but the one whose number is to be excluded.
 
         Warns:
             UserWarning: some complete trials lack constraints that others have; their values are left out.
@@ -105,34 +97,46 @@ class History:
                 pending.append(key)
             # An infinite value says only that the point is bad; no model can hold it.
             finished = trial.state == TrialState.COMPLETE
-            values = trial.values if finished else trial.system_attrs.get(EXPECTED_KEY)
+            reached = trial.values if finished else trial.system_attrs.get(EXPECTED_KEY)
             ended = finished or trial.state == TrialState.PRUNED
-            if ended and values is not None and np.isfinite(values).all() and space.holds(trial.params):
-                complete.append((key, values, trial.constraints, finished))
+            if ended and reached is not None and np.isfinite(reached).all() and space.holds(trial.params):
+                complete.append((key, reached, trial.constraints, finished))
         names = sorted({name for _, _, constraints, _ in complete for name in constraints})
-        # Of what a pruned trial never had nothing is missing.
-        complete = [entry for entry in complete if entry[3] or set(entry[2]) == set(names)]
-        lacking = [entry for entry in complete if set(entry[2]) != set(names)]
-        if lacking:
+        lacking = sum(finished for *_, constraints, finished in complete if set(constraints) != set(names))
+        if lacking:  # of what a pruned trial never had nothing is missing
             warnings.warn(
-                f"{len(lacking)} complete trials lack a value for some of the constraints {names}; they are left out. "
+                f"{lacking} complete trials lack a value for some of the constraints {names}; they are left out. "
                 "Call trial.set_constraint(name, value) for each constraint in every trial that returns values.",
                 UserWarning,
                 stacklevel=2,
             )
-            complete = [entry for entry in complete if set(entry[2]) == set(names)]
-        n, m = len(complete), len(study.directions)
+        complete = [entry for entry in complete if set(entry[2]) == set(names)]
+        n, d = len(complete), len(space.names)
+        values = torch.tensor([values for _, values, *_ in complete], dtype=torch.float64)
+        limits = [[constraints[name] for name in names] for *_, constraints, _ in complete]
         return cls(
-            rows=np.array([key for key, *_ in complete], dtype=np.float64).reshape(n, len(space.names)),
-            values=torch.tensor([values for _, values, *_ in complete], dtype=torch.float64).reshape(n, m)
-            * signs(study),
-            constraints=torch.tensor(
-                [[constraints[name] for name in names] for _, _, constraints, _ in complete], dtype=torch.float64
-            ).reshape(n, len(names)),
+            rows=np.array([key for key, *_ in complete], dtype=np.float64).reshape(n, d),
+            values=values.reshape(n, len(study.directions)) * signs(study),
+            constraints=torch.tensor(limits, dtype=torch.float64).reshape(n, len(names)),
             seen=seen,
-            pending=np.array(pending, dtype=np.float64).reshape(len(pending), len(space.names)),
+            pending=np.array(pending, dtype=np.float64).reshape(-1, d),
             finished=torch.tensor([finished for *_, finished in complete], dtype=torch.bool),
         )
+
+
+def repeated_point(space: SearchSpace, history: History, rng: np.random.Generator) -> Key:
+    """Any random point, for a space of which no other is left.
+
+    Warns:
+        UserWarning: always.
+    """
+    warnings.warn(
+        f"all {len(history.seen)} points that the search could draw were tried; one is repeated at random. "
+        "Stop the study earlier or widen its search space.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return tuple(space.from_unit(rng.random((1, len(space.names))))[0].tolist())
 
 
 class StudySampler(BaseSampler, abc.ABC):
@@ -150,7 +154,9 @@ class StudySampler(BaseSampler, abc.ABC):
         ConfigError: the seed is not a whole number of at least 0.
     """
 
-    def __init__(self, seed: int = 0, search_space: Mapping[str, BaseDistribution] | None = None) -> None:
+    _make: Callable[..., BaseSampler] = RandomSampler  # of single parameters, called with ``seed=``
+
+    def __init__(self, seed: int = 0, search_space: Distributions | None = None) -> None:
         if not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"seed={seed!r}; wanted a whole number of at least 0")
         self.seed = seed
@@ -174,8 +180,8 @@ class StudySampler(BaseSampler, abc.ABC):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Draw one parameter at random, from (seed, trial number, name)."""
-        sampler = RandomSampler(seed=self._derived_by_name(1, trial.number, param_name))
+        """Draw one parameter from (seed, trial number, name): at random, or as a wrapped sampler does it."""
+        sampler = self._make(seed=self._derived(1, trial.number, zlib.crc32(param_name.encode())))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def sample_relative(
@@ -183,23 +189,20 @@ class StudySampler(BaseSampler, abc.ABC):
     ) -> dict[str, Any]:
         """Propose a point: see the class."""
         if not search_space:
-            self._record(study, trial, PHASE_KEY, "random")
+            study._storage.set_trial_system_attr(trial._trial_id, PHASE_KEY, "random")
             return {}
         space = SearchSpace(search_space)
         with lock_of(study):  # so that each sees the proposals of all others
             row, phase = self._propose(study, trial, space)
-            self._record(study, trial, PHASE_KEY, phase)
-            self._record(study, trial, POINT_KEY, dict(zip(space.names, row, strict=True)))
+            # Optuna has no public setter for samplers; its own samplers do the same.
+            point = dict(zip(space.names, row, strict=True))
+            study._storage.set_trial_system_attr(trial._trial_id, PHASE_KEY, phase)
+            study._storage.set_trial_system_attr(trial._trial_id, POINT_KEY, point)
         return space.external(row)
 
     @abc.abstractmethod
     def _propose(self, study: Study, trial: FrozenTrial, space: SearchSpace) -> tuple[Key, str]:
         """The point of a trial, and the phase that it comes from."""
-
-    @staticmethod
-    def _record(study: Study, trial: FrozenTrial, key: str, value: Any) -> None:
-        # Optuna has no public setter for samplers; its own samplers do the same.
-        study._storage.set_trial_system_attr(trial._trial_id, key, value)
 
     def _rng(self, *path: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *path])
@@ -207,7 +210,3 @@ class StudySampler(BaseSampler, abc.ABC):
     def _derived(self, *path: int) -> int:
         """A seed for libraries that want one number, below 2**32."""
         return int(np.random.SeedSequence([self.seed, *path]).generate_state(1)[0])
-
-    def _derived_by_name(self, *path: int | str) -> int:
-        """As `_derived`, of numbers and texts."""
-        return self._derived(*(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path))

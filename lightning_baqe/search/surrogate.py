@@ -63,14 +63,9 @@ class DeepKernelOptions:
     min_noise: float = 1e-4
 
     def __post_init__(self) -> None:
-        counts = (*self.widths, self.rank, self.steps)
-        if not self.widths or min(counts) < 1:
-            raise ConfigError(f"widths={self.widths}, rank={self.rank}, steps={self.steps}; wanted all at least 1")
-        if min(self.learning_rate, self.kernel_learning_rate, self.min_noise) <= 0:
-            raise ConfigError(
-                f"learning_rate={self.learning_rate}, kernel_learning_rate={self.kernel_learning_rate}, "
-                f"min_noise={self.min_noise}; wanted all positive"
-            )
+        positive = min(self.learning_rate, self.kernel_learning_rate, self.min_noise) > 0
+        if not self.widths or min(*self.widths, self.rank, self.steps) < 1 or not positive:
+            raise ConfigError(f"{self}; wanted widths, rank and steps of at least 1, and all others positive")
 
 
 @dataclass(frozen=True)
@@ -87,9 +82,7 @@ class ArdOptions:
 
     def __post_init__(self) -> None:
         if self.kernel not in ("matern", "rbf") or self.max_iterations < 1:
-            raise ConfigError(
-                f"kernel={self.kernel!r}, max_iterations={self.max_iterations}; wanted 'matern' or 'rbf', at least 1"
-            )
+            raise ConfigError(f"{self}; wanted 'matern' or 'rbf', at least 1")
 
 
 def _check(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +120,8 @@ def _perceptron(n_inputs: int, widths: tuple[int, ...], generator: torch.Generat
 class DeepKernelGP(Surrogate):
     """Multi-task Gaussian process with a deep kernel (DKL-GP), fitted on construction. BAQE eqs. 8-11.
 
-    The paper stacks perceptrons under "Kf and Kx" and says no more; here the perceptron feeds Kx and Kf is an
-    intrinsic coregionalisation matrix. The perceptron runs in float32, everything else in float64. On one machine
-    the same data, options and seed give the same model; global random generators stay untouched.
+    The perceptron, which feeds Kx, runs in float32, everything else in float64. On one machine the same data, options
+    and seed give the same model; global random generators stay untouched.
 
     Args:
         x: `n x d` encoded observations, n >= 2; repeated rows are allowed.
@@ -222,13 +214,12 @@ class ArdGP(Surrogate):
         x: `n x d` encoded observations in the unit cube, n >= 2; repeated rows are allowed.
         y: `n x m` outputs.
         options: kernel and fitting.
-        seed: unused; the fit draws no random numbers.
 
     Raises:
         ConfigError: shapes do not fit or a value is not finite.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, options: ArdOptions | None = None, seed: int = 0) -> None:
+    def __init__(self, x: Tensor, y: Tensor, options: ArdOptions | None = None) -> None:
         options = options or ArdOptions()
         x, y = _check(x, y)
         standardised, self._mean, self._scale = standardise(y)

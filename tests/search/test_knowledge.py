@@ -149,8 +149,9 @@ def test_informed_outputs() -> None:
     given = e.clone()
     given[:, 3] = torch.nan
     kinds = ("exact", "estimate", "score", None)
-    model = InformedGP(x[:20], y[:20], given[:20], kinds, ([], [], [0], [0, 1]))
-    posterior = model.posterior(x[20:], given[20:])
+    none = torch.zeros_like(y)
+    model = InformedGP(x[:20], y[:20], given[:20], kinds, ([], [], [0], [0, 1]), none[:20], [0.0] * 4)
+    posterior = model.posterior(x[20:], given[20:], none[20:])
     spread = posterior.covariance.diagonal(dim1=1, dim2=2).sqrt()
     assert (posterior.mean[:, 0] == e[20:, 0]).all()
     assert (spread[:, 0] == 0).all()
@@ -167,9 +168,9 @@ def test_what_a_count_adds_is_learned() -> None:
     y = 0.2 + 0.9 * e + 0.3 * n
     x = torch.rand(30, 2, generator=generator, dtype=torch.float64)
     model = InformedGP(x[:20], y[:20], e[:20], ("estimate",), ([],), counts=n[:20], steps=[0.0])
-    blind = InformedGP(x[:20], y[:20], e[:20], ("estimate",), ([],))
+    blind = InformedGP(x[:20], y[:20], e[:20], ("estimate",), ([],), counts=0 * n[:20], steps=[0.0])
     assert (model.posterior(x[20:], e[20:], n[20:]).mean - y[20:]).abs().max() < 0.1
-    assert (blind.posterior(x[20:], e[20:]).mean - y[20:]).abs().max() > 0.3
+    assert (blind.posterior(x[20:], e[20:], 0 * n[20:]).mean - y[20:]).abs().max() > 0.3
     cheap = InformedGP(x[:20], 0.9 * e[:20] - 0.3 * n[:20], e[:20], ("estimate",), ([],), counts=n[:20], steps=[0.0])
     more = cheap.posterior(x[:1], e[:1], n[:1] + 1).mean - cheap.posterior(x[:1], e[:1], n[:1]).mean
     assert float(more) == 0.0  # what costs never costs less

@@ -8,7 +8,7 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import Tensor
 
-from lightning_baqe.search.refine import continuous_parameters, refine
+from lightning_baqe.search.acquisition import refine
 from lightning_baqe.search.space import SearchSpace
 
 MIXED: dict[str, BaseDistribution] = {
@@ -23,7 +23,6 @@ MIXED: dict[str, BaseDistribution] = {
 
 def test_continuous_parameters_reach_the_optimum_and_the_others_stay() -> None:
     space = SearchSpace(MIXED)
-    assert [space.names[index] for index in continuous_parameters(space)] == ["rate", "x"]
     best = {"bits": 4, "layout": "nhwc", "rate": 0.01, "share": 0.5, "tile": 3, "x": 0.5}
     goal = space.encode(np.array([space.internal(best)]))
 

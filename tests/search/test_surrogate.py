@@ -14,9 +14,9 @@ from lightning_baqe.search import ArdGP, ArdOptions, DeepKernelGP, DeepKernelOpt
 
 SMALL = DeepKernelOptions(widths=(32, 16, 8), steps=150, learning_rate=3e-3)
 MODELS = [
-    pytest.param(lambda x, y, seed=0: DeepKernelGP(x, y, SMALL, seed), id="deep"),
-    pytest.param(lambda x, y, seed=0: ArdGP(x, y, seed=seed), id="rbf"),
-    pytest.param(lambda x, y, seed=0: ArdGP(x, y, ArdOptions(kernel="matern"), seed), id="matern"),
+    pytest.param(lambda x, y: DeepKernelGP(x, y, SMALL), id="deep"),
+    pytest.param(ArdGP, id="rbf"),
+    pytest.param(lambda x, y: ArdGP(x, y, ArdOptions(kernel="matern")), id="matern"),
 ]
 
 
