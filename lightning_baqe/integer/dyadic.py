@@ -52,28 +52,31 @@ class Dyadic:
             raise ConfigError(f"multipliers must be below 2^{MULTIPLIER_BITS} in absolute value")
 
     @classmethod
-    def from_real(cls, factors: torch.Tensor | Sequence[float] | float, bits: int = MULTIPLIER_BITS) -> Dyadic:
+    def from_real(cls, factors: torch.Tensor | Sequence[float] | float) -> Dyadic:
         """Nearest dyadic numbers with one common shift (HAWQ-V3 eq. 7).
 
         Args:
             factors: real factors, shape ``()`` or ``(channels,)``, any sign, below 2^30 in absolute value.
-            bits: magnitude bits of the largest multiplier; fewer bits keep later products small.
 
         Raises:
             ConfigError: a factor is not finite or too large for 64-bit arithmetic.
         """
         real = torch.as_tensor(factors, dtype=torch.float64)
         largest = float(real.abs().max()) if real.numel() else 0.0
-        if not math.isfinite(largest) or largest >= 2.0 ** (bits - 1):
-            raise ConfigError(f"factors must be finite and below 2^{bits - 1}, got one of {largest}")
+        if not math.isfinite(largest) or largest >= 2.0 ** (MULTIPLIER_BITS - 1):
+            raise ConfigError(f"factors must be finite and below 2^{MULTIPLIER_BITS - 1}, got one of {largest}")
         if largest == 0.0:
             return cls(torch.zeros_like(real, dtype=torch.int64), MIN_SHIFT)
-        # largest = f * 2^e with f in [0.5, 1): shift = bits - e puts the largest multiplier into [2^(bits-1), 2^bits).
-        shift = min(max(bits - math.frexp(largest)[1], MIN_SHIFT), MAX_SHIFT)
+        # largest = f * 2^e with f in [0.5, 1): shift = 31 - e puts the largest multiplier into [2^30, 2^31).
+        return cls.rounded(real, max(MULTIPLIER_BITS - math.frexp(largest)[1], MIN_SHIFT))
+
+    @classmethod
+    def rounded(cls, real: torch.Tensor, shift: int) -> Dyadic:
+        """Nearest dyadic numbers of a shift, or of one less where a multiplier is rounded up to 2^31."""
+        shift = min(shift, MAX_SHIFT)
         multiplier = torch.round(real * 2.0**shift).to(torch.int64)
-        if int(multiplier.abs().max()) >= 2**bits:  # rounded up to the next power of two
-            shift -= 1
-            multiplier = torch.round(real * 2.0**shift).to(torch.int64)
+        if int(multiplier.abs().max()) >= 2**MULTIPLIER_BITS:
+            return cls.rounded(real, shift - 1)
         return cls(multiplier, shift)
 
     def real(self) -> torch.Tensor:
@@ -90,18 +93,11 @@ class Dyadic:
             channel_dim: the dimension of ``values`` that a vector of factors runs along.
             fraction: int64, ``(channels,)``, below 2^31 in absolute value.
         """
-        multiplier = self.multiplier
-        if multiplier.ndim == 1:
-            if channel_dim is None:
-                raise ConfigError("a vector of factors needs channel_dim")
-            shape = [1] * values.ndim
-            shape[channel_dim] = -1
-            multiplier = multiplier.reshape(shape)
-        product = values.to(torch.int64) * multiplier
-        if fraction is not None:
-            assert channel_dim is not None
-            product = product + fraction.reshape([-1 if i == channel_dim else 1 for i in range(values.ndim)])
-        return rounding_shift(product, self.shift)
+        if self.multiplier.ndim == 1 and channel_dim is None:
+            raise ConfigError("a vector of factors needs channel_dim")
+        shape = [-1 if dim == channel_dim else 1 for dim in range(values.ndim)]
+        product = values.to(torch.int64) * self.multiplier.reshape(shape)
+        return rounding_shift(product if fraction is None else product + fraction.reshape(shape), self.shift)
 
 
 def rounding_shift(values: torch.Tensor, shift: int) -> torch.Tensor:

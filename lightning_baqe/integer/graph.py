@@ -11,18 +11,7 @@ from typing import Any
 import torch
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.integer.nodes import (
-    Add,
-    Affine,
-    Conv,
-    FloatAffine,
-    FloatConv,
-    FloatLinear,
-    Input,
-    Linear,
-    Node,
-    Table,
-)
+from lightning_baqe.integer.nodes import Add, Affine, FloatAffine, FloatLayer, Input, Layer, Node, Table
 
 MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES, OFFSET_BYTES = 4, 1, 4, 8
 
@@ -91,7 +80,7 @@ class IntegerGraph:
         """Every node's value by name: integers as int64, floats as float32.
 
         Args:
-            x: float, shape ``(n, *input_shape)``.
+            x: as for :meth:`run`.
             keep: False frees values that no later node reads.
         """
         if tuple(x.shape[1:]) != self.input_shape:
@@ -114,7 +103,7 @@ class IntegerGraph:
         What rounding took from each bias (``fraction`` of the layers), up to half a step of an accumulator, is dropped:
         a little less like the fake-quantized network, and what an exported model computes.
         """
-        nodes = (replace(n, fraction=None) if isinstance(n, Conv | Linear) else n for n in self.nodes)
+        nodes = (replace(n, fraction=None) if isinstance(n, Layer) else n for n in self.nodes)
         return IntegerGraph(tuple(nodes), self.bits)
 
     def to_onnx(self, path: str | Path, **options: Any) -> Path:
@@ -153,36 +142,32 @@ class IntegerGraph:
     def bops(self) -> int:
         """Bit operations per image: weight bits x activation bits x MACs (HAWQ-V3 section III-E), float = 32 x 32."""
         return sum(
-            node_macs(node) * (node.weight_bits * node.activation_bits if isinstance(node, Conv | Linear) else 1024)
+            node_macs(node) * (node.weight_bits * node.activation_bits if isinstance(node, Layer) else 1024)
             for node in self.nodes
         )
 
 
 def node_bytes(node: Node) -> int:
     """Constants of one node, bytes; see :attr:`IntegerGraph.size_bytes`."""
-    if isinstance(node, FloatConv | FloatLinear):
-        return 4 * (node.weight.numel() + node.bias.numel())
-    if isinstance(node, FloatAffine):
-        return 4 * (node.gain.numel() + node.shift.numel())
-    if isinstance(node, Add):
-        return 2 * MULTIPLIER_BYTES + SHIFT_BYTES
-    if isinstance(node, Table):
-        assert node.type.high is not None
-        return int(node.table.numel()) * math.ceil(node.type.high.bit_length() / 8)
-    total = 0
-    if isinstance(node, Conv | Linear):
-        total += math.ceil(node.weight.numel() * node.weight_bits / 8) + BIAS_BYTES * node.bias.numel()
-        total += 0 if node.fraction is None else MULTIPLIER_BYTES * node.fraction.numel()
-    if isinstance(node, Affine):
-        total += OFFSET_BYTES * node.offset.numel()
     factors = getattr(node, "requant", None)
-    return total if factors is None else total + MULTIPLIER_BYTES * factors.multiplier.numel() + SHIFT_BYTES
+    total = 0 if factors is None else MULTIPLIER_BYTES * factors.multiplier.numel() + SHIFT_BYTES
+    match node:
+        case FloatLayer():
+            total += 4 * (node.weight.numel() + node.bias.numel())
+        case FloatAffine():
+            total += 4 * (node.gain.numel() + node.shift.numel())
+        case Add():
+            total += 2 * MULTIPLIER_BYTES + SHIFT_BYTES
+        case Table():
+            total += node.table.numel() * math.ceil(node.type.limits[1].bit_length() / 8)
+        case Affine():
+            total += OFFSET_BYTES * node.offset.numel()
+        case Layer():
+            total += math.ceil(node.weight.numel() * node.weight_bits / 8) + BIAS_BYTES * node.bias.numel()
+            total += 0 if node.fraction is None else MULTIPLIER_BYTES * node.fraction.numel()
+    return total
 
 
 def node_macs(node: Node) -> int:
     """Multiply-accumulates of one node per image; 0 for all but convs and linears."""
-    weight: Any = getattr(node, "weight", None)
-    if weight is None:
-        return 0
-    pixels = math.prod(node.type.shape[1:])
-    return int(weight.numel()) * pixels
+    return node.weight.numel() * math.prod(node.type.shape[1:]) if isinstance(node, Layer | FloatLayer) else 0

@@ -9,30 +9,26 @@ do. Operators that only move elements are remembered as an index map and become 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
-from lightning_baqe.integer import movement
+from lightning_baqe.integer import movement, operators
 from lightning_baqe.integer import nodes as ir
-from lightning_baqe.integer.folding import Affine, fold, integer_weights, requant
+from lightning_baqe.integer.folding import fold, integer_weights, requant
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.integer.operators import Operators
 from lightning_baqe.integer.shapes import padding_of, pair
-from lightning_baqe.integer.values import ACCUMULATOR, Value, clip_target
+from lightning_baqe.integer.values import Builder, Target, Value
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
 from lightning_baqe.quantization.ops import Op
 
-LOWERS = (
-    "convs, linears, batch norms, sums and products, concatenation of channels, ReLU and all pointwise functions of "
-    "lightning_baqe.quantization.pointwise, max and average pooling, and what only moves elements"
-)
+ACCUMULATOR = (-(2**31), 2**31 - 1)
 
 
 def lower(model: QuantizedModel, example_input: torch.Tensor | None = None) -> IntegerGraph:
@@ -66,13 +62,13 @@ def lower_with_sources(
     if shape is None:
         raise ConfigError("the input's shape is not known: give example_input to lower or to quantize")
     frozen = copy.deepcopy(model).cpu().eval()
-    lowering = _Lowering(frozen, shape)
-    graph = lowering.lower()
+    build = Builder(frozen, shape)
+    graph = _lower_all(build)
     kept = {node.name for node in graph}
     sources = {
         node.name: value.name
-        for node, value in lowering.values.items()
-        if lowering.reader[node].kind == "quantizer" and value.name in kept and _is_in_order(value)
+        for node, value in build.values.items()
+        if build.reader[node].kind == "quantizer" and value.name in kept and _is_in_order(value)
     }
     return graph, sources
 
@@ -84,153 +80,120 @@ def _is_in_order(value: Value) -> bool:
     return isinstance(value.index, torch.Tensor) and movement.is_reshape(value.index, value.type.shape)
 
 
-class _Lowering(Operators):
-    def lower(self) -> IntegerGraph:
-        final: Value | None = None
-        for node in self.model.graph.nodes:
-            op = self.reader[node]
-            if op.kind == "output":
-                final = self._output(node, op)
-            elif op.kind not in ("value", "constant"):
-                self.values[node] = value = self._lower(node, op)
-                if isinstance(value.index, tuple) or value.shape == self.shape_of(node):
-                    continue
-                raise self.refuse(node, f"lowered to shape {value.shape} instead of {self.shape_of(node)}; report this")
-        assert final is not None
-        return self.graph(final.name)
+def _lower_all(build: Builder) -> IntegerGraph:
+    final: Value | None = None
+    for node in build.model.graph.nodes:
+        op = build.reader[node]
+        if op.kind == "output":
+            final = _output(build, node, op)
+        elif op.kind not in ("value", "constant"):
+            if op.kind not in _OPERATORS or not (op.inputs or op.kind == "input"):
+                raise build.refuse(
+                    node,
+                    "this operator has no integer meaning here; keep it out of the network or replace it. What lowers: "
+                    "convs, linears, batch norms, sums and products, concatenation of channels, ReLU and all pointwise "
+                    "functions of lightning_baqe.quantization.pointwise, max and average pooling, and what only moves "
+                    "elements",
+                )
+            build.values[node] = value = _OPERATORS[op.kind](build, node, op)
+            if isinstance(value.index, tuple) or value.shape == build.shape_of(node):
+                continue
+            raise build.refuse(node, f"lowered to shape {value.shape} instead of {build.shape_of(node)}; report this")
+    assert final is not None
+    return build.graph(final.name)
 
-    def _lower(self, node: fx.Node, op: Op) -> Value:
-        if op.kind == "input":
-            if self.nodes:
-                raise self.refuse(node, "a network has one input; give the others constant values")
-            return self.emit(ir.Input(name=self.name("input"), inputs=(), type=ir.TensorType(self.shape)))
-        if op.kind == "layer":
-            return self._layer(node, op)
-        if op.kind == "add":
-            return self.add(node, op)
-        if op.kind == "mul":
-            return self.mul(node, op)
-        if op.kind == "concat":
-            return self.concat(node, op)
-        if not op.inputs or op.kind == "other":
-            raise self.refuse(
-                node, "this operator has no integer meaning here; keep it out of the network or replace it. What "
-                f"lowers: {LOWERS}"
-            )  # fmt: skip
-        value = self.values[op.inputs[0]]
-        if node in self.done or op.kind in ("dropout", "identity"):
-            return value
-        if op.kind == "movement":
-            index = movement.start(value.type.shape) if value.index is None else value.index
-            moved = movement.move(node, op.inputs[0], index, self.model, self.python.value)
-            return replace(value, index=moved)
-        if op.kind == "quantizer":
-            return self._quantizer(op, value)
-        if op.kind == "batch_norm":
-            return value if self.reader.is_attached(node) else self.batch_norm(node, op, value)
-        if op.kind == "affine":
-            return self.constant_affine(node, op, value)
-        if op.kind == "function":
-            return self.function(node, op, value)
-        if op.kind in ("relu", "relu6"):
-            return self.relu(node, op, value)
-        if op.kind in ("max_pool", "adaptive_max_pool"):
-            return self.max_pool(node, op, value)
-        return self.avg_pool(node, op, value)
 
-    def _quantizer(self, op: Op, value: Value) -> Value:
-        grid = op.module
-        assert isinstance(grid, ActivationQuantizer)
-        if value.grid is grid:
-            return value
-        target = clip_target(grid, [])
-        wish = f"{value.name}.quantize{'' if value.grid is None else f'_{grid.bits}bit'}"
-        if value.grid is not None:
-            return self.requantize(value, target, wish)
-        inverse = float(np.float32(1.0) / np.float32(target.scale))
-        made = ir.Quantize(
-            name=self.name(wish), inputs=(value.name,), type=target.type(value.type.shape), inverse_scale=inverse
+def _input(build: Builder, node: fx.Node, op: Op) -> Value:
+    if build.nodes:
+        raise build.refuse(node, "a network has one input; give the others constant values")
+    return build.emit(ir.Input, "input", [], ir.TensorType(build.shape_of(node)))
+
+
+def _output(build: Builder, node: fx.Node, op: Op) -> Value:
+    if not isinstance(node.args[0], fx.Node):
+        raise build.refuse(node, "a network returns one tensor, not a collection; wrap it to return its logits")
+    return build.in_place(build.as_float(build.source(op)), node)
+
+
+def _as_it_is(build: Builder, node: fx.Node, op: Op) -> Value:
+    return build.source(op)
+
+
+def _move(build: Builder, node: fx.Node, op: Op) -> Value:
+    value = build.source(op)
+    index = movement.start(value.type.shape) if value.index is None else value.index
+    return replace(value, index=movement.move(node, op.inputs[0], index, build.model, build.python.value))
+
+
+def _quantizer(build: Builder, node: fx.Node, op: Op) -> Value:
+    grid, value = op.module, build.source(op)
+    assert isinstance(grid, ActivationQuantizer)
+    if value.grid is grid:
+        return value
+    target = Target(grid)
+    if value.grid is not None:
+        return build.requantize(value, target, f"{value.name}.quantize_{grid.bits}bit")
+    kind, factor = target.type(value.type.shape), target.inverse_scale
+    return build.emit(ir.Quantize, f"{value.name}.quantize", [value], kind, grid, value.index, inverse_scale=factor)
+
+
+def _layer(build: Builder, node: fx.Node, op: Op) -> Value:
+    layer, path, value = op.module, str(node.target), build.source(op)
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    last, norm = node, None
+    following = build.reader.consumers[node]
+    if len(following) == 1 and build.reader[following[0]].kind == "batch_norm":
+        last, norm = following[0], build.reader[following[0]].module
+    gain, shift = fold(layer, norm, path)
+    value = value if isinstance(layer, QuantConv2d | QuantLinear) else build.as_float(value)
+    conv: dict[str, Any] = {}
+    if isinstance(layer, nn.Conv2d):
+        conv = _conv_options(layer, path)
+        value, conv["padding"] = _padded(value, conv["padding"])
+    value = build.in_place(value, node)
+    if isinstance(layer, nn.Linear) and len(value.type.shape) != 1:
+        raise build.refuse(node, f"a linear layer on values of shape {value.type.shape}; flatten them first")
+    if not isinstance(layer, QuantConv2d | QuantLinear):
+        build.bits[path] = (32, 32)
+        by_channel = gain.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        return build.emit(
+            ir.FloatConv if conv else ir.FloatLinear,
+            path,
+            [value],
+            ir.TensorType(build.shape_of(last)),
+            layer=path,
+            weight=(layer.weight.detach().double() * by_channel).float(),
+            bias=shift.float(),
+            relu=operators.fuse_relu(build, last),
+            **conv,
         )
-        return replace(self.emit(made, grid), index=value.index)
-
-    def _layer(self, node: fx.Node, op: Op) -> Value:
-        layer, path = op.module, str(node.target)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        value = self.values[op.inputs[0]]
-        last, norm = node, None
-        following = self.reader.consumers[node]
-        if len(following) == 1 and self.reader[following[0]].kind == "batch_norm":
-            last, norm = following[0], self.reader[following[0]].module
-        affine = fold(layer, norm, path)
-        is_integer = isinstance(layer, QuantConv2d | QuantLinear)
-        value = value if is_integer else self.as_float(value)
-        conv: dict[str, Any] = {}
-        if isinstance(layer, nn.Conv2d):
-            conv = _conv_options(layer, path)
-            value, conv["padding"] = self._padded(value, conv["padding"])
-        value = self.in_place(value, node)
-        if isinstance(layer, nn.Linear) and len(value.type.shape) != 1:
-            raise self.refuse(node, f"a linear layer on values of shape {value.type.shape}; flatten them first")
-        if not isinstance(layer, QuantConv2d | QuantLinear):
-            return self._float_layer(node, last, layer, value, affine, conv)
-        grid = value.grid
-        assert grid is not None, "quantize puts a quantizer before each integer layer"
-        numbers = integer_weights(layer, affine, value.type.scale, value.type.zero_point)
-        target = self.target(last)
-        shape = self.shape_of(last)
-        weight_bits = layer.weight_quantizer.bits
-        self.bits[path] = (weight_bits, grid.bits)
-        factors = None if target is None else requant(numbers.scale / target.scale, path)
-        common: dict[str, Any] = {
-            "name": self.name(path),
-            "inputs": (value.name,),
-            "type": ir.TensorType(shape, *ACCUMULATOR, scale=0.0) if target is None else target.type(shape),
-            "layer": path,
-            "weight": numbers.weight,
-            "weight_bits": weight_bits,
-            "activation_bits": grid.bits,
-            "bias": numbers.bias,
-            "input_range": value.limits,
-            "requant": factors,
-            "fraction": None if factors is None else numbers.fraction(factors),
-        }
-        made = ir.Conv(**common, **conv, pad_value=value.type.zero_point) if conv else ir.Linear(**common)
-        if target is None:
-            return replace(self.emit(made), scale=numbers.scale)
-        return self.emit(made, target.grid)
-
-    def _padded(self, value: Value, padding: tuple[int, int, int, int]) -> tuple[Value, tuple[int, int, int, int]]:
-        """Take zeros around a convolution's input into its own padding."""
-        if not isinstance(value.index, torch.Tensor) or value.index.ndim != 4 or len(value.type.shape) != 3:
-            return value, padding
-        selection = movement.select(value.index, value.type.shape)
-        around = None if selection is None else selection.padding(value.type.shape)
-        if around is None:
-            return value, padding
-        total = tuple(own + extra for own, extra in zip(padding, around, strict=True))
-        return replace(value, index=None), (total[0], total[1], total[2], total[3])
-
-    def _float_layer(
-        self, node: fx.Node, last: fx.Node, layer: nn.Conv2d | nn.Linear, value: Value, affine: Affine, conv: Any
-    ) -> Value:
-        path = str(node.target)
-        self.bits[path] = (32, 32)
-        gain = affine.gain.reshape(-1, *[1] * (layer.weight.ndim - 1))
-        common: dict[str, Any] = {
-            "name": self.name(path),
-            "inputs": (value.name,),
-            "type": ir.TensorType(self.shape_of(last)),
-            "layer": path,
-            "weight": (layer.weight.detach().double() * gain).float(),
-            "bias": affine.shift.float(),
-            "relu": self.fused_relu(last),
-        }
-        return self.emit(ir.FloatConv(**common, **conv) if conv else ir.FloatLinear(**common))
-
-    def _output(self, node: fx.Node, op: Op) -> Value:
-        if not isinstance(node.args[0], fx.Node):
-            raise self.refuse(node, "a network returns one tensor, not a collection; wrap it to return its logits")
-        return self.in_place(self.as_float(self.values[op.inputs[0]]), node)
+    assert value.grid is not None, "quantize puts a quantizer before each integer layer"
+    weight, bias, remainder, scale = integer_weights(layer, gain, shift, value.type)
+    target, shape = build.target(last), build.shape_of(last)
+    build.bits[path] = (layer.weight_quantizer.bits, value.grid.bits)
+    factors = fraction = None
+    if target is not None:
+        factors = requant(scale / target.scale, path)
+        fraction = torch.round(remainder * factors.multiplier.double()).to(torch.int64)
+    if conv:
+        conv["pad_value"] = value.type.zero_point
+    made = build.emit(
+        ir.Conv if conv else ir.Linear,
+        path,
+        [value],
+        ir.TensorType(shape, *ACCUMULATOR, scale=0.0) if target is None else target.type(shape),
+        None if target is None else target.grid,
+        layer=path,
+        weight=weight,
+        weight_bits=layer.weight_quantizer.bits,
+        activation_bits=value.grid.bits,
+        bias=bias,
+        input_range=value.type.limits,
+        requant=factors,
+        fraction=fraction,
+        **conv,
+    )
+    return made if target is not None else replace(made, scale=scale)
 
 
 def _conv_options(layer: nn.Conv2d, path: str) -> dict[str, Any]:
@@ -242,3 +205,38 @@ def _conv_options(layer: nn.Conv2d, path: str) -> dict[str, Any]:
         "dilation": pair(layer.dilation),
         "groups": layer.groups,
     }
+
+
+def _padded(value: Value, padding: tuple[int, int, int, int]) -> tuple[Value, tuple[int, int, int, int]]:
+    """Take zeros around a convolution's input into its own padding."""
+    if not isinstance(value.index, torch.Tensor) or value.index.ndim != 4 or len(value.type.shape) != 3:
+        return value, padding
+    selection = movement.select(value.index, value.type.shape)
+    around = None if selection is None else movement.padding(selection, value.type.shape)
+    if around is None:
+        return value, padding
+    top, bottom, left, right = (own + extra for own, extra in zip(padding, around, strict=True))
+    return replace(value, index=None), (top, bottom, left, right)
+
+
+_OPERATORS: dict[str, Callable[[Builder, fx.Node, Op], Value]] = {
+    "input": _input,
+    "layer": _layer,
+    "quantizer": _quantizer,
+    "movement": _move,
+    "dropout": _as_it_is,
+    "identity": _as_it_is,
+    "add": operators.add,
+    "mul": operators.mul,
+    "concat": operators.concat,
+    "function": operators.function,
+    "batch_norm": operators.batch_norm,
+    "affine": operators.constant_affine,
+    "relu": operators.relu,
+    "relu6": operators.relu,
+    "max_pool": operators.max_pool,
+    "adaptive_max_pool": operators.max_pool,
+    "avg_pool": operators.avg_pool,
+    "adaptive_avg_pool": operators.avg_pool,
+    "mean": operators.avg_pool,
+}

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lightning_baqe.integer.nodes import select_elements
+
 Index = torch.Tensor | tuple[Any, ...]
+# Channels, rows and columns, as in lightning_baqe.integer.nodes.Gather.
+Selection = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def start(shape: tuple[int, ...]) -> torch.Tensor:
@@ -52,36 +55,6 @@ def move(node: fx.Node, source: fx.Node, index: Index, modules: nn.Module, value
     return out.contiguous() if isinstance(out, torch.Tensor) else tuple(part.contiguous() for part in out)
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Channels, rows and columns that a map selects, each an int64 index with -1 for padding, or None for all in order;
-    see :class:`lightning_baqe.integer.nodes.Gather`."""
-
-    channels: torch.Tensor | None
-    rows: torch.Tensor | None
-    columns: torch.Tensor | None
-
-    @property
-    def is_identity(self) -> bool:
-        return self.channels is None and self.rows is None and self.columns is None
-
-    def padding(self, shape: tuple[int, ...]) -> tuple[int, int, int, int] | None:
-        """``(top, bottom, left, right)`` if the selection does nothing but pad a ``shape``, else None."""
-        if self.channels is not None or len(shape) != 3:
-            return None
-        found: list[int] = []
-        for index, size in ((self.rows, shape[1]), (self.columns, shape[2])):
-            if index is None:
-                found += [0, 0]
-                continue
-            inside = torch.nonzero(index >= 0).flatten()
-            before, after = (int(inside[0]), len(index) - 1 - int(inside[-1])) if len(inside) else (0, 0)
-            if index[before : len(index) - after].tolist() != list(range(size)):
-                return None
-            found += [before, after]
-        return found[0], found[1], found[2], found[3]
-
-
 def is_reshape(index: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Whether the map leaves all elements in order."""
     return index.numel() == 2 * math.prod(shape) and torch.equal(index.flatten(), start(shape).flatten())
@@ -97,26 +70,27 @@ def select(index: torch.Tensor, shape: tuple[int, ...]) -> Selection | None:
     if index.ndim != len(shape) + 1:
         return None
     numbers = index[0].to(torch.int64) - 1
-    absent = numbers < 0
-    second = torch.where(absent, -1, numbers + math.prod(shape))
-    if not torch.equal(second, index[1].to(torch.int64) - 1):
-        return None
-    coordinates = torch.unravel_index(numbers.clamp(min=0), shape)
     found = []
-    for dim, coordinate in enumerate(coordinates):
-        along = coordinate.masked_fill(absent, -1).movedim(dim, 0).flatten(1)
-        picked = along.amax(1) if along.shape[1] else along.new_zeros(len(along))
-        found.append(picked)
-    expected_absent = torch.zeros_like(absent)
-    for dim, picked in enumerate(found):
-        expected_absent |= (picked < 0).reshape([-1 if i == dim else 1 for i in range(absent.ndim)])
-    rebuilt = torch.zeros_like(numbers)
-    for dim, picked in enumerate(found):
-        rebuilt = rebuilt * shape[dim] + picked.clamp(min=0).reshape(
-            [-1 if i == dim else 1 for i in range(absent.ndim)]
-        )
-    rebuilt = rebuilt.masked_fill(expected_absent, -1)
-    if not torch.equal(rebuilt, torch.where(absent, -1, numbers)):
+    for dim, coordinate in enumerate(torch.unravel_index(numbers.clamp(min=0), shape)):
+        along = coordinate.masked_fill(numbers < 0, -1).movedim(dim, 0).flatten(1)
+        found.append(along.amax(1) if along.shape[1] else along.new_zeros(len(along)))
+    if not torch.equal(select_elements(start(shape), found, 0), index):
         return None
     parts = [None if p.tolist() == list(range(size)) else p for p, size in zip(found, shape, strict=True)]
-    return Selection(*[*parts, None, None][:3])
+    channels, rows, columns = [*parts, None, None][:3]
+    return channels, rows, columns
+
+
+def padding(selection: Selection, shape: tuple[int, ...]) -> tuple[int, int, int, int] | None:
+    """``(top, bottom, left, right)`` if the selection does nothing but pad an image of a ``shape``, else None."""
+    if selection[0] is not None:
+        return None
+    found: list[int] = []
+    for index, size in zip(selection[1:], shape[1:], strict=True):
+        wanted = list(range(size)) if index is None else index.tolist()
+        inside = [place for place, source in enumerate(wanted) if source >= 0] or [len(wanted) - 1]
+        before, after = inside[0], len(wanted) - 1 - inside[-1]
+        if wanted[before : len(wanted) - after] != list(range(size)):
+            return None
+        found += [before, after]
+    return found[0], found[1], found[2], found[3]

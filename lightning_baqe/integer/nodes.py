@@ -5,51 +5,96 @@ the output from the inputs; values carry a leading batch dimension, types do not
 here: a target decides on storage types. The real value behind an integer ``q`` is ``scale * (q - zero_point)``.
 
 Integer convolutions are computed in float64, where sums of products below 2^53 are exact: the worst case of every layer
-is checked to fit 32 bits on construction, so no rounding can occur.
+is checked to fit 32 bits on construction, so no rounding can occur. Operators whose name begins with Float do float32
+arithmetic on values inside the network: layers that stay float, and what stands between them.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
 
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer.dyadic import Dyadic, rounding_shift
-from lightning_baqe.integer.float_nodes import (
-    FloatAdd,
-    FloatAffine,
-    FloatAvgPool,
-    FloatConv,
-    FloatFunction,
-    FloatLinear,
-    FloatMul,
-)
-from lightning_baqe.integer.node import Node, TensorType, per_channel, window_sums
-
-__all__ = [
-    "NODE_TYPES", "Add", "Affine", "AvgPool", "Clip", "Concat", "Conv", "Dequantize", "Flatten", "FloatAdd",
-    "FloatAffine", "FloatAvgPool", "FloatConv", "FloatFunction", "FloatLinear", "FloatMul", "Gather", "Input", "Linear",
-    "MaxPool", "Mul", "Node", "Quantize", "Requantize", "Table", "TensorType", "check_accumulator",
-]  # fmt: skip
+from lightning_baqe.quantization.pointwise import Pointwise
 
 INT32_MAX = 2**31 - 1
 
+NODE_TYPES: dict[str, type[Node]] = {}  # all operators by kind
 
-def _clip(values: torch.Tensor, kind: TensorType) -> torch.Tensor:
-    assert kind.low is not None
-    assert kind.high is not None
-    return values.clamp(kind.low, kind.high)
+
+@dataclass(frozen=True)
+class TensorType:
+    """The type of one value, without the batch dimension.
+
+    Args:
+        shape: ``(channels, height, width)`` or ``(features,)``.
+        low, high: inclusive integer range; both None for a float32 value.
+        scale, zero_point: the real value is ``scale * (q - zero_point)``; scale 0 where it differs by channel.
+    """
+
+    shape: tuple[int, ...]
+    low: int | None = None
+    high: int | None = None
+    scale: float = 1.0
+    zero_point: int = 0
+
+    @property
+    def is_integer(self) -> bool:
+        return self.low is not None
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Lowest and highest integer."""
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
+
+    def clip(self, steps: torch.Tensor) -> torch.Tensor:
+        """``clip(steps + zero_point)``, steps being int64 and counted from the zero point."""
+        return (steps + self.zero_point).clamp(*self.limits)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Node(ABC):
+    """Base of all operators.
+
+    Args:
+        name: unique in its graph.
+        inputs: names of the nodes whose outputs it reads.
+        type: the type of its output.
+    """
+
+    kind: ClassVar[str]  # in files and messages: the name of the class in snake case
+    name: str
+    inputs: tuple[str, ...]
+    type: TensorType
+
+    def __init_subclass__(cls) -> None:
+        if "run" in vars(cls):
+            cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+            NODE_TYPES[cls.kind] = cls
+
+    @abstractmethod
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        """Compute the output, shape ``(n, *type.shape)``."""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it does float arithmetic on values inside the network."""
+        return self.kind.startswith("float_")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Input(Node):
     """The network's float32 input."""
-
-    kind = "input"
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         return values[0].to(torch.float32)
@@ -59,24 +104,20 @@ class Input(Node):
 class Quantize(Node):
     """Float to integer: ``clip(round_half_even(x * inverse_scale) + zero_point)``, one float32 multiplication."""
 
-    kind = "quantize"
     inverse_scale: float
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         factor = torch.tensor(self.inverse_scale, dtype=torch.float32)
         scaled = torch.round(values[0].to(torch.float32) * factor)
         # Clamp before the cast: what lies outside int64 has no defined conversion.
-        assert self.type.low is not None
-        assert self.type.high is not None
-        zero_point = self.type.zero_point
-        return scaled.clamp(self.type.low - zero_point, self.type.high - zero_point).to(torch.int64) + zero_point
+        low, high = (limit - self.type.zero_point for limit in self.type.limits)
+        return scaled.clamp(low, high).to(torch.int64) + self.type.zero_point
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Dequantize(Node):
     """Integer to float32: ``float32(q - zero_point) * scale``, scale float32 of shape ``()`` or ``(channels,)``."""
 
-    kind = "dequantize"
     scale: torch.Tensor
     zero_point: int
 
@@ -86,74 +127,66 @@ class Dequantize(Node):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Conv(Node):
-    """Integer 2-d convolution: ``acc = sum(weight * q) + bias`` in int32, padded with ``pad_value``.
+class Layer(Node):
+    """An integer layer: ``acc = sum(weight * q) + bias`` in int32.
 
     With ``requant`` the output is ``clip(requant(acc) + zero_point)``, without it the accumulators themselves. The
     input's zero point is folded into the bias: ``bias - zero_point * sum(weight)``.
 
     Args:
-        weight: int64, shape ``(out, in / groups, kernel_h, kernel_w)``, within ``weight_bits`` signed bits.
-        bias: int64 within 32 bits, shape ``(out,)``.
-        stride, dilation: ``(height, width)``.
-        padding: ``(top, bottom, left, right)``.
         layer: path of the module in the network that it was made of.
+        weight: int64, ``(out, ...)``, within ``weight_bits`` signed bits.
+        bias: int64 within 32 bits, shape ``(out,)``.
         fraction: int64, ``(out,)``, what rounding took from the bias, in steps of ``2^-shift`` of the output's grid:
             ``clip(((acc * m + fraction + half) >> shift) + zero_point)``. With few bits a step of the accumulator is
             a large part of a step of the output, and a bias in whole accumulator steps would be a bias error.
     """
 
-    kind = "conv"
     layer: str
     weight: torch.Tensor
     weight_bits: int
     activation_bits: int
     bias: torch.Tensor
+    input_range: tuple[int, int]
+    requant: Dyadic | None
+    fraction: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_accumulator(self.layer, self.weight, self.bias, self.input_range)
+
+    def _finish(self, products: torch.Tensor) -> torch.Tensor:
+        """The output for sums of products, float64 of shape ``(n, out, ...)``."""
+        acc = products.to(torch.int64) + per_channel(self.bias, products)
+        return acc if self.requant is None else self.type.clip(self.requant.apply(acc, 1, self.fraction))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Layer):
+    """Integer 2-d convolution, padded with ``pad_value``.
+
+    Args:
+        weight: shape ``(out, in / groups, kernel_h, kernel_w)``.
+        stride, dilation: ``(height, width)``.
+        padding: ``(top, bottom, left, right)``.
+    """
+
     stride: tuple[int, int]
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
     groups: int
     pad_value: int
-    input_range: tuple[int, int]
-    requant: Dyadic | None
-    fraction: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        check_accumulator(self.layer, self.weight, self.bias, self.input_range)
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        top, bottom, left, right = self.padding
-        padded = functional.pad(values[0].to(torch.float64), (left, right, top, bottom), value=float(self.pad_value))
         weight = self.weight.to(torch.float64)
-        acc = functional.conv2d(padded, weight, None, self.stride, 0, self.dilation, self.groups)
-        acc = acc.to(torch.int64) + per_channel(self.bias, acc)
-        if self.requant is None:
-            return acc
-        return _clip(self.requant.apply(acc, 1, self.fraction) + self.type.zero_point, self.type)
+        return self._finish(_convolve(self, values[0].to(torch.float64), weight, None, float(self.pad_value)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Linear(Node):
-    """Integer matrix product of ``(n, in)`` values, as :class:`Conv`; weight ``(out, in)``."""
-
-    kind = "linear"
-    layer: str
-    weight: torch.Tensor
-    weight_bits: int
-    activation_bits: int
-    bias: torch.Tensor
-    input_range: tuple[int, int]
-    requant: Dyadic | None
-    fraction: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        check_accumulator(self.layer, self.weight, self.bias, self.input_range)
+class Linear(Layer):
+    """Integer matrix product of ``(n, in)`` values; weight ``(out, in)``."""
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        acc = (values[0].to(torch.float64) @ self.weight.to(torch.float64).T).to(torch.int64) + self.bias
-        if self.requant is None:
-            return acc
-        return _clip(self.requant.apply(acc, 1, self.fraction) + self.type.zero_point, self.type)
+        return self._finish(values[0].to(torch.float64) @ self.weight.to(torch.float64).T)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -163,43 +196,38 @@ class Add(Node):
     ``offset`` is ``-(m_a * zero_point_a + m_b * zero_point_b)``. ReLU is the lower end of the output's range.
     """
 
-    kind = "add"
     multipliers: tuple[int, int]
     shift: int
     offset: int
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         total = values[0] * self.multipliers[0] + values[1] * self.multipliers[1] + self.offset
-        return _clip(rounding_shift(total, self.shift) + self.type.zero_point, self.type)
+        return self.type.clip(rounding_shift(total, self.shift))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Requantize(Node):
     """Onto another grid: ``clip(requant(q - input_zero_point) + zero_point)``; ``requant`` is one factor."""
 
-    kind = "requantize"
     requant: Dyadic
     input_zero_point: int
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return _clip(self.requant.apply(values[0] - self.input_zero_point) + self.type.zero_point, self.type)
+        return self.type.clip(self.requant.apply(values[0] - self.input_zero_point))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Clip(Node):
     """Clip to the output's range; a ReLU has the zero point as its lower end."""
 
-    kind = "clip"
-
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        return _clip(values[0], self.type)
+        return values[0].clamp(*self.type.limits)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MaxPool(Node):
     """Max pooling of integers or floats; padding never wins. Args as torch: ``(height, width)`` pairs."""
 
-    kind = "max_pool"
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -225,7 +253,6 @@ class AvgPool(Node):
         requant: one factor, or ``(out_height * out_width,)`` where windows count differently.
     """
 
-    kind = "avg_pool"
     rows: torch.Tensor
     columns: torch.Tensor
     requant: Dyadic
@@ -233,8 +260,7 @@ class AvgPool(Node):
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         total = window_sums(values[0] - self.input_zero_point, self.rows, self.columns)
-        scaled = self.requant.apply(total.flatten(2), 2).reshape(total.shape)
-        return _clip(scaled + self.type.zero_point, self.type)
+        return self.type.clip(self.requant.apply(total.flatten(2), 2).reshape(total.shape))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -247,7 +273,6 @@ class Table(Node):
         functions: names and parameters of what it computes, in order: ``(("hardswish",), ("mul", 0.5))``.
     """
 
-    kind = "table"
     table: torch.Tensor
     input_low: int
     functions: tuple[tuple[Any, ...], ...]
@@ -266,14 +291,12 @@ class Affine(Node):
         offset: int64, ``(channels,)``, below 2^61 in absolute value, in steps of ``2^-shift`` of the output's grid.
     """
 
-    kind = "affine"
     requant: Dyadic
     offset: torch.Tensor
     input_zero_point: int
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        scaled = self.requant.apply(values[0] - self.input_zero_point, 1, self.offset)
-        return _clip(scaled + self.type.zero_point, self.type)
+        return self.type.clip(self.requant.apply(values[0] - self.input_zero_point, 1, self.offset))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -284,20 +307,17 @@ class Mul(Node):
     product fits 17 bits and a sign.
     """
 
-    kind = "mul"
     requant: Dyadic
     input_zero_points: tuple[int, int]
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         product = (values[0] - self.input_zero_points[0]) * (values[1] - self.input_zero_points[1])
-        return _clip(self.requant.apply(product) + self.type.zero_point, self.type)
+        return self.type.clip(self.requant.apply(product))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Concat(Node):
     """Channels of all inputs, one after the other: floats, or integers on one grid (HAWQ-V3 eq. 10, rescaled)."""
-
-    kind = "concat"
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         return torch.cat(values, 1)
@@ -315,38 +335,150 @@ class Gather(Node):
             have channels only.
     """
 
-    kind = "gather"
     channels: torch.Tensor | None
     rows: torch.Tensor | None
     columns: torch.Tensor | None
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
-        out = values[0]
-        for dim, index in enumerate((self.channels, self.rows, self.columns), 1):
-            if index is not None:
-                out = out.index_select(dim, index.clamp(min=0))
-                absent = (index < 0).reshape([-1 if i == dim else 1 for i in range(out.ndim)])
-                out = out.masked_fill(absent, self.type.zero_point if self.type.is_integer else 0)
-        return out
+        absent = self.type.zero_point if self.type.is_integer else 0
+        return select_elements(values[0], (self.channels, self.rows, self.columns), absent)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Flatten(Node):
     """``(c, h, w)`` to ``(c * h * w,)``, channels outermost as in torch; or ``(c,)`` to ``(c, 1, 1)``."""
 
-    kind = "flatten"
-
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         return values[0].reshape(len(values[0]), *self.type.shape)
 
 
-NODE_TYPES: dict[str, type[Node]] = {
-    cls.kind: cls
-    for cls in (
-        Input, Quantize, Dequantize, Conv, Linear, Add, Mul, Affine, Table, Requantize, Clip, MaxPool, AvgPool, Concat,
-        Gather, Flatten, FloatConv, FloatLinear, FloatAdd, FloatMul, FloatAffine, FloatFunction, FloatAvgPool,
-    )
-}  # fmt: skip
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatLayer(Node):
+    """A float32 layer with bias and, if ``relu``, a ReLU; ``layer`` and the shapes as :class:`Layer`."""
+
+    layer: str
+    weight: torch.Tensor
+    bias: torch.Tensor
+    relu: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatConv(FloatLayer):
+    """Float32 convolution; fields as :class:`Conv`."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        out = _convolve(self, values[0], self.weight, self.bias, 0.0)
+        return out.relu() if self.relu else out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatLinear(FloatLayer):
+    """Float32 matrix product; weight ``(out, in)``."""
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        out = functional.linear(values[0], self.weight, self.bias)
+        return out.relu() if self.relu else out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatAdd(Node):
+    """Float32 sum of two values and, if ``relu``, a ReLU."""
+
+    relu: bool
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        out = values[0] + values[1]
+        return out.relu() if self.relu else out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatFunction(Node):
+    """A pointwise float32 function by name, with its parameters; see :mod:`lightning_baqe.quantization.pointwise`."""
+
+    function: str
+    parameters: tuple[float, ...]
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return Pointwise(self.function, self.parameters)(values[0])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatAffine(Node):
+    """Float32 ``x * gain + shift``, both of shape ``(channels,)``."""
+
+    gain: torch.Tensor
+    shift: torch.Tensor
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return values[0] * per_channel(self.gain, values[0]) + per_channel(self.shift, values[0])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatMul(Node):
+    """Float32 product of two values; the second has the first's shape, or ``(channels, 1, 1)``."""
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        return values[0] * values[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FloatAvgPool(Node):
+    """Float32 average pooling, ``sum * factor`` over each window as in :class:`AvgPool`.
+
+    Args:
+        rows, columns: as in :class:`AvgPool`.
+        factors: float32, shape ``()`` or ``(out_height * out_width,)``.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    factors: torch.Tensor
+
+    def run(self, *values: torch.Tensor) -> torch.Tensor:
+        total = window_sums(values[0], self.rows, self.columns)
+        return (total.flatten(2) * self.factors).reshape(total.shape)
+
+
+def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Numbers by channel, shape ``()`` or ``(channels,)``, which broadcast to ``like``, ``(n, channels, ...)``."""
+    return values if values.ndim == 0 else values.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def window_sums(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Sums over windows.
+
+    Args:
+        values: ``(n, channels, height, width)``.
+        rows: int64, ``(out_height, 2)``, first and one past the last of each window.
+        columns: likewise, ``(out_width, 2)``.
+
+    Returns:
+        ``(n, channels, out_height, out_width)``, of the same type.
+    """
+    by_row = torch.stack([values[:, :, first:end].sum(2) for first, end in rows.tolist()], 2)
+    return torch.stack([by_row[:, :, :, first:end].sum(3) for first, end in columns.tolist()], 3)
+
+
+def select_elements(values: torch.Tensor, indices: Sequence[torch.Tensor | None], absent: float) -> torch.Tensor:
+    """Elements of ``(n, ...)`` by one index for each further dimension, as :class:`Gather`; -1 gives ``absent``."""
+    for dim, index in enumerate(indices, 1):
+        if index is not None:
+            outside = (index < 0).reshape([-1 if i == dim else 1 for i in range(values.ndim)])
+            values = values.index_select(dim, index.clamp(min=0)).masked_fill(outside, absent)
+    return values
+
+
+def _convolve(
+    node: Conv | FloatConv, values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pad_value: float
+) -> torch.Tensor:
+    top, bottom, left, right = node.padding
+    padded = functional.pad(values, (left, right, top, bottom), value=pad_value)
+    return functional.conv2d(padded, weight, bias, node.stride, 0, node.dilation, node.groups)
 
 
 def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, input_range: tuple[int, int]) -> None:

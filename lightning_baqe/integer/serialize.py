@@ -16,7 +16,7 @@ import torch
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.integer.nodes import NODE_TYPES, Conv, Linear, Node, TensorType
+from lightning_baqe.integer.nodes import NODE_TYPES, Layer, Node, TensorType
 
 FORMAT_VERSION = 1
 
@@ -109,7 +109,7 @@ def _describe(node: Node, index: int, arrays: dict[str, np.ndarray]) -> dict[str
         elif isinstance(value, Dyadic):
             value = {"multiplier": _store(value.multiplier, 32, key, arrays), "shift": value.shift}
         elif isinstance(value, torch.Tensor):
-            width = node.weight_bits if isinstance(node, Conv | Linear) and item.name == "weight" else 32
+            width = node.weight_bits if isinstance(node, Layer) and item.name == "weight" else 32
             value = _store(value, width, key, arrays)
         elif isinstance(value, tuple):
             value = [list(part) if isinstance(part, tuple) else part for part in value]
@@ -118,20 +118,17 @@ def _describe(node: Node, index: int, arrays: dict[str, np.ndarray]) -> dict[str
 
 
 def _store(value: torch.Tensor, bits: int, key: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    if value.is_floating_point():
-        if value.dtype != torch.float32:
-            raise ConfigError(f"array {key!r}: float constants are float32, got {value.dtype}")
-        arrays[key] = value.detach().cpu().numpy()
-        return {"array": key, "form": "float32"}
-    if bits == 32:
-        limit = 2**31
-        if value.numel() and not -limit <= int(value.min()) <= int(value.max()) < limit:
-            arrays[key] = value.detach().cpu().numpy().astype(np.int64)
-            return {"array": key, "form": "int64"}
-        arrays[key] = value.detach().cpu().numpy().astype(np.int32)
-        return {"array": key, "form": "int32"}
-    arrays[key] = pack_bits(value, bits)
-    return {"array": key, "form": "packed", "bits": bits, "shape": list(value.shape)}
+    if not value.is_floating_point() and bits < 32:
+        arrays[key] = pack_bits(value, bits)
+        return {"array": key, "form": "packed", "bits": bits, "shape": list(value.shape)}
+    form = "float32"
+    if not value.is_floating_point():
+        fits = value.numel() == 0 or -(2**31) <= int(value.min()) <= int(value.max()) < 2**31
+        form = "int32" if fits else "int64"
+    elif value.dtype != torch.float32:
+        raise ConfigError(f"array {key!r}: float constants are float32, got {value.dtype}")
+    arrays[key] = value.detach().cpu().numpy().astype(form)
+    return {"array": key, "form": form}
 
 
 def _load(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
@@ -142,11 +139,10 @@ def _load(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.T
         shape = tuple(entry["shape"])
         count = int(np.prod(shape, dtype=np.int64))
         return unpack_bits(np.asarray(arrays[key]), entry["bits"], count).reshape(shape)
-    wanted = {"float32": np.float32, "int32": np.int32, "int64": np.int64}.get(form)
-    if wanted is None:
+    if form not in ("float32", "int32", "int64"):
         raise ConfigError(f"array {key!r} has the unknown form {form!r}; this release may be too old for the file")
     array = np.asarray(arrays[key])
-    if array.dtype != wanted:
+    if array.dtype != form:
         raise ConfigError(f"array {key!r} must be {form}, got {array.dtype}; the file is damaged or of another graph")
     tensor = torch.from_numpy(array.copy())
     return tensor if form == "float32" else tensor.to(torch.int64)

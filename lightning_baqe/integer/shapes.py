@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,56 +13,43 @@ from lightning_baqe.errors import UnsupportedModelError
 _BATCH = 2  # a batch size that was fixed somewhere (view(1, -1)) shows as a wrong first dimension
 
 
-class _Recorder(fx.Interpreter):
-    def __init__(self, model: fx.GraphModule, keep: Collection[fx.Node]) -> None:
-        super().__init__(model)
-        self.keep = keep
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if isinstance(out, torch.Tensor):
-            self.shapes[n] = tuple(out.shape)
-        if n in self.keep or not isinstance(out, torch.Tensor | tuple | list) or _is_plain(out):
-            self.values[n] = out
-        return out
-
-
-def _is_plain(out: Any) -> bool:
-    """Whether a tuple or list holds no tensor: a shape."""
-    return isinstance(out, tuple | list) and not any(isinstance(part, torch.Tensor) for part in out)
-
-
-class GraphValues:
+class GraphValues(fx.Interpreter):
     """What each node of a graph evaluates to for an input of a given shape.
 
     Args:
         model: in eval mode.
         shape: of the input, without the batch dimension.
-        constants: nodes that are constants of the network; their values are kept.
+        constants: nodes that are constants of the network.
 
     Raises:
         UnsupportedModelError: the network does not run on that shape.
     """
 
     def __init__(self, model: fx.GraphModule, shape: tuple[int, ...], constants: Collection[fx.Node] = ()) -> None:
+        super().__init__(model)
+        self._constants = constants
+        self._values: dict[fx.Node, Any] = {}
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
-        recorder = _Recorder(model, constants)
         try:
             with torch.no_grad():
-                recorder.run(torch.zeros(_BATCH, *shape, dtype=dtype))
+                self.run(torch.zeros(_BATCH, *shape, dtype=dtype))
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"the network does not run on a batch of {_BATCH} inputs of shape {shape}: {error}; give the shape it "
                 "was made for, and let no operator fix the batch size"
             ) from error
-        self._shapes, self._values = recorder.shapes, recorder.values
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the base class; of a tensor that is no constant only the shape is kept: zeros without memory."""
+        out = super().run_node(n)
+        is_activation = isinstance(out, torch.Tensor) and n not in self._constants
+        self._values[n] = torch.zeros(()).expand(out.shape) if is_activation else out
+        return out
 
     def shape(self, node: fx.Node, label: str) -> tuple[int, ...]:
         """Shape of a tensor without the batch dimension."""
-        shape = self._shapes[node]
+        shape = tuple(self._values[node].shape)
         if not shape or shape[0] != _BATCH:
             raise UnsupportedModelError(
                 f"{label!r}: the first dimension must stay the batch; for a batch of {_BATCH} its output is {shape}"
@@ -72,11 +58,11 @@ class GraphValues:
 
     def value(self, node: fx.Node) -> Any:
         """What a node of numbers, or a constant, evaluates to; of a tensor, zeros of its shape."""
-        return self._values[node] if node in self._values else torch.zeros(self._shapes[node])
+        return self._values[node]
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options with the nodes in them replaced by what they evaluate to."""
-        return {name: fx.node.map_arg(value, lambda node: self._values[node]) for name, value in options.items()}
+        return {name: fx.node.map_arg(value, self.value) for name, value in options.items()}
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -85,6 +71,19 @@ def pair(value: Any) -> tuple[int, int]:
         return value, value
     numbers = tuple(int(v) for v in value)
     return (numbers[0], numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def stride_of(options: Mapping[str, Any], kernel: tuple[int, int]) -> tuple[int, int]:
+    """The stride of a pooling: by default the kernel's size."""
+    stride = options.get("stride")
+    return kernel if stride is None or stride == [] else pair(stride)
+
+
+def adaptive_sizes(options: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
+    """Height and width of an adaptive pooling's output; None leaves a size as it is."""
+    wanted = options["output_size"]
+    sizes = wanted if isinstance(wanted, tuple | list) else (wanted, wanted)
+    return [full if size is None else int(size) for full, size in zip(shape[1:], sizes, strict=True)]
 
 
 def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -99,72 +98,52 @@ def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     return height, height, width, width
 
 
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """The windows of a pooling and what each sum is divided by.
-
-    Args:
-        rows, columns: int64, ``(out, 2)``: first and one past the last of each window, within the image.
-        divisors: float64, shape ``()``, or ``(out_height * out_width,)`` where they differ.
-    """
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    divisors: torch.Tensor
-
-
-def pool_windows(kind: str, options: Mapping[str, Any], shape: tuple[int, ...], label: str) -> Windows:
-    """Windows of an average pooling, as torch has them.
+def pool_windows(
+    kind: str, options: Mapping[str, Any], shape: tuple[int, ...], label: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Windows of an average pooling, as torch has them, and what each sum is divided by.
 
     Args:
         kind: ``"avg_pool"``, ``"adaptive_avg_pool"`` or ``"mean"`` (over height and width).
         options: by torch's names.
         shape: of the input, ``(channels, height, width)``.
 
+    Returns:
+        rows, columns: int64, ``(out, 2)``: first and one past the last of each window, within the image.
+        divisors: float64, shape ``()``, or ``(out_height * out_width,)`` where they differ.
+
     Raises:
         UnsupportedModelError: the input is no image, or a window lies in the padding alone.
     """
     if len(shape) != 3:
         raise UnsupportedModelError(f"{label!r}: average pooling wants (channels, height, width), got {shape}")
-    if kind == "mean":
-        return _windows([(0, shape[1])], [(0, shape[2])], [shape[1]], [shape[2]])
-    if kind == "adaptive_avg_pool":
-        wanted = options["output_size"]
-        sizes = wanted if isinstance(wanted, tuple | list) else (wanted, wanted)
-        rows, columns = (
-            adaptive_windows(full, full if size is None else int(size))
-            for full, size in zip(shape[1:], sizes, strict=True)
-        )
-        return _windows(rows, columns, [b - a for a, b in rows], [b - a for a, b in columns])
-    kernel = pair(options["kernel_size"])
-    stride = options.get("stride")
-    step = kernel if stride is None or stride == [] else pair(stride)
-    padding = pair(options.get("padding", 0))
-    ceil_mode, override = bool(options.get("ceil_mode", False)), options.get("divisor_override")
-    bounds: list[list[tuple[int, int]]] = []
-    counts: list[list[int]] = []
-    for size, k, s, p in zip(shape[1:], kernel, step, padding, strict=True):
-        out = (size + 2 * p - k + (s - 1 if ceil_mode else 0)) // s + 1
-        if ceil_mode and (out - 1) * s >= size + p:
-            out -= 1  # torch: a window starts within the image or its first padding
-        padded = [(i * s - p, min(i * s - p + k, size + p)) for i in range(out)]
-        inside = [(max(a, 0), min(b, size)) for a, b in padded]
-        if any(a >= b for a, b in inside):
-            raise UnsupportedModelError(f"{label!r}: a pooling window lies in the padding alone; pad less")
-        bounds.append(inside)
-        counts.append([b - a for a, b in (padded if options.get("count_include_pad", True) else inside)])
-    found = _windows(bounds[0], bounds[1], counts[0], counts[1])
-    return found if not override else Windows(found.rows, found.columns, torch.tensor(float(override)).double())
-
-
-def adaptive_windows(size: int, out: int) -> list[tuple[int, int]]:
-    """torch's adaptive pooling along one dimension: window i is ``floor(i size / out) .. ceil((i + 1) size / out)``."""
-    return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
-
-
-def _windows(
-    rows: list[tuple[int, int]], columns: list[tuple[int, int]], heights: list[int], widths: list[int]
-) -> Windows:
-    divisors = torch.outer(torch.tensor(heights, dtype=torch.float64), torch.tensor(widths, dtype=torch.float64))
+    if kind == "avg_pool":
+        kernel, ceil_mode = pair(options["kernel_size"]), bool(options.get("ceil_mode", False))
+        steps, padding = stride_of(options, kernel), pair(options.get("padding", 0))
+        padded = [
+            _strided_windows(*numbers, ceil_mode) for numbers in zip(shape[1:], kernel, steps, padding, strict=True)
+        ]
+    else:
+        sizes = [1, 1] if kind == "mean" else adaptive_sizes(options, shape)
+        padded = [
+            [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+            for size, out in zip(shape[1:], sizes, strict=True)
+        ]
+    inside = [[(max(a, 0), min(b, size)) for a, b in windows] for windows, size in zip(padded, shape[1:], strict=True)]
+    if any(a >= b for windows in inside for a, b in windows):
+        raise UnsupportedModelError(f"{label!r}: a pooling window lies in the padding alone; pad less")
+    counted = padded if options.get("count_include_pad", True) else inside
+    heights, widths = (torch.tensor([b - a for a, b in windows], dtype=torch.float64) for windows in counted)
+    divisors = torch.outer(heights, widths)
+    if override := options.get("divisor_override"):
+        divisors.fill_(override)
     same = bool((divisors == divisors[0, 0]).all())
-    return Windows(torch.tensor(rows), torch.tensor(columns), divisors[0, 0] if same else divisors.flatten())
+    return torch.tensor(inside[0]), torch.tensor(inside[1]), divisors[0, 0] if same else divisors.flatten()
+
+
+def _strided_windows(size: int, kernel: int, step: int, padding: int, ceil_mode: bool) -> list[tuple[int, int]]:
+    """Windows along one dimension of an image and its padding."""
+    out = (size + 2 * padding - kernel + (step - 1 if ceil_mode else 0)) // step + 1
+    if ceil_mode and (out - 1) * step >= size + padding:
+        out -= 1  # torch: a window starts within the image or its first padding
+    return [(i * step - padding, min(i * step - padding + kernel, size + padding)) for i in range(out)]

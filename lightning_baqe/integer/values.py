@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -15,10 +18,8 @@ from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.shapes import GraphValues
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.quantization.ops import TRANSPARENT, OpReader
+from lightning_baqe.quantization.ops import TRANSPARENT, Op, OpReader
 from lightning_baqe.quantization.pointwise import Pointwise
-
-ACCUMULATOR = (-(2**31), 2**31 - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,41 +49,35 @@ class Value:
         assert isinstance(self.index, torch.Tensor)
         return tuple(self.index.shape[1:])
 
-    @property
-    def limits(self) -> tuple[int, int]:
-        """Lowest and highest integer."""
-        assert self.type.low is not None
-        assert self.type.high is not None
-        return self.type.low, self.type.high
-
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Where an integer producer's output goes: a grid and the range that ReLUs on the way leave."""
+    """Where an integer producer's output goes: a grid, its range cut by the ReLUs (``clips``) on the way."""
 
     grid: ActivationQuantizer
-    scale: float
-    zero_point: int
-    low: int
-    high: int
+    clips: tuple[str, ...] = ()
 
     def type(self, shape: tuple[int, ...]) -> ir.TensorType:
-        return ir.TensorType(shape, self.low, self.high, self.scale, self.zero_point)
+        """The type of a tensor that is stored there."""
+        low, high, zero_point = self.grid.low, self.grid.qmax, self.grid.zero_point()
+        if self.clips:
+            low = max(low, zero_point)
+        if "relu6" in self.clips:
+            high = min(high, round(6.0 / self.scale) + zero_point)
+        return ir.TensorType(shape, low, high, self.scale, zero_point)
 
+    @property
+    def scale(self) -> float:
+        return self.grid.step()
 
-def clip_target(grid: ActivationQuantizer, clips: list[str]) -> Target:
-    """The quantizer's grid, its range cut by ReLUs."""
-    scale, zero_point = grid.step(), grid.zero_point()
-    low, high = grid.low, grid.qmax
-    if clips:
-        low = max(low, zero_point)
-    if "relu6" in clips:
-        high = min(high, round(6.0 / scale) + zero_point)
-    return Target(grid, scale, zero_point, low, high)
+    @property
+    def inverse_scale(self) -> float:
+        """What quantizing to it multiplies with, a float32."""
+        return float(np.float32(1.0) / np.float32(self.scale))
 
 
 class Builder:
-    """The graph under construction: names, values, look-ahead. Base of what lowers operators.
+    """The graph under construction: names, values, look-ahead.
 
     Args:
         model: fake-quantized, in eval mode, on the CPU.
@@ -94,7 +89,6 @@ class Builder:
         self.reader = OpReader(model, model.graph)
         constants = {node for node, op in self.reader.ops.items() if op.kind == "constant"}
         self.python = GraphValues(model, shape, constants)
-        self.shape = shape
         self.nodes: list[ir.Node] = []
         self.names: set[str] = set()
         self.values: dict[fx.Node, Value] = {}
@@ -103,22 +97,38 @@ class Builder:
         self.done: set[fx.Node] = set()  # ReLUs fused into their producer
         self.bits: dict[str, tuple[int, int]] = {}
 
-    def name(self, wish: str) -> str:
-        """``wish``, or the next free name like it."""
-        name, count = wish, 1
-        while name in self.names:
-            name, count = f"{wish}_{count}", count + 1
-        self.names.add(name)
-        return name
-
     def label(self, node: fx.Node) -> str:
         """A node's readable name."""
         return self.model.record.labels.get(node.name, node.name)
 
-    def emit(self, node: ir.Node, grid: ActivationQuantizer | None = None) -> Value:
-        """Append an IR node."""
-        self.nodes.append(node)
-        return Value(node.name, node.type, grid)
+    def emit(
+        self,
+        make: Callable[..., ir.Node],
+        wish: str,
+        inputs: Sequence[Value],
+        kind: ir.TensorType,
+        grid: ActivationQuantizer | None = None,
+        index: movement.Index | None = None,
+        **constants: Any,
+    ) -> Value:
+        """Append an IR node.
+
+        Args:
+            make: its class.
+            wish: its name, or the next free name like it.
+            inputs, kind, constants: its inputs, type, and the class's own fields.
+            grid, index: of the value that it makes.
+        """
+        name, count = wish, 1
+        while name in self.names:
+            name, count = f"{wish}_{count}", count + 1
+        self.names.add(name)
+        self.nodes.append(make(name=name, inputs=tuple(value.name for value in inputs), type=kind, **constants))
+        return Value(name, kind, grid, index)
+
+    def source(self, op: Op) -> Value:
+        """The first tensor that an operator reads."""
+        return self.values[op.inputs[0]]
 
     def shape_of(self, node: fx.Node) -> tuple[int, ...]:
         """Without the batch dimension."""
@@ -140,7 +150,7 @@ class Builder:
             if op.kind == "output":
                 return None
             if isinstance(op.module, ActivationQuantizer):
-                return clip_target(op.module, clips)
+                return Target(op.module, tuple(clips))
             if op.kind in ("relu", "relu6"):
                 clips.append(op.kind)
             elif op.kind not in TRANSPARENT and op.kind != "batch_norm":
@@ -154,44 +164,35 @@ class Builder:
 
     def requantize(self, value: Value, target: Target, wish: str) -> Value:
         """The value on another grid."""
-        factor = requant(value.type.scale / target.scale, wish)
-        made = self.emit(
-            ir.Requantize(
-                name=self.name(wish),
-                inputs=(value.name,),
-                type=target.type(value.type.shape),
-                requant=factor,
-                input_zero_point=value.type.zero_point,
-            ),
+        factor, kind = requant(value.type.scale / target.scale, wish), target.type(value.type.shape)
+        return self.emit(
+            ir.Requantize,
+            wish,
+            [value],
+            kind,
             target.grid,
+            value.index,
+            requant=factor,
+            input_zero_point=value.type.zero_point,
         )
-        return Value(made.name, made.type, made.grid, value.index)
 
     def as_float(self, value: Value) -> Value:
         """The float32 value of an integer tensor: one Dequantize for all that read it."""
-        kind = value.type
-        if not kind.is_integer:
+        if not value.type.is_integer:
             return value
-        if value.scale is not None:
-            scale, zero_point = value.scale, 0
-            value = self.in_place(value)
-            repeat = value.type.shape[0] // len(scale)  # accumulators that were flattened
-            scale = scale.repeat_interleave(repeat).to(torch.float32)
+        if value.scale is None:
+            scale, zero_point = torch.tensor(value.type.scale, dtype=torch.float32), value.type.zero_point
         else:
-            scale, zero_point = torch.tensor(kind.scale, dtype=torch.float32), kind.zero_point
+            value, zero_point = self.in_place(value), 0
+            assert value.scale is not None
+            repeat = value.type.shape[0] // len(value.scale)  # accumulators that were flattened
+            scale = value.scale.repeat_interleave(repeat).to(torch.float32)
         if value.name not in self.floats:
-            name = self.name(f"{value.name}.dequantize")
+            kind = ir.TensorType(value.type.shape)
             self.floats[value.name] = self.emit(
-                ir.Dequantize(
-                    name=name,
-                    inputs=(value.name,),
-                    type=ir.TensorType(value.type.shape),
-                    scale=scale,
-                    zero_point=zero_point,
-                )
+                ir.Dequantize, f"{value.name}.dequantize", [value], kind, scale=scale, zero_point=zero_point
             )
-        made = self.floats[value.name]
-        return Value(made.name, made.type, None, value.index)
+        return replace(self.floats[value.name], index=value.index)
 
     def in_place(self, value: Value, node: fx.Node | None = None) -> Value:
         """The value with all of its elements where they belong: what moved them becomes an IR node.
@@ -201,56 +202,50 @@ class Builder:
         """
         if value.index is None:
             return value
-        index, shape = value.index, value.type.shape
         where = self.label(node) if node is not None else value.name
-        if not isinstance(index, torch.Tensor):
+        if not isinstance(value.index, torch.Tensor):
             raise UnsupportedModelError(f"{where!r} reads several tensors as one; take one of them by its number")
-        key = (value.name, index.numpy().tobytes(), value.shape)
+        key = (value.name, value.index.numpy().tobytes(), value.shape)
         if key not in self.moved:
-            self.moved[key] = self._move(value, index, shape, where)
+            self.moved[key] = self._move(replace(value, index=None, pending=()), value.index, where)
         return self.moved[key]
 
-    def _move(self, value: Value, index: torch.Tensor, shape: tuple[int, ...], where: str) -> Value:
-        bare = Value(value.name, value.type, value.grid, None, (), value.scale)
-        if movement.is_reshape(index, shape) and _is_flat(value.shape, shape):
-            return bare if value.shape == shape else self._flatten(bare, value.shape)
-        candidate = _selected_shape(value.shape, shape)
-        found = None if candidate is None else movement.select(index.reshape(2, *candidate), shape)
-        if candidate is not None and found is not None:
-            made = self._gather(bare, found, candidate)
-            return made if candidate == value.shape else self._flatten(made, value.shape)
-        raise UnsupportedModelError(
-            f"{where!r}: the elements of a {shape} tensor are brought into the order of a {value.shape} one in a way "
-            "that is no flattening and no selection of channels, rows or columns; keep that out of the network"
-        )
-
-    def _gather(self, value: Value, found: movement.Selection, shape: tuple[int, ...]) -> Value:
-        if found.is_identity:
-            return value
-        kind = ir.TensorType(shape, value.type.low, value.type.high, value.type.scale, value.type.zero_point)
-        node = ir.Gather(
-            name=self.name(f"{value.name}.gather"),
-            inputs=(value.name,),
-            type=kind,
-            channels=found.channels,
-            rows=found.rows,
-            columns=found.columns,
-        )
-        scale = value.scale if value.scale is None or found.channels is None else value.scale[found.channels]
-        made = self.emit(node, value.grid)
-        return Value(made.name, made.type, made.grid, None, (), scale)
+    def _move(self, value: Value, index: torch.Tensor, where: str) -> Value:
+        shape, wanted = value.shape, tuple(index.shape[1:])
+        if movement.is_reshape(index, shape) and _is_flat(wanted, shape):
+            return self._flatten(value, wanted)
+        selected = _selected_shape(wanted, shape)
+        found = None if selected is None else movement.select(index.reshape(2, *selected), shape)
+        if selected is None or found is None:
+            raise UnsupportedModelError(
+                f"{where!r}: the elements of a {shape} tensor are brought into the order of a {wanted} one in a way "
+                "that is no flattening and no selection of channels, rows or columns; keep that out of the network"
+            )
+        channels, rows, columns = found
+        if any(part is not None for part in found):
+            kind, indices = (
+                replace(value.type, shape=selected),
+                {"channels": channels, "rows": rows, "columns": columns},
+            )
+            made = self.emit(ir.Gather, f"{value.name}.gather", [value], kind, value.grid, **indices)
+            scale = value.scale if value.scale is None or channels is None else value.scale[channels]
+            value = replace(made, scale=scale)
+        return self._flatten(value, wanted)
 
     def _flatten(self, value: Value, shape: tuple[int, ...]) -> Value:
-        kind = ir.TensorType(shape, value.type.low, value.type.high, value.type.scale, value.type.zero_point)
-        made = self.emit(
-            ir.Flatten(name=self.name(f"{value.name}.flatten"), inputs=(value.name,), type=kind), value.grid
-        )
-        return Value(made.name, made.type, made.grid, None, (), value.scale)
+        if value.shape == shape:
+            return value
+        made = self.emit(ir.Flatten, f"{value.name}.flatten", [value], replace(value.type, shape=shape), value.grid)
+        return replace(made, scale=value.scale)
 
     def graph(self, output: str) -> IntegerGraph:
         """What was built, as far as the output depends on it."""
-        order = {name: self.bits[name] for name in self.model.bits if name in self.bits}
-        return IntegerGraph(reachable(self.nodes, output), order)
+        wanted = {output}
+        for node in reversed(self.nodes):
+            if node.name in wanted:
+                wanted.update(node.inputs)
+        kept = tuple(node for node in self.nodes if node.name in wanted or isinstance(node, ir.Input))
+        return IntegerGraph(kept, {name: self.bits[name] for name in self.model.bits if name in self.bits})
 
 
 def _is_flat(shape: tuple[int, ...], source: tuple[int, ...]) -> bool:
@@ -267,13 +262,3 @@ def _selected_shape(shape: tuple[int, ...], source: tuple[int, ...]) -> tuple[in
     if len(source) == 1 and len(shape) == 3 and shape[1:] == (1, 1):
         return shape[:1]
     return None
-
-
-def reachable(nodes: list[ir.Node], output: str) -> tuple[ir.Node, ...]:
-    """The nodes that the output depends on and the input, in order, the output last."""
-    wanted = {output}
-    for node in reversed(nodes):
-        if node.name in wanted:
-            wanted.update(node.inputs)
-    kept = [n for n in nodes if (n.name in wanted and n.name != output) or isinstance(n, ir.Input)]
-    return (*kept, *(n for n in nodes if n.name == output and not isinstance(n, ir.Input)))

@@ -162,16 +162,11 @@ class RealMaker:
     def add(self, a: str, b: str, bits: int = 8, relu: bool = False) -> str:
         kind = self.grid(self.real(a) + self.real(b), bits, relu)
         first, second = self[a].type, self[b].type
-        factors = add_factors(
-            (first.scale / kind.scale, second.scale / kind.scale),
-            ((first.low, first.high), (second.low, second.high)),
-            (first.zero_point, second.zero_point),
-            "add",
-        )
+        ratios = first.scale / kind.scale, second.scale / kind.scale
+        multipliers, shift, offset = add_factors(ratios, (first, second), "add")
         return self.add_node(
             ir.Add(
-                name=self.rename("add"), inputs=(a, b), type=kind, multipliers=factors.multipliers,
-                shift=factors.shift, offset=factors.offset,
+                name=self.rename("add"), inputs=(a, b), type=kind, multipliers=multipliers, shift=shift, offset=offset
             )
         )  # fmt: skip
 

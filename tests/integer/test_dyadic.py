@@ -45,17 +45,6 @@ def test_rounding_shift(value: int, shift: int) -> None:
     assert int(rounding_shift(torch.tensor([value]), shift)) == half_up(Fraction(value, 2**shift))
 
 
-@given(st.floats(1e-6, 1e3), st.integers(4, 31))
-def test_fewer_bits(factor: float, bits: int) -> None:
-    if factor >= 2.0 ** (bits - 1):
-        with pytest.raises(ConfigError):
-            Dyadic.from_real(factor, bits)
-        return
-    dyadic = Dyadic.from_real(factor, bits)
-    assert abs(int(dyadic.multiplier)) < 2**bits
-    assert abs(float(dyadic.real()) - factor) <= factor * 2.0**-bits * 1.001
-
-
 def test_vector_along_a_channel_dimension() -> None:
     dyadic = Dyadic.from_real([0.5, 2.0])
     values = torch.tensor([[[3, -3], [3, -3]]])

@@ -13,7 +13,7 @@ from lightning_baqe import BitConfig, LayerBits, QuantizedModel, calibrate, lowe
 from lightning_baqe.errors import CalibrationError, ConfigError, UnsupportedModelError
 from lightning_baqe.integer.folding import add_factors
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.integer.nodes import Add, AvgPool, Conv, Linear, Requantize
+from lightning_baqe.integer.nodes import Add, AvgPool, Conv, Linear, Requantize, TensorType
 
 
 def ready(model: nn.Module, bits: BitConfig, x: torch.Tensor) -> QuantizedModel:
@@ -182,11 +182,12 @@ def test_relu_is_the_lower_end_of_a_range_and_requantize_follows_the_widest() ->
 def test_add_factors_stay_within_32_bits(a: float, b: float, zero_a: int, zero_b: int, bits: int) -> None:
     top = 2**bits - 1
     zero_points = zero_a % (top + 1), zero_b % (top + 1)
-    factors = add_factors((a, b), ((0, top), (0, top)), zero_points, "add")
-    products = [m * top for m in factors.multipliers]
-    assert sum(map(abs, products)) + abs(factors.offset) + 2 ** (factors.shift - 1) < 2**31
+    first, second = (TensorType((1,), 0, top, zero_point=zero) for zero in zero_points)
+    multipliers, shift, offset = add_factors((a, b), (first, second), "add")
+    products = [m * top for m in multipliers]
+    assert sum(map(abs, products)) + abs(offset) + 2 ** (shift - 1) < 2**31
     # Errors of both factors together stay far below a step.
-    worst = sum(abs(m / 2**factors.shift - r) * top for m, r in zip(factors.multipliers, (a, b), strict=True))
+    worst = sum(abs(m / 2**shift - r) * top for m, r in zip(multipliers, (a, b), strict=True))
     assert worst < 0.01
 
 
