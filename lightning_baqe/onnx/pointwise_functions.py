@@ -48,10 +48,6 @@ def clip(writer: Writer, x: str, wish: str, low: float, high: float) -> str:
     return writer.node("Clip", [x, *bounds], wish)
 
 
-def _silu(writer: Writer, x: str, wish: str, parameters: Sequence[float]) -> str:
-    return writer.node("Mul", [x, writer.node("Sigmoid", [x], f"{wish}.gate")], wish)
-
-
 def _softplus(writer: Writer, x: str, wish: str, parameters: Sequence[float]) -> str:
     beta, threshold = parameters
     factor = writer.scalar(f"{wish}.beta", beta)
@@ -59,10 +55,6 @@ def _softplus(writer: Writer, x: str, wish: str, parameters: Sequence[float]) ->
     smooth = writer.node("Div", [writer.node("Softplus", [scaled], f"{wish}.softplus"), factor], f"{wish}.smooth")
     above = writer.node("Greater", [scaled, writer.scalar(f"{wish}.threshold", threshold)], f"{wish}.above")
     return writer.node("Where", [above, x, smooth], wish)
-
-
-def _gelu(writer: Writer, x: str, wish: str, parameters: Sequence[float]) -> str:
-    return writer.node("Gelu", [x], wish, approximate="tanh" if parameters[0] else "none")
 
 
 _PLAIN = {
@@ -91,7 +83,7 @@ _OTHERS: dict[str, Emit] = {
     "hardsigmoid": lambda writer, x, wish, _: writer.node("HardSigmoid", [x], wish, alpha=1 / 6, beta=0.5),
     "leaky_relu": lambda writer, x, wish, p: writer.node("LeakyRelu", [x], wish, alpha=p[0]),
     "elu": lambda writer, x, wish, p: writer.node("Elu", [x], wish, alpha=p[0]),
-    "silu": _silu,
+    "gelu": lambda writer, x, wish, p: writer.node("Gelu", [x], wish, approximate="tanh" if p[0] else "none"),
+    "silu": lambda writer, x, wish, _: writer.node("Mul", [x, writer.node("Sigmoid", [x], f"{wish}.gate")], wish),
     "softplus": _softplus,
-    "gelu": _gelu,
 }

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -28,7 +27,7 @@ from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.onnx.pointwise_functions import apply_function, clip
 from lightning_baqe.onnx.ranges import Reach, bounds_of, needs_clip, outer_bounds, span, step, storage_of
-from lightning_baqe.onnx.weighted_layers import export_weights
+from lightning_baqe.onnx.weighted_layers import write_weights
 from lightning_baqe.onnx.windows import average_pool, max_pool, select
 from lightning_baqe.onnx.writer import Grid, Writer
 from lightning_baqe.quantization.pointwise import Pointwise
@@ -73,14 +72,6 @@ def make_model(graph: IntegerGraph, opset: int, pack_int4: bool) -> onnx.ModelPr
     return model
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A tensor: its real values' name, and that of its integers if it has 8 bits."""
-
-    real: str
-    integers: str | None = None
-
-
 class Exporter:
     """Adds the operators of a graph to a writer.
 
@@ -92,9 +83,9 @@ class Exporter:
     def __init__(self, graph: IntegerGraph, pack_int4: bool) -> None:
         self.graph, self.pack_int4 = graph, pack_int4
         self.writer = Writer((INPUT, OUTPUT))
-        self.values: dict[str, _Value] = {}
+        self.reals: dict[str, str] = {}  # names of nodes' real values
+        self.integers: dict[str, str] = {}  # names of the 8-bit integers that real values come from, by these
         self.scaled: set[str] = set()  # accumulators that already carry the scale of the Dequantize that reads them
-        self.dequantized: set[str] = set()  # names of real values that come from integers
         self.int4: list[str] = []
         self.nodes = {node.name: node for node in graph}
         self.readers: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
@@ -109,7 +100,7 @@ class Exporter:
         output = self.graph.output
         if output.type.is_integer:
             raise UnsupportedModelError(f"the graph ends in the integers of {output.name!r}; end it with a Dequantize")
-        real = self.values[output.name].real
+        real = self.reals[output.name]
         if real == INPUT:
             real = self.writer.node("Identity", [INPUT], output.name)
         self.writer.rename(real, OUTPUT)
@@ -117,7 +108,7 @@ class Exporter:
     # -- tensors ------------------------------------------------------------------------------------------------------
 
     def _real(self, node: ir.Node, index: int = 0) -> str:
-        return self.values[node.inputs[index]].real
+        return self.reals[node.inputs[index]]
 
     def _type(self, node: ir.Node, index: int = 0) -> ir.TensorType:
         return self.nodes[node.inputs[index]].type
@@ -152,7 +143,7 @@ class Exporter:
         if storage is None:
             bounds = outer_bounds(kind, reach) if kind.is_integer else (-math.inf, math.inf)
             clipped = real if bounds == (-math.inf, math.inf) else clip(writer, real, f"{wish}.clip", *bounds)
-            self.values[node.name] = _Value(clipped)
+            self.reals[node.name] = clipped
             return
         grid = writer.grid(wish, kind.scale, kind.zero_point, storage)
         clips = needs_clip(kind, storage, reach)
@@ -163,9 +154,8 @@ class Exporter:
         self._dequantized(node, writer.quantize(real, grid, wish), grid)
 
     def _dequantized(self, node: ir.Node, integers: str, grid: Grid) -> None:
-        real = self.writer.dequantize(integers, grid, node.name)
-        self.dequantized.add(real)
-        self.values[node.name] = _Value(real, integers)
+        self.reals[node.name] = real = self.writer.dequantize(integers, grid, node.name)
+        self.integers[real] = integers
 
     def _moved(self, node: ir.Node, real: str) -> None:
         """What only moves, selects or joins elements of its inputs cannot leave their range."""
@@ -177,17 +167,17 @@ class Exporter:
 
     def _export(self, node: ir.Node) -> None:
         writer, wish = self.writer, node.name
+        reals = [self.reals[name] for name in node.inputs]
+        relu = getattr(node, "relu", False)  # of float operators
+        result = f"{wish}.out" if relu else wish
         match node:
             case ir.Input():
-                self.values[node.name] = _Value(INPUT)
-            case ir.Quantize() if isinstance(self.nodes[node.inputs[0]], ir.Input):
-                self._quantize_image(node)
+                self.reals[wish] = INPUT
             case ir.Quantize():
-                factor = node.inverse_scale * step(node.type)
-                self._store(node, self._times(self._real(node), factor, span(node.type), wish))
+                self._quantize(node)
             case ir.Dequantize():
                 self._dequantize(node)
-            case ir.Conv() | ir.Linear():
+            case ir.Layer():
                 self._layer(node)
             case ir.Add():
                 self._add(node)
@@ -202,30 +192,48 @@ class Exporter:
             case ir.AvgPool():
                 self._avg_pool(node)
             case ir.Clip():
-                self._store(node, self._real(node))
+                self._store(node, reals[0])
             case ir.MaxPool():
-                self._moved(node, max_pool(writer, self._real(node), wish, node, self._type(node).shape))
+                self._moved(node, max_pool(writer, reals[0], wish, node, self._type(node).shape))
             case ir.Concat():
-                reals = [self._real(node, i) for i in range(len(node.inputs))]
                 self._moved(node, writer.node("Concat", reals, f"{wish}.joined", axis=1))
             case ir.Gather():
                 indices = (node.channels, node.rows, node.columns)
-                self._moved(node, select(writer, self._real(node), wish, indices, self._type(node).shape))
+                self._moved(node, select(writer, reals[0], wish, indices, self._type(node).shape))
+            case ir.Flatten() if len(node.type.shape) == 1:
+                self._moved(node, writer.node("Flatten", reals, f"{wish}.flat", axis=1))
             case ir.Flatten():
-                self._flatten(node)
+                shape = writer.shape(f"{wish}.shape", [0, *node.type.shape])
+                self._moved(node, writer.node("Reshape", [*reals, shape], f"{wish}.shaped"))
+            case ir.FloatLayer():
+                self.reals[wish] = self._float_layer(node, result)
+            case ir.FloatAdd():
+                self.reals[wish] = writer.node("Add", reals, result)
+            case ir.FloatMul():
+                self.reals[wish] = writer.node("Mul", reals, wish)
+            case ir.FloatAffine():
+                self.reals[wish] = self._gain_and_shift(node, node.gain, node.shift)
+            case ir.FloatFunction():
+                self.reals[wish] = apply_function(writer, reals[0], wish, node.function, node.parameters)
+            case ir.FloatAvgPool():
+                image, factors = self._type(node).shape, node.factors.double().numpy()
+                self.reals[wish] = average_pool(writer, reals[0], wish, image, node.rows, node.columns, factors)
             case _:
-                self._float(node)
+                raise UnsupportedModelError(f"{wish!r}: operators of kind {node.kind!r} have no ONNX form here")
+        if relu:
+            self.reals[wish] = writer.node("Relu", [self.reals[wish]], wish)
 
-    def _quantize_image(self, node: ir.Quantize) -> None:
-        """Quantize the network's input with the product that the integer graph has, not with a division.
+    def _quantize(self, node: ir.Quantize) -> None:
+        """Quantize; the network's input with the product that the integer graph has, not with a division.
 
         Normalised images hold 256 values a channel. Where they lie between two steps, the last bit of the scaled value
         decides for all of them. Round keeps OpenVINO from joining product and quantization.
         """
         kind, writer, wish = node.type, self.writer, node.name
-        storage = storage_of(kind)
-        if storage is None:
-            self._store(node, self._real(node))
+        storage, is_image = storage_of(kind), isinstance(self.nodes[node.inputs[0]], ir.Input)
+        if storage is None or not is_image:
+            factor = 1.0 if is_image else node.inverse_scale * step(kind)
+            self._store(node, self._times(self._real(node), factor, span(kind), wish))
             return
         inverse = writer.scalar(f"{wish}.inverse_scale", node.inverse_scale)
         product = writer.node("Mul", [self._real(node), inverse], f"{wish}.product")
@@ -236,14 +244,6 @@ class Exporter:
         integers = writer.quantize(steps, writer.grid(f"{wish}.whole", 1.0, kind.zero_point, storage), wish)
         self._dequantized(node, integers, writer.grid(wish, step(kind), kind.zero_point, storage))
 
-    def _flatten(self, node: ir.Flatten) -> None:
-        if len(node.type.shape) == 1:
-            flat = self.writer.node("Flatten", [self._real(node)], f"{node.name}.flat", axis=1)
-        else:
-            shape = self.writer.shape(f"{node.name}.shape", [0, *node.type.shape])
-            flat = self.writer.node("Reshape", [self._real(node), shape], f"{node.name}.shaped")
-        self._moved(node, flat)
-
     def _dequantize(self, node: ir.Dequantize) -> None:
         kind, real = self._type(node), self._real(node)
         if node.inputs[0] not in self.scaled:
@@ -252,9 +252,9 @@ class Exporter:
             if bool(((factors - 1).abs() > 2.0**-24).any()):
                 numbers = channels(factors, node.type.shape)
                 real = self.writer.node("Mul", [real, self.writer.constant(f"{node.name}.scale", numbers)], node.name)
-        self.values[node.name] = _Value(real)
+        self.reals[node.name] = real
 
-    def _scale_of_reader(self, node: ir.Conv | ir.Linear) -> torch.Tensor | None:
+    def _scale_of_reader(self, node: ir.Layer) -> torch.Tensor | None:
         """The scales by channel of the one Dequantize that reads accumulators, perhaps flattened; else None."""
         readers = self.readers[node.name]
         while len(readers) == 1 and isinstance(readers[0], ir.Flatten):
@@ -266,7 +266,7 @@ class Exporter:
         by_channel = (scale.expand(count) if scale.ndim == 0 else scale).reshape(count, -1)
         return by_channel[:, 0] if bool((by_channel == by_channel[:, :1]).all()) else None
 
-    def _layer(self, node: ir.Conv | ir.Linear) -> None:
+    def _layer(self, node: ir.Layer) -> None:
         source = self._type(node)
         if isinstance(node, ir.Conv) and any(node.padding) and node.pad_value != source.zero_point:
             raise UnsupportedModelError(
@@ -280,18 +280,12 @@ class Exporter:
             scale = torch.tensor(step(node.type), dtype=torch.float64) if found is None else found
             if found is not None:
                 self.scaled.add(node.name)
-        small = self.pack_int4 and node.weight_bits <= 4
-        weights = export_weights(node, scale.expand(node.type.shape[0]), source.scale, source.zero_point, plain=small)
-        packed = small and weights.fits_int4
+        constants, packed = write_weights(self.writer, node, scale.expand(node.type.shape[0]), source, self.pack_int4)
         if packed:
             self.int4.append(node.layer)
-        inputs = [self._real(node), *weights.write(self.writer, node.name, packed)]
-        if isinstance(node, ir.Conv):
-            out = self.writer.node("Conv", inputs, f"{node.name}.out", **_conv_options(node))
-        else:
-            out = self.writer.node("Gemm", inputs, f"{node.name}.out", transB=1)
+        out = self._product(node, [self._real(node), *constants], f"{node.name}.out")
         if node.requant is None:
-            self.values[node.name] = _Value(out)
+            self.reals[node.name] = out
         else:
             self._store(node, out, fused=True)
 
@@ -360,7 +354,7 @@ class Exporter:
                 real = apply_function(writer, real, f"{node.name}.{name}", name, parameters)
             self._store(node, real, (float(values.min()), float(values.max())) if node.functions else None)
             return
-        source, storage = self.values[node.inputs[0]].integers, storage_of(node.type)
+        source, storage = self.integers.get(self._real(node)), storage_of(node.type)
         if source is None or storage is None:
             raise UnsupportedModelError(
                 f"{node.name!r}: its table is not what {node.functions} gives, and ONNX looks up 8-bit integers only; "
@@ -374,45 +368,33 @@ class Exporter:
         found = writer.node("Gather", [table, index], f"{node.name}.quantized", axis=0)
         self._dequantized(node, found, writer.grid(node.name, node.type.scale, node.type.zero_point, storage))
 
-    # -- float operators ----------------------------------------------------------------------------------------------
+    def _product(self, node: ir.Layer | ir.FloatLayer, inputs: list[str], wish: str) -> str:
+        """A layer's operator, on real values."""
+        if not isinstance(node, ir.Conv | ir.FloatConv):
+            return self.writer.node("Gemm", inputs, wish, transB=1)
+        top, bottom, left, right = node.padding
+        return self.writer.node(
+            "Conv",
+            inputs,
+            wish,
+            kernel_shape=list(node.weight.shape[2:]),
+            strides=node.stride,
+            pads=[top, left, bottom, right],
+            dilations=node.dilation,
+            group=node.groups,
+        )
 
-    def _float(self, node: ir.Node) -> None:
-        writer, wish = self.writer, node.name
-        reals = [self._real(node, i) for i in range(len(node.inputs))]
-        relu = getattr(node, "relu", False)
-        result = f"{wish}.out" if relu else wish
-        match node:
-            case ir.FloatConv():
-                out = self._float_layer(node, result, "Conv", **_conv_options(node))
-            case ir.FloatLinear():
-                out = self._float_layer(node, result, "Gemm", transB=1)
-            case ir.FloatAdd():
-                out = writer.node("Add", reals, result)
-            case ir.FloatMul():
-                out = writer.node("Mul", reals, result)
-            case ir.FloatAffine():
-                out = self._gain_and_shift(node, node.gain, node.shift)
-            case ir.FloatFunction():
-                out = apply_function(writer, reals[0], result, node.function, node.parameters)
-            case ir.FloatAvgPool():
-                factors = node.factors.double().numpy()
-                out = average_pool(writer, reals[0], wish, self._type(node).shape, node.rows, node.columns, factors)
-            case _:
-                raise UnsupportedModelError(f"{node.name!r}: operators of kind {node.kind!r} have no ONNX form here")
-        self.values[node.name] = _Value(writer.node("Relu", [out], wish) if relu else out)
-
-    def _float_layer(self, node: ir.FloatConv | ir.FloatLinear, wish: str, op: str, **options: Any) -> str:
+    def _float_layer(self, node: ir.FloatLayer, wish: str) -> str:
         """A layer that is to stay float.
 
         Between integers its bias is a subtraction of its own: ONNX Runtime quantizes the weights of a float layer to
         int8 by itself, with one scale for all, where it finds it between a DequantizeLinear and a QuantizeLinear.
         """
-        weight = self.writer.own_constant(f"{node.name}.weight", node.weight.numpy())
-        real = self._real(node)
-        if real not in self.dequantized:
+        real, weight = self._real(node), self.writer.own_constant(f"{node.name}.weight", node.weight.numpy())
+        if real not in self.integers:
             bias = self.writer.own_constant(f"{node.name}.bias", node.bias.numpy())
-            return self.writer.node(op, [real, weight, bias], wish, **options)
-        out = self.writer.node(op, [real, weight], f"{node.name}.product", **options)
+            return self._product(node, [real, weight, bias], wish)
+        out = self._product(node, [real, weight], f"{node.name}.product")
         negative = self.writer.constant(f"{node.name}.negative_bias", channels(-node.bias, node.type.shape))
         return self.writer.node("Sub", [out, negative], wish)
 
@@ -421,14 +403,3 @@ def channels(values: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers by channel (or one for all) as float32 that broadcasts over ``(n, *shape)``."""
     numbers = values.to(torch.float32).numpy()
     return numbers if numbers.ndim == 0 else numbers.reshape(-1, *[1] * (len(shape) - 1))
-
-
-def _conv_options(node: ir.Conv | ir.FloatConv) -> dict[str, Any]:
-    top, bottom, left, right = node.padding
-    return {
-        "kernel_shape": list(node.weight.shape[2:]),
-        "strides": list(node.stride),
-        "pads": [top, left, bottom, right],
-        "dilations": list(node.dilation),
-        "group": node.groups,
-    }

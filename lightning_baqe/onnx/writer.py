@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,8 @@ from onnx import helper, numpy_helper
 
 from lightning_baqe.integer.serialize import pack_bits
 
-
-@dataclass(frozen=True)
-class Grid:
-    """An 8-bit grid in ONNX.
-
-    Args:
-        scale: float32 constant's name, a scalar.
-        zero_point: constant's name, a scalar of the type in which the integers are stored.
-    """
-
-    scale: str
-    zero_point: str
+# An 8-bit grid: names of a float32 scale and of a zero point of the type in which the integers are stored, scalars.
+Grid = tuple[str, str]
 
 
 class Writer:
@@ -86,17 +75,15 @@ class Writer:
         self, wish: str, scale: float, zero_point: int, storage: type[np.unsignedinteger | np.signedinteger]
     ) -> Grid:
         """The constants of a grid."""
-        return Grid(
-            self.scalar(f"{wish}.scale", scale), self.constant(f"{wish}.zero_point", np.array(zero_point, storage))
-        )
+        return self.scalar(f"{wish}.scale", scale), self.constant(f"{wish}.zero_point", np.array(zero_point, storage))
 
     def quantize(self, real: str, grid: Grid, wish: str) -> str:
         """QuantizeLinear; returns the name of the integers."""
-        return self.node("QuantizeLinear", [real, grid.scale, grid.zero_point], f"{wish}.quantized")
+        return self.node("QuantizeLinear", [real, *grid], f"{wish}.quantized")
 
     def dequantize(self, integers: str, grid: Grid, wish: str) -> str:
         """DequantizeLinear; returns the name of the real values."""
-        return self.node("DequantizeLinear", [integers, grid.scale, grid.zero_point], wish)
+        return self.node("DequantizeLinear", [integers, *grid], wish)
 
     def rename(self, old: str, new: str) -> None:
         """Give a node's output another name, which is reserved."""
