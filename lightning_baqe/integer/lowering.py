@@ -9,6 +9,7 @@ do. Operators that only move elements are remembered as an index map and become 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -68,39 +69,30 @@ def lower_with_sources(
     sources = {
         node.name: value.name
         for node, value in build.values.items()
-        if build.reader[node].kind == "quantizer" and value.name in kept and _is_in_order(value)
+        if build.reader[node].kind == "quantizer"
+        and value.name in kept
+        # Nothing but the shape changed since the integer node.
+        and movement.is_reshape(value.index, value.type.shape)
     }
     return graph, sources
 
 
-def _is_in_order(value: Value) -> bool:
-    """Whether nothing but the shape changed since the value's node."""
-    if value.index is None:
-        return True
-    return isinstance(value.index, torch.Tensor) and movement.is_reshape(value.index, value.type.shape)
-
-
 def _lower_all(build: Builder) -> IntegerGraph:
-    final: Value | None = None
-    for node in build.model.graph.nodes:
-        op = build.reader[node]
-        if op.kind == "output":
-            final = _output(build, node, op)
-        elif op.kind not in ("value", "constant"):
-            if op.kind not in _OPERATORS or not (op.inputs or op.kind == "input"):
-                raise build.refuse(
-                    node,
-                    "this operator has no integer meaning here; keep it out of the network or replace it. What lowers: "
-                    "convs, linears, batch norms, sums and products, concatenation of channels, ReLU and all pointwise "
-                    "functions of lightning_baqe.quantization.pointwise, max and average pooling, and what only moves "
-                    "elements",
-                )
-            build.values[node] = value = _OPERATORS[op.kind](build, node, op)
-            if isinstance(value.index, tuple) or value.shape == build.shape_of(node):
-                continue
+    for node, op in build.reader.ops.items():
+        if op.kind in ("value", "constant"):
+            continue
+        if op.kind not in _OPERATORS or not (op.inputs or op.kind == "input"):
+            raise build.refuse(
+                node,
+                "this operator has no integer meaning here; keep it out of the network or replace it. What lowers: "
+                "convs, linears, batch norms, sums and products, concatenation of channels, ReLU and all pointwise "
+                "functions of lightning_baqe.quantization.pointwise, max and average pooling, and what only moves "
+                "elements",
+            )
+        build.values[node] = value = _OPERATORS[op.kind](build, node, op)
+        if not isinstance(value.index, tuple) and value.shape != build.shape_of(node):
             raise build.refuse(node, f"lowered to shape {value.shape} instead of {build.shape_of(node)}; report this")
-    assert final is not None
-    return build.graph(final.name)
+    return build.graph(value.name)  # the output stands last
 
 
 def _input(build: Builder, node: fx.Node, op: Op) -> Value:
@@ -122,7 +114,7 @@ def _as_it_is(build: Builder, node: fx.Node, op: Op) -> Value:
 def _move(build: Builder, node: fx.Node, op: Op) -> Value:
     value = build.source(op)
     index = movement.start(value.type.shape) if value.index is None else value.index
-    return replace(value, index=movement.move(node, op.inputs[0], index, build.model, build.python.value))
+    return replace(value, index=movement.move(node, op.inputs[0], index, build.model, build.python.values))
 
 
 def _quantizer(build: Builder, node: fx.Node, op: Op) -> Value:
@@ -148,8 +140,7 @@ def _layer(build: Builder, node: fx.Node, op: Op) -> Value:
     value = value if isinstance(layer, QuantConv2d | QuantLinear) else build.as_float(value)
     conv: dict[str, Any] = {}
     if isinstance(layer, nn.Conv2d):
-        conv = _conv_options(layer, path)
-        value, conv["padding"] = _padded(value, conv["padding"])
+        value, conv = _convolution(layer, path, value)
     value = build.in_place(value, node)
     if isinstance(layer, nn.Linear) and len(value.type.shape) != 1:
         raise build.refuse(node, f"a linear layer on values of shape {value.type.shape}; flatten them first")
@@ -196,31 +187,20 @@ def _layer(build: Builder, node: fx.Node, op: Op) -> Value:
     return made if target is not None else replace(made, scale=scale)
 
 
-def _conv_options(layer: nn.Conv2d, path: str) -> dict[str, Any]:
+def _convolution(layer: nn.Conv2d, path: str, value: Value) -> tuple[Value, dict[str, Any]]:
+    """What a convolution reads and its options; zeros around the input become part of its own padding."""
     if layer.padding_mode != "zeros":
         raise UnsupportedModelError(f"layer {path!r}: padding_mode must be 'zeros', got {layer.padding_mode!r}")
-    return {
-        "stride": pair(layer.stride),
-        "padding": padding_of(layer),
-        "dilation": pair(layer.dilation),
-        "groups": layer.groups,
-    }
-
-
-def _padded(value: Value, padding: tuple[int, int, int, int]) -> tuple[Value, tuple[int, int, int, int]]:
-    """Take zeros around a convolution's input into its own padding."""
-    if not isinstance(value.index, torch.Tensor) or value.index.ndim != 4 or len(value.type.shape) != 3:
-        return value, padding
-    selection = movement.select(value.index, value.type.shape)
-    around = None if selection is None else movement.padding(selection, value.type.shape)
-    if around is None:
-        return value, padding
-    top, bottom, left, right = (own + extra for own, extra in zip(padding, around, strict=True))
-    return replace(value, index=None), (top, bottom, left, right)
+    padding, around = padding_of(layer), movement.padding(value.index, value.type.shape)
+    if around is not None:
+        value, padding = replace(value, index=None), tuple(map(operator.add, padding, around))
+    options = {"stride": pair(layer.stride), "dilation": pair(layer.dilation), "groups": layer.groups}
+    return value, {"padding": padding, **options}
 
 
 _OPERATORS: dict[str, Callable[[Builder, fx.Node, Op], Value]] = {
     "input": _input,
+    "output": _output,
     "layer": _layer,
     "quantizer": _quantizer,
     "movement": _move,

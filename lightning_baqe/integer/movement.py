@@ -11,7 +11,7 @@ tensor of element numbers. What comes out says where every element comes from, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def start(shape: tuple[int, ...]) -> torch.Tensor:
     return (torch.arange(2 * math.prod(shape), dtype=torch.float64) + 1).reshape(2, *shape)
 
 
-def move(node: fx.Node, source: fx.Node, index: Index, modules: nn.Module, value_of: Callable[[fx.Node], Any]) -> Index:
+def move(node: fx.Node, source: fx.Node, index: Index, modules: nn.Module, values: Mapping[fx.Node, Any]) -> Index:
     """The index map after one movement operator.
 
     Args:
@@ -37,13 +37,10 @@ def move(node: fx.Node, source: fx.Node, index: Index, modules: nn.Module, value
         source: the tensor among its arguments that moves; all others give shapes and numbers.
         index: of ``source``.
         modules: the root of ``call_module`` nodes.
-        value_of: what any other node evaluates to for a batch of two.
+        values: what any other node evaluates to for a batch of two.
     """
-
-    def replace(argument: fx.Node) -> Any:
-        return index if argument is source else value_of(argument)
-
-    args, kwargs = fx.node.map_arg(node.args, replace), fx.node.map_arg(node.kwargs, replace)
+    values = {**values, source: index}
+    args, kwargs = fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
     if node.op == "call_module":
         out = modules.get_submodule(str(node.target))(*args, **kwargs)
     elif node.op == "call_method":
@@ -55,8 +52,10 @@ def move(node: fx.Node, source: fx.Node, index: Index, modules: nn.Module, value
     return out.contiguous() if isinstance(out, torch.Tensor) else tuple(part.contiguous() for part in out)
 
 
-def is_reshape(index: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the map leaves all elements in order."""
+def is_reshape(index: Index | None, shape: tuple[int, ...]) -> bool:
+    """Whether the map, if there is one, leaves all elements in order."""
+    if not isinstance(index, torch.Tensor):
+        return index is None
     return index.numel() == 2 * math.prod(shape) and torch.equal(index.flatten(), start(shape).flatten())
 
 
@@ -81,13 +80,14 @@ def select(index: torch.Tensor, shape: tuple[int, ...]) -> Selection | None:
     return channels, rows, columns
 
 
-def padding(selection: Selection, shape: tuple[int, ...]) -> tuple[int, int, int, int] | None:
-    """``(top, bottom, left, right)`` if the selection does nothing but pad an image of a ``shape``, else None."""
-    if selection[0] is not None:
+def padding(index: Index | None, shape: tuple[int, ...]) -> tuple[int, int, int, int] | None:
+    """``(top, bottom, left, right)`` if the map does nothing but pad an image of a ``shape``, else None."""
+    selection = select(index, shape) if isinstance(index, torch.Tensor) and len(shape) == 3 else None
+    if selection is None or selection[0] is not None:
         return None
     found: list[int] = []
-    for index, size in zip(selection[1:], shape[1:], strict=True):
-        wanted = list(range(size)) if index is None else index.tolist()
+    for picked, size in zip(selection[1:], shape[1:], strict=True):
+        wanted = list(range(size)) if picked is None else picked.tolist()
         inside = [place for place, source in enumerate(wanted) if source >= 0] or [len(wanted) - 1]
         before, after = inside[0], len(wanted) - 1 - inside[-1]
         if wanted[before : len(wanted) - after] != list(range(size)):

@@ -114,9 +114,8 @@ def concat(build: Builder, node: fx.Node, op: Op) -> Value:
         v if v.grid is target.grid else build.requantize(v, target, f"{label}.{v.name}.requantize") for v in values
     ]
     lows, highs = zip(*(value.type.limits for value in values), strict=True)
-    return build.emit(
-        ir.Concat, label, values, replace(target.type(shape), low=min(lows), high=max(highs)), target.grid
-    )
+    kind = replace(target.type(shape), low=min(lows), high=max(highs))
+    return build.emit(ir.Concat, label, values, kind, target.grid)
 
 
 def function(build: Builder, node: fx.Node, op: Op) -> Value:
@@ -137,16 +136,9 @@ def function(build: Builder, node: fx.Node, op: Op) -> Value:
     if not bool(torch.isfinite(out).all()):
         raise build.refuse(node, f"{found.name} is not finite on values {low}..{high} of scale {value.type.scale:.3g}")
     rounding = ir.Quantize(name=label, inputs=(), type=kind, inverse_scale=target.inverse_scale)
+    table, names = rounding.run(out), tuple((one.name, *one.parameters) for one in functions)
     return build.emit(
-        ir.Table,
-        label,
-        [value],
-        kind,
-        target.grid,
-        value.index,
-        table=rounding.run(out),
-        input_low=low,
-        functions=tuple((f.name, *f.parameters) for f in functions),
+        ir.Table, label, [value], kind, target.grid, value.index, table=table, input_low=low, functions=names
     )
 
 
@@ -174,7 +166,7 @@ def constant_affine(build: Builder, node: fx.Node, op: Op) -> Value:
     """A sum or product with a constant of the network, one number or one by channel."""
     value = build.source(op)
     channels, rank = value.shape[0], len(value.shape)
-    constant = build.python.value(op.options["constant"]).detach().double()
+    constant = build.python.values[op.options["constant"]].detach().double()
     by_channel = constant.numel() == 1 or (
         constant.numel() == channels and constant.ndim >= rank and constant.shape[constant.ndim - rank] == channels
     )
@@ -185,15 +177,12 @@ def constant_affine(build: Builder, node: fx.Node, op: Op) -> Value:
         )  # fmt: skip
     number = constant.flatten().expand(channels)
     ones, zeros = torch.ones_like(number), torch.zeros_like(number)
-    match op.options["operation"]:
-        case "add":
-            gain, shift = ones, number
-        case "sub":
-            gain, shift = (-ones, number) if op.options["reversed"] else (ones, -number)
-        case "mul":
-            gain, shift = number, zeros
-        case _:
-            gain, shift = 1.0 / number, zeros
+    gain, shift = {
+        "add": (ones, number),
+        "sub": (-ones, number) if op.options["reversed"] else (ones, -number),
+        "mul": (number, zeros),
+        "div": (1.0 / number, zeros),
+    }[op.options["operation"]]
     return _affine(build, node, value, gain, shift)
 
 
@@ -203,15 +192,9 @@ def _affine(build: Builder, node: fx.Node, value: Value, gain: torch.Tensor, shi
         return build.emit(ir.FloatAffine, label, [value], value.type, gain=gain.float(), shift=shift.float())
     target = build.need_target(node)
     factors, offset = affine_factors(gain * value.type.scale / target.scale, shift / target.scale, label)
+    kind, zero_point = target.type(value.shape), value.type.zero_point
     return build.emit(
-        ir.Affine,
-        label,
-        [value],
-        target.type(value.shape),
-        target.grid,
-        requant=factors,
-        offset=offset,
-        input_zero_point=value.type.zero_point,
+        ir.Affine, label, [value], kind, target.grid, requant=factors, offset=offset, input_zero_point=zero_point
     )
 
 

@@ -156,10 +156,8 @@ def _restore(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Node
         )
     cls = NODE_TYPES[kind]
     names = {item.name for item in dataclasses.fields(cls)}
-    if set(entry) - {"kind"} != names:
-        raise ConfigError(
-            f"a node of kind {kind!r} has the fields {sorted(names)}, got {sorted(set(entry) - {'kind'})}"
-        )
+    if (given := set(entry) - {"kind"}) != names:
+        raise ConfigError(f"a node of kind {kind!r} has the fields {sorted(names)}, got {sorted(given)}")
     fields: dict[str, Any] = {}
     for name in names:
         value = entry[name]

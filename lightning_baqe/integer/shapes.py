@@ -14,7 +14,9 @@ _BATCH = 2  # a batch size that was fixed somewhere (view(1, -1)) shows as a wro
 
 
 class GraphValues(fx.Interpreter):
-    """What each node of a graph evaluates to for an input of a given shape.
+    """What each node of a graph evaluates to for an input of a given shape: ``values``.
+
+    Of a tensor that is no constant only the shape is kept, as zeros without memory.
 
     Args:
         model: in eval mode.
@@ -28,7 +30,7 @@ class GraphValues(fx.Interpreter):
     def __init__(self, model: fx.GraphModule, shape: tuple[int, ...], constants: Collection[fx.Node] = ()) -> None:
         super().__init__(model)
         self._constants = constants
-        self._values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
         try:
@@ -41,28 +43,24 @@ class GraphValues(fx.Interpreter):
             ) from error
 
     def run_node(self, n: fx.Node) -> Any:
-        """As the base class; of a tensor that is no constant only the shape is kept: zeros without memory."""
+        """As the base class, and keep what the node evaluates to."""
         out = super().run_node(n)
         is_activation = isinstance(out, torch.Tensor) and n not in self._constants
-        self._values[n] = torch.zeros(()).expand(out.shape) if is_activation else out
+        self.values[n] = torch.zeros(()).expand(out.shape) if is_activation else out
         return out
 
     def shape(self, node: fx.Node, label: str) -> tuple[int, ...]:
         """Shape of a tensor without the batch dimension."""
-        shape = tuple(self._values[node].shape)
+        shape = tuple(self.values[node].shape)
         if not shape or shape[0] != _BATCH:
             raise UnsupportedModelError(
                 f"{label!r}: the first dimension must stay the batch; for a batch of {_BATCH} its output is {shape}"
             )
         return shape[1:]
 
-    def value(self, node: fx.Node) -> Any:
-        """What a node of numbers, or a constant, evaluates to; of a tensor, zeros of its shape."""
-        return self._values[node]
-
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options with the nodes in them replaced by what they evaluate to."""
-        return {name: fx.node.map_arg(value, self.value) for name, value in options.items()}
+        return {name: fx.node.map_arg(value, self.values.__getitem__) for name, value in options.items()}
 
 
 def pair(value: Any) -> tuple[int, int]:

@@ -164,17 +164,9 @@ class Builder:
 
     def requantize(self, value: Value, target: Target, wish: str) -> Value:
         """The value on another grid."""
-        factor, kind = requant(value.type.scale / target.scale, wish), target.type(value.type.shape)
-        return self.emit(
-            ir.Requantize,
-            wish,
-            [value],
-            kind,
-            target.grid,
-            value.index,
-            requant=factor,
-            input_zero_point=value.type.zero_point,
-        )
+        factor, zero_point = requant(value.type.scale / target.scale, wish), value.type.zero_point
+        kind, grid, index = target.type(value.type.shape), target.grid, value.index
+        return self.emit(ir.Requantize, wish, [value], kind, grid, index, requant=factor, input_zero_point=zero_point)
 
     def as_float(self, value: Value) -> Value:
         """The float32 value of an integer tensor: one Dequantize for all that read it."""
@@ -212,8 +204,6 @@ class Builder:
 
     def _move(self, value: Value, index: torch.Tensor, where: str) -> Value:
         shape, wanted = value.shape, tuple(index.shape[1:])
-        if movement.is_reshape(index, shape) and _is_flat(wanted, shape):
-            return self._flatten(value, wanted)
         selected = _selected_shape(wanted, shape)
         found = None if selected is None else movement.select(index.reshape(2, *selected), shape)
         if selected is None or found is None:
@@ -246,11 +236,6 @@ class Builder:
                 wanted.update(node.inputs)
         kept = tuple(node for node in self.nodes if node.name in wanted or isinstance(node, ir.Input))
         return IntegerGraph(kept, {name: self.bits[name] for name in self.model.bits if name in self.bits})
-
-
-def _is_flat(shape: tuple[int, ...], source: tuple[int, ...]) -> bool:
-    """Whether a reshape is what the IR's Flatten does: to one dimension, or a vector to ``(channels, 1, 1)``."""
-    return shape == source or len(shape) == 1 or (len(shape) == 3 and shape[1:] == (1, 1) and len(source) == 1)
 
 
 def _selected_shape(shape: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -88,10 +88,7 @@ class Exporter:
         self.scaled: set[str] = set()  # accumulators that already carry the scale of the Dequantize that reads them
         self.int4: list[str] = []
         self.nodes = {node.name: node for node in graph}
-        self.readers: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
-        for node in graph:
-            for name in node.inputs:
-                self.readers[name].append(node)
+        self.readers = {name: [reader for reader in graph if name in reader.inputs] for name in self.nodes}
 
     def export(self) -> None:
         """Add all operators."""

@@ -54,10 +54,8 @@ def regular(windows: Sequence[tuple[int, int]], size: int) -> Stride | None:
 def _candidates(windows: Sequence[tuple[int, int]], size: int) -> Iterator[Stride]:
     """All that the windows' first and last elements allow; where the padding hides what is what, several."""
     last = len(windows) - 1
-    steps = {b - a for (a, _), (b, _) in itertools.pairwise(windows) if a > 0} or range(1, size + 1)
+    steps = {b - a for (a, _), (b, _) in itertools.pairwise(windows) if 0 < a < b} or range(1, size + 1)
     for step in steps:
-        if step < 1:
-            continue
         first = windows[-1][0]
         for before in [step * last - first] if first > 0 else range(step * last, step * last + size):
             inside = [end + before - step * i for i, (_, end) in enumerate(windows) if end < size]
@@ -94,7 +92,7 @@ def average_pool(
     ratio = factors * np.outer(*lengths)
     if all(windows == [(0, size)] for windows, size in zip(spans, shape[1:], strict=True)):
         return _times(writer, writer.node("GlobalAveragePool", [x], f"{wish}.mean"), ratio, wish)
-    found = [regular(windows, size) for windows, size in zip(spans, shape[1:], strict=True)]
+    found = (regular(windows, size) for windows, size in zip(spans, shape[1:], strict=True))
     strides = [stride for stride in found if stride is not None]
     if len(strides) < 2:
         by_row = _means(writer, x, spans[0], 2, f"{wish}.rows")
