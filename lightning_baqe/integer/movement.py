@@ -71,7 +71,7 @@ def select(index: torch.Tensor, shape: tuple[int, ...]) -> Selection | None:
     numbers = index[0].to(torch.int64) - 1
     found = []
     for dim, coordinate in enumerate(torch.unravel_index(numbers.clamp(min=0), shape)):
-        along = coordinate.masked_fill(numbers < 0, -1).movedim(dim, 0).flatten(1)
+        along = coordinate.masked_fill(numbers < 0, -1).movedim(dim, 0).unsqueeze(-1).flatten(1)
         found.append(along.amax(1) if along.shape[1] else along.new_zeros(len(along)))
     if not torch.equal(select_elements(start(shape), found, 0), index):
         return None

@@ -199,3 +199,19 @@ def test_int32_biases_alone_lose_less_than_a_step_of_each_output() -> None:
         if node.type.is_integer:
             given_values = [values[name] for name in node.inputs]
             assert (node.run(*given_values) - values[node.name]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("move", ["slice", "flip"])
+def test_logits_may_move(move: str) -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(self.conv(x).mean((2, 3)))
+            return y[:, :5] if move == "slice" else y.flip(1)
+
+    model, x = Moved().eval(), wide_images()
+    quantized = ready(model, BitConfig.uniform(model), x)
+    assert cosine(lower(quantized).run(x), quantized(x)) > 0.999
