@@ -122,10 +122,10 @@ def _acquisition(
         "prune_baseline": True,
     }
     if n_objectives == 1:
-        objective = GenericMCObjective(lambda samples, X: samples[..., 0])
-        return qLogNoisyExpectedImprovement(model, x, objective=objective, **rest)
-    objective = IdentityMCMultiOutputObjective(outcomes=list(range(n_objectives)))
-    return qLogNoisyExpectedHypervolumeImprovement(model, reference, x, objective=objective, **rest)
+        first = GenericMCObjective(lambda samples, X: samples[..., 0])
+        return qLogNoisyExpectedImprovement(model, x, objective=first, **rest)
+    every = IdentityMCMultiOutputObjective(outcomes=list(range(n_objectives)))
+    return qLogNoisyExpectedHypervolumeImprovement(model, reference, x, objective=every, **rest)
 
 
 def _maximise(

@@ -223,8 +223,10 @@ class BaqeSampler(StudySampler):
             seed = self._derived(3, number)
             model = DeepKernelGP(space.encode(history.rows), outputs, self.options.deep_kernel, seed)
             posterior = model.posterior(space.encode(free))
-            counts = {"n_constraints": constraints.shape[1], "n_samples": self.options.n_samples}
-            improvement = expected_hypervolume_improvement(*posterior, front, reference, **counts, seed=seed)
+            n_constraints, n_samples = constraints.shape[1], self.options.n_samples
+            improvement = expected_hypervolume_improvement(
+                *posterior, front, reference, n_constraints=n_constraints, n_samples=n_samples, seed=seed
+            )
             return tuple(free[best_candidate(improvement, posterior.covariance)].tolist())
         predict, moments = self._surrogate(study, space, history, outputs, mean, scale)
         if len(history.pending):
@@ -298,7 +300,7 @@ class BaqeSampler(StudySampler):
             space.columns(every if entry is None else [names[name] for name in entry.rest if name in names])
             for entry in entries
         ]
-        kinds = [entry and entry.kind for entry in entries]
+        kinds = [None if entry is None else entry.kind for entry in entries]
         # Where a point is not at its best, sums say nothing of it.
         given = estimates(history.rows)
         given[(known.improved(history.rows) != history.rows).any(1)] = torch.nan
