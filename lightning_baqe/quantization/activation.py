@@ -23,20 +23,30 @@ class ActivationQuantizer(nn.Module, ABC):
     then the first batch in training mode sets it, as LSQ does; evaluation mode refuses. While ``observer`` is set,
     values pass through unchanged and are observed instead.
 
+    Attributes:
+        learns: whether the scale does.
+        symmetric: whether the zero point of a range with negative values is the middle one.
+
     Args:
         bits: 2 to 8.
         name: for error messages.
+        range_method: of the initial clipping range; see :meth:`RangeObserver.range`.
     """
 
+    learns = True
+    symmetric = False
     initialized: torch.Tensor
 
-    def __init__(self, bits: int, name: str = "", device: torch.device | None = None) -> None:
+    def __init__(
+        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.low, self.qmax = 0, 2**bits - 1
         self.name = name
+        self.range_method = range_method
         self.observer: RangeObserver | None = None
-        self.scale = nn.Parameter(torch.ones((), device=device))
+        self.scale = nn.Parameter(torch.ones((), device=device), requires_grad=self.learns)
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
 
     @abstractmethod
@@ -44,16 +54,12 @@ class ActivationQuantizer(nn.Module, ABC):
         """The integer that stands for 0, within 0..Q."""
 
     @abstractmethod
-    def _offset(self) -> torch.Tensor:
-        """The tensor that receives the offset's gradient, shape ``()``."""
-
-    @abstractmethod
     def _set_range(self, low: float, high: float) -> None:
         """Set scale and zero point from a clipping range with ``low <= 0 <= high``, ``low < high``."""
 
-    @abstractmethod
-    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
-        """The clipping range for the observed values."""
+    def _offset(self) -> torch.Tensor:
+        """The tensor that receives the offset's gradient, shape ``()``."""
+        return self.scale.detach()
 
     @torch.no_grad()
     def initialize(self, observer: RangeObserver) -> None:
@@ -63,12 +69,15 @@ class ActivationQuantizer(nn.Module, ABC):
             CalibrationError: nothing was observed, or values that are not finite.
         """
         observer.check(self.name)
-        self._set_range(*self._choose_range(observer))
+        self._set_range(*observer.range(self.qmax, self.range_method, self.symmetric))
         self.initialized.fill_(True)
 
     def step(self) -> float:
         """The scale as it acts."""
         return float(self.scale.detach().clamp_min(MIN_SCALE))
+
+    def _is_finite(self) -> bool:
+        return math.isfinite(self.step()) and math.isfinite(float(self._offset().detach()))
 
     def require_initialized(self) -> None:
         """Raises CalibrationError unless data have set the scale."""
@@ -77,7 +86,7 @@ class ActivationQuantizer(nn.Module, ABC):
                 f"quantizer {self.name!r} has no scale yet: call lightning_baqe.calibrate(model, batches) first, "
                 "load a state_dict of a calibrated model, or train"
             )
-        if not (math.isfinite(self.step()) and math.isfinite(float(self._offset().detach()))):
+        if not self._is_finite():
             raise CalibrationError(
                 f"quantizer {self.name!r} has the scale {self.step()} and the offset {float(self._offset().detach())}: "
                 "training diverged; use a lower learning rate or clip gradients"
@@ -103,7 +112,7 @@ class ActivationQuantizer(nn.Module, ABC):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._ready(x):
             return x
-        if not (math.isfinite(self.step()) and math.isfinite(float(self._offset().detach()))):
+        if not self._is_finite():
             return x * math.nan  # training diverged: the loss must show it, whoever computes it
         factor = 1.0 / math.sqrt(max(x[0].numel(), 1) * self.qmax)
         scale, offset = scale_gradient(self.scale, factor), scale_gradient(self._offset(), factor)
@@ -114,17 +123,12 @@ class ActivationQuantizer(nn.Module, ABC):
 
 
 class LSQPlusActivation(ActivationQuantizer):
-    """LSQ+ (Bhalgat et al., 2020): the offset is learned, too; ``z = clamp(round(-offset / scale), 0, Q)``.
-
-    Args:
-        range_method: of the initial clipping range; see :meth:`RangeObserver.range`.
-    """
+    """LSQ+ (Bhalgat et al., 2020): the offset is learned, too; ``z = clamp(round(-offset / scale), 0, Q)``."""
 
     def __init__(
         self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
     ) -> None:
-        super().__init__(bits, name, device)
-        self.range_method = range_method
+        super().__init__(bits, name, device, range_method)
         self.offset = nn.Parameter(torch.zeros((), device=device))
 
     def zero_point(self) -> int:
@@ -133,94 +137,62 @@ class LSQPlusActivation(ActivationQuantizer):
     def _offset(self) -> torch.Tensor:
         return self.offset
 
-    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
-        return observer.range(self.qmax, self.range_method)
-
     def _set_range(self, low: float, high: float) -> None:
-        step = max((high - low) / self.qmax, MIN_SCALE)
-        self.scale.fill_(step)
+        self.scale.fill_(max((high - low) / self.qmax, MIN_SCALE))
         self.offset.fill_(low)
 
 
-class LSQActivation(ActivationQuantizer):
+class _FixedZeroPoint(ActivationQuantizer):
+    """The zero point is the buffer ``fixed_zero_point``, which the initial range sets."""
+
+    fixed_zero_point: torch.Tensor
+
+    def __init__(
+        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
+    ) -> None:
+        super().__init__(bits, name, device, range_method)
+        self.register_buffer("fixed_zero_point", torch.zeros((), dtype=torch.int64, device=device))
+
+    def zero_point(self) -> int:
+        return int(self.fixed_zero_point)
+
+    def _set_range(self, low: float, high: float) -> None:
+        step = (high - low) / self.qmax
+        self.scale.fill_(max(step, MIN_SCALE))
+        self.fixed_zero_point.fill_(min(max(round(-low / step), 0), self.qmax))
+
+
+class LSQActivation(_FixedZeroPoint):
     """LSQ (Esser et al., 2020): only the scale is learned; unsigned for inputs that are never negative, else signed.
 
     Signed means the fixed zero point ``2^(bits - 1)``.
     """
 
-    fixed_zero_point: torch.Tensor
-
-    def __init__(
-        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
-    ) -> None:
-        super().__init__(bits, name, device)
-        self.range_method = range_method
-        self.register_buffer("fixed_zero_point", torch.zeros((), dtype=torch.int64, device=device))
-
-    def zero_point(self) -> int:
-        return int(self.fixed_zero_point)
-
-    def _offset(self) -> torch.Tensor:
-        return self.scale.detach()
-
-    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
-        return observer.range(self.qmax, self.range_method, symmetric=True)
-
-    def _set_range(self, low: float, high: float) -> None:
-        self.fixed_zero_point.fill_(0 if low >= 0 else 2 ** (self.bits - 1))
-        self.scale.fill_(max((high - low) / self.qmax, MIN_SCALE))
+    symmetric = True
 
 
-class StaticActivation(ActivationQuantizer):
+class StaticActivation(_FixedZeroPoint):
     """A range that calibration sets and that stays: neither scale nor zero point learns, and training moves neither.
 
     Asymmetric, as HAWQ-V3's activations are (section III-A); gradients go straight through to values within the range.
-
-    Args:
-        range_method: of the clipping range; see :meth:`RangeObserver.range`.
     """
 
-    fixed_zero_point: torch.Tensor
-
-    def __init__(
-        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "mse"
-    ) -> None:
-        super().__init__(bits, name, device)
-        self.range_method = range_method
-        self.scale.requires_grad_(False)
-        self.register_buffer("fixed_zero_point", torch.zeros((), dtype=torch.int64, device=device))
-
-    def zero_point(self) -> int:
-        return int(self.fixed_zero_point)
-
-    def _offset(self) -> torch.Tensor:
-        return self.scale
-
-    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
-        return observer.range(self.qmax, self.range_method)
-
-    def _set_range(self, low: float, high: float) -> None:
-        step = max((high - low) / self.qmax, MIN_SCALE)
-        self.scale.fill_(step)
-        self.fixed_zero_point.fill_(min(max(round(-low / step), 0), self.qmax))
+    learns = False
 
 
 class ResidualStream(ActivationQuantizer):
     """A residual stream that stays in int32, as in HAWQ-V3 (section III-C): nothing is rounded in training.
 
     The device holds it on a grid of ``2^20`` steps for the largest value that calibration saw, with 2^10 times that as
-    headroom; a step is so far below those of 8-bit tensors that fake-quant leaves the values alone.
-
-    Args:
-        bits: :data:`STREAM_BITS`.
+    headroom; a step is so far below those of 8-bit tensors that fake-quant leaves the values alone. ``bits`` are
+    :data:`STREAM_BITS`; the range is always ``"minmax"``'s.
     """
 
-    def __init__(
-        self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "minmax"
-    ) -> None:
-        super().__init__(bits, name, device)
+    learns = False
+
+    def __init__(self, bits: int, name: str = "", device: torch.device | None = None, range_method: str = "") -> None:
+        super().__init__(bits, name, device, "minmax")
         self.low, self.qmax = -(2**30), 2**30
-        self.scale.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._ready(x)
@@ -229,17 +201,11 @@ class ResidualStream(ActivationQuantizer):
     def zero_point(self) -> int:
         return 0
 
-    def _offset(self) -> torch.Tensor:
-        return self.scale
-
-    def _choose_range(self, observer: RangeObserver) -> tuple[float, float]:
-        return observer.range(self.qmax, "minmax")
-
     def _set_range(self, low: float, high: float) -> None:
         self.scale.fill_(max(abs(low), abs(high)) / 2**20)
 
 
-ACTIVATION_QUANTIZERS: dict[str, type[LSQActivation] | type[LSQPlusActivation] | type[StaticActivation]] = {
+ACTIVATION_QUANTIZERS: dict[str, type[ActivationQuantizer]] = {
     "lsq": LSQActivation,
     "lsq+": LSQPlusActivation,
     "static": StaticActivation,
