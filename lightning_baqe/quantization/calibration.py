@@ -10,6 +10,7 @@ import torch
 from lightning_baqe.errors import CalibrationError
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.observer import RangeObserver
+from lightning_baqe.quantization.plain import evaluating
 
 
 @torch.no_grad()
@@ -30,32 +31,26 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
     Raises:
         CalibrationError: no data, or values that are not finite.
     """
-    quantizers = model.quantizers()
-    modes = {module: module.training for module in model.modules()}
+    observers = {quantizer: RangeObserver() for quantizer in model.quantizers().values()}
     parameter = next(model.parameters(), None)
     count = 0
-    model.eval()
     try:
-        for quantizer in quantizers.values():
-            quantizer.observer = RangeObserver()
-        for batch in batches:
-            if max_batches is not None and count >= max_batches:
-                break
-            x = batch[0] if isinstance(batch, tuple | list) else batch
-            model(x if parameter is None else x.to(parameter.device))
-            count += 1
-        if count == 0:
-            raise CalibrationError("calibrate got no batches; give at least one batch of x or (x, y)")
-        observers = {quantizer: quantizer.observer for quantizer in quantizers.values()}
         for quantizer, observer in observers.items():
-            assert observer is not None
-            observer.check(quantizer.name)
-        for quantizer, observer in observers.items():
-            assert observer is not None
-            quantizer.initialize(observer)
+            quantizer.observer = observer
+        with evaluating(model):
+            for batch in batches:
+                if max_batches is not None and count >= max_batches:
+                    break
+                x = batch[0] if isinstance(batch, tuple | list) else batch
+                model(x if parameter is None else x.to(parameter.device))
+                count += 1
     finally:
-        for quantizer in quantizers.values():
+        for quantizer in observers:
             quantizer.observer = None
-        for module, training in modes.items():
-            module.training = training
+    if count == 0:
+        raise CalibrationError("calibrate got no batches; give at least one batch of x or (x, y)")
+    for quantizer, observer in observers.items():
+        observer.check(quantizer.name)
+    for quantizer, observer in observers.items():
+        quantizer.initialize(observer)
     return model

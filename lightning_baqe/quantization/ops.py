@@ -33,85 +33,47 @@ from lightning_baqe.quantization.activation import ActivationQuantizer
 
 TRANSPARENT = frozenset({"relu", "relu6", "max_pool", "adaptive_max_pool", "movement", "dropout", "identity", "concat"})
 
-_MAX_POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_AVG_POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-
-_FUNCTIONS: dict[Any, str] = {
-    functional.max_pool2d: "max_pool",
-    torch.max_pool2d: "max_pool",
-    functional.adaptive_max_pool2d: "adaptive_max_pool",
-    torch.amax: "adaptive_max_pool",
-    functional.avg_pool2d: "avg_pool",
-    functional.adaptive_avg_pool2d: "adaptive_avg_pool",
-    torch.mean: "mean",
-    torch.cat: "concat",
-    torch.concat: "concat",
-    functional.dropout: "dropout",
-    operator.add: "add",
-    torch.add: "add",
-    operator.sub: "add",
-    torch.sub: "add",
-    operator.mul: "mul",
-    torch.mul: "mul",
-    operator.truediv: "div",
-    torch.div: "div",
-}
-_MOVEMENTS: frozenset[Any] = frozenset(
-    {
-        operator.getitem, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute,
-        torch.swapaxes, torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.flip,
-        torch.channel_shuffle, functional.channel_shuffle, functional.pixel_shuffle, functional.pixel_unshuffle,
-    }
+_MOVEMENTS: tuple[Any, ...] = (
+    operator.getitem, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute,
+    torch.swapaxes, torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.flip,
+    torch.channel_shuffle, functional.channel_shuffle, functional.pixel_shuffle, functional.pixel_unshuffle,
+    "flatten", "view", "reshape", "squeeze", "unsqueeze", "transpose", "permute", "swapaxes", "chunk", "split",
+    "tensor_split", "unbind", "narrow", "flip", "expand", "unflatten",
+    "expand_as", "view_as", "reshape_as",  # the second tensor gives its shape alone
+    nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
 )  # fmt: skip
-_MOVEMENT_METHODS = frozenset(
-    {
-        "flatten", "view", "reshape", "squeeze", "unsqueeze", "transpose", "permute", "swapaxes", "chunk", "split",
-        "tensor_split", "unbind", "narrow", "flip", "expand", "unflatten",
-    }
-)  # fmt: skip
-# The second tensor gives its shape alone.
-_SHAPED_LIKE = frozenset({"expand_as", "view_as", "reshape_as"})
-_METHODS = {
-    "mean": "mean",
-    "amax": "adaptive_max_pool",
-    "add": "add",
-    "sub": "add",
-    "mul": "mul",
-    "div": "div",
-    "contiguous": "identity",
-    "detach": "identity",
-    "clone": "identity",
+# Functions, names of methods, and classes of modules.
+_SPELLINGS: dict[str, tuple[Any, ...]] = {
+    "quantizer": (ActivationQuantizer,),
+    "layer": (nn.Conv2d, nn.Linear),
+    "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d),
+    "max_pool": (functional.max_pool2d, torch.max_pool2d, nn.MaxPool2d),
+    "adaptive_max_pool": (functional.adaptive_max_pool2d, nn.AdaptiveMaxPool2d),
+    "amax": (torch.amax, "amax"),
+    "avg_pool": (functional.avg_pool2d, nn.AvgPool2d),
+    "adaptive_avg_pool": (functional.adaptive_avg_pool2d, nn.AdaptiveAvgPool2d),
+    "mean": (torch.mean, "mean"),
+    "concat": (torch.cat, torch.concat),
+    "movement": _MOVEMENTS,
+    "dropout": (functional.dropout, nn.Dropout, nn.Dropout2d),
+    "identity": ("contiguous", "detach", "clone", nn.Identity),
+    "add": (operator.add, operator.sub, torch.add, torch.sub, "add", "sub"),
+    "mul": (operator.mul, torch.mul, "mul"),
+    "div": (operator.truediv, torch.div, "div"),
 }
-_MODULES: tuple[tuple[type[nn.Module], str], ...] = (
-    (ActivationQuantizer, "quantizer"),
-    (nn.Conv2d, "layer"),
-    (nn.Linear, "layer"),
-    (nn.BatchNorm2d, "batch_norm"),
-    (nn.BatchNorm1d, "batch_norm"),
-    (nn.MaxPool2d, "max_pool"),
-    (nn.AdaptiveMaxPool2d, "adaptive_max_pool"),
-    (nn.AvgPool2d, "avg_pool"),
-    (nn.AdaptiveAvgPool2d, "adaptive_avg_pool"),
-    (nn.Flatten, "movement"),
-    (nn.Unflatten, "movement"),
-    (nn.ChannelShuffle, "movement"),
-    (nn.PixelShuffle, "movement"),
-    (nn.PixelUnshuffle, "movement"),
-    (nn.Dropout, "dropout"),
-    (nn.Dropout2d, "dropout"),
-    (nn.Identity, "identity"),
-)
+_KINDS = {spelling: kind for kind, spellings in _SPELLINGS.items() for spelling in spellings}
 # Of torchvision and timm: identities in eval mode that drop whole branches or regions in training.
 STOCHASTIC = frozenset({"StochasticDepth", "DropPath", "DropBlock2d"})
 _SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel"})
 _COLLECTIONS = frozenset({"chunk", "split", "tensor_split", "unbind"})
-_NAMES = {
-    "max_pool": _MAX_POOL,
-    "avg_pool": _AVG_POOL,
+_ARGUMENTS = {
+    "max_pool": ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    "avg_pool": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     "adaptive_avg_pool": ("input", "output_size"),
     "adaptive_max_pool": ("input", "output_size", "return_indices"),
+    "amax": ("input", "dim", "keepdim"),
     "mean": ("input", "dim", "keepdim", "dtype"),
-    "add": ("input", "other", "alpha"),
+    "concat": ("input", "dim"),
 }
 
 
@@ -176,17 +138,16 @@ class OpReader:
 
     def _read_module(self, node: fx.Node, tensors: tuple[fx.Node, ...]) -> Op:
         module = self.modules.get_submodule(str(node.target))
-        kind = next((kind for cls, kind in _MODULES if isinstance(module, cls)), "other")
+        kind = next((_KINDS[cls] for cls in type(module).__mro__ if cls in _KINDS), "other")
         if kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool"):
-            options = {name: getattr(module, name) for name in _NAMES[kind][1:] if hasattr(module, name)}
+            options = {name: getattr(module, name) for name in _ARGUMENTS[kind] if hasattr(module, name)}
             return Op("other" if options.get("return_indices") else kind, tensors, options, module)
         if kind != "other" or len(tensors) != 1:
             return Op(kind, tensors, {}, module)
         if type(module).__name__ in STOCHASTIC:
             return Op("dropout", tensors, {}, module)
-        if isinstance(module, nn.Upsample) and module.mode == "nearest":
-            return Op("movement", tensors, {}, module)
-        if isinstance(module, nn.ZeroPad2d) or (isinstance(module, nn.ConstantPad2d) and module.value == 0):
+        is_padding = isinstance(module, nn.ConstantPad2d) and module.value == 0
+        if is_padding or (isinstance(module, nn.Upsample) and module.mode == "nearest"):
             return Op("movement", tensors, {}, module)
         return _pointwise(pointwise.of_module(module), tensors, module)
 
@@ -203,32 +164,25 @@ class OpReader:
                 return _pointwise(found, tensors)
         if _is_movement(node):
             return Op("movement", tensors[:1], {})
-        table: Mapping[Any, str] = _FUNCTIONS if node.op == "call_function" else _METHODS
-        kind = table.get(node.target, "other")
+        kind = _KINDS.get(node.target, "other")
         if kind in ("add", "mul", "div"):
             return self._arithmetic(node, kind, tensors)
-        names = _NAMES.get(kind, ("input",))
-        options = dict(zip(names[1:], node.args[1:], strict=False)) | dict(node.kwargs)
+        options = _arguments(node, _ARGUMENTS.get(kind, ("input",)))
         options.pop("input", None)
         if kind == "concat":
-            dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
+            dim = options.get("dim", options.get("axis", 0))
             return Op("concat" if dim in (1, -3) else "other", tensors, {"dim": dim})
-        if kind == "mean" and not _is_spatial(options.get("dim")):
-            kind = "other"
-        if kind == "adaptive_max_pool" and "amax" in (node.target, getattr(node.target, "__name__", "")):
-            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-            keep = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
-            kind = kind if _is_spatial(dims) and keep else "other"
-            options = {"output_size": 1}
-        if kind in ("max_pool", "adaptive_max_pool") and options.get("return_indices", False):
+        if kind == "amax":
+            is_pooling = _is_spatial(options.get("dim")) and options.get("keepdim", False)
+            return Op("adaptive_max_pool" if is_pooling else "other", tensors, {"output_size": 1})
+        if (kind == "mean" and not _is_spatial(options.get("dim"))) or options.get("return_indices", False):
             kind = "other"
         return Op(kind, tensors, options)
 
     def _arithmetic(self, node: fx.Node, kind: str, tensors: tuple[fx.Node, ...]) -> Op:
         """A sum, difference, product or quotient: of two tensors, or of a tensor and a constant of the network."""
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        operation = {"truediv": "div"}.get(name, name)
-        operands = (*node.args, *(value for key, value in node.kwargs.items() if key in ("other",)))
+        operation = target_name(node).removeprefix("true")
+        operands = (*node.args, *(value for key, value in node.kwargs.items() if key == "other"))
         if len(operands) != 2 or node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
             return Op("other", tensors, {})
         if len(tensors) == 2 and kind != "div":
@@ -250,8 +204,7 @@ class OpReader:
 
     def is_collection(self, node: fx.Node) -> bool:
         """Whether a node's output is several tensors, to be taken out one by one."""
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return self[node].kind == "movement" and node.op != "call_module" and name in _COLLECTIONS
+        return self[node].kind == "movement" and node.op != "call_module" and target_name(node) in _COLLECTIONS
 
     def is_attached(self, node: fx.Node) -> bool:
         """Whether a batch norm belongs to the layer right before it: that layer's output goes nowhere else."""
@@ -266,29 +219,33 @@ class OpReader:
         return self[node].kind == "function" and len(following) == 1 and self[following[0]].kind == "function"
 
 
+def target_name(node: fx.Node) -> str:
+    """The name of the function or method that a node calls, or the path of its module."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """A call's arguments by name, the positional ones by the given names."""
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
 def _pointwise(found: pointwise.Pointwise | None, tensors: tuple[fx.Node, ...], module: nn.Module | None = None) -> Op:
     if found is None:
         return Op("other", tensors, {}, module)
-    if found.name == "clamp" and found.parameters == (0.0, 6.0):
-        return Op("relu6", tensors, {}, module)
-    if found.name == "clamp" and found.parameters == (0.0, float("inf")):
-        return Op("relu", tensors, {}, module)
-    if found.name in ("relu", "relu6"):
-        return Op(found.name, tensors, {}, module)
+    clips = {(0.0, 6.0): "relu6", (0.0, float("inf")): "relu"}
+    name = clips.get(found.parameters, found.name) if found.name == "clamp" else found.name
+    if name in ("relu", "relu6"):
+        return Op(name, tensors, {}, module)
     return Op("function", tensors, {"pointwise": found}, module)
 
 
 def _is_movement(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _MOVEMENT_METHODS or node.target in _SHAPED_LIKE
     if node.target is functional.pad:
-        options = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | dict(node.kwargs)
+        options = _arguments(node, ("input", "pad", "mode", "value"))
         return bool(options.get("mode", "constant") == "constant" and not options.get("value"))
     if node.target is functional.interpolate:
-        names = ("input", "size", "scale_factor", "mode")
-        options = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        return bool(options.get("mode", "nearest") == "nearest")
-    return node.target in _MOVEMENTS
+        return bool(_arguments(node, ("input", "size", "scale_factor", "mode")).get("mode", "nearest") == "nearest")
+    return _KINDS.get(node.target) == "movement"
 
 
 def _is_spatial(dims: Any) -> bool:

@@ -6,7 +6,8 @@ with a forward of their own (timm's ``Linear``), batch norms with an activation 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,16 +17,20 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_baqe.errors import UnsupportedModelError
 
+# Of a layer's input: (left, right, top, bottom) zeros as functional.pad takes them; None for none.
+Padding = tuple[int, ...] | None
 
-@dataclass(frozen=True)
-class Plain:
-    """What stands before a layer that became a plain one.
 
-    Args:
-        padding: of its input, ``(left, right, top, bottom)`` zeros as ``functional.pad`` takes them; None for none.
-    """
-
-    padding: tuple[int, int, int, int] | None
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module has its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class _Recorder(TorchFunctionMode):
@@ -57,7 +62,7 @@ def has_fused_activation(module: nn.Module) -> bool:
     )
 
 
-def make_plain(model: nn.Module, example_input: torch.Tensor | None) -> dict[str, Plain]:
+def make_plain(model: nn.Module, example_input: torch.Tensor | None) -> dict[str, Padding]:
     """Turn a model's special layers and batch norms into torch's own, in place.
 
     A layer keeps the weights that it computes at this moment, and has the padding that the example's size asks
@@ -68,7 +73,7 @@ def make_plain(model: nn.Module, example_input: torch.Tensor | None) -> dict[str
         example_input: a batch of any size.
 
     Returns:
-        the layers that changed, by module path.
+        what stands before each layer that changed, by module path.
 
     Raises:
         UnsupportedModelError: such a layer without an example input, or one that does more than a layer.
@@ -89,26 +94,21 @@ def make_plain(model: nn.Module, example_input: torch.Tensor | None) -> dict[str
             f"layer {name!r} ({type(module).__name__}) has a forward of its own: give example_input to quantize, so "
             "that the weights and the padding that it computes are known"
         )
-    found: dict[str, Plain] = {}
+    found: dict[str, Padding] = {}
     hooks = [
         module.register_forward_hook(lambda m, args, out, name=name: found.update({name: _replay(name, m, args[0])}))
         for name, module in special.items()
     ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(example_input[:1])
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    for name, module in special.items():
-        if name in found:
-            module.__class__ = _base(module)
-            if found[name].padding is not None:
-                module.padding = (0, 0)
+    for name, padding in found.items():
+        special[name].__class__ = _base(special[name])
+        if padding is not None:
+            special[name].padding = (0, 0)
     return found
 
 
@@ -120,8 +120,8 @@ def _base(module: nn.Module) -> type[nn.Conv2d] | type[nn.Linear] | None:
     return None
 
 
-def _replay(name: str, module: nn.Module, x: torch.Tensor) -> Plain:
-    """Run a layer once more, recorded, and give it the weights that it used."""
+def _replay(name: str, module: nn.Module, x: torch.Tensor) -> Padding:
+    """Run a layer once more, recorded, and give it the weights that it used; returns how it padded its input."""
     assert isinstance(module, nn.Conv2d | nn.Linear)
     with _Recorder() as recorder:
         out = module.forward(x)
@@ -138,4 +138,4 @@ def _replay(name: str, module: nn.Module, x: torch.Tensor) -> Plain:
             f"layer {name!r} ({type(module).__name__}) changes its input's shape from {tuple(x.shape)} to "
             f"{tuple(conv['input'].shape)} before its product; replace it by torch's own"
         )
-    return Plain(None if pads is None else (pads[0], pads[1], pads[2], pads[3]))
+    return pads

@@ -76,20 +76,13 @@ class Pointwise:
 
 def of_module(module: nn.Module) -> Pointwise | None:
     """The function of one of torch's activation modules, None for any other module."""
-    plain = _PLAIN_MODULES.get(type(module))
-    if plain is not None:
-        return Pointwise(plain)
-    match module:
-        case nn.LeakyReLU():
-            return Pointwise("leaky_relu", (module.negative_slope,))
-        case nn.ELU():
-            return Pointwise("elu", (module.alpha,))
-        case nn.Softplus():
-            return Pointwise("softplus", (module.beta, module.threshold))
-        case nn.GELU():
-            return Pointwise("gelu", (float(module.approximate == "tanh"),))
-        case nn.Hardtanh():  # nn.ReLU6 is one, too
-            return Pointwise("clamp", (module.min_val, module.max_val))
+    if type(module) in _PLAIN_MODULES:
+        return Pointwise(type(module).__name__.lower())
+    if isinstance(module, nn.GELU):
+        return Pointwise("gelu", (float(module.approximate == "tanh"),))
+    for kind, (name, *attributes) in _MODULES.items():
+        if isinstance(module, kind):
+            return Pointwise(name, tuple(getattr(module, attribute) for attribute in attributes))
     return None
 
 
@@ -99,73 +92,66 @@ def of_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Point
     Args:
         target: a torch function, an operator, or the name of a tensor's method.
         args: positional arguments, the tensor being ``None`` in its place; all others are numbers or flags.
-        kwargs: likewise.
+        kwargs: likewise, without the tensor.
 
     Returns:
         None if the call is no pointwise function of that tensor.
     """
-    name = target if isinstance(target, str) else _NAMES.get(target)
-    if name is None:
+    name = (target if isinstance(target, str) else _NAMES.get(target, "")).rstrip("_")
+    if name in _BINARY:
+        return _binary(name, args, kwargs)
+    if name not in _DEFAULTS:
         return None
-    name = name.rstrip("_")
-    arguments = [value for value in args if value is not None]
-    options = {key: value for key, value in kwargs.items() if key not in ("inplace", "input") and value is not None}
-    if name in _BINARY and len(arguments) + len(options) == 1:
-        number = arguments[0] if arguments else next(iter(options.values()))
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            return None
-        reverse = bool(arguments) and args[0] is not None
-        swapped = {"sub": "rsub", "div": "rdiv", "pow": None}.get(name, name) if reverse else name
-        return None if swapped is None else Pointwise(swapped, (float(number),))
-    if name in ("clamp", "clip", "hardtanh", "clamp_min", "clamp_max"):
-        return _clamp(name, arguments, options)
+    given = dict(zip(_DEFAULTS[name], args[1:], strict=False)) | kwargs
+    options = {key: default if given.get(key) is None else given[key] for key, default in _DEFAULTS[name].items()}
     if name == "gelu":
-        approximate = options.get("approximate", arguments[0] if arguments else "none")
-        return Pointwise("gelu", (float(approximate == "tanh"),))
-    if name in _DEFAULTS:
-        keys = _PARAMETER_NAMES[name]
-        numbers = tuple(
-            float(options.get(key, arguments[i] if i < len(arguments) else default))
-            for i, (key, default) in enumerate(zip(keys, _DEFAULTS[name], strict=True))
-        )
-        return Pointwise(name, numbers)
-    return Pointwise(name) if name in _PLAIN else None
+        return Pointwise("gelu", (float(options["approximate"] == "tanh"),))
+    if name.startswith(("clamp", "clip", "hardtanh")):
+        low = options.get("min", options.get("min_val", -math.inf))
+        high = options.get("max", options.get("max_val", math.inf))
+        return Pointwise("clamp", (float(low), float(high)))
+    return Pointwise(name, tuple(float(value) for value in options.values()))
 
 
-def _clamp(name: str, arguments: list[Any], options: dict[str, Any]) -> Pointwise:
-    low = options.get("min", options.get("min_val", -1.0 if name == "hardtanh" else -math.inf))
-    high = options.get("max", options.get("max_val", 1.0 if name == "hardtanh" else math.inf))
-    if name == "clamp_max":
-        high = arguments[0] if arguments else high
-    elif arguments:
-        low = arguments[0]
-        high = arguments[1] if len(arguments) > 1 else high
-    return Pointwise("clamp", (float(low), float(high)))
+def _binary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pointwise | None:
+    """A tensor and a number: None with anything else besides, such as a rounding mode."""
+    given = [value for value in (*args, *kwargs.values()) if value is not None]
+    if len(given) != 1 or isinstance(given[0], bool) or not isinstance(given[0], int | float):
+        return None
+    if args and args[0] is not None:  # the number comes first
+        swapped = {"sub": "rsub", "div": "rdiv", "pow": None}.get(name, name)
+        return None if swapped is None else Pointwise(swapped, (float(given[0]),))
+    return Pointwise(name, (float(given[0]),))
 
 
-_BINARY = {"add", "sub", "mul", "div", "pow"}
-_PLAIN = {
+_BINARY = ("add", "sub", "mul", "div", "pow")
+_PLAIN = (
     "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "mish", "tanh", "neg", "abs", "exp", "sqrt",
-}  # fmt: skip
-_PARAMETER_NAMES = {"leaky_relu": ("negative_slope",), "elu": ("alpha",), "softplus": ("beta", "threshold")}
-_DEFAULTS = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0)}
-_PLAIN_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Sigmoid: "sigmoid",
-    nn.SiLU: "silu",
-    nn.Mish: "mish",
-    nn.Tanh: "tanh",
+)  # fmt: skip
+# Parameters of torch's functions, in order, with their defaults.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in _PLAIN},
+    "leaky_relu": {"negative_slope": 0.01},
+    "elu": {"alpha": 1.0},
+    "softplus": {"beta": 1.0, "threshold": 20.0},
+    "gelu": {"approximate": "none"},
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
+    "clamp": {"min": -math.inf, "max": math.inf},
+    "clip": {"min": -math.inf, "max": math.inf},
+    "clamp_min": {"min": -math.inf},
+    "clamp_max": {"max": math.inf},
 }
-_NAMES: dict[Any, str] = {
-    operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div", operator.pow: "pow",
-    operator.neg: "neg", operator.abs: "abs", abs: "abs",
-    torch.add: "add", torch.sub: "sub", torch.mul: "mul", torch.div: "div", torch.pow: "pow",
-    torch.clamp: "clamp", torch.clip: "clip", functional.hardtanh: "hardtanh",
-    functional.gelu: "gelu", functional.leaky_relu: "leaky_relu", functional.elu: "elu",
-    functional.softplus: "softplus",
-    **{getattr(namespace, name): name for namespace in (torch, functional) for name in sorted(_PLAIN)
-       if hasattr(namespace, name)},
-}  # fmt: skip
+_PLAIN_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.SiLU, nn.Mish, nn.Tanh)
+# Each with the attributes that are its parameters.
+_MODULES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.Softplus: ("softplus", "beta", "threshold"),
+    nn.Hardtanh: ("clamp", "min_val", "max_val"),
+}
+_NAMES: dict[Any, str] = {operator.truediv: "div", abs: "abs"} | {
+    getattr(namespace, name): name
+    for namespace in (operator, torch, functional)
+    for name in (*_BINARY, *_DEFAULTS)
+    if hasattr(namespace, name)
+}

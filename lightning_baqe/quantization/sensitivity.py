@@ -12,6 +12,7 @@ from torch.nn import functional
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
+from lightning_baqe.quantization.plain import evaluating
 from lightning_baqe.quantization.weight import WeightQuantizer
 
 
@@ -31,23 +32,20 @@ def layer_scores(model: QuantizedModel, images: torch.Tensor) -> dict[str, float
     Raises:
         CalibrationError: an activation quantizer has no scale yet.
     """
-    device = next(model.parameters()).device
-    images, modes = images.to(device), {module: module.training for module in model.modules()}
-    owners = _quantizers_of_layers(model)
+    images = images.to(next(model.parameters()).device)
     everything = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
-    model.eval()
-    try:
-        with _idle(everything):
-            reference = functional.log_softmax(model(images).flatten(1), dim=1)
-        scores = {}
-        for layer, own in owners.items():
-            with _idle([quantizer for quantizer in everything if quantizer not in own]):
-                found = functional.log_softmax(model(images).flatten(1), dim=1)
+
+    def log_probabilities(idle: list[nn.Module]) -> torch.Tensor:
+        with _idle(idle):
+            return functional.log_softmax(model(images).flatten(1), dim=1)
+
+    scores = {}
+    with evaluating(model):
+        reference = log_probabilities(everything)
+        for layer, own in _quantizers_of_layers(model).items():
+            found = log_probabilities([quantizer for quantizer in everything if quantizer not in own])
             divergence = functional.kl_div(found, reference, reduction="batchmean", log_target=True)
             scores[layer] = max(float(divergence), 0.0)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return scores
 
 

@@ -13,19 +13,15 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lightning_baqe.errors import UnsupportedModelError
-from lightning_baqe.quantization.ops import STOCHASTIC
-from lightning_baqe.quantization.plain import Plain, has_fused_activation, make_plain
+from lightning_baqe.quantization.ops import STOCHASTIC, target_name
+from lightning_baqe.quantization.plain import Padding, evaluating, has_fused_activation, make_plain
 
 _IN_PLACE_FUNCTIONS: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
-    **{
-        getattr(torch, f"{name}_"): getattr(torch, name)
-        for name in ("relu", "sigmoid", "tanh", "clamp", "neg", "exp")
-        if hasattr(torch, f"{name}_")
-    },
+    **{getattr(torch, f"{name}_"): getattr(torch, name) for name in ("relu", "sigmoid", "tanh", "clamp", "neg", "exp")},
 }
 _MODE_FUNCTIONS: tuple[Any, ...] = (functional.batch_norm, torch.batch_norm, functional.instance_norm)
 _EXAMPLE = "lightning_baqe.example"
@@ -33,22 +29,20 @@ _TRACING_ERRORS = (
     fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError, AssertionError,
     IndexError, KeyError,
 )  # fmt: skip
-_ASSERTIONS: tuple[Any, ...] = (torch._assert,)
 
 
 class _Tracer(fx.Tracer):
     """Traces through everything but torch's own modules and convs and linears whose forward is torch's."""
 
-    def __init__(self, plain: dict[str, Plain]) -> None:
+    def __init__(self, paddings: dict[str, Padding]) -> None:
         super().__init__()
         self.path = ""
-        self.plain = plain
+        self.paddings = paddings
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, nn.Conv2d):
-            return type(m).forward is nn.Conv2d.forward
-        if isinstance(m, nn.Linear):
-            return type(m).forward is nn.Linear.forward
+        for base in (nn.Conv2d, nn.Linear):
+            if isinstance(m, base):
+                return type(m).forward is base.forward
         if type(m).__name__ in STOCHASTIC or isinstance(m, nn.BatchNorm2d):
             return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -57,7 +51,7 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         before, self.path = self.path, self.path_of_module(m)
-        padding = self.plain[self.path].padding if self.path in self.plain else None
+        padding = self.paddings.get(self.path)
         if padding is not None:
             args = (functional.pad(args[0], padding), *args[1:])
         out = super().call_module(m, forward, args, kwargs)
@@ -94,8 +88,8 @@ class _Shaped(fx.Proxy):
 class _ShapeTracer(_Tracer):
     """Executes the network on an example as it traces it, so that control flow may depend on sizes."""
 
-    def __init__(self, plain: dict[str, Plain], example_input: torch.Tensor) -> None:
-        super().__init__(plain)
+    def __init__(self, paddings: dict[str, Padding], example_input: torch.Tensor) -> None:
+        super().__init__(paddings)
         self.example_input = example_input
         self.is_executing = False  # fx hooks every module's call and attributes while it traces
 
@@ -154,14 +148,9 @@ def trace(model: nn.Module, example_input: torch.Tensor | None = None) -> fx.Gra
             raise UnsupportedModelError(
                 f"module {name!r} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
             )
-    modes = {module: module.training for module in model.modules()}
-    plain = make_plain(model, example_input)
-    model.eval()
-    try:
-        graph = _trace(model, plain, example_input)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    paddings = make_plain(model, example_input)
+    with evaluating(model):
+        graph = _trace(model, paddings, example_input)
     graph._tracer_cls = fx.Tracer  # what a pickled graph module is traced with again, every module being a leaf
     _remove_assertions(graph)
     _make_functional(graph, model)
@@ -170,14 +159,14 @@ def trace(model: nn.Module, example_input: torch.Tensor | None = None) -> fx.Gra
     return graph
 
 
-def _trace(model: nn.Module, plain: dict[str, Plain], example_input: torch.Tensor | None) -> fx.Graph:
-    tracer = _Tracer(plain)
+def _trace(model: nn.Module, paddings: dict[str, Padding], example_input: torch.Tensor | None) -> fx.Graph:
+    tracer = _Tracer(paddings)
     try:
         return tracer.trace(model)
     except _TRACING_ERRORS as error:
         if example_input is None:
             raise _untraceable(model, tracer, error, "; give example_input if it depends on sizes only") from error
-    tracer = _ShapeTracer(plain, example_input[:1])
+    tracer = _ShapeTracer(paddings, example_input[:1])
     try:
         graph = tracer.trace(model)
     except _TRACING_ERRORS as error:
@@ -196,27 +185,29 @@ def _untraceable(model: nn.Module, tracer: _Tracer, error: Exception, more: str 
 
 
 def _remove_assertions(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _ASSERTIONS:
-            graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch._assert):
+        graph.erase_node(node)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a node changes a tensor in place, by its name or an option."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_module":
+    """Whether a function or method changes a tensor in place, by its name or an option."""
+    if node.op not in ("call_function", "call_method"):
         return False
-    return node.target in _IN_PLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__")) or _is_in_place(node)
+    name, found = target_name(node), _in_place_option(node)
+    in_place = found is not None and bool(found[1].get("inplace"))
+    return in_place or node.target in _IN_PLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
 
 
-def _is_in_place(node: fx.Node) -> bool:
-    """Whether a function of ``torch.nn.functional`` is called with ``inplace=True``."""
+def _in_place_option(node: fx.Node) -> tuple[int, dict[str, Any]] | None:
+    """Where a function of ``torch.nn.functional`` takes ``inplace``, and its arguments from there on, by name."""
     if node.op != "call_function" or getattr(node.target, "__module__", None) != functional.__name__:
-        return False
+        return None
     parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    options = dict(zip(parameters, node.args, strict=False)) | dict(node.kwargs)
-    return bool(options.get("inplace", False))
+    if "inplace" not in parameters:
+        return None
+    at = parameters.index("inplace")
+    return at, dict(zip(parameters[at:], node.args[at:], strict=False)) | node.kwargs
 
 
 def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
@@ -227,17 +218,16 @@ def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{node.name}: a functional normalisation fixes train or eval mode when traced; use nn.BatchNorm2d"
             )
-        in_place = False
-        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            node.target, in_place = node.target.rstrip("_"), True
-        elif node.op == "call_function" and node.target in _IN_PLACE_FUNCTIONS:
-            node.target, in_place = _IN_PLACE_FUNCTIONS[node.target], True
+        in_place, found = _writes(node), _in_place_option(node)
+        if node.op == "call_method" and in_place:
+            node.target = node.target.rstrip("_")
+        elif found is not None:
+            at, options = found
+            node.args, node.kwargs = node.args[:at], {key: options[key] for key in options if key != "inplace"}
         elif node.op == "call_function":
-            in_place = _is_in_place(node)
-            _drop_in_place_option(node)
+            node.target = _IN_PLACE_FUNCTIONS.get(node.target, node.target)
         elif node.op == "call_module":
-            module = model.get_submodule(str(node.target))
-            in_place = bool(getattr(module, "inplace", False))
+            in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
         if in_place and isinstance(node.args[0], fx.Node):
             source = node.args[0]
             for user in list(source.users):
@@ -246,20 +236,6 @@ def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
-
-
-def _drop_in_place_option(node: fx.Node) -> None:
-    """Leave the ``inplace`` argument of a function out, wherever it stands."""
-    if getattr(node.target, "__module__", None) != functional.__name__:
-        return
-    parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    if "inplace" in parameters:
-        at = parameters.index("inplace")
-        if len(node.args) > at:
-            names = parameters[at + 1 :]
-            node.kwargs = dict(node.kwargs) | dict(zip(names, node.args[at + 1 :], strict=False))
-            node.args = node.args[:at]
-        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
 
 
 def _make_dropout_modules(graph: fx.Graph, model: nn.Module) -> None:
