@@ -31,3 +31,9 @@ class MeasurementError(BaqeError):
 
 class InfeasibleError(BaqeError):
     """Limits that no point meets."""
+
+
+def check_at_least(argument: str, value: int, least: int) -> None:
+    """Raise ConfigError unless ``value`` is a whole number of ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{argument}={value!r}, but a whole number of {least} or more is wanted: change {argument}.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.errors import ConfigError, DataError, check_at_least
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -157,9 +157,3 @@ class ImageDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-
-
-def check_at_least(argument: str, value: int, least: int) -> None:
-    """Raise ConfigError unless ``value`` is a whole number of ``least`` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{argument}={value!r}, but a whole number of {least} or more is wanted: change {argument}.")

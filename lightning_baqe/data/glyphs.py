@@ -1,10 +1,10 @@
 """Letters and digits drawn with the fonts that matplotlib ships: a harder data set that needs no download."""
 
 import hashlib
+import io
 import json
 import os
 import string
-import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
-from lightning_baqe.data.base import SPLITS, ImageDataModule, ImageTensorDataset, Split, check_at_least
-from lightning_baqe.errors import DataError
+from lightning_baqe.data.base import SPLITS, ImageDataModule, ImageTensorDataset, Split
+from lightning_baqe.errors import DataError, check_at_least
+from lightning_baqe.files import replace_file
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
@@ -89,7 +90,9 @@ class GlyphsDataModule(ImageDataModule):
         for split, size in self.sizes.items():
             check_at_least(f"{split}_size", size, 1)
         self.cache = cache
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        if cache_dir is None:
+            cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightning_baqe"
+        self.cache_dir = Path(cache_dir).expanduser()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -140,11 +143,6 @@ def font_path(name: str) -> Path:
             f"{matplotlib.__version__} lacks: install matplotlib from PyPI, or choose another data set."
         )
     return path
-
-
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/lightning_baqe``, or ``~/.cache/lightning_baqe`` where the variable is unset or empty."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_baqe"
 
 
 def draw_glyphs(size: int, fonts: tuple[str, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -233,15 +231,11 @@ def _read(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _write(path: Path, images: Tensor, labels: Tensor) -> None:
-    """Write under another name first, so that no reader meets half a file; a folder that refuses costs a warning."""
-    draft = path.with_name(f"{uuid.uuid4().hex}.npz")
+    """A folder that refuses costs a warning."""
+    archive = io.BytesIO()
+    np.savez(archive, images=images.numpy(), labels=labels.numpy())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            np.savez(draft, images=images.numpy(), labels=labels.numpy())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        replace_file(path, archive.getvalue())
     except OSError as error:
         warnings.warn(
             f"Could not keep the drawn glyphs at {path} ({error}); they will be drawn again next time. "

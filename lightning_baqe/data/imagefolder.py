@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from lightning_baqe.data.base import ImageDataModule, Split, check_at_least
-from lightning_baqe.errors import DataError
+from lightning_baqe.data.base import ImageDataModule, Split
+from lightning_baqe.errors import DataError, check_at_least
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _SPLIT_SEED = 0
@@ -93,13 +94,9 @@ class ImageFolderDataModule(ImageDataModule):
         check_at_least("resize", self.resize, image_size)
 
     @cached_property
-    def _classes(self) -> tuple[str, ...]:
-        return _class_names(self.root, "train")
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the folders in ``root/train``, sorted."""
-        return self._classes
+        return _class_names(self.root, "train")
 
     def setup(self, stage: str | None = None) -> None:
         """Check the layout of every split, whatever the stage, so that a bad test folder shows before training."""
@@ -120,7 +117,7 @@ class ImageFolderDataModule(ImageDataModule):
         train, val = _scan(self.root, "train", self.classes), _scan(self.root, "val", self.classes)
         if (self.root / "test").exists():
             return {"train": train, "val": val, "test": _scan(self.root, "test", self.classes)}
-        val, test = _halve(val, len(self.classes))
+        val, test = _halve(val)
         if not test:
             raise DataError(
                 f"{self.root} has no test folder, and {self.root / 'val'} has one image per class, so no test split "
@@ -184,19 +181,16 @@ def _scan(root: Path, split: Split, classes: tuple[str, ...]) -> Samples:
     return samples
 
 
-def _halve(samples: Samples, num_classes: int) -> tuple[Samples, Samples]:
-    """Two stratified halves, by a fixed seed; the first takes the odd one of each class. Order is kept."""
+def _halve(samples: Samples) -> tuple[Samples, Samples]:
+    """Two stratified halves of samples in the order of labels, by a fixed seed; the first takes the odd ones."""
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    by_class: list[list[int]] = [[] for _ in range(num_classes)]
-    for index, (_, label) in enumerate(samples):
-        by_class[label].append(index)
-    first: set[int] = set()
-    for indices in by_class:
-        order = torch.randperm(len(indices), generator=generator).tolist()
-        first.update(indices[i] for i in order[: (len(indices) + 1) // 2])
     halves: tuple[Samples, Samples] = ([], [])
-    for index, sample in enumerate(samples):
-        halves[index not in first].append(sample)
+    for _, group in groupby(samples, key=lambda sample: sample[1]):
+        members = list(group)
+        order = torch.randperm(len(members), generator=generator).tolist()
+        first = set(order[: (len(members) + 1) // 2])
+        for index, sample in enumerate(members):
+            halves[index not in first].append(sample)
     return halves
 
 
