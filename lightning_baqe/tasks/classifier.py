@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.quantization.activation import ACTIVATION_QUANTIZERS
 from lightning_baqe.quantization.batch_norm import fold_batch_norm, is_folded
 from lightning_baqe.quantization.config import BitConfig
@@ -18,7 +18,6 @@ from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.tasks.optimizers import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
 
 CHECKPOINT_KEY = "lightning_baqe"
-Stage = Literal["train", "val", "test"]
 
 
 class ImageClassifier(pl.LightningModule):
@@ -62,13 +61,24 @@ class ImageClassifier(pl.LightningModule):
         log_prefix: str = "",
     ) -> None:
         super().__init__()
-        _check(num_classes, learning_rate, weight_decay, optimizer, scheduler, label_smoothing)
+        check_at_least("num_classes", num_classes, 2)
+        for argument, value, fits, wanted in (
+            ("learning_rate", learning_rate, learning_rate > 0, "a number above 0"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "a number of 0 or more"),
+            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "a number of 0 to below 1"),
+            ("optimizer", optimizer, optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("scheduler", scheduler, scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
+        ):
+            if not fits:
+                raise ConfigError(f"{argument}={value!r}, but {wanted} is wanted: change {argument}.")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         # In a tuple, so that it is no submodule: the float network that every quantized structure is made from.
         self._float = (net,)
-        metrics = {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
-        self.accuracy = nn.ModuleDict({f"{stage}_accuracy": metric for stage, metric in metrics.items()})
+        stages = ("train", "val", "test")
+        self.accuracy = nn.ModuleDict(
+            {f"{s}_accuracy": MulticlassAccuracy(num_classes, average="micro") for s in stages}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(n, num_classes)`` of ``(n, 3, h, w)``."""
@@ -168,23 +178,18 @@ class ImageClassifier(pl.LightningModule):
         logits: Tensor = self(batch[0])
         return logits
 
-    def _step(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
         logits = self(x)
-        smoothing = self.hparams["label_smoothing"] if stage == "train" else 0.0
+        is_training = stage == "train"
+        smoothing = self.hparams["label_smoothing"] if is_training else 0.0
         loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
         metric = cast(MulticlassAccuracy, self.accuracy[f"{stage}_accuracy"])
         metric(logits, y)
-        prefix, show = f"{self.hparams['log_prefix']}{stage}", stage != "test"
-        self.log(
-            f"{prefix}/loss",
-            loss,
-            batch_size=len(y),
-            prog_bar=show,
-            on_step=stage == "train",
-            on_epoch=stage != "train",
-        )
-        self.log(f"{prefix}/acc", metric, batch_size=len(y), prog_bar=show, on_step=False, on_epoch=True)
+        prefix = f"{self.hparams['log_prefix']}{stage}"
+        options: dict[str, Any] = {"batch_size": len(y), "prog_bar": stage != "test"}
+        self.log(f"{prefix}/loss", loss, on_step=is_training, on_epoch=not is_training, **options)
+        self.log(f"{prefix}/acc", metric, on_step=False, on_epoch=True, **options)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -200,21 +205,3 @@ class ImageClassifier(pl.LightningModule):
             return optimizer
         scheduler = make_scheduler(options["scheduler"], optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _check(
-    num_classes: int, learning_rate: float, weight_decay: float, optimizer: str, scheduler: str, label_smoothing: float
-) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise ConfigError(
-            f"num_classes={num_classes!r}, but a whole number of 2 or more is wanted: change num_classes."
-        )
-    for name, value, fits, wanted in (
-        ("learning_rate", learning_rate, learning_rate > 0, "a number above 0"),
-        ("weight_decay", weight_decay, weight_decay >= 0, "a number of 0 or more"),
-        ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "a number of 0 to below 1"),
-        ("optimizer", optimizer, optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-        ("scheduler", scheduler, scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
-    ):
-        if not fits:
-            raise ConfigError(f"{name}={value!r}, but {wanted} is wanted: change {name}.")

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, check_at_least
 
 LIBRARIES = ("torchvision", "timm")
 
@@ -32,10 +32,7 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
     """
     if library not in LIBRARIES:
         raise ConfigError(f"library={library!r}, but {' or '.join(LIBRARIES)} is wanted: change library.")
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ConfigError(
-            f"num_classes={num_classes!r}, but a whole number of 1 or more is wanted: change num_classes."
-        )
+    check_at_least("num_classes", num_classes, 1)
     if library == "timm":
         import timm  # slow to load, and few need it
 
@@ -48,7 +45,7 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
     builder = torchvision.models.get_model_builder(name)
     if options and "resnet" not in builder.__name__ and "resnext" not in builder.__name__:
         raise ConfigError(f"{name} has no residual blocks with zero_init_residual: leave zero_init_residual out.")
-    parameters = inspect.signature(_class_of(name)).parameters
+    parameters = inspect.signature(inspect.signature(builder).return_annotation).parameters  # of the network's class
     if "init_weights" in parameters and parameters["init_weights"].default is None:
         # Their truncated normals (GoogLeNet, InceptionV3) start with logits far apart and take minutes to draw.
         options["init_weights"] = False
@@ -82,9 +79,3 @@ def _check_name(name: str, library: str, known: list[str]) -> None:
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(known)} others."
         other = "timm" if library == "torchvision" else "torchvision"
         raise ConfigError(f"name={name!r} is no classifier of {library}; {hint} library={other!r} has more.")
-
-
-def _class_of(name: str) -> type:
-    """The class that torchvision's builder returns."""
-    returned = inspect.signature(torchvision.models.get_model_builder(name)).return_annotation
-    return returned if isinstance(returned, type) else nn.Module

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.errors import DataError, check_at_least
 from lightning_baqe.tasks.classifier import ImageClassifier
 
 TrainerFactory = Callable[..., pl.Trainer]
@@ -89,8 +89,7 @@ def fit_to_checkpoint(
         ConfigError: ``epochs`` out of range.
         DataError: the checkpoint cannot be read, or is another network's.
     """
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ConfigError(f"epochs={epochs!r}, but a whole number of 1 or more is wanted: change epochs.")
+    check_at_least("epochs", epochs, 1)
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
         _fit(task, datamodule, checkpoint, epochs, trainer, callbacks)
