@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_baqe.callbacks.host import network_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
 
@@ -59,8 +60,7 @@ class Distillation(pl.Callback):
             raise ConfigError(f"temperature={temperature!r}, but a finite number above 0 is wanted: change it.")
         self.network, self.teacher, self.weight, self.temperature = network, teacher, weight, temperature
         self._teacher: nn.Module | None = None  # the one of the present fit
-        self._modes: dict[nn.Module, bool] = {}
-        self._wrapped: tuple[pl.LightningModule, Callable[..., Any], Callable[..., Any] | None] | None = None
+        self._undo: Callable[[], None] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the teacher, before a checkpoint that fit resumes from changes the student.
@@ -70,7 +70,7 @@ class Distillation(pl.Callback):
         """
         if stage != "fit":
             return
-        student = self._student(pl_module)
+        student = network_of(pl_module, self.network)
         if not pl_module.automatic_optimization:
             raise ConfigError(
                 f"{type(pl_module).__name__} optimises manually, so that nobody sees its loss before it is used: "
@@ -95,56 +95,36 @@ class Distillation(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare the teacher and wrap ``training_step``."""
         assert self._teacher is not None
-        self._modes = {part: part.training for part in self._teacher.modules()}
+        modes = {part: part.training for part in self._teacher.modules()}
         self._teacher.to(pl_module.device).eval()
-        before = pl_module.__dict__.get(STEP)
-        step = getattr(pl_module, STEP)
+        before, step = pl_module.__dict__.get(STEP), getattr(pl_module, STEP)
 
         @functools.wraps(step)
         def distilled(*args: Any, **kwargs: Any) -> Any:
             return self._step(pl_module, step, *args, **kwargs)
 
-        self._wrapped = (pl_module, distilled, before)
+        def undo() -> None:
+            # Somebody who wrapped ours puts it back later; without a teacher it only passes calls on.
+            if pl_module.__dict__.get(STEP) is distilled:
+                if before is None:
+                    delattr(pl_module, STEP)
+                else:
+                    setattr(pl_module, STEP, before)
+            for part, training in modes.items():
+                part.training = training
+
+        self._undo = undo
         setattr(pl_module, STEP, distilled)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give ``training_step`` and the teacher back as they were."""
-        self._restore()
+        if self._undo is not None:
+            self._undo()
+        self._teacher = self._undo = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The same as ``on_fit_end``."""
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._wrapped is not None:
-            module, ours, before = self._wrapped
-            # Somebody who wrapped ours puts it back later; without a teacher it only passes calls on.
-            if module.__dict__.get(STEP) is ours:
-                if before is None:
-                    delattr(module, STEP)
-                else:
-                    setattr(module, STEP, before)
-        for part, training in self._modes.items():
-            part.training = training
-        self._teacher, self._modes, self._wrapped = None, {}, None
-
-    def _student(self, module: pl.LightningModule) -> nn.Module:
-        """What the attribute holds now."""
-        found: Any = module
-        for part in self.network.split("."):
-            if not hasattr(found, part):
-                children = [name for name, _ in module.named_children()]
-                raise ConfigError(
-                    f"{type(module).__name__} has no {self.network!r}; network= must name the attribute that holds the "
-                    f"network to train; it has {children}"
-                )
-            found = getattr(found, part)
-        if not isinstance(found, nn.Module):
-            raise ConfigError(
-                f"{type(module).__name__}.{self.network} is a {type(found).__name__}; network= must name the attribute "
-                "that holds the network to train (an nn.Module)"
-            )
-        return found
+        self.on_fit_end(trainer, pl_module)
 
     def _step(self, module: pl.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A training step with the teacher's share in its loss."""
@@ -163,7 +143,7 @@ class Distillation(pl.Callback):
             if torch.is_grad_enabled():
                 pairs.append((output, waiting.pop()))
 
-        student = self._student(module)
+        student = network_of(module, self.network)
         # Hooks that outlived the step would be copied along with the network.
         handles = (
             student.register_forward_pre_hook(ask, with_kwargs=True),

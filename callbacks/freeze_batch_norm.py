@@ -130,39 +130,29 @@ class FreezeBatchNorm(pl.Callback):
         if not pairs:
             return
         fold_batch_norm(network)
-        optimizers = list(host.trainer.optimizers)
-        schedulers = [config.scheduler for config in host.trainer.lr_scheduler_configs]
+        trainer, configure = host.trainer, f"{type(host.module).__name__}.configure_optimizers"
+        optimizers = list(trainer.optimizers)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         host.renew_optimizers()
-        self._check_same_kind(host, optimizers, schedulers)
-        for old, new in zip(optimizers, host.trainer.optimizers, strict=True):
-            _hand_over(old, new, pairs)
-        self._check_biases(host, optimizers, pairs)
-        for before, config in zip(schedulers, host.trainer.lr_scheduler_configs, strict=True):
-            _go_on(before, config.scheduler)
-
-    def _check_same_kind(self, host: Host, optimizers: list[torch.optim.Optimizer], schedulers: list[Any]) -> None:
-        before = [len(optimizer.param_groups) for optimizer in optimizers]
-        after = [len(optimizer.param_groups) for optimizer in host.trainer.optimizers]
-        count = len(host.trainer.lr_scheduler_configs)
+        before, after = ([len(each.param_groups) for each in both] for both in (optimizers, trainer.optimizers))
+        count = len(trainer.lr_scheduler_configs)
         if before != after or len(schedulers) != count:
             raise ConfigError(
-                f"{type(host.module).__name__}.configure_optimizers gave optimizers with {before} parameter groups and "
-                f"{len(schedulers)} schedulers before the batch norms were folded, and {after} and {count} afterwards, "
-                "so that what they had gathered cannot be handed over: let their number not depend on there being "
-                "batch norms, or give fold=False."
+                f"{configure} gave optimizers with {before} parameter groups and {len(schedulers)} schedulers before "
+                f"the batch norms were folded, and {after} and {count} afterwards, so that what they had gathered "
+                "cannot be handed over: let their number not depend on there being batch norms, or give fold=False."
             )
-
-    def _check_biases(self, host: Host, optimizers: list[torch.optim.Optimizer], pairs: tuple[Foldable, ...]) -> None:
-        before, after = _trained(optimizers), _trained(host.trainer.optimizers)
-        left_out = [
-            pair.names[0] for pair in pairs if id(pair.norm.bias) in before and id(pair.layer.bias) not in after
-        ]
+        for old, new in zip(optimizers, trainer.optimizers, strict=True):
+            _hand_over(old, new, pairs)
+        shifts, biases = _trained(optimizers), _trained(trainer.optimizers)
+        left_out = [p.names[0] for p in pairs if id(p.norm.bias) in shifts and id(p.layer.bias) not in biases]
         if left_out:
             raise ConfigError(
-                f"{type(host.module).__name__}.configure_optimizers leaves out the bias that took the place of the "
-                f"shift of batch norm {left_out[0]!r} ({len(left_out)} in all): let it collect the parameters when it "
-                "is called, or give fold=False."
+                f"{configure} leaves out the bias that took the place of the shift of batch norm {left_out[0]!r} "
+                f"({len(left_out)} in all): let it collect the parameters when it is called, or give fold=False."
             )
+        for stood, config in zip(schedulers, trainer.lr_scheduler_configs, strict=True):
+            _go_on(stood, config.scheduler)
 
 
 def _trained(optimizers: list[torch.optim.Optimizer]) -> set[int]:

@@ -37,6 +37,7 @@ class ParetoPoint:
     mark: tuple[int, int] | None = None
 
 
+@dataclass(eq=False, repr=False)
 class ParetoCheckpoint(Checkpoint):
     """Keep the checkpoints that no other dominates in the logged metrics, and delete the others.
 
@@ -63,29 +64,23 @@ class ParetoCheckpoint(Checkpoint):
         ConfigError: an argument is out of range; in training, a metric was never logged.
     """
 
-    def __init__(
-        self,
-        monitor: Mapping[str, Literal["min", "max"]],
-        dirpath: str | Path | None = None,
-        filename: str = "epoch={epoch}-step={step}",
-        max_to_keep: int | None = None,
-        save_weights_only: bool = False,
-        save_on_train_epoch_end: bool | None = None,
-    ) -> None:
-        super().__init__()
-        wrong = {name: mode for name, mode in monitor.items() if mode not in ("min", "max")}
-        if not monitor or wrong:
+    monitor: Mapping[str, Literal["min", "max"]]
+    dirpath: str | Path | None = None
+    filename: str = "epoch={epoch}-step={step}"
+    max_to_keep: int | None = None
+    save_weights_only: bool = False
+    save_on_train_epoch_end: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.monitor or any(mode not in ("min", "max") for mode in self.monitor.values()):
             raise ConfigError(
-                f"monitor={dict(monitor)}, but at least one metric is wanted and for each 'min' or 'max', such as "
+                f"monitor={dict(self.monitor)}, but at least one metric is wanted and for each 'min' or 'max', such as "
                 "{'val/acc': 'max', 'latency_us': 'min'}"
             )
-        if max_to_keep is not None and max_to_keep < 1:
-            raise ConfigError(f"max_to_keep={max_to_keep}, but at least 1 is wanted, or None for no bound")
-        self.monitor = dict(monitor)
-        self.dirpath = Path(dirpath) if dirpath is not None else None
-        self.filename, self.max_to_keep = filename, max_to_keep
-        self.save_weights_only, self.save_on_train_epoch_end = save_weights_only, save_on_train_epoch_end
-        self._archive = ParetoArchive(max_to_keep)
+        if self.max_to_keep is not None and self.max_to_keep < 1:
+            raise ConfigError(f"max_to_keep={self.max_to_keep}, but at least 1 is wanted, or None for no bound")
+        self.monitor = dict(self.monitor)
+        self._archive = ParetoArchive(self.max_to_keep)
         self._front: list[ParetoPoint] = []
         self._doomed: list[ParetoPoint] = []
         self._last_step = -1
@@ -117,22 +112,21 @@ class ParetoCheckpoint(Checkpoint):
         self._last_step = state_dict["last_step"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = self.dirpath or Path(trainer.default_root_dir) / "pareto_checkpoints"
+        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "pareto_checkpoints")
         # Ranks may differ in their working directories and default roots.
         self._folder = Path(trainer.strategy.broadcast(str(folder.expanduser().absolute())))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a resume: what is no longer on the disk is no longer on the front."""
         marks: list[tuple[int, int] | None] = [_mark(point.path) for point in self._front]
-        marks = trainer.strategy.broadcast(marks)
-        gone = [point.path for point, mark in zip(self._front, marks, strict=True) if mark is None]
+        found = list(zip(self._front, trainer.strategy.broadcast(marks), strict=True))
+        gone = [point.path for point, mark in found if mark is None]
         if gone:
             rank_zero_warn(f"checkpoints of the front are missing and no longer count: {gone}")
-        kept = [(point, mark) for point, mark in zip(self._front, marks, strict=True) if mark is not None]
-        for point, mark in kept:
+        for point, mark in found:
             # The checkpoint that a run resumes from was written before its own mark could be known.
             point.mark = point.mark or mark
-        self._front = [point for point, _ in kept]
+        self._front = [point for point, mark in found if mark is not None]
         self._archive.points = [self._minimised(point.values) for point in self._front]
         self._delete_doomed(trainer)  # a run may have died between writing and deleting
 
@@ -157,7 +151,10 @@ class ParetoCheckpoint(Checkpoint):
             return
         if self._last_step == trainer.global_step:
             return
-        values = self._values(trainer)
+        # Rank zero's values decide on all ranks.
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        logged = trainer.strategy.broadcast(logged)
+        values = self._values(trainer, logged)
         self._last_step = trainer.global_step
         odd = {name: value for name, value in values.items() if value - value != 0}  # NaN or infinite
         if odd:
@@ -167,7 +164,7 @@ class ParetoCheckpoint(Checkpoint):
         self._doomed += [self._front[i] for i in left]
         self._front = [point for i, point in enumerate(self._front) if i not in left]
         if joined:
-            path = trainer.strategy.broadcast(self._free_path(trainer, self._name(trainer, values)))
+            path = trainer.strategy.broadcast(self._free_path(trainer, self._name(trainer, logged)))
             point = ParetoPoint(values, path, trainer.current_epoch, trainer.global_step)
             # Before writing, so that the checkpoint knows of itself; the doomed are deleted only when it is safe.
             self._front.append(point)
@@ -175,10 +172,8 @@ class ParetoCheckpoint(Checkpoint):
             point.mark = trainer.strategy.broadcast(_mark(path))
         self._delete_doomed(trainer)
 
-    def _values(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Rank zero's values of the monitored metrics, on all ranks."""
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        logged = trainer.strategy.broadcast(logged)
+    def _values(self, trainer: pl.Trainer, logged: Mapping[str, float]) -> dict[str, float]:
+        """Of the monitored metrics."""
         missing = [name for name in self.monitor if name not in logged]
         if missing:
             when = "training epoch" if self._after_training_epochs(trainer) else "validation"
@@ -189,9 +184,8 @@ class ParetoCheckpoint(Checkpoint):
             )
         return {name: logged[name] for name in self.monitor}
 
-    def _name(self, trainer: pl.Trainer, values: Mapping[str, float]) -> str:
-        known: dict[str, Any] = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
-        known |= {**values, "epoch": trainer.current_epoch, "step": trainer.global_step}
+    def _name(self, trainer: pl.Trainer, logged: Mapping[str, float]) -> str:
+        known: dict[str, Any] = {**logged, "epoch": trainer.current_epoch, "step": trainer.global_step}
 
         def fill(match: re.Match[str]) -> str:
             field, form = match.group(1), match.group(2) or ""
@@ -213,15 +207,11 @@ class ParetoCheckpoint(Checkpoint):
         return str(path)
 
     def _delete_doomed(self, trainer: pl.Trainer) -> None:
-        for point in self._doomed:
-            if not trainer.is_global_zero:
-                continue
+        for point in self._doomed if trainer.is_global_zero else ():
             found = _mark(point.path)
-            if found is None:
-                continue
-            if point.mark is not None and found == tuple(point.mark):
+            if found is not None and point.mark is not None and found == tuple(point.mark):
                 trainer.strategy.remove_checkpoint(point.path)
-            else:
+            elif found is not None:
                 rank_zero_warn(f"{point.path} was changed by somebody since it was written: it is not deleted")
         self._doomed = []
 
