@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,12 @@ from plotly.offline import get_plotlyjs
 
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.files import replace_file
+from lightning_baqe.runs import report_figures as draw
 from lightning_baqe.runs.front import bits_summary
-from lightning_baqe.runs.report_figures import (
-    PARETO_COLOUR,
-    axis_ticks,
-    bits_figure,
-    front_steps,
-    in_kilobytes,
-    in_microseconds,
-    in_percent,
-    name_of,
-    point_groups,
-    progress_figure,
-    speedup,
-    time_figure,
-    trade_off_figure,
-)
 from lightning_baqe.runs.summary import Figures, Measured, Summary
 
-_FLAGS = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "sve",
-)
+_X86 = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8")
+_ARM = ("asimd", "asimddp", "i8mm", "sve")
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("lightning_baqe.runs", ""),
     autoescape=True,
@@ -60,27 +35,22 @@ _PAGES.policies["json.dumps_kwargs"] = {"allow_nan": False}
 
 
 def write_report(summary: Summary, path: Path) -> None:
-    """Write the report as one self-contained HTML file (plotly.js inside); the file is replaced in one step.
-
-    Args:
-        summary: the content of `summary.json`, that of a run which goes on included.
-        path: the file to write, usually `<run_dir>/report.html`.
-    """
+    """Write the report, also of a run that goes on, as one HTML file (plotly.js inside), replaced in one step."""
     figures = {
-        "accuracy-latency": trade_off_figure(summary, "latency_us", "latency (µs)", 1.0),
-        "accuracy-size": trade_off_figure(summary, "size_bytes", "size (kB)", 1e-3),
-        "hypervolume": progress_figure(summary),
-        "bits": bits_figure(summary),
-        "seconds": time_figure(summary),
+        "accuracy-latency": draw.trade_off_figure(summary, "latency_us", "latency (µs)", 1.0),
+        "accuracy-size": draw.trade_off_figure(summary, "size_bytes", "size (kB)", 1e-3),
+        "hypervolume": draw.progress_figure(summary),
+        "bits": draw.bits_figure(summary),
+        "seconds": draw.time_figure(summary),
     }
     page = _PAGES.get_template("report.html.jinja").render(
         summary=summary,
-        flags=[flag for flag in _FLAGS if flag in (summary.device.get("flags") or [])],
+        flags=[flag for flag in (*_X86, *_ARM) if flag in (summary.device.get("flags") or [])],
         limits=", ".join(f"{name} {value:g}" for name, value in (summary.limits or {}).items()),
         cards=_cards(summary),
         pareto=_pareto_rows(summary),
         failed=[entry for entry in summary.entries if entry.state == "failed"],
-        name_of=name_of,
+        name_of=draw.name_of,
         bits_summary=bits_summary,
         figures=figures,
         drawn={name: figure for name, figure in figures.items() if figure},
@@ -96,25 +66,23 @@ def write_picture(summary: Summary, path: Path) -> None:
     canvas = Canvas(figsize=(11, 4.6), dpi=160, layout="constrained")
     kinds = ((1e-3, "latency_us", "latency of one image (ms)"), (1e-3, "size_bytes", "size (kB)"))
     for axis, (scale, key, label) in zip(canvas.subplots(1, 2, sharey=True), kinds, strict=True):
-        groups = point_groups(summary)
+        groups = draw.point_groups(summary)
         for group in groups:
-            xs, ys = (
-                [getattr(entry, key) * scale for entry in group.entries],
-                [100 * entry.accuracy for entry in group.entries],
-            )
+            xs, ys = group.points(key, scale)
             look: dict[str, Any] = {"label": group.name, "marker": group.mark, "s": 0.55 * group.size**2, "zorder": 3}
             if group.ring:
                 axis.scatter(xs, ys, facecolors="none", edgecolors=group.colour, linewidths=1.4, **look)
             else:
                 axis.scatter(xs, ys, color=group.colour, edgecolors="white", linewidths=0.6, **look)
         if groups:
-            ticks = axis_ticks([getattr(entry, key) * scale for group in groups for entry in group.entries])
+            ticks = draw.axis_ticks([x for group in groups for x in group.points(key, scale)[0]])
             axis.set_xscale("log")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.set_xticks([], minor=True)
-        steps = [(x * scale, 100 * y) for x, y in front_steps(summary, key)]
+        steps = [(x * scale, 100 * y) for x, y in draw.front_steps(summary, key)]
         if steps:
-            axis.step(*zip(*steps, strict=True), where="post", color=PARETO_COLOUR, linewidth=1.4, alpha=0.7, zorder=2)
+            line = {"color": draw.PARETO_COLOUR, "linewidth": 1.4, "alpha": 0.7, "zorder": 2}
+            axis.step(*zip(*steps, strict=True), where="post", **line)
         axis.set_xlabel(label)
         axis.grid(color="#e6e8eb", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -143,31 +111,37 @@ def _cards(summary: Summary) -> list[tuple[str, str, list[str]]]:
     floor = reference.accuracy
     near = [entry for entry in points if floor is not None and entry.accuracy >= floor - 0.01]
     fastest = min(near, key=lambda entry: (entry.latency_us, -entry.accuracy), default=None)
-    figures = f"{in_microseconds(reference.latency_us)}, {in_kilobytes(reference.size_bytes)}"
+    figures = f"{draw.in_microseconds(reference.latency_us)}, {draw.in_kilobytes(reference.size_bytes)}"
     found, level = summary.hypervolume, summary.baselines_hypervolume
     gain = f"baselines alone {level:.4f}" if summary.baselines and level is not None else "no baselines"
     gain += f" ({found / level - 1:+.1%})" if level and found is not None else ""
     states = [entry.state for entry in summary.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none yet"
     return [
-        ("Float model", in_percent(floor), [figures]),
-        ("Most accurate", *_figures(best, reference, lambda entry: in_percent(entry.accuracy))),
+        ("Float model", draw.in_percent(floor), [figures]),
+        ("Most accurate", draw.in_percent(best.accuracy if best else None), _beside(best, reference)),
         (
             "Fastest within 1 point of float",
-            *_figures(fastest, reference, lambda entry: in_microseconds(entry.latency_us)),
+            draw.in_microseconds(fastest.latency_us if fastest else None),
+            _beside(fastest, reference),
         ),
         ("Hypervolume", "–" if found is None else f"{found:.4f}", [gain]),
         ("Trials", str(len(states)), [counts]),
     ]
 
 
-def _figures(entry: Measured | None, reference: Figures, key: Callable[[Measured], str]) -> tuple[str, list[str]]:
+def _beside(entry: Measured | None, reference: Figures) -> list[str]:
+    """An entry's figures, and how they compare with the float model's."""
     if entry is None:
-        return "–", ["no such point so far"]
-    faster = speedup(reference.latency_us, entry.latency_us)
-    smaller = speedup(reference.size_bytes, entry.size_bytes)
-    figures = f"{in_percent(entry.accuracy)}, {in_microseconds(entry.latency_us)}, {in_kilobytes(entry.size_bytes)}"
-    return key(entry), [f"{entry.key}: {figures}", f"{faster} faster, {smaller} smaller than float"]
+        return ["no such point so far"]
+    accuracy, latency, size = (
+        draw.in_percent(entry.accuracy),
+        draw.in_microseconds(entry.latency_us),
+        draw.in_kilobytes(entry.size_bytes),
+    )
+    faster = draw.speedup(reference.latency_us, entry.latency_us)
+    smaller = draw.speedup(reference.size_bytes, entry.size_bytes)
+    return [f"{entry.key}: {accuracy}, {latency}, {size}", f"{faster} faster, {smaller} smaller than float"]
 
 
 def _pareto_rows(summary: Summary) -> list[dict[str, str | None]]:
@@ -178,13 +152,13 @@ def _pareto_rows(summary: Summary) -> list[dict[str, str | None]]:
             "point": entry.key,
             "phase": entry.phase,
             "bits: mean (range)": bits_summary(entry.bits),
-            "accuracy": in_percent(entry.accuracy),
-            "fake-quantized": in_percent(entry.fake_quant_accuracy),
-            "test accuracy": in_percent(entry.test_accuracy),
-            "latency": in_microseconds(entry.latency_us),
-            "speedup": speedup(reference.latency_us, entry.latency_us),
-            "size": in_kilobytes(entry.size_bytes),
-            "smaller": speedup(reference.size_bytes, entry.size_bytes),
+            "accuracy": draw.in_percent(entry.accuracy),
+            "fake-quantized": draw.in_percent(entry.fake_quant_accuracy),
+            "test accuracy": draw.in_percent(entry.test_accuracy),
+            "latency": draw.in_microseconds(entry.latency_us),
+            "speedup": draw.speedup(reference.latency_us, entry.latency_us),
+            "size": draw.in_kilobytes(entry.size_bytes),
+            "smaller": draw.speedup(reference.size_bytes, entry.size_bytes),
             **({"within limits": "yes" if entry.feasible else "no"} if summary.limits else {}),
         }
         for entry in summary.pareto

@@ -13,7 +13,8 @@ import torch
 from lightning_baqe.runs.front import bits_summary
 from lightning_baqe.runs.objectives import objectives
 from lightning_baqe.runs.summary import Baseline, Entry, Measured, Summary, is_measured
-from lightning_baqe.search import hypervolume
+from lightning_baqe.search.archive import ParetoArchive
+from lightning_baqe.search.pareto import hypervolume
 
 Figure = dict[str, Any]
 
@@ -32,13 +33,10 @@ def hypervolume_over_trials(summary: Summary) -> list[tuple[int, float]]:
     of = summary.reference
     if of is None or not (of.latency_us and of.size_bytes):
         return []
-    front: list[tuple[float, ...]] = []
-    volume, curve = 0.0, []
+    front, volume, curve = ParetoArchive(), 0.0, []
     for entry in sorted(summary.complete, key=lambda entry: -1 if entry.number is None else entry.number):
-        point = objectives(entry, of)
-        if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in front):
-            front = [other for other in front if any(b > a for a, b in zip(other, point, strict=True))] + [point]
-            volume = float(hypervolume(torch.tensor(front, dtype=torch.float64), summary.reference_point))
+        if front.offer(objectives(entry, of)).joined:
+            volume = hypervolume(torch.tensor(front.points, dtype=torch.float64), summary.reference_point)
         if entry.number is not None:
             curve.append((entry.number, volume))
     return curve
@@ -59,20 +57,25 @@ class _Group:
     size: float = 8
     ring: bool = False
 
+    def points(self, key: str, scale: float) -> tuple[list[float], list[float]]:
+        """One cost of the entries, scaled, and their accuracies in percent."""
+        return [getattr(entry, key) * scale for entry in self.entries], [100 * entry.accuracy for entry in self.entries]
+
 
 def point_groups(summary: Summary) -> list[_Group]:
     """All complete entries by how they are drawn, from back to front; Pareto points come once more, as rings."""
     trials = [entry for entry in summary.complete if entry.name is None]
     baselines = [entry for entry in summary.complete if entry.name is not None]
-    groups = []
-    for phase in dict.fromkeys(entry.phase for entry in trials):
-        entries = [entry for entry in trials if entry.phase == phase]
-        groups.append(_Group(f"trials: {phase}", entries, _PHASE_COLOURS.get(phase, _OTHER)))
-    groups.append(_Group("baselines", baselines, _BASELINE, "square", "s", 9))
     reference = Baseline(name="float", **dict(summary.reference or {}))
-    if is_measured(reference):
-        groups.append(_Group("float model", [reference], _FLOAT, "star", "*", 14))
-    groups.append(_Group("Pareto set", summary.pareto, PARETO_COLOUR, size=14, ring=True))
+    groups = [
+        *(
+            _Group(f"trials: {phase}", [e for e in trials if e.phase == phase], _PHASE_COLOURS.get(phase, _OTHER))
+            for phase in dict.fromkeys(entry.phase for entry in trials)
+        ),
+        _Group("baselines", baselines, _BASELINE, "square", "s", 9),
+        _Group("float model", [reference] if is_measured(reference) else [], _FLOAT, "star", "*", 14),
+        _Group("Pareto set", summary.pareto, PARETO_COLOUR, size=14, ring=True),
+    ]
     return [group for group in groups if group.entries]
 
 
@@ -141,39 +144,34 @@ def _whole(numbers: Sequence[int]) -> dict[str, Any]:
     return {"tick0": 0, "dtick": 1} if max(numbers) - min(numbers) < 12 else {"tickformat": "d"}
 
 
+def _figure(traces: list[dict[str, Any]], across: Figure, up: Figure, height: int, **more: Any) -> Figure:
+    return {"data": traces, "layout": {"xaxis": across, "yaxis": up, "height": height, **more}}
+
+
 def trade_off_figure(summary: Summary, key: str, label: str, scale: float) -> Figure | None:
     """Accuracy over one cost, all entries, with the front as steps; None: nothing was measured."""
+    groups = point_groups(summary)
+    if not groups:
+        return None
     traces: list[dict[str, Any]] = []
     steps = front_steps(summary, key)
     if steps:
-        line = {"shape": "hv", "color": PARETO_COLOUR, "width": 2}
         xs, ys = [x * scale for x, _ in steps], [100 * y for _, y in steps]
-        traces.append(
-            {"x": xs, "y": ys, "mode": "lines", "line": line, "opacity": 0.6, "hoverinfo": "skip", "showlegend": False}
-        )
-    groups = point_groups(summary)
+        line = {"shape": "hv", "color": PARETO_COLOUR, "width": 2}
+        quiet = {"opacity": 0.6, "hoverinfo": "skip", "showlegend": False}
+        traces.append({"type": "scatter", "x": xs, "y": ys, "mode": "lines", "line": line, **quiet})
     for group in groups:
         marker: dict[str, Any] = {"color": group.colour, "symbol": group.symbol, "size": group.size}
         marker["line"] = {"width": 1, "color": "rgba(255,255,255,0.8)"}
         if group.ring:
             marker |= {"symbol": "circle-open", "line": {"width": 2}}
-        traces.append(
-            {
-                "x": [getattr(entry, key) * scale for entry in group.entries],
-                "y": [100 * entry.accuracy for entry in group.entries],
-                "text": [_hover(entry) for entry in group.entries],
-                "mode": "markers",
-                "marker": marker,
-                "name": html.escape(group.name),
-                "hovertemplate": "%{text}<extra></extra>",
-            }
-        )
-    if not groups:
-        return None
-    ticks = axis_ticks([getattr(entry, key) * scale for group in groups for entry in group.entries])
+        xs, ys = group.points(key, scale)
+        about = {"name": html.escape(group.name), "text": [_hover(entry) for entry in group.entries]}
+        look = {"mode": "markers", "marker": marker, "hovertemplate": "%{text}<extra></extra>"}
+        traces.append({"type": "scatter", "x": xs, "y": ys, **about, **look})
+    ticks = axis_ticks([x for group in groups for x in group.points(key, scale)[0]])
     costs = _axis(label, type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
-    axes = {"xaxis": costs, "yaxis": _axis("validation accuracy, deployed (%)")}
-    return {"data": [{"type": "scatter", **trace} for trace in traces], "layout": {**axes, "height": 440}}
+    return _figure(traces, costs, _axis("validation accuracy, deployed (%)"), 440)
 
 
 def progress_figure(summary: Summary) -> Figure | None:
@@ -182,69 +180,48 @@ def progress_figure(summary: Summary) -> Figure | None:
     if not curve:
         return None
     numbers, volumes = [number for number, _ in curve], [volume for _, volume in curve]
-    hover = "after trial %{x}: %{y:.4f}<extra></extra>"
     line = {"shape": "hv", "color": PARETO_COLOUR, "width": 2}
-    traces = [{"x": numbers, "y": volumes, "mode": "lines+markers", "line": line, "marker": {"size": 5}}]
-    traces[0] |= {"name": "baselines and trials so far", "hovertemplate": hover}
+    look = {"mode": "lines+markers", "line": line, "marker": {"size": 5}, "name": "baselines and trials so far"}
+    hover = {"hovertemplate": "after trial %{x}: %{y:.4f}<extra></extra>"}
+    traces: list[dict[str, Any]] = [{"type": "scatter", "x": numbers, "y": volumes, **look, **hover}]
     level = summary.baselines_hypervolume
     if level is not None:
         ends = [numbers[0], numbers[-1]] if len(numbers) > 1 else [numbers[0] - 0.5, numbers[0] + 0.5]
-        dashed = {"color": _BASELINE, "width": 2, "dash": "dash"}
-        traces.append({"x": ends, "y": [level, level], "mode": "lines", "line": dashed, "name": "baselines alone"})
-        traces[1] |= {"hovertemplate": "baselines alone: %{y:.4f}<extra></extra>"}
-    axes = {"xaxis": _axis("trial", **_whole(numbers)), "yaxis": _axis("hypervolume")}
-    return {"data": [{"type": "scatter", **trace} for trace in traces], "layout": {**axes, "height": 360}}
+        look = {"mode": "lines", "line": {"color": _BASELINE, "width": 2, "dash": "dash"}, "name": "baselines alone"}
+        hover = {"hovertemplate": "baselines alone: %{y:.4f}<extra></extra>"}
+        traces.append({"type": "scatter", "x": ends, "y": [level, level], **look, **hover})
+    return _figure(traces, _axis("trial", **_whole(numbers)), _axis("hypervolume"), 360)
 
 
 def bits_figure(summary: Summary) -> Figure | None:
     """Bits by layer of every Pareto point; None: no point has any."""
-    points = sorted(
-        ((name_of(entry), entry) for entry in summary.pareto if entry.bits), key=lambda point: -point[1].accuracy
-    )
-    layers = list(dict.fromkeys(layer for _, entry in points for layer in entry.bits))
+    points = sorted((entry for entry in summary.pareto if entry.bits), key=lambda entry: -entry.accuracy)
+    layers = list(dict.fromkeys(layer for entry in points for layer in entry.bits))
     if not layers:
         return None
-    steps = len(_BITS)
+    labels, names = [name_of(entry) for entry in points], [html.escape(layer) for layer in layers]
+    columns, rows, steps = list(range(len(points))), list(range(len(layers))), len(_BITS)
     scale = [[edge / steps, colour] for i, colour in enumerate(_BIT_COLOURS) for edge in (i, i + 1)]
-    shown = "%{text}" if len(points) <= 24 else ""
+    widths = {"tickvals": list(range(steps)), "ticktext": [str(bit) for bit in _BITS]}
+    bar = {"title": {"text": "bits"}, "thickness": 14, **widths}
+    colours = {"colorscale": scale, "zmin": -0.5, "zmax": steps - 0.5, "colorbar": bar}
+    grid: dict[str, Any] = {"type": "heatmap", "x": columns, "y": rows, "yaxis": "y", "xgap": 1, "ygap": 1}
+    grid["customdata"] = [[[label, name] for label in labels] for name in names]
+    grid["texttemplate"] = "%{text}" if len(points) <= 24 else ""
     traces = []
-    for index, kind in enumerate(("weight", "activation")):
-        cells = [[(entry.bits.get(layer) or (None, None))[index] for _, entry in points] for layer in layers]
-        traces.append(
-            {
-                "type": "heatmap",
-                "x": list(range(len(points))),
-                "y": list(range(len(layers))),
-                "z": [[_BITS.index(bit) if bit in _BITS else None for bit in row] for row in cells],
-                "text": [["" if bit is None else str(bit) for bit in row] for row in cells],
-                "customdata": [[[label, html.escape(layer)] for label, _ in points] for layer in layers],
-                "texttemplate": shown,
-                "hovertemplate": f"%{{customdata[0]}}, %{{customdata[1]}}: {kind} %{{text}} bit<extra></extra>",
-                "colorscale": scale,
-                "zmin": -0.5,
-                "zmax": steps - 0.5,
-                "xgap": 1,
-                "ygap": 1,
-                "showscale": index == 1,
-                "colorbar": {
-                    "title": {"text": "bits"},
-                    "tickvals": list(range(steps)),
-                    "ticktext": [str(bit) for bit in _BITS],
-                    "thickness": 14,
-                },
-                "xaxis": "x" if index == 0 else "x2",
-                "yaxis": "y",
-            }
-        )
-    ticks = {"tickvals": list(range(len(points))), "ticktext": [label for label, _ in points], "showgrid": False}
-    names = {"tickvals": list(range(len(layers))), "ticktext": [html.escape(layer) for layer in layers]}
-    layout = {
-        "xaxis": _axis("weights", domain=[0, 0.49], tickangle=-60, **ticks),
-        "xaxis2": _axis("activations", domain=[0.51, 1], tickangle=-60, **ticks),
-        "yaxis": _axis("", autorange="reversed", showgrid=False, **names),
-        "height": 150 + 21 * len(layers),
-    }
-    return {"data": traces, "layout": layout}
+    for index, (kind, axis) in enumerate((("weight", "x"), ("activation", "x2"))):
+        cells = [[(entry.bits.get(layer) or (None, None))[index] for entry in points] for layer in layers]
+        shown = {
+            "z": [[_BITS.index(bit) if bit in _BITS else None for bit in row] for row in cells],
+            "text": [["" if bit is None else str(bit) for bit in row] for row in cells],
+        }
+        hover = f"%{{customdata[0]}}, %{{customdata[1]}}: {kind} %{{text}} bit<extra></extra>"
+        traces.append({**grid, **colours, **shown, "xaxis": axis, "showscale": axis == "x2", "hovertemplate": hover})
+    across = {"tickvals": columns, "ticktext": labels, "showgrid": False, "tickangle": -60}
+    second = _axis("activations", domain=[0.51, 1], **across)
+    up = _axis("", autorange="reversed", showgrid=False, tickvals=rows, ticktext=names)
+    height = 150 + 21 * len(layers)
+    return _figure(traces, _axis("weights", domain=[0, 0.49], **across), up, height, xaxis2=second)
 
 
 def time_figure(summary: Summary) -> Figure | None:
@@ -252,17 +229,15 @@ def time_figure(summary: Summary) -> Figure | None:
     trials = [entry for entry in summary.trials if entry.seconds]
     if not trials:
         return None
-    traces = []
-    numbers = [entry.number for entry in trials]
+    numbers, traces = [entry.number for entry in trials], []
     for key, colour in _SECONDS.items():
         reported = [entry.seconds.get(key, 0.0) for entry in trials]
         values = [seconds if math.isfinite(seconds) else 0 for seconds in reported]
-        name = f"{key}: {_duration(sum(values))}"
+        look = {"name": f"{key}: {_duration(sum(values))}", "marker": {"color": colour}}
         hover = f"trial %{{x}}: {key} %{{y:.1f}} s<extra></extra>"
-        trace = {"type": "bar", "x": numbers, "y": values, "name": name}
-        traces.append({**trace, "hovertemplate": hover, "marker": {"color": colour}})
-    axes = {"xaxis": _axis("trial", **_whole(numbers)), "yaxis": _axis("seconds")}
-    return {"data": traces, "layout": {**axes, "barmode": "stack", "bargap": 0.15, "height": 360}}
+        traces.append({"type": "bar", "x": numbers, "y": values, **look, "hovertemplate": hover})
+    bars = {"barmode": "stack", "bargap": 0.15}
+    return _figure(traces, _axis("trial", **_whole(numbers)), _axis("seconds"), 360, **bars)
 
 
 def _duration(seconds: float) -> str:
