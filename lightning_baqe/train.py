@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import itertools
 import re
 import shlex
 import sys
@@ -27,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.files import replace_file
 
 RECIPES = "lightning_baqe.recipes"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -83,15 +83,11 @@ def recipe_groups() -> dict[str, dict[str, str]]:
     """``{group: {choice: what it is, the first comment of its file}}``, ``recipe`` first."""
     groups: dict[str, dict[str, str]] = {}
     for folder in resources.files(RECIPES).iterdir():
-        if folder.is_dir():
-            files = sorted(
-                (file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name
-            )
-            if files:
-                texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
-                groups[folder.name] = {choice: _first_comment(text) for choice, text in texts.items()}
-    groups.pop("sweeps", None)  # read by W&B, not by Hydra
-    return dict(sorted(groups.items(), key=lambda item: (item[0] != "recipe", item[0])))
+        if folder.is_dir() and folder.name != "sweeps":  # which W&B reads, not Hydra
+            files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
+            texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+            groups[folder.name] = {choice: _first_comment(texts[choice]) for choice in sorted(texts)}
+    return {name: groups[name] for name in sorted(groups, key=lambda name: (name != "recipe", name)) if groups[name]}
 
 
 def _first_comment(text: str) -> str:
@@ -143,12 +139,11 @@ def compose(arguments: Sequence[str]) -> DictConfig:
         _check_choice(override, groups)
     if not any(override.key_or_group == "recipe" for override in overrides):
         raise UsageError(f"No recipe was given: add recipe=<name>, one of {', '.join(groups['recipe'])}.")
-    is_group = [override.key_or_group in groups for override in overrides]
-    base = _compose([text for text, group in zip(arguments, is_group, strict=True) if group])
-    known = list(_paths(base))
-    for override, group in zip(overrides, is_group, strict=True):
+    chosen = [text for text, each in zip(arguments, overrides, strict=True) if each.key_or_group in groups]
+    known = list(_paths(_compose(chosen)))
+    for override in overrides:
         key = override.key_or_group
-        if not group and not override.is_add() and key not in known:
+        if key not in groups and not override.is_add() and key not in known:
             raise UsageError(f"There is no key {key!r}{_near(key, known)}. --help lists what there is.")
     return _compose(arguments)
 
@@ -196,8 +191,6 @@ def open_run(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: the folder holds a run of another configuration.
     """
-    from lightning_baqe.files import replace_file
-
     recipe = recipe_name(cfg)
     if cfg.run_dir is None:
         run_dir = _new_folder(Path("outputs", recipe, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).absolute())
@@ -221,16 +214,16 @@ def _new_folder(path: Path) -> Path:
     Raises:
         ConfigError: it cannot be made.
     """
-    for number in itertools.count(1):
-        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+    folder, number = path, 1
+    while True:
         try:
             folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
-            continue
+            number += 1
+            folder = path.with_name(f"{path.name}_{number}")
         except OSError as error:
             raise ConfigError(f"run_dir={folder} cannot be made ({error}): give another run_dir.") from error
-        return folder
-    raise AssertionError("unreachable")
 
 
 def recipe_name(cfg: DictConfig) -> str:
