@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from lightning_baqe.hardware.description import DeviceDescription
     from lightning_baqe.quantization.config import BitConfig
-    from lightning_baqe.quantization.convert import QuantizedModel
     from lightning_baqe.tasks import ImageClassifier
 
 # Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
@@ -108,18 +108,35 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     Raises:
         BaqeError: whatever went wrong on purpose.
     """
-    from lightning_baqe.callbacks import Distillation
+    import torch
+
+    from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
+    from lightning_baqe.deploy.artifact import Artifact
+    from lightning_baqe.hardware.identity import versions
+    from lightning_baqe.measurement.local import reach
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel, check_options, quantize
+    from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
+    from lightning_baqe.runs.objectives import summarise
+    from lightning_baqe.runs.report import write_report
+    from lightning_baqe.runs.study import bits_entry
+    from lightning_baqe.runs.summary import Trial
     from lightning_baqe.tasks import fit_to_checkpoint
 
     # What can be wrong is known before the float training.
     options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
     check_options(**options)
-    callbacks = _batch_norm_callbacks(cfg)
+    after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
+    if fold and after is None:
+        raise ConfigError(
+            "qat.fold_batch_norm=true folds when the statistics are frozen, but qat.freeze_batch_norm_after=null never "
+            "freezes them: give the epochs before that."
+        )
+    callbacks: list[pl.Callback] = [] if after is None else [FreezeBatchNorm(after_epochs=after, fold=fold)]
     distillation = Distillation(weight=cfg.qat.distillation, temperature=cfg.qat.temperature)
     device = _device(cfg)
+    measurement = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
     datamodule, task, make_trainer = _prepare(
         cfg, run_dir, lambda network: device.check_bits(network, _bits(cfg, network))
     )
@@ -135,8 +152,29 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     calibrate(quantized, datamodule.train_dataloader(), max_batches=cfg.qat.calibration_batches)
     fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer, callbacks)
     assert isinstance(task.net, QuantizedModel)
-    seconds = {"train": time.perf_counter() - start}
-    _write_single(cfg, device, run_dir, datamodule, reference, task.net.cpu().eval(), seconds)
+    begun = Trial(
+        number=0,
+        phase="qat",
+        bits=bits_entry(task.net.bits),
+        seconds={"train": time.perf_counter() - start, "propose": 0.0},
+    )
+
+    measured_on, found, tests = reach(device.reach), {}, {}
+    for name, model in {"float": reference, begun.key: task.net.cpu().eval()}.items():
+        folder = run_dir / "artifacts" / name
+        found[name] = evaluate(
+            model, datamodule.val_dataloader(), folder, device.options, device=measured_on, options=measurement,
+        )  # fmt: skip
+        with closing(Artifact.load(folder)) as artifact:
+            tests[name] = deployed_accuracy(artifact, datamodule.test_dataloader(), measured_on)
+    fake = module_accuracy(task.net, datamodule.val_dataloader(), torch.device("cpu"))
+    about = {
+        "recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name,
+        "device": measured_on.info(cfg.deploy.threads), "versions": versions(),
+    }  # fmt: skip
+    summary = summarise(about, found["float"], [begun.completed(found[begun.key], fake)], tests=tests)
+    summary.write(run_dir)
+    write_report(summary, run_dir / "report.html")
     _close(run_dir)
 
 
@@ -159,61 +197,6 @@ def _bits(cfg: DictConfig, net: nn.Module) -> BitConfig:
         return BitConfig.from_json(Path(cfg.bits.file).expanduser())
     except OSError as error:
         raise ConfigError(f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file.") from error
-
-
-def _batch_norm_callbacks(cfg: DictConfig) -> list[pl.Callback]:
-    from lightning_baqe.callbacks import FreezeBatchNorm
-
-    after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
-    if after is not None:
-        return [FreezeBatchNorm(after_epochs=after, fold=fold)]
-    if fold:
-        raise ConfigError(
-            "qat.fold_batch_norm=true folds when the statistics are frozen, but qat.freeze_batch_norm_after=null never "
-            "freezes them: give the epochs before that."
-        )
-    return []
-
-
-def _write_single(
-    cfg: DictConfig,
-    device: DeviceDescription,
-    run_dir: Path,
-    datamodule: Any,
-    reference: QuantizedModel,
-    quantized: QuantizedModel,
-    seconds: dict[str, float],
-) -> None:
-    """Evaluate the float and the quantized network on the device and write the run folder's files."""
-    import torch
-
-    from lightning_baqe.deploy.artifact import Artifact
-    from lightning_baqe.hardware.identity import versions
-    from lightning_baqe.measurement.local import reach
-    from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
-    from lightning_baqe.runs.objectives import summarise
-    from lightning_baqe.runs.report import write_report
-    from lightning_baqe.runs.study import bits_entry
-    from lightning_baqe.runs.summary import Trial
-
-    options = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
-    measured_on, found, tests = reach(device.reach), {}, {}
-    for name, model in {"float": reference, "trial_0": quantized}.items():
-        folder = run_dir / "artifacts" / name
-        found[name] = evaluate(
-            model, datamodule.val_dataloader(), folder, device.options, device=measured_on, options=options,
-        )  # fmt: skip
-        tests[name] = deployed_accuracy(Artifact.load(folder), datamodule.test_dataloader(), measured_on)
-    begun = Trial(number=0, phase="qat", bits=bits_entry(quantized.bits), seconds=seconds | {"propose": 0.0})
-    fake = module_accuracy(quantized, datamodule.val_dataloader(), torch.device("cpu"))
-    about = {
-        "recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name,
-        "device": measured_on.info(cfg.deploy.threads), "versions": versions(),
-    }  # fmt: skip
-    trial = found["trial_0"].complete(begun, fake)
-    summary = summarise(about, found["float"].figures, [trial], tests=tests)
-    summary.write(run_dir)
-    write_report(summary, run_dir / "report.html")
 
 
 def tune(cfg: DictConfig, run_dir: Path) -> None:

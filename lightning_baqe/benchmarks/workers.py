@@ -36,7 +36,7 @@ from lightning_baqe.errors import BaqeError
 from lightning_baqe.landscapes.measured import Landscape
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.runs.liveness import PREFIX
-from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, RESULT, SearchStudy, bits_entry
+from lightning_baqe.runs.study import AGAIN, FLOAT_FIGURES, INTERRUPTED, OWNER, RESULT, SearchStudy, bits_entry
 from lightning_baqe.runs.summary import Figures, Trial
 from lightning_baqe.search import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
@@ -139,12 +139,12 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, l
         study.known_space({"space": space.record()})
         study.open(space, job.sampler)
         if study.float_result is None:
-            study.set_float(job.reference)
+            study.keep(FLOAT_FIGURES, job.reference.record())
     waited = proposing = 0.0
     done = 0
     while study.complete_count < trials:
         start = time.perf_counter()
-        asked = study.ask(space, trials)
+        asked = study.ask(trials)
         if asked is None:
             time.sleep(0.05)
             waited += time.perf_counter() - start

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,30 +16,24 @@ from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.errors import BuildError, ConfigError, MeasurementError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.lowering import lower
-from lightning_baqe.measurement.device import PRECISION, Device, Measurement
+from lightning_baqe.measurement.device import PRECISION, Device, Measurement, Sampling
 from lightning_baqe.measurement.local import Local
-from lightning_baqe.measurement.measure import measure
 from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.runs.summary import Entry, Figures
+from lightning_baqe.runs.summary import Figures
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 @dataclass(frozen=True)
-class MeasureOptions:
-    """How latency is measured.
+class MeasureOptions(Sampling):
+    """How latency is measured: the arguments of :func:`lightning_baqe.measure`, and what is done about noise.
 
     Args:
-        repeats, warmup, timeout_s, precision, limit_s: of :func:`lightning_baqe.measure`.
         max_spread: above this interquartile range over median the machine was noisy and the figure is taken again.
         attempts: how often at most; the quietest figure counts.
     """
 
-    repeats: int = 50
-    warmup: int = 10
-    timeout_s: float = 60.0
     precision: float | None = PRECISION
     limit_s: float = 5.0
     max_spread: float = 0.05
@@ -48,50 +42,7 @@ class MeasureOptions:
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.warmup < 0 or self.attempts < 1 or not self.timeout_s > 0:
             raise ConfigError(f"repeats, attempts and timeout_s must be positive and warmup at least 0, got {self}")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A network's figures on the device.
-
-    Args:
-        accuracy: top-1 of the compiled network, 0..1.
-        latency_us: median, microseconds.
-        size_bytes: of the integer graph.
-        spread: of the latency samples, interquartile range over median.
-        noisy: the 95 % interval of the median reaches further than 2 % from it.
-        wrong: integer elements that differ from the interpreter on the checked images, by node; all 0.
-        schedules: the knobs that every layer got.
-        seconds: ``{"build", "evaluate", "measure"}``.
-    """
-
-    accuracy: float
-    latency_us: float
-    size_bytes: int
-    spread: float
-    noisy: bool
-    wrong: dict[str, int]
-    schedules: dict[str, dict[str, Any]]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def figures(self) -> Figures:
-        """As a run's summary holds them."""
-        return Figures(
-            accuracy=self.accuracy, latency_us=self.latency_us, size_bytes=self.size_bytes, spread=self.spread,
-            noisy=self.noisy, schedules=self.schedules, seconds=self.seconds,
-        )  # fmt: skip
-
-    def complete(self, begun: AnyEntry, fake_quant_accuracy: float) -> AnyEntry:
-        """The entry of a trial or baseline with these figures; the seconds before them are kept.
-
-        Args:
-            begun: the entry as far as it was known before.
-            fake_quant_accuracy: of the network before it was lowered.
-        """
-        more = {"state": "complete", "fake_quant_accuracy": fake_quant_accuracy,
-                "differing_elements": sum(self.wrong.values()), "seconds": begun.seconds | self.seconds}  # fmt: skip
-        return begun.model_copy(update={**dict(self.figures), "test_accuracy": None, **more})
+        super().__post_init__()
 
 
 def deployed_accuracy(artifact: Artifact, batches: Batches, device: Device | None = None) -> float:
@@ -136,15 +87,7 @@ def measure_quietly(artifact: Artifact, folder: Path, options: MeasureOptions, d
             return found
     best: Measurement | None = None
     for _ in range(options.attempts):
-        again = measure(
-            folder,
-            device,
-            options.repeats,
-            options.warmup,
-            options.timeout_s,
-            precision=options.precision,
-            limit_s=options.limit_s,
-        )
+        again = device.measure_artifact(artifact, folder, options)
         best = again if best is None else min(best, again, key=lambda m: m.spread)
         if best.spread <= options.max_spread:
             break
@@ -161,7 +104,7 @@ def evaluate(
     schedules: Schedules | str | None = None,
     device: Device | None = None,
     options: MeasureOptions | None = None,
-) -> Evaluation:
+) -> Figures:
     """Compile a fake-quantized network and take its figures on the device.
 
     Args:
@@ -172,6 +115,9 @@ def evaluate(
         schedules: of :func:`lightning_baqe.build`.
         device: with its records; by default this machine with the user's.
         options: of the latency measurement.
+
+    Returns:
+        Its figures, with the seconds for ``build``, ``evaluate`` and ``measure``.
 
     Raises:
         BuildError: it cannot be compiled, or an integer node of the artifact differs from the interpreter.
@@ -201,6 +147,7 @@ def evaluate(
     if not best.latency_us > 0:
         raise MeasurementError(f"latency {best.latency_us} us is no figure; the clock of this machine is too coarse")
     seconds = {"build": built - start, "evaluate": checked - built, "measure": time.perf_counter() - checked}
-    return Evaluation(
-        accuracy, best.latency_us, graph.size_bytes, best.spread, best.noisy, wrong, artifact.schedules, seconds
-    )
+    return Figures(
+        accuracy=accuracy, latency_us=best.latency_us, size_bytes=graph.size_bytes, spread=best.spread,
+        noisy=best.noisy, schedules=artifact.schedules, seconds=seconds,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ can be looked at where the compiled modules cannot run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,11 +47,6 @@ class FrontPoint:
     latency_us: float
     size_bytes: int
     artifact_path: Path
-
-    @property
-    def figures(self) -> str:
-        """The figures in one line, with units."""
-        return f"accuracy {self.accuracy:.4g}, latency {number(self.latency_us)} us, size {self.size_bytes:,} bytes"
 
 
 @dataclass(frozen=True)
@@ -99,9 +94,7 @@ class Front:
         """The artifact of `select_point(...)`, loaded.
 
         Raises:
-            ConfigError: a limit that makes no sense.
-            InfeasibleError: no point meets the limits.
-            DataError: the artifact's folder is missing.
+            DataError: the artifact's folder is missing; what `select_point` raises likewise.
         """
         point = self.select_point(latency_us, size_bytes, accuracy)
         if not point.artifact_path.is_dir():
@@ -127,13 +120,13 @@ class Front:
             ConfigError: a limit that makes no sense.
             InfeasibleError: no point meets the limits; says which limit is at fault and names the nearest point.
         """
-        limits = check_limits(latency_us=latency_us, size_bytes=size_bytes, accuracy=accuracy)
+        limits = read_limits({"latency_us": latency_us, "size_bytes": size_bytes, "accuracy": accuracy})
         if not self.points:
             raise InfeasibleError(
                 f"The front of {self.run_dir} has no points: no trial has been completed so far. "
                 "Let the run finish at least one trial, or see in report.html why its trials failed."
             )
-        fits = [point for point in self.points if _worst_violation(point, limits) == 0]
+        fits = [point for point in self.points if _violation(point, limits) == 0]
         if not fits:
             raise InfeasibleError(self._explain(limits))
         return min(fits, key=lambda point: (-point.accuracy, point.latency_us, point.size_bytes, point.name))
@@ -142,7 +135,7 @@ class Front:
         """Why no point meets `limits`, limit by limit, and which point comes nearest."""
         wanted = " and ".join(f"{key} {LIMITS[key]} {value:g}" for key, value in limits.items())
         lines = [f"None of the {len(self)} points of {self.run_dir} meets {wanted}."]
-        out_of_reach = [key for key in limits if all(_violation(point, key, limits[key]) for point in self.points)]
+        out_of_reach = [key for key in limits if all(_violation(point, {key: limits[key]}) for point in self.points)]
         if not out_of_reach:
             lines.append("Each limit alone can be met, but not all of them jointly.")
         for key, value in limits.items():
@@ -151,15 +144,16 @@ class Front:
             line += "cannot be met by any point" if key in out_of_reach else "can be met alone"
             line += f": the best is {number(getattr(best, key))} ({best.name})"
             others = {name: limit for name, limit in limits.items() if name != key}
-            kept = [point for point in self.points if _worst_violation(point, others) == 0]
+            kept = [point for point in self.points if _violation(point, others) == 0]
             if others and kept:
                 best = _best(kept, key)
                 line += f", with the other limits kept {number(getattr(best, key))} ({best.name})"
             lines.append(line + ".")
-        nearest = min(self.points, key=lambda point: (_worst_violation(point, limits), -point.accuracy, point.name))
+        nearest = min(self.points, key=lambda point: (_violation(point, limits), -point.accuracy, point.name))
         lines.append(
-            f"Nearest is {nearest.name}: {nearest.figures}; its largest violation is "
-            f"{_worst_violation(nearest, limits):.1%}. Relax the limits, or search on with more trials."
+            f"Nearest is {nearest.name}: accuracy {nearest.accuracy:.4g}, latency {number(nearest.latency_us)} us, "
+            f"size {nearest.size_bytes:,} bytes; its largest violation is {_violation(nearest, limits):.1%}. "
+            "Relax the limits, or search on with more trials."
         )
         return " ".join(lines)
 
@@ -186,26 +180,28 @@ class Front:
 def bits_summary(bits: Bits, ranges: bool = True) -> str:
     """Bit-widths in a few letters: `W4.3 (2-8) A8`, that is the mean over the layers and the range, if there is one."""
 
-    def one(letter: str, values: list[float]) -> str:
+    parts = []
+    for index, letter in enumerate("WA" if bits else ""):
+        values = [mean_width(pair[index]) for pair in bits.values()]
         span = f" ({min(values)}-{max(values)})" if ranges and min(values) != max(values) else ""
-        return f"{letter}{round(sum(values) / len(values), 1):g}{span}"
-
-    if not bits:
-        return "–"
-    return " ".join(
-        one(letter, [mean_width(pair[index]) for pair in bits.values()]) for index, letter in enumerate("WA")
-    )
+        parts.append(f"{letter}{round(sum(values) / len(values), 1):g}{span}")
+    return " ".join(parts) or "–"
 
 
-def check_limits(**limits: float | None) -> dict[str, float]:
-    """Those of the limits that are not None.
+def read_limits(limits: Mapping[str, float | None] | None) -> dict[str, float]:
+    """Check limits; those that are None are left out.
+
+    Args:
+        limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them.
 
     Raises:
-        ConfigError: one makes no sense.
+        ConfigError: another name, or a value that makes no sense.
     """
-    for key, value in limits.items():
-        if value is None:
-            continue
+    given = {key: value for key, value in (limits or {}).items() if value is not None}
+    unknown = sorted(set(limits or {}) - set(LIMITS))
+    if unknown:
+        raise ConfigError(f"limits name {unknown}, but wanted are some of {list(LIMITS)}")
+    for key, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             raise ConfigError(f"{key}={value!r} is no limit; wanted is a number.")
         if key == "accuracy" and not 0 <= value <= 1:
@@ -213,19 +209,18 @@ def check_limits(**limits: float | None) -> dict[str, float]:
             raise ConfigError(f"accuracy={value:g} is no limit; wanted is a fraction from 0 to 1.{hint}")
         if key != "accuracy" and value <= 0:
             raise ConfigError(f"{key}={value:g} is no limit; wanted is a number above 0.")
-    return {key: float(value) for key, value in limits.items() if value is not None}
+    return {key: float(value) for key, value in given.items()}
 
 
-def _violation(point: FrontPoint, key: str, limit: float) -> float:
-    """How far `point` is beyond `limit`, relative to the limit; 0 if it meets it."""
-    value = getattr(point, key)
-    if LIMITS[key] == ">=":
-        return (limit - value) / limit if value < limit else 0.0
-    return (value - limit) / limit if value > limit else 0.0
+def _violation(point: FrontPoint, limits: Mapping[str, float]) -> float:
+    """How far `point` is beyond the limit that it misses most, relative to that limit; 0 if it meets all."""
+    beyond = [(limit, _sign(key) * (getattr(point, key) - limit)) for key, limit in limits.items()]
+    return max((excess / limit for limit, excess in beyond if excess > 0), default=0.0)
 
 
-def _worst_violation(point: FrontPoint, limits: Mapping[str, float]) -> float:
-    return max((_violation(point, key, limit) for key, limit in limits.items()), default=0.0)
+def _sign(key: str) -> int:
+    """1 of what is to be small, -1 of what is to be large."""
+    return -1 if LIMITS[key] == ">=" else 1
 
 
 def number(value: float) -> str:
@@ -233,6 +228,5 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _best(points: tuple[FrontPoint, ...] | list[FrontPoint], key: str) -> FrontPoint:
-    sign = -1 if LIMITS[key] == ">=" else 1
-    return min(points, key=lambda point: (sign * getattr(point, key), point.name))
+def _best(points: Iterable[FrontPoint], key: str) -> FrontPoint:
+    return min(points, key=lambda point: (_sign(key) * getattr(point, key), point.name))

@@ -8,29 +8,14 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.errors import ConfigError, InfeasibleError
+from lightning_baqe.errors import InfeasibleError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.measurement.database import Records
-from lightning_baqe.runs.front import LIMITS, check_limits, number
+from lightning_baqe.runs.front import LIMITS, number
 from lightning_baqe.runs.summary import Entry, Figures, is_measured
 
 SLACK = 0.1  # the sum of kernels is an estimate of the network's latency: a tenth less is not ruled out
-
-
-def read_limits(limits: Mapping[str, float | None] | None) -> dict[str, float]:
-    """Check limits; those that are None are left out.
-
-    Args:
-        limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them.
-
-    Raises:
-        ConfigError: another name, or a value that makes no sense.
-    """
-    unknown = sorted(set(limits or {}) - set(LIMITS))
-    if unknown:
-        raise ConfigError(f"limits name {unknown}, but wanted are some of {list(LIMITS)}")
-    return check_limits(**(limits or {}))
 
 
 def violations(entry: Figures, limits: Mapping[str, float]) -> dict[str, float]:
@@ -38,7 +23,7 @@ def violations(entry: Figures, limits: Mapping[str, float]) -> dict[str, float]:
 
     Args:
         entry: measured.
-        limits: from :func:`read_limits`.
+        limits: from :func:`~lightning_baqe.runs.front.read_limits`.
 
     Returns:
         Latency and size relative to their limits, accuracy as the difference.
@@ -74,51 +59,44 @@ class Reach:
 
     @classmethod
     def of(cls, graphs: Sequence[IntegerGraph], options: BuildOptions, records: Records, accuracy: float) -> Reach:
-        """Add up sizes and kernels.
+        """Add up sizes and kernels, whose latencies are looked up; nothing is measured.
 
         Args:
             graphs: the network at the fewest bits, at 8 and at the most.
-            options: what the kernels are compiled for.
-            records: where their latencies are looked up; nothing is measured.
             accuracy: of the float model.
         """
-        few, eight, most = graphs
-        sizes = (few.size_bytes, eight.size_bytes, most.size_bytes)
+        few, eight, most = (graph.size_bytes for graph in graphs)
         found = [_kernels(graph, options, records) for graph in graphs]
-        everywhere = [layer for layer in found[0] if all(kernels.get(layer) is not None for kernels in found)]
-        sums: tuple[float, float, float] | None = None
-        if everywhere:
-            rows = [[kernels[layer] or 0.0 for kernels in found] for layer in everywhere]
-            sums = (sum(map(min, rows)), sum(row[1] for row in rows), sum(row[2] for row in rows))
-        return cls(sizes, sums, len(everywhere), len(found[0]), accuracy)
+        rows = [[kernels.get(layer) for kernels in found] for layer in found[0]]
+        known = [[latency for latency in row if latency is not None] for row in rows]
+        whole = [row for row in known if len(row) == len(graphs)]
+        sums = (sum(map(min, whole)), sum(row[1] for row in whole), sum(row[2] for row in whole)) if whole else None
+        return cls((few, eight, most), sums, len(whole), len(rows), accuracy)
 
     def check(self, limits: Mapping[str, float], measured: Sequence[Entry] = ()) -> None:
         """Refuse limits that nothing can meet.
 
         Args:
-            limits: from :func:`read_limits`.
+            limits: from :func:`~lightning_baqe.runs.front.read_limits`.
             measured: entries of an earlier part of the run; what one of them meets can be met.
 
         Raises:
             InfeasibleError: names the nearest value that can be reached.
         """
-        smallest = {"size_bytes": float(min(self.size_bytes))}
+        # The least, what of that is certain, and where it comes from.
+        least: dict[str, tuple[float, float, str]]
+        least = {"size_bytes": (min(self.size_bytes), 1.0, "all layers at their fewest bits, exact")}
         if self.latency_us is not None:
-            smallest["latency_us"] = min(self.latency_us) * (1 - SLACK)
-        lines = []
-        for name, least in smallest.items():
-            if name not in limits or limits[name] >= least:
-                continue
-            if any(is_measured(entry) and getattr(entry, name) <= limits[name] for entry in measured):
-                continue
-            what = "all layers at their fewest bits, exact"
-            if name == "latency_us" and self.latency_us is not None:
-                least = min(self.latency_us)
-                what = f"the sum of the fastest of {self.known} of {self.kernels} kernels; others come on top"
-            lines.append(
-                f"{name} <= {number(limits[name])} cannot be met: the nearest that can be reached is {number(least)} "
-                f"({what})"
-            )
+            kernels = f"the sum of the fastest of {self.known} of {self.kernels} kernels; others come on top"
+            least["latency_us"] = (min(self.latency_us), 1 - SLACK, kernels)
+        lines = [
+            f"{name} <= {number(limits[name])} cannot be met: the nearest that can be reached is {number(value)} "
+            f"({what})"
+            for name, (value, certain, what) in least.items()
+            if name in limits
+            and limits[name] < value * certain
+            and not any(is_measured(entry) and getattr(entry, name) <= limits[name] for entry in measured)
+        ]
         if lines:
             raise InfeasibleError(
                 f"{'; '.join(lines)}. Nothing was searched: relax the limits, offer fewer bits (bit_choices), or "

@@ -10,15 +10,17 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from lightning_baqe.runs.report_figures import hypervolume_over_trials
-from lightning_baqe.runs.summary import Figures, Summary
+from lightning_baqe.runs.summary import Entry, Figures, Summary
 
 COLUMNS = ("name", "accuracy", "test_accuracy", "latency_us", "size_bytes", "speedup", "smaller", "feasible", "bits")
 
 
-def log_hypervolume(loggers: Iterable[Logger], summary: Summary, step: int) -> None:
-    """Log the hypervolume so far as ``search/hypervolume``: the metric that a sweep maximises."""
+def log_entry(loggers: Iterable[Logger], entry: Entry, summary: Summary, step: int) -> None:
+    """Log an entry's figures, where it has them, and the hypervolume so far: the metric that a sweep maximises."""
+    keys = ("accuracy", "fake_quant_accuracy", "latency_us", "size_bytes")
+    figures = {f"search/{key}": float(getattr(entry, key)) for key in keys if getattr(entry, key) is not None}
     for logger in loggers:
-        logger.log_metrics({"search/hypervolume": summary.hypervolume or 0.0}, step=step)
+        logger.log_metrics({**figures, "search/hypervolume": summary.hypervolume or 0.0}, step=step)
 
 
 def log_results(loggers: Iterable[Logger], summary: Summary, run_dir: Path) -> None:
@@ -26,11 +28,6 @@ def log_results(loggers: Iterable[Logger], summary: Summary, run_dir: Path) -> N
 
     The table ``search/pareto``, the chart ``search/hypervolume_curve``, and an artifact of type ``pareto-front`` with
     ``summary.json``, ``report.html`` and the artifact folder of each Pareto point that is in the run folder.
-
-    Args:
-        loggers: of the trainer.
-        summary: the content of ``summary.json``.
-        run_dir: the run folder.
     """
     ours = [logger for logger in loggers if isinstance(logger, WandbLogger)]
     if not ours:

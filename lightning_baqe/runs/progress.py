@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -14,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_baqe.runs.study import SearchStudy
+from lightning_baqe.runs.summary import Summary
 
 
 class SearchProgress:
@@ -38,31 +40,22 @@ class SearchProgress:
             self._task = self._bar.add_task("search", total=total, figures="")
             self._bar.start()
 
-    def update(self, study: SearchStudy, what: str, phase: str = "", advance: bool = False) -> None:
-        """Show what is going on."""
-        if self._bar is None and (self._other is None or not advance):
-            return
-        figures = ""
-        if study.float_result is not None:
-            summary = study.summary()
-            done = summary.complete
+    def update(self, what: str, summary: Summary | None = None, advance: bool = False) -> None:
+        """Show what is going on, and the figures of a new summary; ``advance``: one more was evaluated."""
+        shown: dict[str, Any] = {}
+        if summary is not None:
+            done, figures = summary.complete, ""
             if done:
                 best = max(entry.accuracy for entry in done)
                 figures = f"best accuracy {best:.4f}  hypervolume {summary.hypervolume:.4f}"
+            shown = {"completed": summary.done_count, "figures": figures}
             line = f"{len(done)} evaluated: {figures}"
-            if self._bar is None and self._other is not None:
+            if advance and self._bar is None and self._other is not None:
                 self._other.print(line)
-            elif advance and done and not self._console.is_terminal:
+            elif advance and self._bar is not None and done and not self._console.is_terminal:
                 self._console.print(line)
-        if self._bar is None:
-            return
-        text = f"{what} ({phase})" if phase else what
-        self._bar.update(self._task, description=text, completed=study.done_count, figures=figures)
-
-    def say(self, what: str) -> None:
-        """Show what is going on before the study holds anything."""
         if self._bar is not None:
-            self._bar.update(self._task, description=what)
+            self._bar.update(self._task, description=what, **shown)
 
     def warn(self, text: str) -> None:
         """Print a warning above the bar."""

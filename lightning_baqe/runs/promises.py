@@ -19,7 +19,7 @@ from lightning_baqe.search.space import SearchSpace
 
 
 class Promises:
-    """Accuracy of a network that is not tuned yet, or not to the end, with latency and size as far as they are known.
+    """What trials promise: accuracy before the tuning's end, with latency and size as far as they are known.
 
     A trial promises something before its first epoch (post-training quantization) and after every epoch but the last.
     Where the finished trials tell that it cannot reach the front any more, it is pruned
@@ -57,35 +57,27 @@ class Promises:
         self._pruner = ParetoPruner((None, *(0.0 if known else None for known in exact)))
 
     def gives_up(self, trial: optuna.Trial, rung: int, model: QuantizedModel, entry: Entry) -> bool:
-        """Keep what a trial promises; where that is hopeless, prune it.
+        """Keep what a trial promises; where that is hopeless, prune it. Returns whether it is pruned.
 
         Args:
             trial: of the search.
             rung: epochs that it was tuned for.
             model: its fake-quantized network as it is now.
             entry: of the trial, kept if it is pruned, with the seconds spent here.
-
-        Returns:
-            Whether the trial is pruned.
         """
         start = time.perf_counter()
         accuracy = module_accuracy(model, self._batches, next(model.parameters()).device)
-        hopeless = self.is_hopeless(trial, rung, accuracy) and self._study.pruned_count < self._most
-        if hopeless:
-            spent = entry.seconds.get("estimate", 0.0) + time.perf_counter() - start
-            more = {"promised_accuracy": accuracy, "seconds": {**entry.seconds, "estimate": spent}}
-            self._study.prune(trial, entry.model_copy(update=more))
-            self._study.write()
-        return hopeless
+        if not self.is_hopeless(trial, rung, accuracy):
+            return False
+        if sum(other.state == "pruned" for other in self._study.trials()) >= self._most:
+            return False
+        spent = entry.seconds.get("estimate", 0.0) + time.perf_counter() - start
+        more = {"promised_accuracy": accuracy, "seconds": {**entry.seconds, "estimate": spent}}
+        self._study.tell(trial, entry.model_copy(update={"state": "pruned", **more}))
+        return True
 
     def is_hopeless(self, trial: optuna.Trial, rung: int, accuracy: float) -> bool:
-        """Keep what the trial promises, and say whether it is given up.
-
-        Args:
-            trial: of the search.
-            rung: epochs that it was tuned for.
-            accuracy: 0 to 1.
-        """
+        """Keep what the trial promises after ``rung`` epochs (accuracy 0 to 1), and say whether that is hopeless."""
         row = np.array([self._space.internal(trial.params)])
         _, latency, size = self._bound.estimates(row)[0].tolist()
         self._pruner.report(trial, rung, (1.0 - accuracy, latency, size))

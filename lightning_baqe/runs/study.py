@@ -6,12 +6,13 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.errors import ConfigError
@@ -21,19 +22,17 @@ from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.runs.evaluation import Batches, deployed_accuracy
 from lightning_baqe.runs.limits import violations
 from lightning_baqe.runs.liveness import Worker
-from lightning_baqe.runs.objectives import REFERENCE_POINT, objectives, summarise
+from lightning_baqe.runs.objectives import objectives, summarise
 from lightning_baqe.runs.report import write_report
 from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, Width
-from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
 from lightning_baqe.tuning.network_space import NetworkSpace
 
-RESULT, FLOAT, BASELINES, TEST, REWARDS = "result", "float", "baselines", "test_accuracy", "rewards"
-LIMITS = "limits"
-OWNER, SPACE, CONDITIONS, PHASE, ATTEMPTS = "owner", "space", "conditions", "phase", "attempts"
-KNOWLEDGE = "knowledge"
-AGAIN, CLAIMS = "again", "baseline_owners"
+# What is kept of the study, and of each trial.
+FLOAT_FIGURES, BASELINES, TEST, REWARDS, LIMITS = "float", "baselines", "test_accuracy", "rewards", "limits"
+SPACE, CONDITIONS, KNOWLEDGE, CLAIMS = "space", "conditions", "knowledge", "baseline_owners"
+RESULT, OWNER, PHASE, ATTEMPTS, AGAIN = "result", "owner", "phase", "attempts", "again"
 REPEATS = 20  # proposals of another sampler that repeat a point, before one is taken all the same
 MAX_ATTEMPTS = 3  # of a point whose trials end with the process: perhaps because of it
 INTERRUPTED = "interrupted: the process ended in the middle of this trial"
@@ -67,15 +66,7 @@ class SearchStudy:
         ConfigError: another kind of storage, or its driver is not installed.
     """
 
-    reference_point: ClassVar[tuple[float, float, float]] = REFERENCE_POINT
-
-    def __init__(
-        self,
-        run_dir: Path,
-        storage: str | None,
-        about: Mapping[str, Any],
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, run_dir: Path, storage: str | None, about: Mapping[str, Any], name: str | None = None) -> None:
         self.run_dir = run_dir
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = name or ("search" if storage is None else run_dir.resolve().name)
@@ -87,8 +78,17 @@ class SearchStudy:
             self._study = optuna.create_study(
                 study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
             )
+        self._study_id = self._storage.get_study_id_from_name(name)
         self._worker = Worker(self._study)
         self._about = {"device": device_info(), **about, "versions": versions()}
+
+    def kept(self, what: str) -> Any:
+        """What :meth:`keep` was given under this name by any worker; None: nothing."""
+        return self._study.user_attrs.get(what)
+
+    def keep(self, what: str, value: Any) -> None:
+        """Keep something in the study; JSON can hold it."""
+        self._study.set_user_attr(what, value)
 
     def known_space(self, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of the space that the study was begun with, None for a new study.
@@ -99,11 +99,11 @@ class SearchStudy:
         Raises:
             ConfigError: a condition differs.
         """
-        known = self._study.user_attrs.get(SPACE)
+        known: dict[str, Any] | None = self.kept(SPACE)
         if known is None:
-            self._study.set_user_attr(CONDITIONS, dict(conditions))
+            self.keep(CONDITIONS, dict(conditions))
             return None
-        before, now = self._study.user_attrs[CONDITIONS], json.loads(json.dumps(dict(conditions)))
+        before, now = self.kept(CONDITIONS), json.loads(json.dumps(dict(conditions)))
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
                 raise ConfigError(
@@ -111,100 +111,70 @@ class SearchStudy:
                     f"{now.get(name)!r}: its trials could not be compared; use another run_dir, or what it was begun "
                     "with"
                 )
-        record: dict[str, Any] = known
-        return record
+        return known
 
     def open(self, space: NetworkSpace, sampler: optuna.samplers.BaseSampler) -> None:
-        """Begin, or go on."""
+        """Begin, or go on; baselines that failed are forgotten, so that they are tried again."""
+        self._space = space
         self._study.sampler = self._sampler = sampler
         with self.lock:
-            if SPACE not in self._study.user_attrs:
-                self._study.set_user_attr(SPACE, space.record())
-            self._reclaim(space)
+            if self.kept(SPACE) is None:
+                self.keep(SPACE, space.record())
+            self._reclaim()
+            self.keep(BASELINES, [entry for entry in self.kept(BASELINES) or [] if entry["state"] == "complete"])
 
     def close(self) -> None:
         """Leave the study: this process is no worker of it any more."""
         self._worker.close()
         self._storage.engine.dispose()
 
-    def _reclaim(self, space: NetworkSpace) -> None:
+    def _id(self, trial: optuna.Trial | FrozenTrial) -> int:
+        """Of a trial in the storage."""
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+
+    def _in_state(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=states or None)
+
+    def _reclaim(self) -> None:
         """Close the trials whose workers died and queue their points again. The lock is held, so none begins now."""
-        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        running = self._in_state(TrialState.RUNNING)
         dead = [trial for trial in running if not self._worker.alive(trial.user_attrs.get(OWNER))]
-        queued = {t.user_attrs.get(AGAIN) for t in self._study.get_trials(deepcopy=False)} if dead else set()
+        queued = {trial.user_attrs.get(AGAIN) for trial in self._in_state()} if dead else set()
         for trial in dead:
             known = trial.user_attrs.get(RESULT, {})
             attempts = trial.user_attrs.get(ATTEMPTS, 1)
-            whole = space.distributions.keys() <= trial.params.keys()
+            whole = self._space.distributions.keys() <= trial.params.keys()
             # Queued before it is closed: whoever dies in between leaves it to be closed, not queued twice.
             if whole and attempts < MAX_ATTEMPTS and trial.number not in queued:
                 again = {PHASE: known.get("phase", "bo"), ATTEMPTS: attempts + 1, AGAIN: trial.number}
                 self._study.enqueue_trial(trial.params, user_attrs=again)
-            self._study._storage.set_trial_user_attr(trial._trial_id, RESULT, {**known, "error": INTERRUPTED})
+            self._storage.set_trial_user_attr(self._id(trial), RESULT, {**known, "error": INTERRUPTED})
             self._study.tell(trial.number, state=TrialState.FAIL)
 
     @property
-    def knowledge(self) -> Knowledge | None:
-        """What the search knew when it began, None before :meth:`set_knowledge`."""
-        known = self._study.user_attrs.get(KNOWLEDGE)
-        return None if known is None else Knowledge.from_record(known)
-
-    def set_knowledge(self, knowledge: Knowledge) -> None:
-        """Keep what the search knows: a search that goes on believes what it began with."""
-        self._study.set_user_attr(KNOWLEDGE, knowledge.record())
-
-    @property
     def float_result(self) -> Figures | None:
-        """The float model's figures, None before it was evaluated."""
-        found = self._study.user_attrs.get(FLOAT)
+        """The float model's figures, None before they are kept as ``FLOAT_FIGURES``."""
+        found = self.kept(FLOAT_FIGURES)
         return None if found is None else Figures.model_validate(found)
 
-    def drop_failed_baselines(self) -> None:
-        """Forget baselines that failed, so that they are tried again."""
-        kept = [entry for entry in self._study.user_attrs.get(BASELINES, []) if entry["state"] == "complete"]
-        self._study.set_user_attr(BASELINES, kept)
-
     @property
-    def baseline_names(self) -> list[str]:
-        """Of the baselines that were evaluated."""
-        return [entry["name"] for entry in self._study.user_attrs.get(BASELINES, [])]
+    def baselines(self) -> list[Baseline]:
+        """Those that were evaluated."""
+        return [Baseline(**entry) for entry in self.kept(BASELINES) or []]
 
-    def _count(self, state: TrialState) -> list[optuna.trial.FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=(state,))
+    def trials(self) -> list[Trial]:
+        """The trials that were begun, by their numbers."""
+        return [
+            Trial(**{**trial.user_attrs.get(RESULT, {}), "number": trial.number, "state": _STATES[trial.state]})
+            for trial in self._in_state(*_STATES)
+            # Without a result: a proposal that repeated another and was never begun.
+            if trial.state != TrialState.PRUNED or RESULT in trial.user_attrs
+        ]
 
     @property
     def complete_count(self) -> int:
         """Trials with figures."""
-        return len(self._count(TrialState.COMPLETE))
-
-    @property
-    def failed_count(self) -> int:
-        """Trials that failed by themselves; interrupted ones are not counted."""
-        return sum(t.user_attrs.get(RESULT, {}).get("error") != INTERRUPTED for t in self._count(TrialState.FAIL))
-
-    @property
-    def pruned_count(self) -> int:
-        """Trials that were given up for what they promised."""
-        return sum(RESULT in trial.user_attrs for trial in self._count(TrialState.PRUNED))
-
-    @property
-    def done_count(self) -> int:
-        """Complete trials and evaluated baselines."""
-        return self.complete_count + len(self.baseline_names)
-
-    @property
-    def last_error(self) -> str:
-        """Why the last failed trial failed."""
-        failed = self._count(TrialState.FAIL)
-        return str(failed[-1].user_attrs.get(RESULT, {}).get("error")) if failed else "none"
-
-    def set_float(self, result: Figures) -> None:
-        """Keep the float model's figures."""
-        self._study.set_user_attr(FLOAT, result.model_dump(mode="json"))
-
-    def set_rewards(self, rewards: Mapping[str, Any]) -> None:
-        """Keep what each bit-width buys on the device, a :meth:`~lightning_baqe.costs.bit_rewards.Rewards.summary`."""
-        self._study.set_user_attr(REWARDS, dict(rewards))
+        return len(self._in_state(TrialState.COMPLETE))
 
     def set_limits(self, limits: Mapping[str, float]) -> None:
         """Keep the limits: complete trials beyond them are infeasible to the sampler, and marked in the summary.
@@ -212,87 +182,85 @@ class SearchStudy:
         Raises:
             ConfigError: trials were completed under other limits.
         """
-        before = self._study.user_attrs.get(LIMITS, {})
+        before = self.kept(LIMITS) or {}
         if before != dict(limits) and self.complete_count:
             raise ConfigError(
                 f"the study in {self.run_dir} has trials that were constrained by limits = {before}, now they are "
                 f"{dict(limits)}: use another run_dir, or the limits that it was begun with"
             )
-        self._study.set_user_attr(LIMITS, dict(limits))
+        self.keep(LIMITS, dict(limits))
 
     def claim_baseline(self, names: Sequence[str]) -> str | None:
         """The first of the baselines that nobody has evaluated or evaluates; from now on this worker does."""
         with self.lock:
-            done, owners = self.baseline_names, self._study.user_attrs.get(CLAIMS, {})
+            done, owners = {entry.name for entry in self.baselines}, self.kept(CLAIMS) or {}
             for name in names:
                 if name not in done and not self._worker.alive(owners.get(name)):
-                    self._study.set_user_attr(CLAIMS, {**owners, name: self._worker.id})
+                    self.keep(CLAIMS, {**owners, name: self._worker.id})
                     return name
         return None
 
     def add_baseline(self, entry: Baseline) -> None:
         """Keep a baseline's entry."""
         with self.lock:
-            self._study.set_user_attr(BASELINES, [*self._study.user_attrs.get(BASELINES, []), entry.record()])
+            self.keep(BASELINES, [*(self.kept(BASELINES) or []), entry.record()])
 
-    def ask(self, space: NetworkSpace, wanted: int | None = None) -> tuple[optuna.Trial, str] | None:
+    def ask(self, wanted: int | None = None) -> tuple[optuna.Trial, str] | None:
         """The next trial, its parameters suggested, and the phase that proposed it.
 
         Args:
-            space: what the sampler proposes from.
             wanted: complete trials to reach; None: no bound.
 
         Returns:
             None where the trials that run now, if all become complete, reach ``wanted``: ask again when one has ended.
         """
         with self.lock:
-            self._reclaim(space)
-            if wanted is not None and self.complete_count + len(self._count(TrialState.RUNNING)) >= wanted:
+            self._reclaim()
+            if wanted is not None and len(self._in_state(TrialState.COMPLETE, TrialState.RUNNING)) >= wanted:
                 return None
-            trial = self._new_trial(space)
+            trial = self._new_trial()
             phase = trial.user_attrs.get(PHASE)  # of an interrupted trial that is tried again
             if phase is None:
                 if isinstance(self._sampler, BaqeSampler):
                     phase = self._sampler.phase(self._study, trial)
                 else:
                     phase = type(self._sampler).__name__
-            bits, schedules = space.point(trial.params)
+            bits, schedules = self._space.point(trial.params)
             trial.set_user_attr(RESULT, {"phase": phase, "bits": bits_entry(bits), "schedules": schedules})
         return trial, phase
 
-    def _new_trial(self, space: NetworkSpace) -> optuna.Trial:
+    def _new_trial(self) -> optuna.Trial:
         """A trial of this worker; its point is new, unless an interrupted one is tried again."""
-        for _ in range(REPEATS):
-            trial = self._study.ask(space.distributions)
+        repeats = 0
+        while True:
+            trial = self._study.ask(self._space.distributions)
             trial.set_user_attr(OWNER, self._worker.id)
-            if isinstance(self._sampler, BaqeSampler) or PHASE in trial.user_attrs:
-                break  # it proposes nothing twice by itself
-            others = self._study.get_trials(deepcopy=False)
-            if all(other.params != trial.params for other in others if other.number != trial.number):
-                break
+            # The first proposes nothing twice by itself.
+            if isinstance(self._sampler, BaqeSampler) or PHASE in trial.user_attrs or repeats == REPEATS:
+                return trial
+            if all(other.params != trial.params for other in self._in_state() if other.number != trial.number):
+                return trial
             self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            trial = self._study.ask(space.distributions)
-            trial.set_user_attr(OWNER, self._worker.id)
-        return trial
+            repeats += 1
 
     def give_back(self, trial: optuna.Trial) -> None:
         """Let somebody else evaluate a trial that was asked for and never begun."""
-        self._study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        self._storage.set_trial_state_values(self._id(trial), TrialState.WAITING)
 
     def tell(self, trial: optuna.Trial, entry: Entry) -> None:
-        """Keep a trial's entry; without an error its objectives count.
+        """Keep a trial's entry; its objectives count unless it is pruned or has an error.
 
         Warns:
             UserWarning: another worker took this one for dead meanwhile and tries the point again.
         """
         reference = self.float_result
         assert reference is not None
-        values = objectives(entry, reference) if entry.error is None else None
+        ended = entry.state != "pruned" and entry.error is None
+        values = objectives(entry, reference) if ended else None
         if values is not None and not all(math.isfinite(value) for value in values):
             entry, values = entry.model_copy(update={"error": f"objectives are not finite: {values}"}), None
         with self.lock:
-            if self._study._storage.get_trial(trial._trial_id).state.is_finished():
+            if self._storage.get_trial(self._id(trial)).state.is_finished():
                 warnings.warn(
                     f"trial {trial.number} was given to another worker, since this one gave no sign of life for "
                     "minutes; its figures are dropped",
@@ -302,57 +270,41 @@ class SearchStudy:
                 return
             trial.set_user_attr(RESULT, entry.record())
             if values is None:
-                self._study.tell(trial, state=TrialState.FAIL)
+                self._study.tell(trial, state=TrialState.PRUNED if entry.state == "pruned" else TrialState.FAIL)
             else:
-                for name, value in violations(entry, self._study.user_attrs.get(LIMITS, {})).items():
+                for name, value in violations(entry, self.kept(LIMITS) or {}).items():
                     trial.set_constraint(name, value)
                 self._study.tell(trial, list(values))
 
-    def prune(self, trial: optuna.Trial, entry: Entry) -> None:
-        """Give a trial up, and keep its entry."""
-        with self.lock:
-            if not self._study._storage.get_trial(trial._trial_id).state.is_finished():
-                trial.set_user_attr(RESULT, entry.record())
-                self._study.tell(trial, state=TrialState.PRUNED)
-
     def summary(self) -> Summary:
         """What ``summary.json`` holds."""
-        attributes, reference = self._study.user_attrs, self.float_result
+        reference = self.float_result
         assert reference is not None
-        trials = [
-            Trial(**{**trial.user_attrs.get(RESULT, {}), "number": trial.number, "state": _STATES[trial.state]})
-            for trial in self._study.get_trials(deepcopy=False, states=tuple(_STATES))
-            # Without a result: a proposal that repeated another and was never begun.
-            if trial.state != TrialState.PRUNED or RESULT in trial.user_attrs
-        ]
-        baselines = [Baseline(**entry) for entry in attributes.get(BASELINES, [])]
-        more = {name: attributes.get(key) for name, key in (("limits", LIMITS), ("rewards", REWARDS), ("tests", TEST))}
-        return summarise(self._about, reference, trials, baselines, **more)
+        more = {"limits": self.kept(LIMITS), "rewards": self.kept(REWARDS), "tests": self.kept(TEST)}
+        return summarise(self._about, reference, self.trials(), self.baselines, **more)
 
-    def write(self, report: bool = False) -> None:
+    def write(self, report: bool = False) -> Summary:
         """Write ``summary.json`` and ``pareto.csv``, and with ``report`` also ``report.html``."""
-        if self.float_result is None:
-            return
         with self.lock:  # an older summary must not replace a newer one
             summary = self.summary()
             summary.write(self.run_dir)
         if report:
             write_report(summary, self.run_dir / "report.html")
+        return summary
 
-    def test_front(self, batches: Batches | None, device: Device) -> None:
+    def test_front(self, batches: Batches, device: Device) -> None:
         """Accuracy on the test split of the float model and of every Pareto point that lacks it, on the device.
 
         Points whose artifacts are in another worker's run folder are left to it.
         """
-        if batches is None or self.float_result is None:
-            return
         with self.lock:  # the second of two workers finds it done
-            tests: dict[str, float] = dict(self._study.user_attrs.get(TEST, {}))
+            tests: dict[str, float] = dict(self.kept(TEST) or {})
             for name in ["float", *(entry.key for entry in self.summary().pareto)]:
                 folder = self.run_dir / "artifacts" / name
                 if name not in tests and folder.is_dir():
-                    tests[name] = deployed_accuracy(Artifact.load(folder), batches, device)
-                    self._study.set_user_attr(TEST, tests)
+                    with closing(Artifact.load(folder)) as artifact:
+                        tests[name] = deployed_accuracy(artifact, batches, device)
+                    self.keep(TEST, tests)
 
 
 def _open_storage(url: str) -> RDBStorage:

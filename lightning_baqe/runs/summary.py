@@ -12,9 +12,8 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic import model_validator as validator
@@ -54,6 +53,10 @@ class Figures(BaseModel):
     noisy: bool | None = None
     schedules: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
+
+    def record(self) -> dict[str, Any]:
+        """As the study keeps it."""
+        return self.model_dump(mode="json")
 
     @property
     def triple(self) -> tuple[float, float, float]:
@@ -113,9 +116,15 @@ class Entry(Figures):
         """Its name among all entries, and that of its folder in ``artifacts/``."""
         return f"trial_{self.number}" if self.name is None else f"baseline_{self.name}"
 
-    def record(self) -> dict[str, Any]:
-        """As the study keeps it."""
-        return self.model_dump(mode="json")
+    def completed(self, found: Figures, fake_quant_accuracy: float) -> Self:
+        """This entry with the figures of its network; the seconds before them are kept.
+
+        Args:
+            found: on the device, where no element differed from the reference.
+            fake_quant_accuracy: of the network before it was lowered.
+        """
+        more = {"state": "complete", "fake_quant_accuracy": fake_quant_accuracy, "differing_elements": 0}
+        return self.model_copy(update={**dict(found), **more, "seconds": self.seconds | found.seconds})
 
 
 class Trial(Entry):
@@ -227,6 +236,11 @@ class Summary(BaseModel):
         return (*self.baselines, *self.trials)
 
     @property
+    def done_count(self) -> int:
+        """Complete trials, and baselines that were evaluated, failed ones included."""
+        return len(self.baselines) + sum(entry.state == "complete" for entry in self.trials)
+
+    @property
     def complete(self) -> list[Measured]:
         """Baselines and trials with figures."""
         return [entry for entry in self.entries if is_measured(entry)]
@@ -251,17 +265,15 @@ class Summary(BaseModel):
         header = ("name", "accuracy", "test_accuracy", "latency_us", "size_bytes", "latency_ratio", "size_ratio")
         writer.writerow([*header, "mean_weight_bits", "bits"])
         for entry in self.pareto:
-            ratios = (
-                entry.latency_us / reference.latency_us if reference.latency_us else "",
-                entry.size_bytes / reference.size_bytes if reference.size_bytes else "",
-            )
             figures = (entry.accuracy, entry.test_accuracy, entry.latency_us, entry.size_bytes)
+            latency_ratio = entry.latency_us / reference.latency_us if reference.latency_us else ""
+            size_ratio = entry.size_bytes / reference.size_bytes if reference.size_bytes else ""
             mean = sum(mean_width(weight) for weight, _ in entry.bits.values()) / len(entry.bits) if entry.bits else ""
-            writer.writerow([entry.key, *figures, *ratios, mean, json.dumps(entry.bits)])
+            writer.writerow([entry.key, *figures, latency_ratio, size_ratio, mean, json.dumps(entry.bits)])
         return text.getvalue()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Print the schema."""
     print(json.dumps(Summary.model_json_schema(), indent=1))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
 import lightning_baqe.recipes
-from lightning_baqe.callbacks import BayesianSearch
-from lightning_baqe.callbacks import bayesian_search as search_module
+from lightning_baqe.callbacks import BayesianSearch, search_loop
 from lightning_baqe.data import DigitsDataModule
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
 from lightning_baqe.hardware.description import DeviceDescription
 from lightning_baqe.measurement.device import Kernel
+from lightning_baqe.runs.study import SearchStudy
 
 Make = Callable[..., Any]
 FILES = ("study.db", "summary.json", "pareto.csv", "report.html")
@@ -90,6 +91,50 @@ def test_deployed_accuracy_is_that_of_the_artifact(
     assert point.accuracy == right / total
 
 
+def test_their_trainer_gets_its_limit_back(
+    tmp_path: Path, foreign: Make, search: Make, fit: Make, made_up_device: FakeDevice
+) -> None:
+    limits = []
+
+    def look(step: int) -> bool:
+        limits.append(module.trainer.limit_train_batches)
+        if step == 2:
+            raise RuntimeError("theirs")
+        return False
+
+    options = {"measure_on": made_up_device, "trials": 1, "n_initial": 1}
+    data = (random_loader(), random_loader())
+    module = foreign(poison=look)
+    fit(module, search(baselines=(), **options), data)
+    assert module.trainer.limit_train_batches == 1.0
+    module = foreign(poison=look)
+    with pytest.raises(RuntimeError, match="theirs"):
+        fit(module, search(run_dir=tmp_path / "other", **options), data)
+    assert module.trainer.limit_train_batches == 1.0
+    assert set(limits) == {2}
+
+
+def test_a_summary_is_made_once_a_trial_and_artifacts_are_closed(
+    monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any, made_up_device: FakeDevice
+) -> None:
+    calls: list[str] = []
+    for kind, name in ((SearchStudy, "summary"), (baqe.Artifact, "load"), (baqe.Artifact, "close")):
+        monkeypatch.setattr(kind, name, _counted(getattr(kind, name), name, calls))
+    fit(foreign(), search(measure_on=made_up_device, trials=2), digits)
+    made_at_start_and_end = 1 + 3  # before the test split, for it, and after it
+    assert calls.count("summary") == made_at_start_and_end + 3  # a baseline and two trials
+    assert 0 < calls.count("load") <= calls.count("close")
+
+
+def _counted(function: Callable[..., Any], name: str, calls: list[str]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return function(*args, **options)
+
+    return counted
+
+
 def test_fast_dev_run_is_one_trial(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
     fit(foreign(), search(), digits, fast_dev_run=True, max_epochs=1)
     summary = summary_of(tmp_path / "run")
@@ -110,14 +155,14 @@ def test_a_device_that_fuses_no_sums(tmp_path: Path, foreign: Make, search: Make
 def test_every_network_gets_the_activation_range(
     monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
 ) -> None:
-    original, seen = search_module.quantize, []
+    original, seen = search_loop.quantize, []
 
     def spy(*args: Any, **options: Any) -> Any:
         made = original(*args, **options)
         seen.extend(quantizer.range_method for quantizer in made.quantizers().values())
         return made
 
-    monkeypatch.setattr(search_module, "quantize", spy)
+    monkeypatch.setattr(search_loop, "quantize", spy)
     callback = search(activation_range="percentile:99", bit_choices=(4, 8))
     fit(foreign(), callback, digits, fast_dev_run=True, max_epochs=1)
     assert len(seen) > 10

@@ -56,5 +56,6 @@ def test_what_cannot_be_met_ends_it_before_the_first_trial(
     # What it names can be had: the same folder goes on with it.
     callback = search(measure_on=made_up_device, limits={"size_bytes": nearest}, trials=1)
     fit(foreign(), callback, digits)
-    bits = callback.space.extreme(min)
-    assert {bits[layer].weight for layer in callback.space.bit_choices} == {4}
+    space = callback.loop.space
+    bits = space.extreme(min)
+    assert {bits[layer].weight for layer in space.bit_choices} == {4}

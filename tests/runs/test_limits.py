@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lightning_baqe.errors import ConfigError, InfeasibleError
-from lightning_baqe.runs.limits import Reach, feasible, read_limits, violations
+from lightning_baqe.runs.front import read_limits
+from lightning_baqe.runs.limits import Reach, feasible, violations
 from lightning_baqe.runs.summary import Trial
 
 REACH = Reach((1000, 2000, 8000), (100.0, 150.0, 600.0), 9, 10, 0.95)

@@ -16,7 +16,7 @@ from lightning_baqe.benchmarks import postgres, workers
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.runs import liveness as life
 from lightning_baqe.runs.liveness import PREFIX, Worker
-from lightning_baqe.runs.study import AGAIN, INTERRUPTED, OWNER, SearchStudy
+from lightning_baqe.runs.study import AGAIN, FLOAT_FIGURES, INTERRUPTED, OWNER, SearchStudy
 from lightning_baqe.runs.summary import Trial
 from lightning_baqe.search import BaqeSampler
 
@@ -54,7 +54,7 @@ def open_study(folder: Path, sampler: optuna.samplers.BaseSampler | None = None)
     space = SPACE.distributions
     study.open(SPACE, sampler or BaqeSampler(0, "paper", space, SPACE.candidates, 20, 50))
     if study.float_result is None:
-        study.set_float(workers.FLOAT)
+        study.keep(FLOAT_FIGURES, workers.FLOAT.record())
     return study
 
 
@@ -73,14 +73,14 @@ def entry_of(trial: optuna.Trial, **more: Any) -> Trial:
 
 def test_no_trial_beyond_those_that_are_wanted(studies: tuple[SearchStudy, SearchStudy]) -> None:
     one, two = studies
-    first, second = one.ask(SPACE, 2), two.ask(SPACE, 2)
+    first, second = one.ask(2), two.ask(2)
     assert first is not None
     assert second is not None
-    assert one.ask(SPACE, 2) is None  # both run
+    assert one.ask(2) is None  # both run
     one.tell(first[0], entry_of(first[0]))
-    assert one.ask(SPACE, 2) is None
+    assert one.ask(2) is None
     two.tell(second[0], entry_of(second[0], error="failed by itself"))
-    third = one.ask(SPACE, 2)
+    third = one.ask(2)
     assert third is not None
     points = [trial.params for trial, _ in (first, second, third)]
     assert all(points.count(point) == 1 for point in points)
@@ -91,11 +91,11 @@ def test_what_a_dead_worker_had_begun_is_begun_again(studies: tuple[SearchStudy,
     assert one.claim_baseline(["w8a8", "w4a4"]) == "w8a8"
     assert two.claim_baseline(["w8a8", "w4a4"]) == "w4a4"
     assert two.claim_baseline(["w8a8", "w4a4"]) is None
-    asked = one.ask(SPACE)
+    asked = one.ask()
     assert asked is not None
     one.close()
     assert two.claim_baseline(["w8a8", "w4a4"]) == "w8a8"
-    again = two.ask(SPACE)
+    again = two.ask()
     assert again is not None
     assert again[0].params == asked[0].params
     assert again[0].user_attrs[AGAIN] == asked[0].number
@@ -105,15 +105,15 @@ def test_what_a_dead_worker_had_begun_is_begun_again(studies: tuple[SearchStudy,
         one.tell(asked[0], entry_of(asked[0]))  # it was not dead after all: its figures come too late
     two.tell(again[0], entry_of(again[0]))
     assert two.complete_count == 1
-    assert two.failed_count == 0
+    assert [entry.error for entry in two.trials() if entry.state == "failed"] == [INTERRUPTED]
 
 
 def test_a_trial_that_is_given_back_keeps_its_number_and_point(studies: tuple[SearchStudy, SearchStudy]) -> None:
     one, two = studies
-    asked = one.ask(SPACE)
+    asked = one.ask()
     assert asked is not None
     one.give_back(asked[0])
-    again = two.ask(SPACE)
+    again = two.ask()
     assert again is not None
     assert (again[0].number, again[0].params) == (asked[0].number, asked[0].params)
 
@@ -126,7 +126,7 @@ def test_samplers_that_repeat_themselves_are_asked_again(tmp_path: Path) -> None
             return distribution.choices[(trial.number // 2) % len(distribution.choices)]
 
     study = open_study(tmp_path, Stubborn(seed=0))
-    found = [study.ask(SPACE) for _ in range(3)]
+    found = [study.ask() for _ in range(3)]
     points = [asked[0].params for asked in found if asked is not None]
     assert len(points) == 3
     assert all(points.count(point) == 1 for point in points)
@@ -196,5 +196,5 @@ def test_the_benchmark_names_the_storages_it_knows(capsys: pytest.CaptureFixture
 
 
 def test_the_owner_of_a_trial_is_its_worker(studies: tuple[SearchStudy, SearchStudy]) -> None:
-    asked = [study.ask(SPACE) for study in studies]
+    asked = [study.ask() for study in studies]
     assert [found[0].user_attrs[OWNER] for found in asked if found] == [study._worker.id for study in studies]
