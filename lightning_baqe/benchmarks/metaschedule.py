@@ -26,10 +26,9 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from lightning_baqe.benchmarks.metaschedule_workload import (
     workload_arguments,
     workload_result,
 )
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import layers_text, table_of, text_of
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.target import CpuTarget
@@ -70,58 +69,47 @@ BUILD_TIMEOUT_S = 300.0  # not its 30 s: a busy machine would kill what takes ha
 
 
 def intrinsic(dot: str, lanes: int) -> str:
-    """Register the tensor intrinsic ``int32[lanes] += uint8[4] . int8[lanes, 4]`` in the instructions of a dot.
-
-    Args:
-        dot: one of :data:`TENSORIZED`.
-        lanes: 32-bit lanes of a register.
+    """Register ``int32[lanes] += uint8[4] . int8[lanes, 4]`` in the instructions of a dot of :data:`TENSORIZED`.
 
     Returns:
-        its name.
+        the tensor intrinsic's name.
     """
     name = f"lightning_baqe_{dot}_{lanes}x{QUAD}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, _description(lanes), _implementation(dot, lanes))
+        description = _function("description", lanes, functools.partial(_loops, lanes))
+        implementation = _function("implementation", lanes, functools.partial(_instructions, dot, lanes))
+        TensorIntrin.register(name, description, implementation)
     return name
 
 
-def _buffers(lanes: int) -> tuple[Any, Any, Any]:
-    inputs = B.arg("A", B.buffer((QUAD,), "uint8", offset_factor=1))
-    weights = B.arg("W", B.buffer((lanes, QUAD), "int8", offset_factor=1))
-    return inputs, weights, B.arg("C", B.buffer((lanes,), "int32", offset_factor=1))
-
-
-def _regions(inputs: Any, weights: Any, sums: Any, lanes: int) -> None:
-    B.reads(sums[0:lanes], inputs[0:QUAD], weights[0:lanes, 0:QUAD])
-    B.writes(sums[0:lanes])
-
-
-def _description(lanes: int) -> Any:
+def _function(name: str, lanes: int, write_body: Callable[[Any, Any, Any], None]) -> Any:
+    """A function of inputs ``(4)``, weights ``(lanes, 4)`` and sums ``(lanes)``."""
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("description")
-        inputs, weights, sums = _buffers(lanes)
+        B.func_name(name)
+        inputs = B.arg("A", B.buffer((QUAD,), "uint8", offset_factor=1))
+        weights = B.arg("W", B.buffer((lanes, QUAD), "int8", offset_factor=1))
+        sums = B.arg("C", B.buffer((lanes,), "int32", offset_factor=1))
         with B.sblock("root"):
-            _regions(inputs, weights, sums, lanes)
-            with B.grid(lanes, QUAD) as (lane, inner), B.sblock("update"):
-                i, j = B.axis.remap("SR", [lane, inner])
-                B.buffer_store(sums, sums[i] + inputs[j].astype("int32") * weights[i, j].astype("int32"), [i])
+            B.reads(sums[0:lanes], inputs[0:QUAD], weights[0:lanes, 0:QUAD])
+            B.writes(sums[0:lanes])
+            write_body(inputs, weights, sums)
     return builder.get()
 
 
-def _implementation(dot: str, lanes: int) -> Any:
-    with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("implementation")
-        inputs, weights, sums = _buffers(lanes)
-        with B.sblock("root"):
-            _regions(inputs, weights, sums, lanes)
-            word = T.reinterpret(inputs.vload([0], f"uint8x{QUAD}"), dtype="int32")
-            vectors = [weights.vload([0, 0], f"int8x{lanes * QUAD}")]
-            if dot == "madd16":  # even bytes and odd ones, widened
-                pairs, eight = T.reinterpret(vectors[0], dtype=f"int16x{2 * lanes}"), T.broadcast(T.int16(8), 2 * lanes)
-                vectors = [T.shift_right(T.shift_left(pairs, eight), eight), T.shift_right(pairs, eight)]
-            total = ARITHMETICS[dot].step(sums.vload([0], f"int32x{lanes}"), [word], vectors, lanes)
-            B.buffer_store(sums, total, [T.ramp(0, 1, lanes)])
-    return builder.get()
+def _loops(lanes: int, inputs: Any, weights: Any, sums: Any) -> None:
+    with B.grid(lanes, QUAD) as (lane, inner), B.sblock("update"):
+        i, j = B.axis.remap("SR", [lane, inner])
+        B.buffer_store(sums, sums[i] + inputs[j].astype("int32") * weights[i, j].astype("int32"), [i])
+
+
+def _instructions(dot: str, lanes: int, inputs: Any, weights: Any, sums: Any) -> None:
+    word = T.reinterpret(inputs.vload([0], f"uint8x{QUAD}"), dtype="int32")
+    vectors = [weights.vload([0, 0], f"int8x{lanes * QUAD}")]
+    if dot == "madd16":  # even bytes and odd ones, widened
+        pairs, eight = T.reinterpret(vectors[0], dtype=f"int16x{2 * lanes}"), T.broadcast(T.int16(8), 2 * lanes)
+        vectors = [T.shift_right(T.shift_left(pairs, eight), eight), T.shift_right(pairs, eight)]
+    total = ARITHMETICS[dot].step(sums.vload([0], f"int32x{lanes}"), [word], vectors, lanes)
+    B.buffer_store(sums, total, [T.ramp(0, 1, lanes)])
 
 
 def space(dot: str, lanes: int) -> Any:
@@ -153,32 +141,17 @@ def space(dot: str, lanes: int) -> Any:
     return ms.space_generator.PostOrderApply(sch_rules=rules, postprocs=post, mutator_probs="llvm")
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What MetaSchedule found for one kernel.
-
-    Args:
-        libraries: its best schedules, compiled, best in its log first.
-        log_us: their figures in its log.
-        trials: that ran.
-        seconds: wall clock.
-    """
-
-    libraries: tuple[str, ...]
-    log_us: tuple[float, ...]
-    trials: int
-    seconds: float
-
-
-def tune_kernel(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Path) -> Tuned:
+def tune_kernel(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Path) -> dict[str, Any]:
     """Let MetaSchedule tune one kernel from nothing, in a process of its own, pinned to the measuring core.
 
     Args:
-        spec: the kernel.
-        target: compiled for.
         trials: schedules that it measures.
         seed: of its search.
         folder: for its database, its logs, what it prints (``printed.txt``) and the compiled kernels; emptied first.
+
+    Returns:
+        ``{"libraries": names of its best schedules' files, best in its log first, "log_us": their figures there,
+        "ran": trials that ran, "seconds": wall clock}``.
 
     Raises:
         ConfigError: the kernel has no workload.
@@ -194,7 +167,7 @@ def tune_kernel(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folde
             raise BuildError(f"MetaSchedule's process died, see {folder / 'printed.txt'}: {error}") from error
 
 
-def _tune(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Path) -> Tuned:
+def _tune(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Path) -> dict[str, Any]:
     with (folder / "printed.txt").open("w") as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
@@ -207,7 +180,7 @@ def _tune(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Pat
         raise BuildError(f"MetaSchedule failed, see {folder / 'printed.txt'}: {error}") from None
 
 
-def _searched(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Path) -> Tuned:
+def _searched(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     module = tvm.IRModule({"main": workload(spec, sample_kernel(spec).params)})
     chosen = Target({**target.tvm, "num-cores": 1})
@@ -220,14 +193,13 @@ def _searched(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder:
     best = sorted((record for record in ran if ran[record] < FAILED_US), key=lambda record: ran[record])[:FINALISTS]
     if not best:
         raise BuildError(f"none of MetaSchedule's {trials} schedules ran, see {folder / 'printed.txt'}")
-    libraries = []
-    for index, record in enumerate(best):
+    libraries = [f"best_{index}.so" for index in range(len(best))]
+    for name, record in zip(libraries, best, strict=True):
         schedule = tvm.s_tir.Schedule(record.workload.mod)
         record.trace.apply_to_schedule(schedule, remove_postproc=False)
-        path = folder / f"best_{index}.so"
-        tvm.compile(schedule.mod, target=chosen).export_library(str(path))
-        libraries.append(str(path))
-    return Tuned(tuple(libraries), tuple(ran[record] for record in best), len(ran), time.monotonic() - started)
+        tvm.compile(schedule.mod, target=chosen).export_library(str(folder / name))
+    log_us, seconds = [ran[record] for record in best], time.monotonic() - started
+    return {"libraries": libraries, "log_us": log_us, "ran": len(ran), "seconds": seconds}
 
 
 def _log_us(record: Any) -> float:
@@ -241,7 +213,6 @@ def compare_kernel(
 
     Args:
         bench: of our kernel; its records get the fresh figures.
-        tuned_knobs: of our tuned kernel.
         libraries: MetaSchedule's best schedules.
         folder: for their arguments.
 
@@ -254,29 +225,22 @@ def compare_kernel(
     arguments = folder / "arguments.npz"
     save_arguments(arguments, workload_arguments(sample), workload_result(sample))
     ours = [bench.default] if dict(tuned_knobs) == bench.default else [bench.default, dict(tuned_knobs)]
+    files = [functools.partial(lambda path: (path, arguments), path) for path in libraries]
     questions = [functools.partial(bench.ask, knobs) for knobs in ours]
-    theirs_files = [functools.partial(_same, path, arguments) for path in libraries]
-    questions += [functools.partial(bench.device.measure_kernel, Kernel(files)) for files in theirs_files]
+    questions += [functools.partial(bench.device.measure_kernel, Kernel(pair)) for pair in files]
     turns = in_turns(questions, CONFIRM_ROUNDS)
     theirs = turns[len(ours) :]
     right = [one.latency_us for one in theirs if one.error is None and one.latency_us is not None]
     for knobs, one in zip(ours, turns, strict=False):
         bench.keep(knobs, one)
+    default, tuned = (one.latency_us if one.error is None else None for one in (turns[0], turns[len(ours) - 1]))
     return {
-        "default_us": _figure(turns[0]),
-        "tuned_us": _figure(turns[len(ours) - 1]),
+        "default_us": default,
+        "tuned_us": tuned,
         "metaschedule_us": min(right, default=None),
         "exact": all(one.exact for one in theirs),
         "error": None if right else theirs[0].error,
     }
-
-
-def _same(library: Path, arguments: Path) -> tuple[Path, Path]:
-    return library, arguments
-
-
-def _figure(turns: KernelRecord) -> float | None:
-    return turns.latency_us if turns.error is None else None
 
 
 def compare(
@@ -291,8 +255,6 @@ def compare(
     Args:
         kernels: ``{kernel: (layers that call it, bench, our tuned knobs)}``.
         trials, seed: of MetaSchedule.
-        folder: for rows and for MetaSchedule's own folders.
-        console: says what is being done: a kernel takes minutes.
 
     Returns:
         for each kernel ``{"kernel", "layers", "macs", "trials", "seconds", "log_us", "tuned_knobs"}`` and the figures
@@ -303,10 +265,16 @@ def compare(
     for spec, (layers, bench, knobs) in kernels.items():
         key: dict[str, Any] = {"kernel": kernel_key(spec, {}), "trials": trials}
         place = folder / "metaschedule" / f"{key['kernel']}_{trials}"
-        row = _newest(tuned, key) or {}
-        if not row:
+        row = _newest(tuned, key)
+        if row is None:
             console.print(f"MetaSchedule tunes {layers[0]}, {trials} trials", markup=False)
-            row = key | _tuned_row(spec, bench.target, trials, seed, place)
+            started = time.monotonic()
+            try:
+                result = tune_kernel(spec, bench.target, trials, seed, place) | {"error": None}
+            except BuildError as error:
+                seconds = time.monotonic() - started
+                result = {"libraries": [], "log_us": [], "ran": 0, "seconds": seconds, "error": str(error)}
+            row = key | result
             tuned.append(row)
         entry = {"layers": list(layers), "macs": spec.macs, "tuned_knobs": dict(knobs)}
         entry |= {name: row[name] for name in ("kernel", "trials", "seconds", "log_us")}
@@ -325,41 +293,23 @@ def _newest(rows: Rows, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     return next(matching, None)
 
 
-def _tuned_row(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, place: Path) -> dict[str, Any]:
-    started = time.monotonic()
-    try:
-        result = tune_kernel(spec, target, trials, seed, place)
-    except BuildError as error:
-        seconds = time.monotonic() - started
-        return {"libraries": [], "log_us": [], "ran": 0, "seconds": seconds, "error": str(error)}
-    names = [Path(path).name for path in result.libraries]
-    log_us = list(result.log_us)
-    return {"libraries": names, "log_us": log_us, "ran": result.trials, "seconds": result.seconds, "error": None}
-
-
 def metaschedule_table(rows: list[dict[str, Any]], ours_seconds: float | None = None) -> Table:
-    """One row a kernel: ours with default and tuned knobs, MetaSchedule's, and its time over ours (tuned).
+    """Rows of :func:`compare`: ours with default and tuned knobs, MetaSchedule's, and its time over ours (tuned).
 
-    Args:
-        rows: of :func:`compare`.
-        ours_seconds: that our tuner took for all kernels of the network, for the title.
+    The title has ``ours_seconds``, which our tuner took for all kernels of the network.
     """
     took = "" if ours_seconds is None else f"; our tuner took {ours_seconds:.0f} s for all kernels"
     headings = ("layers", "MMAC", "ours default us", "ours tuned us", "MetaSchedule us", "ratio", "exact", "trials",
                 "tuning s")  # fmt: skip
-    table = table_of(f"TVM's MetaSchedule, measured in turns with ours{took}", headings, ("layers",))
+    cells = []
     for row in rows:
-        more = f" +{len(row['layers']) - 1}" if len(row["layers"]) > 1 else ""
-        end = [str(row["trials"]), f"{row['seconds']:.0f}"]
         theirs, tuned = row.get("metaschedule_us"), row.get("tuned_us")
-        figures = [_text(row.get(name)) for name in ("default_us", "tuned_us", "metaschedule_us")]
+        figures = [text_of(row.get(name), ".1f", "failed") for name in ("default_us", "tuned_us", "metaschedule_us")]
         ratio = f"{theirs / tuned:.2f}" if theirs and tuned else ""
-        exact = "" if row["error"] else str(row["exact"])
-        table.add_row(row["layers"][0] + more, f"{row['macs'] / 1e6:.1f}", *figures, ratio, exact, *end)
+        exact = "" if row["error"] else row["exact"]
+        start = (layers_text(row["layers"]), f"{row['macs'] / 1e6:.1f}")
+        cells.append([*start, *figures, ratio, exact, row["trials"], f"{row['seconds']:.0f}"])
+    table = table_of(f"TVM's MetaSchedule, measured in turns with ours{took}", headings, ("layers",), cells)
     failed = [f"{row['layers'][0]}: {row['error']}" for row in rows if row["error"]]
     table.caption = "\n".join(failed) or None
     return table
-
-
-def _text(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.1f}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from lightning_baqe.errors import ConfigError
@@ -35,12 +36,36 @@ def begin(folder: Path, setup: Mapping[str, Any]) -> None:
         raise ConfigError(f"{folder} was begun with another setup ({'; '.join(different)}): give another --folder.")
 
 
-def table_of(title: str, headings: Sequence[str], texts: Collection[str] = ()) -> Table:
-    """A table without rows; the columns in ``texts`` are set left, those of figures right."""
+def console_of(width: int) -> Console:
+    """What benchmarks print to: as wide as the terminal, or so many columns in a file."""
+    return Console(width=None if Console().is_terminal else width, highlight=False)
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A command line whose help is the module's docstring."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def table_of(
+    title: str, headings: Sequence[str], texts: Collection[str] = (), rows: Iterable[Iterable[object]] = ()
+) -> Table:
+    """A table of cells; the columns in ``texts`` are set left, those of figures right."""
     table = Table(title=title)
     for heading in headings:
         table.add_column(heading, justify="left" if heading in texts else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
     return table
+
+
+def text_of(value: float | None, form: str, missing: str = "") -> str:
+    """A figure in this format; None is ``missing``."""
+    return missing if value is None else format(value, form)
+
+
+def layers_text(layers: Sequence[str]) -> str:
+    """``layer1.0.conv1 +3``: the first of the layers that share a kernel, and how many others."""
+    return layers[0] + (f" +{len(layers) - 1}" if len(layers) > 1 else "")
 
 
 def check_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:

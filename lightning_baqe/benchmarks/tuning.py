@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lightning_baqe.benchmarks.metaschedule import compare, metaschedule_table
-from lightning_baqe.benchmarks.setups import begin, check_positive, table_of
+from lightning_baqe.benchmarks.setups import begin, check_positive, console_of, layers_text, parser_of, table_of
 from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.engines.zoo import calibrated, settled_network
 from lightning_baqe.errors import MeasurementError
@@ -44,7 +44,7 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.measurement.build import build
-from lightning_baqe.measurement.database import KernelRecord, Records
+from lightning_baqe.measurement.database import Records
 from lightning_baqe.measurement.device import Device
 from lightning_baqe.measurement.local import Local
 from lightning_baqe.measurement.measure import measure
@@ -60,7 +60,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "sa_xgb": SimulatedAnnealing,
     "dkl_gp": DeepKernel,
 }
-MODEL_REPEATS, MODEL_WARMUP, MODEL_TIMEOUT_S = 10, 3, 120.0
+MODEL_SAMPLING = (10, 3, 120.0)  # repeats, runs before them, seconds at most
 
 
 @dataclass(frozen=True)
@@ -88,140 +88,141 @@ class Setup:
         network, images = settled_network(model or self.model, size=self.size, seed=self.seed, num_classes=1000)
         return lower(calibrated(network, BitConfig.uniform(network, self.bits, self.bits), images), images[:1])
 
-
-def open_folder(folder: Path, setup: Setup, device: Device) -> None:
-    """Make the folder, or go on in one that was begun with the same setup on the same device and templates.
-
-    Raises:
-        ConfigError: it was begun with another.
-    """
-    begin(folder, {**asdict(setup), "fingerprint": fingerprint(device.info(setup.threads))})
+    @property
+    def options(self) -> BuildOptions:
+        """Of every build."""
+        return BuildOptions(get_target(self.target), self.threads)
 
 
-def keeping(device: Device, folder: Path, strategy: str) -> Device:
-    """The device with the database of one strategy."""
-    return device.keeping(folder / f"records_{strategy}.db")
+@dataclass(frozen=True)
+class Bench:
+    """One network on one device, with the folder of all that is kept; the console is for progress bars."""
 
+    setup: Setup
+    device: Device
+    graph: IntegerGraph
+    folder: Path
+    console: Console
 
-def run_strategy(
-    name: str, graph: IntegerGraph, setup: Setup, candidates: int, device: Device, folder: Path, console: Console
-) -> TuneResult:
-    """Tune all kernels with one strategy; its seconds are kept, those of an interrupted run as well."""
-    rows, started = Rows(folder / "runs.jsonl"), time.monotonic()
-    result: TuneResult | None = None
-    try:
-        with tune_progress(console) as show:
-            strategy, known = STRATEGIES[name](setup.seed), keeping(device, folder, name)
-            options = BuildOptions(get_target(setup.target), setup.threads)
-            result = tune(graph, options, candidates, None, known, strategy, show)
-    finally:
-        measured = None if result is None else result.measured
-        row = {"strategy": name, "candidates": candidates, "seconds": time.monotonic() - started, "measured": measured}
-        rows.append(row)
-    return result
+    def known(self, strategy: str) -> Device:
+        """The device with the database of one strategy."""
+        return self.device.keeping(self.folder / f"records_{strategy}.db")
 
+    def tune(self, name: str, candidates: int) -> TuneResult:
+        """Tune all kernels with one strategy; its seconds are kept, those of an interrupted run as well."""
+        started = time.monotonic()
+        row: dict[str, Any] = {"strategy": name, "candidates": candidates, "seconds": 0.0, "measured": None}
+        try:
+            with tune_progress(self.console) as show:
+                strategy = STRATEGIES[name](self.setup.seed)
+                result = tune(self.graph, self.setup.options, candidates, None, self.known(name), strategy, show)
+            row["measured"] = result.measured
+            return result
+        finally:
+            row["seconds"] = time.monotonic() - started
+            Rows(self.folder / "runs.jsonl").append(row)
 
-def compare_kernels(
-    graph: IntegerGraph, setup: Setup, strategies: list[str], device: Device, folder: Path, console: Console
-) -> list[dict[str, Any]]:
-    """Each kernel's default, winners and random knobs, measured in turns.
+    def compare_kernels(self, strategies: list[str]) -> list[dict[str, Any]]:
+        """Each kernel's default, winners and random knobs, measured in turns.
 
-    Returns:
-        for each kernel ``{"kernel", "layers", "macs", "default", "winners", "random"}``: figures are ``{"knobs",
-        "latency_us", "samples_us", "error"}``, winners by strategy.
-    """
-    target = get_target(setup.target)
-    rows = Rows(folder / "compare.jsonl")
-    layers = tunable_layers(graph, BuildOptions(target, setup.threads))
-    wanted = {
-        kernel_key(spec, {}): {n: keeping(device, folder, n).records.best_knobs(spec, target) for n in strategies}
-        for spec in layers
-    }
-    done = {row["kernel"]: row for row in rows.read()}  # the last row of a kernel is the newest
-    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
-        for spec, names in track(layers.items(), "compare kernels", console=console, total=len(layers)):
-            key = kernel_key(spec, {})
-            if key in done and {n: w["knobs"] for n, w in done[key]["winners"].items()} == wanted[key]:
-                continue
-            bench = KernelBench(spec, target, device.keeping(folder / "compare.db"), Path(place) / key)
-            row = {"kernel": key, "layers": list(names), "macs": spec.macs}
-            rows.append(row | _compared(bench, wanted[key], setup))
-    newest = {row["kernel"]: row for row in rows.read()}
-    return [newest[key] for key in wanted]
+        Returns:
+            for each kernel ``{"kernel", "layers", "macs", "default", "winners", "random"}``: figures are ``{"knobs",
+            "latency_us", "samples_us", "error"}``, winners by strategy.
+        """
+        target, rows = self.setup.options.target, Rows(self.folder / "compare.jsonl")
+        compared = self.device.keeping(self.folder / "compare.db")
+        layers = tunable_layers(self.graph, self.setup.options)
+        done = {row["kernel"]: row for row in rows.read()}  # the last row of a kernel is the newest
+        found = []
+        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+            for spec, names in track(layers.items(), "compare kernels", console=self.console, total=len(layers)):
+                key = kernel_key(spec, {})
+                winners = {name: self.known(name).records.best_knobs(spec, target) for name in strategies}
+                row = done.get(key)
+                if row is None or {name: winner["knobs"] for name, winner in row["winners"].items()} != winners:
+                    bench = KernelBench(spec, target, compared, Path(place) / key)
+                    row = {"kernel": key, "layers": list(names), "macs": spec.macs} | self._compared(bench, winners)
+                    rows.append(row)
+                found.append(row)
+        return found
 
+    def _compared(self, bench: KernelBench, winners: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+        strategy, space = Random(self.setup.seed + 1), kernel_space(bench.spec)
+        default, *others = strategy.propose(space, [], 1 + self.setup.random)
+        chosen = {name: knobs or default for name, knobs in winners.items()}
+        distinct = {kernel_key(bench.spec, knobs): knobs for knobs in (default, *chosen.values(), *others)}
+        records = dict(zip(distinct, interleaved([(bench, knobs) for knobs in distinct.values()]), strict=True))
 
-def _compared(bench: KernelBench, winners: dict[str, dict[str, Any] | None], setup: Setup) -> dict[str, Any]:
-    default, *others = Random(setup.seed + 1).propose(kernel_space(bench.spec), [], 1 + setup.random)
-    chosen = {name: knobs or default for name, knobs in winners.items()}
-    distinct = {kernel_key(bench.spec, knobs): knobs for knobs in (default, *chosen.values(), *others)}
-    figures = dict(
-        zip(distinct, map(_figure, interleaved([(bench, knobs) for knobs in distinct.values()])), strict=True)
-    )
-    return {
-        "default": figures[kernel_key(bench.spec, default)],
-        "winners": {name: figures[kernel_key(bench.spec, knobs)] for name, knobs in chosen.items()},
-        "random": [figures[kernel_key(bench.spec, knobs)] for knobs in others],
-    }
+        def figure(knobs: dict[str, Any]) -> dict[str, Any]:
+            record = records[kernel_key(bench.spec, knobs)]
+            return {name: getattr(record, name) for name in ("knobs", "latency_us", "samples_us", "error")}
 
+        return {
+            "default": figure(default),
+            "winners": {name: figure(knobs) for name, knobs in chosen.items()},
+            "random": [figure(knobs) for knobs in others],
+        }
 
-def _figure(record: KernelRecord) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in ("knobs", "latency_us", "samples_us", "error")}
+    def table_x(self, strategy: str, rounds: int) -> dict[str, Any]:
+        """Whole-network latency with default and with tuned knobs, in turns; each pair of figures is kept.
 
+        Returns:
+            ``{"default_us", "tuned_us", "ratio", "ratio_range", "fastest_us", "exact", "rounds"}``: medians over the
+            rounds of each one's fastest inference, and of their ratios; the fastest inference of all rounds.
+        """
+        rows, device = Rows(self.folder / f"table_x_{strategy}.jsonl"), self.device
+        artifacts = {
+            "default": device.build(self.graph, self.setup.options, "default"),
+            "tuned": self.known(strategy).build(self.graph, self.setup.options),
+        }
+        image = torch.randn(1, *self.graph.input_shape, generator=torch.Generator().manual_seed(self.setup.seed))
+        reference = self.graph.run(image)
+        exact = {name: bool(torch.equal(device.run(built, image), reference)) for name, built in artifacts.items()}
+        digest = artifacts["tuned"].plan.digest
+        taken = [row["samples_us"] for row in rows.read() if row["tuned"] == digest]
+        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+            saved = {name: artifact.save(Path(place) / name) for name, artifact in artifacts.items()}
+            while len(taken) < rounds:
+                found = {name: measure(path, device, *MODEL_SAMPLING) for name, path in saved.items()}
+                taken.append({name: list(one.samples_us) for name, one in found.items()})
+                rows.append({"tuned": digest, "samples_us": taken[-1]})
+        default, tuned = ([min(samples[name]) for samples in taken] for name in artifacts)
+        ratios = [one / other for one, other in zip(default, tuned, strict=True)]
+        return {
+            "default_us": statistics.median(default),
+            "tuned_us": statistics.median(tuned),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+            "fastest_us": [min(default), min(tuned)],
+            "exact": exact,
+            "rounds": len(taken),
+        }
 
-def table_x(
-    graph: IntegerGraph, setup: Setup, strategy: str, rounds: int, device: Device, folder: Path
-) -> dict[str, Any]:
-    """Whole-network latency with default and with tuned knobs, in turns; each pair of figures is kept.
+    def rebuild(self, model: str, strategy: str) -> dict[str, float]:
+        """Seconds to build another network from records, in a fresh process that has compiled nothing yet."""
+        known = self.known(strategy)
+        tune(self.setup.graph(model), self.setup.options, 1, None, known, STRATEGIES[strategy](self.setup.seed))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_rebuild, self.setup, model, known.records.path).result()
 
-    Returns:
-        ``{"default_us", "tuned_us", "ratio", "ratio_range", "fastest_us", "exact", "rounds"}``: medians over the
-        rounds of each one's fastest inference, and of their ratios; the fastest inference of all rounds.
-    """
-    rows = Rows(folder / f"table_x_{strategy}.jsonl")
-    options = BuildOptions(get_target(setup.target), setup.threads)
-    artifacts = {
-        "default": device.build(graph, options, "default"),
-        "tuned": keeping(device, folder, strategy).build(graph, options),
-    }
-    digest = artifacts["tuned"].plan.digest
-    image = torch.randn(1, *graph.input_shape, generator=torch.Generator().manual_seed(setup.seed))
-    reference = graph.run(image)
-    exact = {name: bool(torch.equal(device.run(artifact, image), reference)) for name, artifact in artifacts.items()}
-    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
-        saved = {name: str(artifact.save(Path(place) / name)) for name, artifact in artifacts.items()}
-        while sum(row["tuned"] == digest for row in rows.read()) < rounds:
-            samples = {name: _burst(path, device) for name, path in saved.items()}
-            rows.append({"tuned": digest, "samples_us": samples})
-    pairs = [
-        tuple(min(row["samples_us"][name]) for name in ("default", "tuned"))
-        for row in rows.read()
-        if row["tuned"] == digest
-    ]
-    ratios = [default / tuned for default, tuned in pairs]
-    return {
-        "default_us": statistics.median(default for default, _ in pairs),
-        "tuned_us": statistics.median(tuned for _, tuned in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "fastest_us": [min(default for default, _ in pairs), min(tuned for _, tuned in pairs)],
-        "exact": exact,
-        "rounds": len(pairs),
-    }
+    def beside_metaschedule(self, strategy: str, trials: int, count: int) -> list[dict[str, Any]]:
+        """Rows of :func:`~lightning_baqe.benchmarks.metaschedule.compare` for so many dense kernels with most work.
 
-
-def _burst(path: str, device: Device) -> list[float]:
-    return list(measure(path, device, MODEL_REPEATS, MODEL_WARMUP, MODEL_TIMEOUT_S).samples_us)
-
-
-def rebuild_seconds(setup: Setup, model: str, records: Path) -> dict[str, float]:
-    """Seconds to lower and to build a network from records, in a fresh process that has compiled nothing yet."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_rebuild, setup, model, records).result()
+        Our tuned kernels are the winners of ``strategy``; MetaSchedule has so many trials for each.
+        """
+        target, records = self.setup.options.target, self.known(strategy).records
+        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+            kernels: dict[ConvSpec, tuple[tuple[str, ...], KernelBench, dict[str, Any]]] = {}
+            for spec, layers in tunable_layers(self.graph, self.setup.options).items():
+                if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.weight_bits < 32 and len(kernels) < count:
+                    compared = self.device.keeping(self.folder / "compare.db")
+                    bench = KernelBench(spec, target, compared, Path(place) / str(len(kernels)))
+                    kernels[spec] = (layers, bench, records.best_knobs(spec, target) or bench.default)
+            return compare(kernels, trials, self.setup.seed, self.folder, self.console)
 
 
 def _rebuild(setup: Setup, model: str, records: Path) -> dict[str, float]:
-    graph = setup.graph(model)
-    known = Records(records)
+    graph, known = setup.graph(model), Records(records)
     started = time.perf_counter()
     artifact = build(graph, setup.target, None, setup.threads, known)
     return {"build_s": time.perf_counter() - started, "kernels": float(len({c.key for c in artifact.plan.calls}))}
@@ -270,17 +271,14 @@ def print_kernels(console: Console, title: str, rows: list[dict[str, Any]], shar
     for row in rows:
         tuned, at_random = next(iter(row["tuned_us"].values())), row["random_us"]
         gmacs = row["macs"] / tuned / 1e3
-        peak = shares.get(row["layers"][0])
-        more = f" +{len(row['layers']) - 1}" if len(row["layers"]) > 1 else ""
-        spread = [f"{at_random[0]:.1f}", f"{row['random_median_us']:.1f}", f"{at_random[-1]:.1f}"] if at_random else []
-        ratio = [f"{row['random_median_us'] / row['default_us']:.2f}"] if at_random else []
+        peak, median = shares.get(row["layers"][0]), row["random_median_us"]
+        spread = [f"{value:.1f}" for value in (at_random[0], median, at_random[-1])] if at_random else [""] * 3
         table.add_row(
-            row["layers"][0] + more, f"{row['macs'] / 1e6:.1f}", f"{row['default_us']:.1f}", f"{tuned:.1f}",
-            f"{row['default_us'] / tuned:.2f}", f"{gmacs:.0f}", f"{gmacs / peak:.0%}" if peak else "",
-            *(spread + ratio or [""] * 4), knobs_text(row["knobs"]),
+            layers_text(row["layers"]), f"{row['macs'] / 1e6:.1f}", f"{row['default_us']:.1f}", f"{tuned:.1f}",
+            f"{row['default_us'] / tuned:.2f}", f"{gmacs:.0f}", f"{gmacs / peak:.0%}" if peak else "", *spread,
+            f"{median / row['default_us']:.2f}" if at_random else "", knobs_text(row["knobs"]),
         )  # fmt: skip
-    first = next(iter(rows[0]["tuned_us"]))
-    default, tuned = total(rows, "default_us"), total(rows, "tuned_us", first)
+    default, tuned = total(rows, "default_us"), total(rows, "tuned_us", next(iter(rows[0]["tuned_us"])))
     at_random = total(rows, "random_median_us")
     table.add_section()
     table.add_row("all layers", "", f"{default:.0f}", f"{tuned:.0f}", f"{default / tuned:.2f}", "", "", "",
@@ -288,16 +286,14 @@ def print_kernels(console: Console, title: str, rows: list[dict[str, Any]], shar
     console.print(table)
 
 
-def print_strategies(console: Console, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
+def print_strategies(console: Console, entries: list[dict[str, Any]]) -> None:
     """Print what each strategy's winners take, measured in turns, and what it took to find them."""
     headings = ("strategy", "winners us", "default / winners", "best on kernels", "tuning s")
-    table = table_of("strategies at equal numbers of candidates; all layers", headings, ("strategy",))
-    for entry in strategies_of(rows, runs):
-        table.add_row(
-            entry["strategy"], f"{entry['winners_us']:.0f}", f"{entry['ratio']:.3f}", str(entry["best_on"]),
-            f"{entry['seconds']:.0f}",
-        )  # fmt: skip
-    console.print(table)
+    cells = (
+        (e["strategy"], f"{e['winners_us']:.0f}", f"{e['ratio']:.3f}", e["best_on"], f"{e['seconds']:.0f}")
+        for e in entries
+    )
+    console.print(table_of("strategies at equal numbers of candidates; all layers", headings, ("strategy",), cells))
 
 
 def strategies_of(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -315,36 +311,8 @@ def strategies_of(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> lis
     ]
 
 
-def beside_metaschedule(
-    graph: IntegerGraph,
-    setup: Setup,
-    strategy: str,
-    trials: int,
-    count: int,
-    device: Device,
-    folder: Path,
-    console: Console,
-) -> list[dict[str, Any]]:
-    """Rows of :func:`~lightning_baqe.benchmarks.metaschedule.compare` for the dense kernels with most work.
-
-    Args:
-        strategy: whose winners are our tuned kernels.
-        trials: of MetaSchedule for each kernel.
-        count: of kernels.
-    """
-    target, records = get_target(setup.target), keeping(device, folder, strategy).records
-    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
-        kernels: dict[ConvSpec, tuple[tuple[str, ...], KernelBench, dict[str, Any]]] = {}
-        for spec, layers in tunable_layers(graph, BuildOptions(target, setup.threads)).items():
-            if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.weight_bits < 32 and len(kernels) < count:
-                compared = device.keeping(folder / "compare.db")
-                bench = KernelBench(spec, target, compared, Path(place) / str(len(kernels)))
-                kernels[spec] = (layers, bench, records.best_knobs(spec, target) or bench.default)
-        return compare(kernels, trials, setup.seed, folder, console)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="resnet18", help="torchvision's name")
     parser.add_argument("--size", type=int, default=224, help="of the image")
     parser.add_argument("--bits", type=int, default=8, help="of weights and activations")
@@ -374,30 +342,26 @@ def main(arguments: list[str] | None = None, device: Device | None = None) -> No
         parser.error("--metaschedule is at least 0, and --metaschedule-kernels at least 1")
     if options.metaschedule and options.threads != 1:
         parser.error(f"--metaschedule compares kernels on one thread, got --threads {options.threads}: leave out one")
-    setup = Setup(options.model, options.size, options.bits, options.target, options.threads, options.random,
-                  options.seed)  # fmt: skip
-    console, folder = Console(width=170 if not Console().is_terminal else None, highlight=False), options.folder
-    device = device or Local()
-    open_folder(folder, setup, device)
+    setup = Setup(**{field.name: getattr(options, field.name) for field in fields(Setup)})
+    console, folder, device = console_of(170), options.folder, device or Local()
     info = device.info(setup.threads)
+    begin(folder, {**asdict(setup), "fingerprint": fingerprint(info)})
     console.print(f"{info['cpu']}; {' '.join(info['flags'])}; batch 1, {setup.threads} thread(s)")
-    graph = setup.graph()
-    results = {
-        name: run_strategy(name, graph, setup, options.candidates, device, folder, console)
-        for name in options.strategies
-    }
+    bench = Bench(setup, device, setup.graph(), folder, console)
+    results = {name: bench.tune(name, options.candidates) for name in options.strategies}
     first = options.strategies[0]
-    again = run_strategy(first, graph, setup, options.candidates, device, folder, console)
-    rows = summarize(compare_kernels(graph, setup, options.strategies, device, folder, console))
+    again = bench.tune(first, options.candidates)
+    rows = summarize(bench.compare_kernels(options.strategies))
     runs = Rows(folder / "runs.jsonl").read()
+    strategies = strategies_of(rows, runs)
     title = f"{setup.model}, {setup.bits} bit, {setup.size} px: kernels in turns, tuned by {first}"
     print_kernels(console, title, rows, {kernel.layers[0]: kernel.peak_gmacs for kernel in results[first].kernels})
-    print_strategies(console, rows, runs)
+    print_strategies(console, strategies)
     inexact = {name: sum(kernel.inexact for kernel in result.kernels) for name, result in results.items()}
     tried = {name: sum(kernel.known for kernel in result.kernels) for name, result in results.items()}
     console.print(f"candidates tried: {tried}; of them with a wrong result: {inexact}")
     console.print(f"second run of {first}: {again.measured} measurements, {again.seconds:.1f} s")
-    whole = table_x(graph, setup, first, options.rounds, device, folder)
+    whole = bench.table_x(first, options.rounds)
     low, high = whole["ratio_range"]
     console.print(
         f"Table X: {setup.model} {whole['default_us'] / 1e3:.3f} ms with default knobs, {whole['tuned_us'] / 1e3:.3f} "
@@ -407,16 +371,11 @@ def main(arguments: list[str] | None = None, device: Device | None = None) -> No
     )
     beside: list[dict[str, Any]] = []
     if options.metaschedule:
-        beside = beside_metaschedule(
-            graph, setup, first, options.metaschedule, options.metaschedule_kernels, device, folder, console
-        )
+        beside = bench.beside_metaschedule(first, options.metaschedule, options.metaschedule_kernels)
         console.print(metaschedule_table(beside, sum(run["seconds"] for run in runs if run["strategy"] == first)))
     rebuilt = None
     if options.rebuild:
-        other = setup.graph(options.rebuild)
-        build_options = BuildOptions(get_target(setup.target), setup.threads)
-        tune(other, build_options, 1, None, keeping(device, folder, first), STRATEGIES[first](setup.seed))
-        rebuilt = rebuild_seconds(setup, options.rebuild, keeping(device, folder, first).records.path)
+        rebuilt = bench.rebuild(options.rebuild, first)
         console.print(
             f"build of {options.rebuild} from records: {rebuilt['build_s']:.1f} s, "
             f"{rebuilt['kernels']:.0f} distinct kernels"
@@ -428,7 +387,7 @@ def main(arguments: list[str] | None = None, device: Device | None = None) -> No
         "candidates": options.candidates,
         "kernels": rows,
         "tuned": {name: [kernel_entry(kernel) for kernel in result.kernels] for name, result in results.items()},
-        "strategies": strategies_of(rows, runs),
+        "strategies": strategies,
         "runs": runs,
         "second_run": {"measured": again.measured, "seconds": again.seconds},
         "table_x": whole,

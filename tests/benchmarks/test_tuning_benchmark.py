@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,25 @@ from fake_device import Refusing
 from small_graphs import Maker
 
 from lightning_baqe.benchmarks import tuning
-from lightning_baqe.benchmarks.tuning import Setup, open_folder, strategies_of, summarize, total
+from lightning_baqe.benchmarks.tuning import Setup, strategies_of, summarize, total
 from lightning_baqe.errors import ConfigError, MeasurementError
-from lightning_baqe.files import Rows
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.measurement.local import Local
-
-SETUP = Setup("resnet18", 64, 8, "native", 1, random=2, seed=0)
 
 
-def test_rows_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    rows = Rows(path)
-    rows.append({"a": 1})
-    rows.append({"a": 2})
-    path.write_text(path.read_text() + '{"a": 3')
-    again = Rows(path)
-    again.append({"a": 4})
-    assert [row["a"] for row in Rows(path).read()] == [row["a"] for row in again.read()] == [1, 2, 4]
+def test_a_folder_of_another_setup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Setup, model: str | None = None) -> IntegerGraph:
+        raise KeyboardInterrupt
 
-
-def test_a_folder_of_another_setup(tmp_path: Path) -> None:
-    open_folder(tmp_path / "deep" / "folder", SETUP, Local())
-    open_folder(tmp_path / "deep" / "folder", SETUP, Local())
+    monkeypatch.setattr(Setup, "graph", stop)
+    command = ["--folder", str(tmp_path / "deep" / "folder")]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tuning.main(command)
     with pytest.raises(ConfigError, match="bits: 8 there, 4 here"):
-        open_folder(tmp_path / "deep" / "folder", dataclasses.replace(SETUP, bits=4), Local())
+        tuning.main([*command, "--bits", "4"])
+    capsys.readouterr()
 
 
 def figure(latency_us: float | None) -> dict[str, Any]:
