@@ -12,12 +12,11 @@ is kept as soon as it is there; the next run tries what is missing.
 | match | compiled and interpreted outputs equal on every element, every integer node alone, too |
 
 A family is a module of the library's ``models``. It counts as a CNN if what mixes pixels in all of its members is
-convolution and pooling; :data:`OTHERS` names all the rest.
+convolution and pooling; ``families.json`` names these, each with the member that is tried, and all others.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -31,88 +30,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, versions
 
 STAGES = ("quantize", "lower", "build", "match")
 WANTED = {"torchvision": 0.8, "timm": 0.6}
 
-CNNS: dict[str, dict[str, str]] = {
-    "torchvision": {
-        "alexnet": "alexnet",
-        "convnext": "convnext_tiny",
-        "densenet": "densenet121",
-        "efficientnet": "efficientnet_b0",
-        "googlenet": "googlenet",
-        "inception": "inception_v3",
-        "mnasnet": "mnasnet0_5",
-        "mobilenetv2": "mobilenet_v2",
-        "mobilenetv3": "mobilenet_v3_small",
-        "regnet": "regnet_y_400mf",
-        "resnet": "resnet18",
-        "shufflenetv2": "shufflenet_v2_x0_5",
-        "squeezenet": "squeezenet1_1",
-        "vgg": "vgg11_bn",
-    },
-    "timm": {
-        "byobnet": "repvgg_a0",
-        "convmixer": "convmixer_768_32",
-        "convnext": "convnext_atto",
-        "cspnet": "cs3darknet_s",
-        "cspnext": "cspnext_tiny",
-        "densenet": "densenet121",
-        "dla": "dla46_c",
-        "dpn": "dpn48b",
-        "efficientnet": "efficientnet_b0",
-        "fasternet": "fasternet_t0",
-        "ghostnet": "ghostnet_050",
-        "hardcorenas": "hardcorenas_a",
-        "hgnet": "hgnetv2_b0",
-        "hrnet": "hrnet_w18_small",
-        "inception_next": "inception_next_atto",
-        "inception_resnet_v2": "inception_resnet_v2",
-        "inception_v3": "inception_v3",
-        "inception_v4": "inception_v4",
-        "lcnetv2": "lcnetv2_small",
-        "mambaout": "mambaout_femto",
-        "mobilenetv3": "mobilenetv3_small_050",
-        "nasnet": "nasnetalarge",
-        "nfnet": "nfnet_l0",
-        "pnasnet": "pnasnet5large",
-        "rdnet": "rdnet_tiny",
-        "regnet": "regnety_002",
-        "repghost": "repghostnet_050",
-        "repvit": "repvit_m0_9",
-        "res2net": "res2net50_14w_8s",
-        "resnest": "resnest14d",
-        "resnet": "resnet10t",
-        "resnetv2": "resnetv2_18d",
-        "rexnet": "rexnet_100",
-        "selecsls": "selecsls42",
-        "senet": "legacy_seresnet18",
-        "sknet": "skresnet18",
-        "starnet": "starnet_s1",
-        "tresnet": "tresnet_m",
-        "vgg": "vgg11_bn",
-        "vovnet": "ese_vovnet19b_dw",
-        "xception": "legacy_xception",
-        "xception_aligned": "xception41",
-    },
-}
+FAMILIES: dict[str, Any] = json.loads(Path(__file__).with_name("families.json").read_text())
+CNNS: dict[str, dict[str, str]] = {library: of["cnns"] for library, of in FAMILIES.items()}  # each with its member
 # Attention, token-mixing MLPs, recurrence, focal modulation, state spaces, or hybrids with them.
-_TIMM_OTHERS = """
-    beit byoanet cait coat convit cpubone crossvit csatv2 davit deepseek_vit deit edgenext efficientformer
-    efficientformer_v2 efficientvim efficientvit_mit efficientvit_msra eva fastvit focalnet gcvit gemma4_vit hiera
-    hieradet_sam2 iformer levit lowformer maxxvit metaformer mlp_mixer mobilenetv5 mobilevit mvitv2 naflexvit nest
-    nextvit pit pvt_v2 qwen3_vit sequencer shvit swiftformer swin_transformer swin_transformer_v2
-    swin_transformer_v2_cr tiny_vit tnt twins visformer vision_transformer vision_transformer_hybrid
-    vision_transformer_relpos vision_transformer_sam vitamin volo xcit
-"""
-OTHERS: dict[str, frozenset[str]] = {
-    "torchvision": frozenset({"maxvit", "swin_transformer", "vision_transformer"}),
-    "timm": frozenset(_TIMM_OTHERS.split()),
-}
+OTHERS = {library: frozenset(of["others"]) for library, of in FAMILIES.items()}
 
 
 @dataclass(frozen=True)
@@ -188,17 +116,16 @@ def _in_process(library: str, family: str, member: str, timeout_s: float) -> Row
 def run(libraries: list[str], folder: Path, jobs: int, timeout_s: float, console: Console) -> list[Row]:
     """All rows, from the folder or tried now."""
     kept = Rows(folder / "rows.jsonl")
-    rows = [Row(**row) for row in kept.read()]
-    done = {(row.library, row.family, row.member) for row in rows}
-    wanted = [(lib, family, member) for lib in libraries for family, member in CNNS[lib].items()]
-    missing = [entry for entry in wanted if entry not in done]
+    rows = {(row["library"], row["family"], row["member"]): Row(**row) for row in kept.read()}
+    wanted = [(library, family, member) for library in libraries for family, member in CNNS[library].items()]
+    missing = [entry for entry in wanted if entry not in rows]
     with Progress(console=console) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("networks", total=len(missing))
-        for row in pool.map(lambda e: _in_process(e[0], e[1], e[2], timeout_s), missing):
+        for entry, row in zip(missing, pool.map(lambda entry: _in_process(*entry, timeout_s), missing), strict=True):
             kept.append(asdict(row))
-            rows.append(row)
+            rows[entry] = row
             progress.update(task, advance=1, description=row.member)
-    return [row for entry in wanted for row in rows if (row.library, row.family, row.member) == entry]
+    return [rows[entry] for entry in wanted]
 
 
 def report(rows: list[Row], console: Console) -> bool:
@@ -208,14 +135,13 @@ def report(rows: list[Row], console: Console) -> bool:
         mine = [row for row in rows if row.library == library]
         texts = ("family", "member", *STAGES, "error")
         headings = ("family", "member", "image", "MMAC", *STAGES, "seconds", "error")
-        table = table_of(f"{library}: CNN families, random mixed 2..8-bit layers", headings, texts)
+        cells = []
         for row in mine:
             last = STAGES.index(row.reached) if row.reached else -1
             marks = ["yes" if index <= last else "no" for index in range(len(STAGES))]
-            table.add_row(
-                row.family, row.member, str(row.size), f"{row.macs / 1e6:.0f}", *marks, f"{row.seconds:.0f}", row.error
-            )
-        console.print(table)
+            macs, seconds = f"{row.macs / 1e6:.0f}", f"{row.seconds:.0f}"
+            cells.append([row.family, row.member, row.size, macs, *marks, seconds, row.error])
+        console.print(table_of(f"{library}: CNN families, random mixed 2..8-bit layers", headings, texts, cells))
         share = sum(row.passes for row in mine) / len(mine)
         unexplained = [row.member for row in mine if "CRASH" in row.error]
         fine = fine and share >= WANTED[library] and not unexplained
@@ -228,7 +154,7 @@ def report(rows: list[Row], console: Console) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 1 if a library is below its share."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--libraries", nargs="+", default=list(CNNS), choices=list(CNNS))
     parser.add_argument("--folder", type=Path, default=Path("outputs/coverage"), help="of the rows")
     parser.add_argument("--jobs", type=int, default=2, help="networks at once")
@@ -238,9 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.one:
         print(json.dumps(asdict(try_network(*options.one))))
         return 0
-    console = Console(width=None if Console().is_terminal else 200)
-    info: dict[str, Any] = device_info(1)
-    console.print(f"{info['cpu']}; {' '.join(f'{k} {v}' for k, v in versions().items())}")
+    console = console_of(200)
+    console.print(f"{device_info()['cpu']}; {' '.join(f'{k} {v}' for k, v in versions().items())}")
     return 0 if report(run(options.libraries, options.folder, options.jobs, options.timeout_s, console), console) else 1
 
 
