@@ -12,16 +12,14 @@ multiply-accumulates, so that v1 is made of it here. The paper prints figures tr
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of
 from lightning_baqe.engines.zoo import calibrated
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
@@ -57,11 +55,10 @@ class Row:
     def fits(self) -> tuple[bool, bool]:
         """Whether the weights' size and the BOPs are within 2 % of the paper's, or equal once truncated."""
         size, gbops = self.published
-        return _fits(self.weights_mb, size, 1), _fits(self.gbops, gbops, 0)
-
-
-def _fits(ours: float, published: float, digits: int) -> bool:
-    return abs(ours / published - 1) <= TOLERANCE or math.floor(ours * 10**digits) / 10**digits == published
+        return (
+            abs(self.weights_mb / size - 1) <= TOLERANCE or math.floor(self.weights_mb * 10) / 10 == size,
+            abs(self.gbops / gbops - 1) <= TOLERANCE or math.floor(self.gbops) == gbops,
+        )
 
 
 def weights_bytes(graph: IntegerGraph) -> float:
@@ -101,25 +98,22 @@ def rows(name: str) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 1 if a figure is out of reach of the paper's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--networks", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     options = parser.parse_args(arguments)
-    console = Console(width=None if Console().is_terminal else 140)
+    console = console_of(140)
     headings = ("network", "width", "paper MB", "weights MB", "all MB", "paper GBOPs", "GBOPs", "MB fits", "GBOPs fits")
-    table = table_of("HAWQ-V3, Table I: size (MB = 2^20 bytes) and BOPs (10^9)", headings, ("network", "width"))
-    fine = True
-    for name in options.networks:
-        for row in rows(name):
-            size_fits, bops_fits = row.fits()
-            fine = fine and size_fits and bops_fits
-            size, gbops = row.published
-            table.add_row(
-                name, row.width, f"{size}", f"{row.weights_mb:.2f}", f"{row.size_mb:.2f}", f"{gbops:.0f}",
-                f"{row.gbops:.1f}", "yes" if size_fits else "NO", "yes" if bops_fits else "NO",
-            )  # fmt: skip
-    console.print(table)
+    found = [row for name in options.networks for row in rows(name)]
+    cells = []
+    for row in found:
+        size, gbops = row.published
+        sizes = (size, f"{row.weights_mb:.2f}", f"{row.size_mb:.2f}")
+        verdicts = ("yes" if fits else "NO" for fits in row.fits())
+        cells.append((row.network, row.width, *sizes, f"{gbops:.0f}", f"{row.gbops:.1f}", *verdicts))
+    title = "HAWQ-V3, Table I: size (MB = 2^20 bytes) and BOPs (10^9)"
+    console.print(table_of(title, headings, ("network", "width"), cells))
     console.print(__doc__.split("\n\n")[2].replace("\n", " "), soft_wrap=True)
-    return 0 if fine else 1
+    return int(not all(all(row.fits()) for row in found))
 
 
 if __name__ == "__main__":

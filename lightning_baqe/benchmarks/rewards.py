@@ -13,17 +13,16 @@ that a trained network may do a little better or worse.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of, text_of
 from lightning_baqe.costs.bit_rewards import (
     GAIN,
     REFERENCE,
@@ -47,7 +46,7 @@ from lightning_baqe.measurement.device import REPEATS, Device
 from lightning_baqe.measurement.local import Local
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.tuning.bench import KernelBench, interleaved
-from lightning_baqe.tuning.tuner import tune
+from lightning_baqe.tuning.tuner import Step, tune
 
 ROUNDS = 8  # of a comparison; more than the tuner's, so that the number of samples tells which figures are of one
 
@@ -64,9 +63,12 @@ def measure_missing(
     """Measure each kernel with so many knobs at each bit-width; what is in the records is not measured again."""
     with Progress(console=Console(stderr=True)) as progress:
         for bits, graph in graphs.items():
-            bar = _Bar(progress, f"kernels of {bits} bit")
-            tune(graph, BuildOptions(target, threads), candidates, device=device, progress=bar.advance)
-            bar.close()
+            task = progress.add_task(f"kernels of {bits} bit")
+
+            def show(step: Step, task: TaskID = task) -> None:
+                progress.update(task, completed=step.done, total=step.total)
+
+            tune(graph, BuildOptions(target, threads), candidates, device=device, progress=show)
 
 
 def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, threads: int, device: Device) -> None:
@@ -76,8 +78,8 @@ def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thread
     goes on until all that are the fastest were compared so. Where one code serves all there is nothing to compare.
     """
     with Progress(console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as folder:
-        bar = _Bar(progress, "bit-widths in turns")
-        for number, (_, specs) in enumerate(searched_kernels(graphs, BuildOptions(target, threads))):
+        kernels = searched_kernels(graphs, BuildOptions(target, threads))
+        for number, (_, specs) in enumerate(progress.track(kernels, description="bit-widths in turns")):
             benches: dict[TunableSpec, KernelBench] = {}
             while True:
                 fastest = fastest_codes(specs, target, device.records)
@@ -90,21 +92,6 @@ def compare_widths(graphs: Mapping[int, IntegerGraph], target: CpuTarget, thread
                     place = Path(folder) / f"{number}_{len(benches)}"
                     benches.setdefault(one.spec, KernelBench(one.spec, target, device, place))
                 interleaved([(benches[one.spec], one.knobs) for one in codes.values()], ROUNDS)
-                bar.advance()
-        bar.close()
-
-
-class _Bar:
-    """Counts what was measured; how much there is to measure shows only as it goes."""
-
-    def __init__(self, progress: Progress, text: str) -> None:
-        self._progress, self._task = progress, progress.add_task(text, total=None)
-
-    def advance(self, *_: object) -> None:
-        self._progress.advance(self._task)
-
-    def close(self) -> None:
-        self._progress.update(self._task, total=1, completed=1)
 
 
 def shape_text(spec: TunableSpec) -> str:
@@ -121,13 +108,13 @@ def table(rewards: Rewards) -> Table:
     """One row a kernel, then the network."""
     widths = [bits for bits in rewards.widths if bits != REFERENCE]
     title = f"Speed at each bit-width over 8 bit ({rewards.path}); '=': the same instructions"
-    found = table_of(title, ("kernel", "layers", "us at 8 bit", *(f"{bits} bit" for bits in widths)), ("kernel",))
+    headings = ("kernel", "layers", "us at 8 bit", *(f"{bits} bit" for bits in widths))
+    cells = []
     for kernel in rewards.kernels:
         ratios = ["=" if bits in kernel.same else _ratio(kernel.speedup(bits)) for bits in widths]
-        reference = kernel.latency_us.get(REFERENCE)
-        found.add_row(
-            shape_text(kernel.spec), str(len(kernel.layers)), "-" if reference is None else f"{reference:.1f}", *ratios
-        )
+        reference = text_of(kernel.latency_us.get(REFERENCE), ".1f", "-")
+        cells.append([shape_text(kernel.spec), len(kernel.layers), reference, *ratios])
+    found = table_of(title, headings, ("kernel",), cells)
     found.add_section()
     layers = str(sum(len(kernel.layers) for kernel in rewards.kernels))
     found.add_row("all of them, by time", layers, "", *(_ratio(rewards.speedup(bits)) for bits in widths))
@@ -141,7 +128,7 @@ def _ratio(value: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None, device: Device | None = None) -> int:
     """The command line, for a device instead of this machine if one is given; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--library", default="torchvision")
     parser.add_argument("--size", type=int, default=224, help="of the image")
@@ -151,9 +138,10 @@ def main(arguments: Sequence[str] | None = None, device: Device | None = None) -
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--database", type=Path, metavar="records.db", help="default: the user's")
     options = parser.parse_args(arguments)
-    console = Console(highlight=False, width=None if Console().is_terminal else 140)
+    console = console_of(140)
     try:
-        _check_widths(options.bits)
+        if wrong := [bits for bits in options.bits if not 2 <= bits <= REFERENCE]:
+            raise ConfigError(f"--bits are 2..{REFERENCE}, got {wrong}")
         target, device = get_target(options.target), device or Local(options.database)
         graphs = graphs_at(options.model, options.library, options.size, sorted({*options.bits, REFERENCE}))
         measure_missing(graphs, target, options.threads, options.candidates, device)
@@ -170,12 +158,6 @@ def main(arguments: Sequence[str] | None = None, device: Device | None = None) -
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _check_widths(widths: Sequence[int]) -> None:
-    wrong = [bits for bits in widths if not 2 <= bits <= REFERENCE]
-    if wrong:
-        raise ConfigError(f"--bits are 2..{REFERENCE}, got {wrong}")
 
 
 if __name__ == "__main__":
