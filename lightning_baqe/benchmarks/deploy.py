@@ -19,26 +19,36 @@ import importlib.util
 import json
 import statistics
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of, text_of
 from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.engines.engine_process import ENGINES, engine_name, missing_packages
 from lightning_baqe.engines.engine_runs import EngineResult, ModelRun, RunOptions, run_model
-from lightning_baqe.engines.layer_tables import kind_rows, layer_rows, print_layers
+from lightning_baqe.engines.layer_tables import kind_rows, layer_rows
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.files import replace_file
 from lightning_baqe.hardware.identity import device_info, versions
 
 INSTALL = "uv sync --group bench"
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100", "inception_v3")
+COLUMNS = {  # of the table: figure and format
+    "median us": ("latency_us", ".0f"),
+    "spread": ("spread", ".1%"),
+    "fastest": ("fastest_us", ".0f"),
+    "x best peer": ("ratio_to_best_peer", ".2f"),
+    "rounds' range": ("range", ""),
+    "fastest x": ("ratio_of_fastest", ".2f"),
+    "floor us": ("floor_us", ".0f"),
+    "of floor": ("floor_share", ".0%"),
+    "agrees": ("agreement", ".4f"),
+    "MB": ("megabytes", ".2f"),
+}
 _PEER_PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx", "torchao")
 
 
@@ -54,6 +64,7 @@ def summarize(results: list[EngineResult]) -> list[dict[str, Any]]:
         best = min(peers, key=lambda r: r.latency_us, default=None)
         fewest = min(r.threads for r in results if r.engine == result.engine)
         base = next(r for r in results if r.engine == result.engine and r.threads == fewest)
+        floor_us = statistics.median(result.floor_us) if result.floor_us else None
         row: dict[str, Any] = {
             "engine": result.engine,
             "threads": result.threads,
@@ -66,16 +77,13 @@ def summarize(results: list[EngineResult]) -> list[dict[str, Any]]:
             "ratio_of_fastest": result.fastest_us / min(r.fastest_us for r in peers) if peers else None,
             "speedup": base.latency_us / result.latency_us,
             "agreement": result.agreement,
-            "floor_us": None,
-            "floor_share": None,
+            "floor_us": floor_us,
+            "floor_share": floor_us / result.latency_us if floor_us else None,
             **result.info,
         }
         if best and best is not result:
             ratios = [ours / theirs for ours, theirs in zip(result.rounds_us, best.rounds_us, strict=True)]
             row["ratio_range"] = [min(ratios), max(ratios)]
-        if result.floor_us:
-            row["floor_us"] = statistics.median(result.floor_us)
-            row["floor_share"] = row["floor_us"] / result.latency_us
         rows.append(row)
     return rows
 
@@ -84,64 +92,35 @@ def print_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None
     """Print the rows of one network, a table for each number of threads."""
     counts = sorted({row["threads"] for row in rows})
     for threads in counts:
-        table = Table(title=f"{title}, {threads} thread(s)")
-        headings = ["engine", "median us", "spread", "fastest", "x best peer", "rounds' range", "fastest x"]
-        headings += ["floor us", "of floor", "agrees", "MB"]
-        if threads > counts[0]:
-            headings.append(f"speed-up on {counts[0]}")
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading == "engine" else "right", no_wrap=heading == "engine")
+        columns = COLUMNS | ({f"speed-up on {counts[0]}": ("speedup", ".2f")} if threads > counts[0] else {})
+        cells = []
         for row in (row for row in rows if row["threads"] == threads):
-            low_high = row.get("ratio_range")
-            cells = [
-                row["engine"],
-                f"{row['latency_us']:.0f}",
-                f"{row['spread']:.1%}",
-                f"{row['fastest_us']:.0f}",
-                f"{row['ratio_to_best_peer']:.2f}" if row["ratio_to_best_peer"] else "",
-                f"{low_high[0]:.2f}-{low_high[1]:.2f}" if low_high else "",
-                f"{row['ratio_of_fastest']:.2f}" if row["ratio_of_fastest"] else "",
-                f"{row['floor_us']:.0f}" if row["floor_us"] else "",
-                f"{row['floor_share']:.0%}" if row["floor_share"] else "",
-                f"{row['agreement']:.4f}" if row["agreement"] is not None else "",
-                f"{row['size_bytes'] / 1e6:.2f}" if "size_bytes" in row else "",
-            ]
-            table.add_row(*cells, *([f"{row['speedup']:.2f}"] if threads > counts[0] else []))
+            shown = dict(row)
+            if "ratio_range" in row:
+                shown["range"] = "{:.2f}-{:.2f}".format(*row["ratio_range"])
+            if "size_bytes" in row:
+                shown["megabytes"] = row["size_bytes"] / 1e6
+            cells.append([row["engine"], *(text_of(shown.get(name), form) for name, form in columns.values())])
+        table = table_of(f"{title}, {threads} thread(s)", ["engine", *columns], ("engine",), cells)
+        table.columns[0].no_wrap = True
         console.print(table)
 
 
-class Store:
-    """The figures of a run in a JSON file, network by network.
-
-    Args:
-        path: of the file; None keeps the figures in memory alone.
-        header: what was measured where, with what and how.
+def kept_figures(path: Path | None, header: dict[str, Any]) -> dict[str, Any]:
+    """The content of the figures' file: ``header`` (what was measured where and how), and what it has of ``"models"``.
 
     Raises:
         ConfigError: the file holds figures of something else.
     """
-
-    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {**json.loads(json.dumps(header)), "models": {}}
-        if path is not None and path.exists():
-            before = json.loads(path.read_text())
-            changed = [name for name in header if before.get(name) != self.content[name]]
-            if changed:
-                what = "; ".join(f"{name}: {before.get(name)}, now {self.content[name]}" for name in changed)
-                raise ConfigError(f"{path} holds another run's figures ({what}): give another file, or remove it")
-            self.content = before
-
-    @property
-    def models(self) -> dict[str, Any]:
-        models: dict[str, Any] = self.content["models"]
-        return models
-
-    def add(self, model: str, figures: dict[str, Any]) -> None:
-        """Keep a network's figures, and write them at once."""
-        self.models[model] = figures
-        if self.path is not None:
-            replace_file(self.path, json.dumps(self.content, indent=1).encode())
+    content: dict[str, Any] = json.loads(json.dumps(header))
+    if path is None or not path.exists():
+        return {**content, "models": {}}
+    before: dict[str, Any] = json.loads(path.read_text())
+    changed = [f"{name}: {before.get(name)}, now {now}" for name, now in content.items() if before.get(name) != now]
+    if changed:
+        what = "; ".join(changed)
+        raise ConfigError(f"{path} holds another run's figures ({what}): give another file, or remove it")
+    return before
 
 
 def show(console: Console, model: str, figures: dict[str, Any]) -> None:
@@ -160,12 +139,29 @@ def show(console: Console, model: str, figures: dict[str, Any]) -> None:
 def print_exactness(console: Console, model: str, checks: dict[str, list[dict[str, Any]]]) -> None:
     """Print how many elements of each engine's results are wrong."""
     headings = ("engine", "check", "elements", "wrong", "share", "largest")
-    table = table_of(f"{model}: how exact the integer arithmetic is", headings, ("engine", "check"))
+    cells = []
     for engine, rows in checks.items():
         for row in rows:
             share = row["differing"] / row["elements"]
-            counts = (str(row["elements"]), str(row["differing"]), f"{share:.3%}", f"{row['largest']:.2%}")
-            table.add_row(engine, row["check"], *counts)
+            counts = (row["elements"], row["differing"], f"{share:.3%}", f"{row['largest']:.2%}")
+            cells.append((engine, row["check"], *counts))
+    console.print(table_of(f"{model}: how exact the integer arithmetic is", headings, ("engine", "check"), cells))
+
+
+def print_layers(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows of :func:`layer_rows` or :func:`kind_rows`: the first engine's speed, its ratio to each other one."""
+    first, *others = engines = list(rows[0]["us"])
+    taken, ratios = (f"{engine} us" for engine in engines), (f"x {engine}" for engine in others)
+    headings = ("layer", "kind", "MMAC", *taken, "GMAC/s", *ratios)
+    cells = []
+    for row in rows:
+        us, own, macs = row["us"], row["us"][first], row["macs"]
+        speed = f"{macs / own / 1e3:.0f}" if own and macs else ""
+        ratios = (f"{own / us[engine]:.2f}" if own and us[engine] else "" for engine in others)
+        own_cells = (row["layer"], row["kind"], f"{macs / 1e6:.1f}" if macs else "")
+        cells.append([*own_cells, *(text_of(us[engine], ".1f") for engine in engines), speed, *ratios])
+    table = table_of(title, headings, ("layer", "kind"), cells)
+    table.columns[0].no_wrap = True
     console.print(table)
 
 
@@ -196,21 +192,21 @@ def figures_of(run: ModelRun) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of torchvision or timm")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), help=f"{', '.join(ENGINES)}, ours-wXaY")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst-s", type=float, default=0.5, help="seconds of one engine's turn")
     parser.add_argument("--size", type=int, help="of the image; each network's own if left out")
-    parser.add_argument("--bits", type=Path, help="bit-config of ours-mixed, for networks with these layers")
+    parser.add_argument("--bits", help="file with the bit-config of ours-mixed, for networks with these layers")
     parser.add_argument("--layers", action="store_true", help="also every layer beside the peers' own profiles")
     parser.add_argument("--exact", action="store_true", help="also count how often 8-bit sums saturate")
     parser.add_argument("--json", type=Path, help="keep all figures here, and go on with what is there")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or min(options.threads) < 1:
         parser.error("--rounds and --threads are at least 1")
-    console = Console(width=150 if not Console().is_terminal else None)
+    console = console_of(150)
     try:
         engines = [engine_name(engine) for engine in dict.fromkeys(options.engines)]
         _run(console, options, _installed(console, engines))
@@ -233,25 +229,27 @@ def _run(console: Console, options: argparse.Namespace, engines: tuple[str, ...]
     if options.layers and importlib.util.find_spec("onnx") is None:
         raise ConfigError(f"--layers finds the peers' names of a layer by the onnx package: run `{INSTALL}`")
     threads = tuple(sorted(set(options.threads)))
-    bits = None if options.bits is None else str(options.bits)
     how = RunOptions(
-        engines, threads, options.rounds, options.burst_s, options.size, bits, options.layers, options.exact
+        engines, threads, options.rounds, options.burst_s, options.size, options.bits, options.layers, options.exact
     )
     info = device_info(max(threads))
     console.print(f"{info['cpu']}; {' '.join(info['flags'])}; batch 1, {options.rounds} rounds")
     packages = versions() | {name: _version(name) for name in _PEER_PACKAGES}
-    store = Store(options.json, {"device": info, "versions": packages, "code": code_digest(), "options": asdict(how)})
+    header = {"device": info, "versions": packages, "code": code_digest(), "options": asdict(how)}
+    content = kept_figures(options.json, header)
     for model in options.models:
-        if model not in store.models:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            with Progress(*columns, console=console, transient=True) as progress:
-                run = run_model(model, how, partial(_describe, progress, progress.add_task(model)))
-            store.add(model, figures_of(run))
-        show(console, model, store.models[model])
+        if model not in content["models"]:
+            content["models"][model] = figures_of(_measured(console, model, how))
+            if options.json is not None:
+                replace_file(options.json, json.dumps(content, indent=1).encode())
+        show(console, model, content["models"][model])
 
 
-def _describe(progress: Progress, task: TaskID, text: str) -> None:
-    progress.update(task, description=text)
+def _measured(console: Console, model: str, how: RunOptions) -> ModelRun:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(model)
+        return run_model(model, how, lambda text: progress.update(task, description=text))
 
 
 def _version(name: str) -> str:

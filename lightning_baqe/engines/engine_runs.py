@@ -7,11 +7,10 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,8 @@ from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.measurement.peak import pinned_peak_gmacs
 
-Arithmetic = tuple[str, int]
 Report = Callable[[str], None]
+Ask = Callable[..., dict[str, Any]]
 
 
 @dataclass
@@ -35,7 +34,6 @@ class EngineResult:
 
     Args:
         engine: its name, see :mod:`lightning_baqe.engines.engine_process`.
-        threads: of its inference.
         rounds_us: median latency of each round's burst.
         info: what the engine told of itself.
         floor_us: the physical floor of its arithmetic, by round; ours only.
@@ -82,7 +80,6 @@ class RunOptions:
     """How networks are measured.
 
     Args:
-        engines: their names.
         threads: every engine runs with each of these numbers.
         rounds: turns of all engines.
         burst_s: seconds of one turn of one engine.
@@ -107,7 +104,6 @@ class ModelRun:
     """What was measured of one network.
 
     Args:
-        size: of its image.
         results: by thread count, engines in the order of the options.
         left_out: ``{engine: reason}``.
         layers: of the network, with ``RunOptions.layers``.
@@ -123,56 +119,43 @@ class ModelRun:
     exactness: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-class EngineProcess:
-    """An engine's process, pinned to its cores.
+@contextmanager
+def engine_process(request: EngineRequest, cores: list[int]) -> Iterator[Ask]:
+    """An engine's process, pinned to as many cores as it has threads.
 
-    Args:
-        request: what it prepares.
-        cores: as many as it has threads.
+    Gives a function that sends a request, see :func:`lightning_baqe.engines.engine_process.serve`, and returns the
+    answer; without a request the next answer. It raises MeasurementError, with the end of what the process wrote, when
+    the process has died.
     """
-
-    def __init__(self, request: EngineRequest, cores: list[int]) -> None:
-        self.name, self.cores = request.engine, cores
-        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  closed in __exit__
-        threads = str(request.threads)
-        self._process = subprocess.Popen(
-            command(request, cores), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+    threads = str(request.threads)
+    with tempfile.TemporaryFile(mode="w+") as errors:
+        process = subprocess.Popen(
+            command(request, cores), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
             env=os.environ | {"OMP_NUM_THREADS": threads, "TVM_NUM_THREADS": threads},
         )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        send, receive = process.stdin, process.stdout
 
-    def __enter__(self) -> EngineProcess:
-        return self
+        def ask(question: dict[str, Any] | None = None) -> dict[str, Any]:
+            if question is not None:
+                send.write(json.dumps(question) + "\n")
+                send.flush()
+            line = receive.readline()
+            if not line:
+                errors.seek(0)
+                raise MeasurementError(f"the process of {request.engine} died: {errors.read()[-3000:].strip()}")
+            answer: dict[str, Any] = json.loads(line)
+            return answer
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()  # waits, and closes the pipes
-        self._errors.close()
-
-    def answer(self) -> dict[str, Any]:
-        """The next answer.
-
-        Raises:
-            MeasurementError: the process died; with the end of what it wrote.
-        """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise MeasurementError(f"the process of {self.name} died: {self._errors.read()[-3000:].strip()}")
-        content: dict[str, Any] = json.loads(line)
-        return content
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request, see :func:`lightning_baqe.engines.engine_process.serve`, and wait for the answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self.answer()
+        try:
+            yield ask
+        finally:
+            process.kill()
+            process.communicate()  # waits, and closes the pipes
 
 
-_Pair = tuple[EngineResult, EngineProcess]
+_Pair = tuple[EngineResult, Ask]
 
 
 def usable_cores() -> list[int]:
@@ -187,7 +170,6 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
 
     Args:
         model: a name of torchvision or timm.
-        options: how.
         report: told what is done next.
 
     Raises:
@@ -216,10 +198,10 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
                     continue
                 report(f"{model}: {engine}, {threads} thread(s), is prepared")
                 request = EngineRequest(engine, model, str(weights), str(onnx), threads, run.size, options.bits)
-                process = stack.enter_context(EngineProcess(request, usable[-threads:]))
+                ask = stack.enter_context(engine_process(request, usable[-threads:]))
                 result = EngineResult(engine, threads)
                 try:
-                    ready = process.answer()
+                    ready = ask()
                 except MeasurementError as error:
                     if not result.is_peer:
                         raise
@@ -227,24 +209,23 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
                     continue
                 result.info = ready["info"]
                 result.agreement = agreement(np.array(ready["logits"]), reference)
-                pairs.append((result, process))
+                pairs.append((result, ask))
         bursts: dict[tuple[int, str], list[list[dict[str, Any]]]] = {}
         for turn in range(options.rounds):
             report(f"{model}: round {turn + 1} of {options.rounds}")
-            _round(pairs, turn, options.burst_s)
+            _round(_turned(pairs, turn), options.burst_s, usable[-1])
             if options.layers:
-                for result, process in _turned(pairs, turn):
-                    bursts.setdefault((result.threads, result.engine), []).append(
-                        process.ask({"profile_s": options.burst_s})["kernels"]
-                    )
+                for result, ask in _turned(pairs, turn):
+                    kernels = ask({"profile_s": options.burst_s})["kernels"]
+                    bursts.setdefault((result.threads, result.engine), []).append(kernels)
         for (threads, engine), profiles in bursts.items():
             if profiles[0]:
                 run.profiles.setdefault(threads, {})[engine] = assign(median_rows(profiles), run.layers)
         if options.exact:
             report(f"{model}: checks of the integer arithmetic")
-            for result, process in pairs:
+            for result, ask in pairs:
                 if result.threads == options.threads[0]:
-                    run.exactness[result.engine] = process.ask({"exact": True})["exactness"]
+                    run.exactness[result.engine] = ask({"exact": True})["exactness"]
         run.results = [result for result, _ in pairs]
     return run
 
@@ -255,16 +236,16 @@ def _turned(pairs: list[_Pair], turn: int) -> list[_Pair]:
     return pairs[start:] + pairs[:start]
 
 
-def _round(pairs: list[_Pair], turn: int, burst_s: float) -> None:
-    """One burst of each engine, and the floors of the arithmetic of ours."""
-    peaks: dict[Arithmetic, float] = {}
-    for result, process in _turned(pairs, turn):
-        result.rounds_us.append(statistics.median(process.ask({"burst_s": burst_s})["samples_us"]))
+def _round(pairs: list[_Pair], burst_s: float, core: int) -> None:
+    """One burst of each engine, and the floors of the arithmetic of ours, measured on a core."""
+    peaks: dict[tuple[str, int], float] = {}
+    for result, ask in pairs:
+        result.rounds_us.append(statistics.median(ask({"burst_s": burst_s})["samples_us"]))
         if not result.is_peer:
             floor_us = 0.0
             for work in result.info["work"]:
                 arithmetic = (work["dot"], work["chain"])
                 if arithmetic not in peaks:
-                    peaks[arithmetic] = pinned_peak_gmacs(get_target(), *arithmetic, core=process.cores[-1])
+                    peaks[arithmetic] = pinned_peak_gmacs(get_target(), *arithmetic, core=core)
                 floor_us += work["macs"] / (peaks[arithmetic] * result.threads) / 1e3
             result.floor_us.append(floor_us)

@@ -8,13 +8,13 @@ its i-th convolution or matrix product is the network's i-th layer.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from lightning_baqe.errors import ConfigError
@@ -121,21 +121,19 @@ def assign(rows: list[dict[str, Any]], layers: list[Layer]) -> list[dict[str, An
 
 def median_rows(bursts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The rows of one engine, each with the median over its bursts."""
-    taken: dict[tuple[int, str], list[float]] = {}
+    taken: dict[tuple[str, int], list[float]] = {}
     for rows in bursts:
         for key, row in _numbered(rows):
             taken.setdefault(key, []).append(row["us"])
     return [{**row, "us": statistics.median(taken[key])} for key, row in _numbered(bursts[0])]
 
 
-def _numbered(rows: list[dict[str, Any]]) -> list[tuple[tuple[int, str], dict[str, Any]]]:
+def _numbered(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
     """Rows with a key of their own: two layers may share a kernel."""
-    seen: dict[str, int] = {}
-    numbered = []
+    seen: Counter[str] = Counter()
     for row in rows:
-        seen[row["name"]] = seen.get(row["name"], -1) + 1
-        numbered.append(((seen[row["name"]], row["name"]), row))
-    return numbered
+        yield (row["name"], seen[row["name"]]), row
+        seen[row["name"]] += 1
 
 
 def layer_rows(profiles: dict[str, list[dict[str, Any]]], layers: list[Layer]) -> list[dict[str, Any]]:
@@ -143,17 +141,14 @@ def layer_rows(profiles: dict[str, list[dict[str, Any]]], layers: list[Layer]) -
 
     Args:
         profiles: ``{engine: its rows, assigned}``.
-        layers: of the network.
 
     Returns:
         ``{"layer", "kind", "macs", "us": {engine: sum of its rows of the layer, None if it has none}}``.
     """
     rows = []
     for layer in layers:
-        us = {}
-        for engine, assigned in profiles.items():
-            own = [row["us"] for row in assigned if row["layer"] == layer.name]
-            us[engine] = sum(own) if own else None
+        own = {engine: [row["us"] for row in of if row["layer"] == layer.name] for engine, of in profiles.items()}
+        us = {engine: sum(taken) if taken else None for engine, taken in own.items()}
         rows.append({"layer": layer.name, "kind": layer.kind, "macs": layer.macs, "us": us})
     return rows
 
@@ -168,25 +163,3 @@ def kind_rows(profiles: dict[str, list[dict[str, Any]]], layers: list[Layer]) ->
             rows.append({"layer": f"all {kind}", "kind": kind, "macs": macs, "us": us})
     total = {engine: sum(row["us"] for row in assigned) for engine, assigned in profiles.items()}
     return [*rows, {"layer": "sum", "kind": "", "macs": sum(layer.macs for layer in layers), "us": total}]
-
-
-def print_layers(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows of :func:`layer_rows` or :func:`kind_rows`: the first engine's speed, its ratio to each other one."""
-    engines = list(rows[0]["us"])
-    first, others = engines[0], engines[1:]
-    table = Table(title=title)
-    table.add_column("layer", no_wrap=True)
-    table.add_column("kind")
-    for heading in ("MMAC", *(f"{engine} us" for engine in engines), "GMAC/s", *(f"x {engine}" for engine in others)):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        us, own = row["us"], row["us"][first]
-        table.add_row(
-            row["layer"],
-            row["kind"],
-            f"{row['macs'] / 1e6:.1f}" if row["macs"] else "",
-            *("" if us[engine] is None else f"{us[engine]:.1f}" for engine in engines),
-            f"{row['macs'] / own / 1e3:.0f}" if own and row["macs"] else "",
-            *(f"{own / us[engine]:.2f}" if own and us[engine] else "" for engine in others),
-        )
-    console.print(table)

@@ -129,8 +129,6 @@ def onnxruntime_session(path: str, threads: int, exact: bool, profile: str | Non
     """A session on the CPU with all optimizations.
 
     Args:
-        path: of the model.
-        threads: of the inference.
         exact: no saturating int16 sums on CPUs without VNNI.
         profile: how the name of the profile's file starts; None for no profile.
     """

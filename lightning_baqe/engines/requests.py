@@ -22,7 +22,6 @@ class EngineRequest:
         model: a name of torchvision or timm.
         weights: file with its state dict.
         onnx: the float network as ONNX.
-        threads: of the inference.
         size: of the square input image.
         bits: file with the bit-config of ``ours-mixed``, or None.
     """

@@ -81,11 +81,7 @@ def difference(check: str, results: np.ndarray, exact: np.ndarray) -> dict[str, 
 
 
 def check_convolution(open_model: Callable[[str], Callable[[np.ndarray], np.ndarray]]) -> dict[str, Any]:
-    """Run :func:`single_convolution` in an engine.
-
-    Args:
-        open_model: from an ONNX file to a function from an image to the result, both with a batch axis of 1.
-    """
+    """Run :func:`single_convolution` in an engine, which opens a file as a function of one image ``(1, ...)``."""
     with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
         path = Path(folder) / "convolution.onnx"
         images, exact = single_convolution(path)
