@@ -180,7 +180,7 @@ def test_wheel_holds_recipes_and_callbacks(tmp_path: Path) -> None:
             if path.suffix in (".py", ".yaml")
         }
         assert wanted <= names
-    assert "lightning_baqe/py.typed" in names
+    assert {"lightning_baqe/py.typed", "lightning_baqe/benchmarks/families.json"} <= names
     landscapes = (ROOT / "lightning_baqe/landscapes/data").glob("*.json.gz")
     assert {f"lightning_baqe/landscapes/data/{path.name}" for path in landscapes} <= names
     assert not [name for name in names if name.startswith(("tests", "callbacks", "recipes", "train"))]

@@ -24,6 +24,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,17 @@ def try_network(library: str, family: str, member: str, size: int = 64) -> Row:
     return Row(library, family, member, reached, error, found, macs, round(time.perf_counter() - start, 1))
 
 
-def _in_process(library: str, family: str, member: str, timeout_s: float) -> Row:
+def _in_process(entry: tuple[str, str, str], timeout_s: float) -> Row:
     """:func:`try_network` in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--one", library, family, member]
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--one", *entry]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
     except subprocess.TimeoutExpired:
-        return Row(library, family, member, "", f"took more than {timeout_s:.0f} s", seconds=timeout_s)
+        return Row(*entry, "", f"took more than {timeout_s:.0f} s", seconds=timeout_s)
     if done.returncode:
         lines = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        return Row(library, family, member, "", f"CRASH, exit status {done.returncode}: {lines[0]}")
+        return Row(*entry, "", f"CRASH, exit status {done.returncode}: {lines[0]}")
     return Row(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -121,7 +122,7 @@ def run(libraries: list[str], folder: Path, jobs: int, timeout_s: float, console
     missing = [entry for entry in wanted if entry not in rows]
     with Progress(console=console) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("networks", total=len(missing))
-        for entry, row in zip(missing, pool.map(lambda entry: _in_process(*entry, timeout_s), missing), strict=True):
+        for entry, row in zip(missing, pool.map(partial(_in_process, timeout_s=timeout_s), missing), strict=True):
             kept.append(asdict(row))
             rows[entry] = row
             progress.update(task, advance=1, description=row.member)
