@@ -189,7 +189,10 @@ def _searched(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder:
         builder=ms.builder.LocalBuilder(max_workers=1, timeout_sec=BUILD_TIMEOUT_S), space=space(spec.dot, spec.lanes),
         num_tuning_cores=1, seed=seed,
     )  # fmt: skip
-    ran = {record: _log_us(record) for record in database.get_all_tuning_records()}
+    ran = {
+        record: 1e6 * statistics.mean(map(float, record.run_secs)) if record.run_secs else FAILED_US
+        for record in database.get_all_tuning_records()
+    }
     best = sorted((record for record in ran if ran[record] < FAILED_US), key=lambda record: ran[record])[:FINALISTS]
     if not best:
         raise BuildError(f"none of MetaSchedule's {trials} schedules ran, see {folder / 'printed.txt'}")
@@ -200,10 +203,6 @@ def _searched(spec: ConvSpec, target: CpuTarget, trials: int, seed: int, folder:
         tvm.compile(schedule.mod, target=chosen).export_library(str(folder / name))
     log_us, seconds = [ran[record] for record in best], time.monotonic() - started
     return {"libraries": libraries, "log_us": log_us, "ran": len(ran), "seconds": seconds}
-
-
-def _log_us(record: Any) -> float:
-    return statistics.mean(float(seconds) for seconds in record.run_secs) * 1e6 if record.run_secs else FAILED_US
 
 
 def compare_kernel(
