@@ -22,7 +22,6 @@ does not find out within minutes that colours do not matter: it starts on images
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -36,15 +35,13 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.data.base import ImageTensorDataset, Split
-from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.engine_process import missing_packages
 from lightning_baqe.engines.peers import onnxruntime_session
@@ -62,7 +59,6 @@ EXACT, DEFAULT, OPENVINO = "ONNX Runtime, exact", "ONNX Runtime", "OpenVINO"
 WHOLE = "ours, whole biases"
 INSTALL = "uv sync --group bench"
 CALIBRATION_BATCHES = 8
-Run = Callable[[np.ndarray], np.ndarray]
 Data = Callable[[bool], GlyphsDataModule]
 
 
@@ -73,7 +69,6 @@ class Training:
     Args:
         size: of the square image.
         images: of the training split.
-        batch_size, epochs, learning_rate: of the training.
         colourless_epochs: of training on images without colours, before.
     """
 
@@ -94,13 +89,7 @@ SMALLEST = Training(size=32, images=32, batch_size=16, epochs=1)
 
 
 class EnlargedGlyphs(GlyphsDataModule):
-    """``glyphs`` with the images interpolated bilinearly.
-
-    Args:
-        size: of the square image, pixels.
-        colours: False for images :func:`without_colours`.
-        options: of :class:`GlyphsDataModule`.
-    """
+    """``glyphs`` with the images interpolated bilinearly to this size; ``colours=False``: :func:`without_colours`."""
 
     def __init__(self, size: int, colours: bool = True, **options: Any) -> None:
         super().__init__(**options)
@@ -112,7 +101,8 @@ class EnlargedGlyphs(GlyphsDataModule):
         made = super().make_split(split)
         images = made.images if self.colours else without_colours(made.images)
         if images.shape[1:] != self.input_shape:
-            images = torch.cat([_enlarged(part, self.input_shape[1]) for part in images.split(500)])
+            enlarge = partial(functional.interpolate, size=self.input_shape[1:], mode="bilinear")
+            images = torch.cat([enlarge(part.float()).round().to(torch.uint8) for part in images.split(500)])
         return ImageTensorDataset(images, made.labels, self.mean, self.std)
 
 
@@ -125,17 +115,11 @@ def without_colours(images: torch.Tensor) -> torch.Tensor:
     return scaled.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
 
 
-def _enlarged(images: torch.Tensor, size: int) -> torch.Tensor:
-    real = functional.interpolate(images.float(), size=(size, size), mode="bilinear", align_corners=False)
-    return real.round().to(torch.uint8)
-
-
 @dataclass(frozen=True)
 class Row:
     """One engine against the compiled network.
 
     Args:
-        network, engine: names.
         same_class: share of images on which both answer the same, 0..1.
         cosine_mean, cosine_min: of the logits of one image.
         largest: difference of two logits.
@@ -184,13 +168,7 @@ def compare(name: str, engine: str, own: np.ndarray, other: np.ndarray, labels: 
 
 
 def float_network(name: str, training: Training, num_classes: int, own: Path, others: Path, data: Data) -> nn.Module:
-    """The trained float network, in eval mode.
-
-    Args:
-        own: folder of the checkpoints of this benchmark.
-        others: folder of the accuracy benchmark's.
-        data: the images, with colours or without.
-    """
+    """The trained float network, in eval mode; its checkpoint is this benchmark's own or the accuracy benchmark's."""
     pl.seed_everything(0, verbose=False)
     net = network(name, num_classes)
     found = sorted(others.glob(f"{name}-float-seed*.ckpt"), key=lambda path: path.stat().st_mtime)
@@ -224,28 +202,13 @@ def prepared(name: str, training: Training, own: Path, others: Path, images: int
     return lower(quantized.eval()), x, y
 
 
-def onnxruntime_run(path: Path, exact: bool, threads: int) -> Run:
-    """A session of ONNX Runtime on the CPU."""
-    session = onnxruntime_session(str(path), threads, exact)
-    return lambda x: np.asarray(session.run(["logits"], {"input": x})[0])
-
-
-def openvino_run(path: Path, threads: int) -> Run:
-    """A model compiled by OpenVINO."""
-    import openvino
-
-    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", options)
-    return lambda x: np.asarray(compiled([x])[0])
-
-
 def own_logits(graph: IntegerGraph, x: np.ndarray, threads: int) -> np.ndarray:
     """Logits of the compiled network.
 
     Raises:
         BuildError: it differs from its integer graph.
     """
-    artifact: Artifact = build(graph, schedules="default", threads=threads)
+    artifact = build(graph, schedules="default", threads=threads)
     wrong = {name: count for name, count in verify(artifact, torch.from_numpy(x[:1])).items() if count}
     if wrong:
         raise BuildError(f"the compiled network differs from its integer graph at {wrong}; please report it")
@@ -253,40 +216,35 @@ def own_logits(graph: IntegerGraph, x: np.ndarray, threads: int) -> np.ndarray:
 
 
 def measure(name: str, graph: IntegerGraph, x: np.ndarray, y: np.ndarray, path: Path, threads: int) -> list[Row]:
-    """All engines that are installed.
-
-    Args:
-        graph: with whole biases.
-        path: of the ONNX model.
-    """
+    """All engines that are installed; ``graph`` has whole biases, ``path`` is its ONNX model."""
     own = own_logits(graph.with_int32_biases(), x, threads)
-    engines: dict[str, Run] = {
-        WHOLE: lambda part: graph.run(torch.from_numpy(part)).numpy(),
-        EXACT: onnxruntime_run(path, True, threads),
-        DEFAULT: onnxruntime_run(path, False, threads),
-    }
+    parts = np.array_split(x, max(len(x) // 50, 1))
+    logits = {WHOLE: [graph.run(torch.from_numpy(part)).numpy() for part in parts]}
+    for engine, exact in ((EXACT, True), (DEFAULT, False)):
+        session = onnxruntime_session(str(path), threads, exact)
+        logits[engine] = [np.asarray(session.run(["logits"], {"input": part})[0]) for part in parts]
     if importlib.util.find_spec("openvino"):
-        engines[OPENVINO] = openvino_run(path, threads)
-    rows = []
-    for engine, run in engines.items():
-        logits = np.concatenate([run(part) for part in np.array_split(x, max(len(x) // 50, 1))])
-        rows.append(compare(name, engine, own, logits, y))
-    return rows
+        import openvino
+
+        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(path, "CPU", options)
+        logits[OPENVINO] = [np.asarray(compiled([part])[0]) for part in parts]
+    return [compare(name, engine, own, np.concatenate(found), y) for engine, found in logits.items()]
 
 
 def table(rows: list[Row]) -> Table:
     """All rows."""
     headings = ("network", "engine", "same class", "cosine", "smallest", "largest difference", "of spread", "accuracy",
                 "ours", "limits")  # fmt: skip
-    made = table_of("compiled networks and their ONNX models, W8A8", headings, ("network", "engine", "limits"))
-    for row in rows:
-        verdict = ("; ".join(row.failures) or "hold") if row.engine == EXACT else ""
-        made.add_row(
+    cells = (
+        (
             row.network, row.engine, f"{row.same_class:.2%}", f"{row.cosine_mean:.6f}", f"{row.cosine_min:.6f}",
             f"{row.largest:.4f}", f"{row.largest / row.spread:.1%}", f"{row.accuracy:.2%}", f"{row.own_accuracy:.2%}",
-            verdict,
-        )  # fmt: skip
-    return made
+            ("; ".join(row.failures) or "hold") if row.engine == EXACT else "",
+        )
+        for row in rows
+    )  # fmt: skip
+    return table_of("compiled networks and their ONNX models, W8A8", headings, ("network", "engine", "limits"), cells)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -295,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         the exit status: 0 if every network holds the limits in ONNX Runtime's exact mode, else 1.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--networks", nargs="+", default=list(TRAININGS), choices=list(TRAININGS), metavar="NETWORK")
     parser.add_argument("--images", type=int, default=500, help="of the test split")
     parser.add_argument("--checkpoints", type=Path, default=Path("outputs/accuracy"), help="of the accuracy benchmark")
@@ -310,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         parser.error(f"{', '.join(missing)} not installed; run `{INSTALL}`")
     torch.set_num_threads(options.threads)
-    console = Console(width=150 if not Console().is_terminal else None)
+    console = console_of(150)
     if not importlib.util.find_spec("openvino"):
         console.print(f"OpenVINO is left out: not installed; run `{INSTALL}`")
     rows: list[Row] = []
