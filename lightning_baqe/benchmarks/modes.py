@@ -15,6 +15,7 @@ Every run goes on where it was interrupted. Several processes may share the work
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -31,14 +32,14 @@ from rich.console import Console
 
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.search_runs import replay
-from lightning_baqe.benchmarks.search_tables import scaled_adrs
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.search_tables import front_of, scaled_adrs, values_of
+from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.runs.objectives import REFERENCE_POINT, objectives
 from lightning_baqe.runs.summary import Figures, Measured, Summary, is_measured
-from lightning_baqe.search import hypervolume, pareto_mask
+from lightning_baqe.search import hypervolume
 from lightning_baqe.search.metrics import hypervolume_curve, trials_to_reach
 
 BITS = (4, 5, 6, 7, 8, 32)  # those of the landscapes
@@ -53,15 +54,7 @@ _MAIN = "import sys; from lightning_baqe.train import main; sys.exit(main())"  #
 
 
 def command(mode: str, seed: int, trials: int, run_dir: Path, more: Sequence[str]) -> list[str]:
-    """The command line of a run.
-
-    Args:
-        mode: one of :data:`MODES`.
-        seed: of everything.
-        trials: to complete.
-        run_dir: of the run.
-        more: further arguments.
-    """
+    """The command line of a run in a mode of :data:`MODES`, with further arguments."""
     options = [*MODES[mode], *(["+search.sampler.seed=" + str(seed)] if mode == "random" else [])]
     return [
         sys.executable, "-c", _MAIN, "recipe=qat_search", "data=glyphs", f"seed={seed}",
@@ -101,7 +94,7 @@ def complete_trials(summary: Summary) -> list[Measured]:
     return [entry for entry in summary.trials if is_measured(entry)]
 
 
-def values_of(summary: Summary, latency_us: float) -> torch.Tensor:
+def scaled_values(summary: Summary, latency_us: float) -> torch.Tensor:
     """Objectives of the complete trials, ``n x 3``, over a given float latency."""
     reference = (summary.reference or Figures()).model_copy(update={"latency_us": latency_us})
     return torch.tensor([objectives(entry, reference) for entry in complete_trials(summary)], dtype=torch.float64)
@@ -123,15 +116,14 @@ def summarise(summaries: Mapping[tuple[str, int], Summary], seconds: Mapping[tup
     """
     floats = {key: (summary.reference or Figures()).triple[1] for key, summary in summaries.items()}
     latency_us = statistics.median(floats.values())
-    values = {key: values_of(summary, latency_us) for key, summary in summaries.items()}
-    joint = torch.cat([*values.values()])
-    joint = joint[pareto_mask(joint)]
+    values = {key: scaled_values(summary, latency_us) for key, summary in summaries.items()}
+    joint = front_of(torch.cat([*values.values()]))
     best = hypervolume(joint, REFERENCE_POINT)
     curves = {key: hypervolume_curve(found, REFERENCE_POINT) for key, found in values.items()}
     entries = []
     for (mode, seed), found in values.items():
         curve, complete = curves[mode, seed], complete_trials(summaries[mode, seed])
-        front = found[pareto_mask(found)]
+        front = front_of(found)
         target = curves.get((ANCHOR, seed))
         entries.append(
             {
@@ -166,16 +158,11 @@ def predicted(landscape: str, modes: Sequence[str], trials: int, seeds: int, fol
     wanted = [(landscape, mode, seed, trials, min(10, trials - 1), True) for seed in range(seeds) for mode in modes]
     fill(rows, keys, wanted, replay, 1, console, "replays")
     reference = problem_named(landscape).reference_point
-    values = {
-        mode: [
-            torch.tensor(row["values"], dtype=torch.float64)
-            for row in rows.read()
-            if (row["problem"], row["sampler"], row["trials"]) == (landscape, mode, trials) and row["seed"] < seeds
-        ]
-        for mode in modes
-    }
-    joint = torch.cat([run for of in values.values() for run in of])
-    joint = joint[pareto_mask(joint)]
+    mine = [
+        row for row in rows.read() if (row["problem"], row["trials"]) == (landscape, trials) and row["seed"] < seeds
+    ]
+    values = {mode: [values_of(row) for row in mine if row["sampler"] == mode] for mode in modes}
+    joint = front_of(torch.cat([run for of in values.values() for run in of]))
     best = hypervolume(joint, reference)
     found = {}
     for mode, of in values.items():
@@ -193,24 +180,26 @@ def show(console: Console, title: str, entries: Sequence[Mapping[str, Any]], lan
     points = list(entries[0]["hypervolume"])
     names = ("mode", "seed", *(f"HV at {n}" for n in points), "of joint", "ADRS", "trials to paper's", "front",
              "on joint", "best accuracy", "fastest", "smallest", "s a trial", "minutes", "float")  # fmt: skip
-    table = table_of(title, names, ("mode",))
+    cells = []
     for entry in entries:
-        reached = entry["trials_to_paper"]
-        table.add_row(
-            entry["mode"], str(entry["seed"]), *(f"{v:.4f}" for v in entry["hypervolume"].values()),
-            f"{entry['of_joint']:.1%}", f"{entry['adrs']:.3f}",
-            f"> {entry['trials']}" if reached is None else str(reached), str(entry["front"]), str(entry["of_front"]),
-            f"{entry['best_accuracy']:.2%}", f"{entry['fastest_us']:.0f} us", f"{entry['smallest_bytes'] / 1e6:.2f} MB",
-            f"{entry['trial_s']:.1f}", f"{entry['seconds'] / 60:.1f}", f"{entry['float_us']:.0f} us",
+        reached, volumes = entry["trials_to_paper"], (f"{value:.4f}" for value in entry["hypervolume"].values())
+        cells.append(
+            [
+                entry["mode"], entry["seed"], *volumes, f"{entry['of_joint']:.1%}", f"{entry['adrs']:.3f}",
+                f"> {entry['trials']}" if reached is None else reached, entry["front"], entry["of_front"],
+                f"{entry['best_accuracy']:.2%}", f"{entry['fastest_us']:.0f} us",
+                f"{entry['smallest_bytes'] / 1e6:.2f} MB", f"{entry['trial_s']:.1f}", f"{entry['seconds'] / 60:.1f}",
+                f"{entry['float_us']:.0f} us",
+            ]
         )  # fmt: skip
     for mode, said in landscape.items():
         volumes = (f"{value:.4f}" for value in said["hypervolume"].values())
-        table.add_row(f"{mode}, by the landscape", "", *volumes, f"{said['of_joint']:.1%}", f"{said['adrs']:.3f}")
-    console.print(table)
+        cells.append([f"{mode}, by the landscape", "", *volumes, f"{said['of_joint']:.1%}", f"{said['adrs']:.3f}"])
+    console.print(table_of(title, names, ("mode",), cells))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--trials", type=int, default=40)
@@ -228,16 +217,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.trials < 2:
         parser.error("--trials is at least 2")
-    console = Console(width=200 if not Console().is_terminal else None, highlight=False)
+    console = console_of(200)
     options.folder.mkdir(parents=True, exist_ok=True)
-    for seed in () if options.table else options.seeds:
-        for mode in options.modes:
-            console.print(f"{mode}, seed {seed}", markup=False)
-            try:
-                run(mode, seed, options.trials, options.folder, options.set)
-            except BaqeError as error:
-                console.print(f"error: {error}", markup=False, style="red")
-                return 1
+    for seed, mode in () if options.table else itertools.product(options.seeds, options.modes):
+        console.print(f"{mode}, seed {seed}", markup=False)
+        try:
+            run(mode, seed, options.trials, options.folder, options.set)
+        except BaqeError as error:
+            console.print(f"error: {error}", markup=False, style="red")
+            return 1
     runs = {(mode, seed): options.folder / f"{mode}_{seed}" for mode in options.modes for seed in options.seeds}
     summaries = {key: Summary.load(path) for key, path in runs.items() if (path / "seconds.json").exists()}
     complete = {key: found for key, found in summaries.items() if len(complete_trials(found)) >= options.trials}

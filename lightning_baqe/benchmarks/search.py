@@ -28,28 +28,27 @@ from torch import Tensor
 
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.search_figures import draw_curves, draw_points
-from lightning_baqe.benchmarks.search_runs import SAMPLERS, best_known_front, proposing_seconds, replay
-from lightning_baqe.benchmarks.search_tables import Runs, curves_of, print_summary, runs_of, summarise
-from lightning_baqe.benchmarks.setups import begin, check_positive
+from lightning_baqe.benchmarks.search_runs import SAMPLERS, proposing_seconds, replay
+from lightning_baqe.benchmarks.search_tables import Runs, curves_of, front_of, print_summary, runs_of, summarise
+from lightning_baqe.benchmarks.setups import begin, check_positive, console_of, parser_of
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.files import Rows, replace_file
-from lightning_baqe.search import pareto_mask
+from lightning_baqe.search.evolution import evolve
 
 _KEY = ("problem", "sampler", "seed", "trials", "initial", "noisy")
 _HARDEST = (54, 4)  # ResNet-50: layers, and knobs of each
 
 
 def judged_front(options: argparse.Namespace, runs: Runs, rows: Rows) -> Tensor:
-    """The best known front; NSGA-II's part of it is kept in the file `rows`."""
+    """The best known front: non-dominated points of all runs and of a long NSGA-II, whose part is kept in `rows`."""
     name = {"problem": options.problem, "population": options.population, "generations": options.generations}
     evolved = next((row["front"] for row in rows.read() if name.items() <= row.items()), None)
     if evolved is None:
-        found = best_known_front(problem_named(options.problem), [], options.population, options.generations)
-        evolved = found.tolist()
+        of = problem_named(options.problem)
+        evolved = evolve(of.distributions, of.evaluate, options.population, options.generations).tolist()
         rows.append({**name, "front": evolved})
-    values = [torch.tensor(row["values"], dtype=torch.float64) for of in runs.values() for row in of.values()]
-    points = torch.unique(torch.cat([torch.tensor(evolved, dtype=torch.float64), *values]), dim=0)
-    return points[pareto_mask(points)]
+    values = [point for of in runs.values() for row in of.values() for point in row["values"]]
+    return front_of(torch.unique(torch.tensor(evolved + values, dtype=torch.float64), dim=0))
 
 
 def measure_proposing(console: Console, samplers: Sequence[str], observed: int, proposals: int) -> dict[str, Any]:
@@ -58,8 +57,7 @@ def measure_proposing(console: Console, samplers: Sequence[str], observed: int, 
     console.print(f"{layers} layers x (bits + {knobs} knobs) = {layers * (1 + knobs)} parameters, {observed} trials")
     found = {}
     for name in track(samplers, "proposing", console=console):
-        figures = proposing_seconds(layers, knobs, observed, name, proposals)
-        found[name] = figures
+        found[name] = figures = proposing_seconds(layers, knobs, observed, name, proposals)
         cpu, wall = (statistics.median(f[key] for f in figures) for key in ("cpu_s", "wall_s"))
         worst = max(f["cpu_s"] for f in figures)
         console.print(f"{name}: median {cpu:.2f} s of the processor (most {worst:.2f}), {wall:.2f} s of the clock")
@@ -67,7 +65,7 @@ def measure_proposing(console: Console, samplers: Sequence[str], observed: int, 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--problem", default="additive21x1",
                         help="additive<layers>x<knobs>, or the name of a measured landscape")  # fmt: skip
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS), metavar="SAMPLER",
@@ -93,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_positive(parser, options, "seeds", "jobs", "proposals")
     if not 2 <= options.initial < options.trials:
         parser.error("--initial is at least 2 and below --trials")
-    console = Console(width=200 if not Console().is_terminal else None, highlight=False)
+    console = console_of(200)
     if options.proposing:
         torch.set_num_threads(1)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -128,7 +126,7 @@ def report(options: argparse.Namespace, rows: Rows, console: Console) -> list[di
     noise = ", noisy" if options.noisy else ""
     title = f"{options.problem}{noise}: {options.initial} + {more} trials, {len(curves.seeds)} seeds"
     print_summary(console, title, entries, curves)
-    content = {"problem": options.problem, "seeds": list(curves.seeds), "front": front.tolist(), "samplers": entries}
+    content = {"problem": options.problem, "seeds": curves.seeds, "front": front.tolist(), "samplers": entries}
     name = options.problem.replace("/", "_") + ("_noisy" if options.noisy else "")
     replace_file(options.folder / f"search_{name}.json", json.dumps(content, indent=1).encode())
     draw_curves(curves, options.problem, options.folder / f"search_{name}.png")

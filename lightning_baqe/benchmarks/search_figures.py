@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_baqe.benchmarks.search_tables import Curves, Runs
-from lightning_baqe.search import pareto_mask
+from lightning_baqe.benchmarks.search_tables import Curves, Runs, front_of, values_of
 from lightning_baqe.search.metrics import bands
 
 
@@ -37,11 +35,9 @@ def draw_points(
     """BAQE's figure 7: two of the objectives, for each sampler all points of the first seed and the best known front.
 
     Args:
-        runs, curves: of `search_tables`.
         front: best known, `f x m`.
         objectives: their names.
         at: which two.
-        path: of the file.
     """
     columns = min(4, len(curves.names))
     height = -(-len(curves.names) // columns)
@@ -50,8 +46,8 @@ def draw_points(
     for cell in cells[len(curves.names) :]:
         cell.set_visible(False)
     for cell, name in zip(cells, curves.names, strict=False):
-        values = torch.tensor(runs[name][curves.seeds[0]]["values"], dtype=torch.float64)
-        best = values[pareto_mask(values)]
+        values = values_of(runs[name][curves.seeds[0]])
+        best = front_of(values)
         cell.scatter(front[:, at[0]], front[:, at[1]], s=3, color="C0", alpha=0.4, label="best known front")
         cell.scatter(values[:, at[0]], values[:, at[1]], s=8, color="0.6", label="trials")
         cell.scatter(best[:, at[0]], best[:, at[1]], s=12, color="C3", label="front of the run")

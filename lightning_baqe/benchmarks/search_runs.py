@@ -1,4 +1,4 @@
-"""One replay of one sampler on one problem, and the front that replays are judged by."""
+"""One replay of one sampler on one problem, and what a proposal of one costs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-import torch
 from optuna.samplers import BaseSampler
-from torch import Tensor
 
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.landscapes.problem import Problem
@@ -22,11 +20,9 @@ from lightning_baqe.search import (
     PoolSearch,
     gaussian_process,
     nsga2,
-    pareto_mask,
     random_search,
     tpe,
 )
-from lightning_baqe.search.evolution import evolve
 from lightning_baqe.search.sampler import Initial, Mode
 
 POOL_SIZE = 500  # BAQE III-C
@@ -37,11 +33,8 @@ Maker = Callable[[int, Problem, Pool, int], BaseSampler]  # of seed, problem, po
 
 def _baqe(mode: Mode, initial: Initial = "ted", informed: bool = False) -> Maker:
     def make(seed: int, of: Problem, pool: Pool, n: int) -> BaseSampler:
-        knowledge = of.knowledge() if informed else None
-        return BaqeSampler(
-            seed, mode, of.distributions, pool, n, reference_point=of.reference_point, initial=initial,
-            knowledge=knowledge,
-        )  # fmt: skip
+        more: dict[str, Any] = {"initial": initial, "knowledge": of.knowledge() if informed else None}
+        return BaqeSampler(seed, mode, of.distributions, pool, n, reference_point=of.reference_point, **more)
 
     return make
 
@@ -97,31 +90,16 @@ def replay(problem: str, sampler: str, seed: int, trials: int, initial: int, noi
     values: list[list[float]] = []
     propose_s: list[float] = []
     seconds: list[float] = []
+    space = dict(of.distributions)
     for _ in range(trials):
         started = time.process_time()
-        trial = study.ask(dict(of.distributions))
+        trial = study.ask(space)
         propose_s.append(time.process_time() - started)
         values.append([float(value) for value in of.evaluate(trial.params)])
         prepared = of.preparation_s() if not seconds and getattr(made, "knowledge", None) is not None else 0.0
         seconds.append(prepared + float(of.seconds(trial.params)))
         study.tell(trial, [float(value) for value in told.evaluate(trial.params)] if noisy else values[-1])
     return {"values": values, "propose_s": propose_s, "seconds": seconds}
-
-
-def best_known_front(problem: Problem, runs: Sequence[Tensor], population: int, generations: int) -> Tensor:
-    """The non-dominated points of all runs and of a long NSGA-II.
-
-    Args:
-        problem: to evaluate.
-        runs: `n x m` each.
-        population, generations: of NSGA-II.
-
-    Returns:
-        `f x m`, distinct, minimised.
-    """
-    evolved = evolve(problem.distributions, problem.evaluate, population, generations, seed=0)
-    points = torch.unique(torch.cat([evolved, *runs]), dim=0)
-    return points[pareto_mask(points)]
 
 
 def proposing_seconds(layers: int, knobs: int, observed: int, mode: str, proposals: int) -> list[dict[str, float]]:
@@ -137,23 +115,20 @@ def proposing_seconds(layers: int, knobs: int, observed: int, mode: str, proposa
         For each `{"cpu_s", "wall_s"}`.
     """
     of = problem_named(f"additive{layers}x{knobs}")
-    found = []
+    space, found = dict(of.distributions), []
     for seed in range(proposals):
         pool = of.candidates(POOL_SIZE, np.random.default_rng([seed, 0]))
-        study = optuna.create_study(
-            directions=["minimize"] * len(of.objectives),
-            sampler=SAMPLERS[mode](seed, of, pool, min(10, observed)),
-        )
+        sampler = SAMPLERS[mode](seed, of, pool, min(10, observed))
+        study = optuna.create_study(directions=["minimize"] * len(of.objectives), sampler=sampler)
         # The sampler's own initial points, which a real search has evaluated by then, and others of the pool.
         for _ in range(min(10, observed)):
-            trial = study.ask(dict(of.distributions))
+            trial = study.ask(space)
             study.tell(trial, of.evaluate(trial.params))
         seen = {tuple(sorted(trial.params.items())) for trial in study.trials}
         rest = [point for point in pool if tuple(sorted(point.items())) not in seen]
         for params in rest[: observed - len(study.trials)]:
-            distributions = dict(of.distributions)
-            study.add_trial(optuna.create_trial(params=params, distributions=distributions, values=of.evaluate(params)))
+            study.add_trial(optuna.create_trial(params=params, distributions=space, values=of.evaluate(params)))
         cpu, wall = time.process_time(), time.perf_counter()
-        study.ask(dict(of.distributions))
+        study.ask(space)
         found.append({"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall})
     return found

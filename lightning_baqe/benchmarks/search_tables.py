@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,32 +37,24 @@ Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # sampler -> seed -> row
 
 @dataclass(frozen=True)
 class Curves:
-    """What all tables and figures are computed from.
+    """Hypervolumes, trial by trial.
 
     Attributes:
         names: of the samplers.
         seeds: that every sampler has run.
-        trials: of a run.
         relative: sampler -> one curve a seed: hypervolume over that of P after each trial.
-        proposing_s: sampler -> seed -> processor seconds of all proposals.
-        total_s: sampler -> one curve a seed: seconds from the start until the end of each trial.
     """
 
     names: tuple[str, ...]
     seeds: tuple[int, ...]
     trials: int
     relative: dict[str, list[Tensor]]
-    proposing_s: dict[str, list[float]]
-    total_s: dict[str, list[Tensor]]
 
 
 def runs_of(rows: Sequence[Mapping[str, Any]], problem: str, trials: int, names: Sequence[str]) -> Runs:
     """The rows of one problem: sampler -> seed -> row."""
-    found: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in names}
-    for row in rows:
-        if (row["problem"], row["trials"]) == (problem, trials) and row["sampler"] in found:
-            found[row["sampler"]][row["seed"]] = row
-    return found
+    wanted = [row for row in rows if (row["problem"], row["trials"]) == (problem, trials)]
+    return {name: {row["seed"]: row for row in wanted if row["sampler"] == name} for name in names}
 
 
 def curves_of(runs: Runs, front: Tensor, reference_point: Sequence[float], n_seeds: int) -> Curves:
@@ -75,53 +67,60 @@ def curves_of(runs: Runs, front: Tensor, reference_point: Sequence[float], n_see
     if not seeds:
         raise ConfigError(f"no seed below {n_seeds} has a run of each of {list(runs)}; run the same command again")
     best = hypervolume(front, reference_point)
-    relative: dict[str, list[Tensor]] = {}
-    proposing: dict[str, list[float]] = {}
-    total: dict[str, list[Tensor]] = {}
-    for name, of in runs.items():
-        relative[name] = [hypervolume_curve(torch.tensor(of[s]["values"]), reference_point) / best for s in seeds]
-        proposing[name] = [float(sum(of[s]["propose_s"])) for s in seeds]
-        total[name] = [
-            (torch.tensor(of[s]["propose_s"]) + torch.tensor(of[s]["seconds"])).double().cumsum(0) for s in seeds
-        ]
-    first = next(iter(relative.values()))
-    return Curves(tuple(runs), tuple(seeds), len(first[0]), relative, proposing, total)
+    relative = {
+        name: [hypervolume_curve(torch.tensor(of[seed]["values"]), reference_point) / best for seed in seeds]
+        for name, of in runs.items()
+    }
+    return Curves(tuple(runs), tuple(seeds), len(next(iter(relative.values()))[0]), relative)
+
+
+def values_of(row: Mapping[str, Any]) -> Tensor:
+    """Objectives of a row's trials, `n x m`, float64."""
+    return torch.tensor(row["values"], dtype=torch.float64)
+
+
+def front_of(values: Tensor) -> Tensor:
+    """The non-dominated ones of `n x m` values."""
+    return values[pareto_mask(values)]
+
+
+def _scaler(front: Tensor) -> Callable[[Tensor], Tensor]:
+    """What puts every objective over a front's range."""
+    low, span = front.amin(0), (front.amax(0) - front.amin(0)).clamp_min(1e-12)
+    return lambda values: (values - low) / span
 
 
 def scaled_adrs(values: Tensor, front: Tensor) -> float:
     """Eq. 16 of BAQE from the non-dominated ones of some values to a front, every objective over the front's range."""
-    low, span = front.amin(0), (front.amax(0) - front.amin(0)).clamp_min(1e-12)
-    return adrs((values[pareto_mask(values)] - low) / span, (front - low) / span)
+    scaled = _scaler(front)
+    return adrs(scaled(front_of(values)), scaled(front))
 
 
 def _distances(runs: Runs, curves: Curves, front: Tensor) -> dict[str, dict[str, float]]:
     """ADRS and optimal points of each sampler, means over the seeds."""
-    low, span = front.amin(0), (front.amax(0) - front.amin(0)).clamp_min(1e-12)
-    scaled = (front - low) / span
-    found: dict[str, dict[str, list[float]]] = {
-        name: {"adrs": [], "adrs_of_all": [], "front_to_found": [], "optimal": [], "share": []} for name in curves.names
-    }
+    scaled = _scaler(front)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in curves.names}
     for seed in curves.seeds:
-        values = {name: torch.tensor(runs[name][seed]["values"], dtype=torch.float64) for name in curves.names}
-        fronts = {name: v[pareto_mask(v)] for name, v in values.items()}
-        joint = torch.cat(list(fronts.values()))
-        joint = joint[pareto_mask(joint)]
-        for name in curves.names:
-            of = found[name]
-            own = (fronts[name] - low) / span
-            of["adrs"].append(scaled_adrs(fronts[name], front))
-            of["adrs_of_all"].append(adrs((values[name] - low) / span, scaled))
-            of["front_to_found"].append(adrs(scaled, own))
-            of["optimal"].append(int(found_points(fronts[name], joint).sum()))
-            of["share"].append(float(found_points(fronts[name], front).double().mean()))
-    return {name: {key: statistics.fmean(v) for key, v in of.items()} for name, of in found.items()}
+        values = {name: values_of(runs[name][seed]) for name in curves.names}
+        fronts = {name: front_of(found) for name, found in values.items()}
+        joint = front_of(torch.cat(list(fronts.values())))
+        for name, own in fronts.items():
+            found[name].append(
+                {
+                    "adrs": scaled_adrs(own, front),
+                    "adrs_of_all": adrs(scaled(values[name]), scaled(front)),
+                    "front_to_found": adrs(scaled(front), scaled(own)),
+                    "optimal": int(found_points(own, joint).sum()),
+                    "share": float(found_points(own, front).double().mean()),
+                }
+            )
+    return {name: {key: statistics.fmean(of[key] for of in each) for key in each[0]} for name, each in found.items()}
 
 
 def summarise(runs: Runs, curves: Curves, front: Tensor, at: Sequence[int]) -> list[dict[str, Any]]:
     """One entry a sampler.
 
     Args:
-        runs, curves: of `runs_of` and `curves_of`.
         front: P.
         at: trials at which the hypervolume is given.
 
@@ -139,9 +138,10 @@ def summarise(runs: Runs, curves: Curves, front: Tensor, at: Sequence[int]) -> l
     tests = {other: _tests(curves, other) for other in dict.fromkeys((CHANCE, anchor, LEADER)) if other in curves.names}
     entries: list[dict[str, Any]] = []
     for name in curves.names:
-        band = bands(curves.relative[name])
+        rows, band = [runs[name][seed] for seed in curves.seeds], bands(curves.relative[name])
+        total_s = [(torch.tensor(row["propose_s"]) + torch.tensor(row["seconds"])).double().cumsum(0) for row in rows]
         steps = [trials_to_reach(c, t) for c, t in zip(curves.relative[name], targets, strict=True)]
-        times = [math.inf if n is None else float(s[n - 1]) for n, s in zip(steps, curves.total_s[name], strict=True)]
+        times = [math.inf if n is None else float(s[n - 1]) for n, s in zip(steps, total_s, strict=True)]
         entries.append(
             {
                 "sampler": name,
@@ -151,8 +151,8 @@ def summarise(runs: Runs, curves: Curves, front: Tensor, at: Sequence[int]) -> l
                 "trials_to_target": statistics.median(math.inf if n is None else n for n in steps),
                 "seconds_to_target": statistics.median(times),
                 "reached": sum(n is not None for n in steps),
-                "proposing_s": statistics.median(curves.proposing_s[name]),
-                "total_s": statistics.median(float(s[-1]) for s in curves.total_s[name]),
+                "proposing_s": statistics.median(float(sum(row["propose_s"])) for row in rows),
+                "total_s": statistics.median(float(s[-1]) for s in total_s),
             }
         )
     base = next(entry for entry in entries if entry["sampler"] == anchor)

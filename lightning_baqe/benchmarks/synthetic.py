@@ -121,7 +121,6 @@ def problem_named(name: str, noise_seed: int | None = None) -> Problem:
     """A problem by its name: `additive<layers>x<knobs>`, or a measured landscape, as `Landscape.load` takes it.
 
     Args:
-        name: of the problem.
         noise_seed: of a landscape's noise; None: none.
 
     Raises:
