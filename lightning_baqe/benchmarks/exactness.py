@@ -27,13 +27,11 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from torch import fx
 
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import console_of, table_of
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.zoo import calibrated, random_bits, settled_network
 from lightning_baqe.errors import ConfigError
@@ -91,31 +89,18 @@ def agreement(a: torch.Tensor, b: torch.Tensor, zero_point: int) -> Agreement:
     return Agreement(int((a - b).abs().max()), float((a == b).double().mean()), cosine)
 
 
-class _Recorder(fx.Interpreter):
-    """Remembers what the nodes of a graph evaluate to."""
-
-    def __init__(self, model: QuantizedModel) -> None:
-        super().__init__(model)
-        self.found: dict[str, torch.Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if isinstance(out, torch.Tensor):
-            self.found[n.name] = out.detach()
-        return out
-
-
 def fake_quant_integers(
     model: QuantizedModel, graph: IntegerGraph, sources: dict[str, str], x: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The integers that a fake-quantized network's tensors stand for, by node of the integer graph: int64."""
-    recorder = _Recorder(model)
+    interpreter = fx.Interpreter(model, garbage_collect_values=False)
     with torch.no_grad():
-        recorder.run(x)
-    found: dict[str, torch.Tensor] = {}
+        interpreter.run(x)
+    values = {node.name: value for node, value in interpreter.env.items()}
+    found = {}
     for name, node_name in sources.items():
         kind = graph[node_name].type
-        integers = torch.round(recorder.found[name].double() / kind.scale).to(torch.int64) + kind.zero_point
+        integers = torch.round(values[name].double() / kind.scale).to(torch.int64) + kind.zero_point
         found[node_name] = integers.reshape(len(x), *kind.shape)
     return found
 
@@ -128,7 +113,6 @@ def compare(
     Args:
         model: calibrated, in eval mode.
         x: images, ``(n, channels, height, width)``.
-        target, threads: of the compiled module.
 
     Returns:
         the rows in network order, and the share of images whose top-1 is the same in PyTorch and on the device.
@@ -174,28 +158,26 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     options = _options(arguments)
-    seed, classes = int(options["seed"]), int(options["num_classes"])
-    module, _ = settled_network(options["model"], options["library"], int(options["size"]), seed, classes)
+    seed, classes, size = (int(options[name]) for name in ("seed", "num_classes", "size"))
+    module, _ = settled_network(options["model"], options["library"], size, seed, classes)
     if options["checkpoint"]:
         module.load_state_dict(torch.load(options["checkpoint"], weights_only=True))
-    generator = torch.Generator().manual_seed(seed + 1)
-    size = int(options["size"])
-    x = torch.randn(int(options["images"]), 3, size, size, generator=generator)
+    x = torch.randn(int(options["images"]), 3, size, size, generator=torch.Generator().manual_seed(seed + 1))
     if "mixed" in (options["weight"], options["activation"]):
         bits = random_bits(module, seed)
     else:
         bits = BitConfig.uniform(module, int(options["weight"]), int(options["activation"]))
     rows, same = compare(calibrated(module, bits, x), x, options["target"], int(options["threads"]))
-    console = Console(width=None if Console().is_terminal else 160)
+    console = console_of(160)
     title = f"{options['model']}, W{options['weight']}A{options['activation']}, {len(x)} images of {size} px"
     headings = ("tensor", "operator", "elements", "alone: max", "equal", "whole: max", "equal", "cosine", "compiled")
-    table = table_of(title, headings, ("tensor", "operator"))
+    cells = []
     for row in rows:
-        alone = (str(row.alone.largest), f"{row.alone.equal:.4%}")
-        whole = (str(row.whole.largest), f"{row.whole.equal:.2%}", f"{row.whole.cosine:.6f}")
-        inside = "in kernel" if row.compiled is None else str(row.compiled)
-        table.add_row(row.node, row.kind, str(row.elements), *alone, *whole, inside)
-    console.print(table)
+        alone = (row.alone.largest, f"{row.alone.equal:.4%}")
+        whole = (row.whole.largest, f"{row.whole.equal:.2%}", f"{row.whole.cosine:.6f}")
+        inside = "in kernel" if row.compiled is None else row.compiled
+        cells.append((row.node, row.kind, row.elements, *alone, *whole, inside))
+    console.print(table_of(title, headings, ("tensor", "operator"), cells))
     differing = sum(row.compiled or 0 for row in rows)
     elements = sum(row.elements for row in rows)
     unequal = sum((1 - row.alone.equal) * row.elements for row in rows)
