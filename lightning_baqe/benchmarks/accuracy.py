@@ -29,14 +29,13 @@ The settings, :data:`SETTINGS`, and why:
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from lightning_baqe.benchmarks.accuracy_rows import (
@@ -49,7 +48,7 @@ from lightning_baqe.benchmarks.accuracy_rows import (
     find_row,
     measure_row,
 )
-from lightning_baqe.benchmarks.setups import check_positive, table_of
+from lightning_baqe.benchmarks.setups import check_positive, console_of, parser_of, table_of
 from lightning_baqe.files import Rows
 
 SETTINGS = {
@@ -70,6 +69,7 @@ BELOW_FLOAT = {
     ("mobilenet_v2", "w4a4"): 4.0,
 }
 FROM_FAKE_QUANT = 0.2
+KINDS = ("float", "fake_quant", "deployed")
 _TEXTS = ("network", "bits", "limits")  # columns
 
 
@@ -99,29 +99,28 @@ def row_table(rows: list[dict[str, Any]]) -> Table:
     """Every row: accuracies in percent, differences in points of the test split."""
     headings = ("network", "bits", "seed", "float val", "test", "fake-quant val", "test", "deployed val", "test",
                 "below float", "from fake-quant", "limits")  # fmt: skip
-    table = table_of("accuracy in %, differences in points of the test split", headings, _TEXTS)
-    for row in rows:
-        figures = [f"{100 * row[kind][split]:.2f}" for kind in ("float", "fake_quant", "deployed")
-                   for split in ("val", "test")]  # fmt: skip
-        verdict = "; ".join(failures(row)) or "hold"
-        table.add_row(row["network"], row["bits"], str(row["seed"]), *figures, f"{drop(row):+.2f}", f"{gap(row):+.2f}",
-                      verdict)  # fmt: skip
-    return table
+    cells = (
+        [
+            *(row["network"], row["bits"], row["seed"]),
+            *(f"{100 * row[kind][split]:.2f}" for kind in KINDS for split in ("val", "test")),
+            *(f"{drop(row):+.2f}", f"{gap(row):+.2f}", "; ".join(failures(row)) or "hold"),
+        ]
+        for row in rows
+    )
+    return table_of("accuracy in %, differences in points of the test split", headings, _TEXTS, cells)
 
 
 def mean_table(rows: list[dict[str, Any]]) -> Table:
     """Mean and standard deviation over the seeds, by network and bits."""
     headings = ("network", "bits", "seeds", "float", "fake-quant", "deployed", "below float", "most", "limits")
-    table = table_of("test split, mean ± standard deviation over seeds", headings, _TEXTS)
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["network"], row["bits"]), []).append(row)
-    for (network, bits), group in groups.items():
-        figures = [_mean([100 * row[kind]["test"] for row in group]) for kind in ("float", "fake_quant", "deployed")]
+    cells = []
+    for network, bits in dict.fromkeys((row["network"], row["bits"]) for row in rows):
+        group = [row for row in rows if (row["network"], row["bits"]) == (network, bits)]
+        figures = [_mean([100 * row[kind]["test"] for row in group]) for kind in KINDS]
         drops = [drop(row) for row in group]
         verdict = "fail" if any(failures(row) for row in group) else "hold"
-        table.add_row(network, bits, str(len(group)), *figures, _mean(drops), f"{max(drops):+.2f}", verdict)
-    return table
+        cells.append([network, bits, len(group), *figures, _mean(drops), f"{max(drops):+.2f}", verdict])
+    return table_of("test split, mean ± standard deviation over seeds", headings, _TEXTS, cells)
 
 
 def _mean(values: list[float]) -> str:
@@ -135,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         the exit status: 0 if every row holds its limits, else 1.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--networks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="NETWORK")
     parser.add_argument("--bits", nargs="+", default=list(BITS), choices=list(BITS), metavar="BITS")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
@@ -147,27 +146,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     check_positive(parser, options, "threads", "float-epochs", "tuning-epochs")
     torch.set_num_threads(options.threads)
-    console = Console(width=150 if not Console().is_terminal else None)
+    console = console_of(150)
     shortest = 1 if options.smallest else None
     rows, found = Rows(options.folder / "rows.jsonl"), []
-    for network in options.networks:
+    sizes = SMALLEST if options.smallest else Sizes()
+    for network, seed, bits in itertools.product(options.networks, options.seeds, options.bits):
         settings = SETTINGS[network].with_epochs(options.float_epochs or shortest, options.tuning_epochs or shortest)
-        for seed in options.seeds:
-            for bits in options.bits:
-                sizes = SMALLEST if options.smallest else Sizes()
-                request = Request(network, bits, seed, sizes, settings)
-                row = find_row(rows, request)
-                if row is None:
-                    console.print(f"{network} {bits} seed {seed}")
-                    row = measure_row(request, options.folder, options.threads, console.print)
-                    rows.append(row)
-                found.append(row)
+        request = Request(network, bits, seed, sizes, settings)
+        row = find_row(rows, request)
+        if row is None:
+            console.print(f"{network} {bits} seed {seed}")
+            row = measure_row(request, options.folder, options.threads, console.print)
+            rows.append(row)
+        found.append(row)
     console.print(row_table(found), mean_table(found))
     broken = sum(bool(failures(row)) for row in found)
-    console.print(
-        f"{broken} of {len(found)} rows break a limit" if broken else f"all {len(found)} rows hold the limits"
-    )
-    return 1 if broken else 0
+    all_hold = f"all {len(found)} rows hold the limits"
+    console.print(f"{broken} of {len(found)} rows break a limit" if broken else all_hold)
+    return int(broken > 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Training:
-    """One training: AdamW with a schedule over all its steps.
-
-    Args:
-        epochs: of the training split.
-        learning_rate: the largest.
-        weight_decay: of weights.
-        scheduler: see :class:`~lightning_baqe.tasks.ImageClassifier`.
-    """
+    """One training: AdamW with a schedule over all its steps, at this largest rate."""
 
     epochs: int
     learning_rate: float
@@ -56,9 +49,7 @@ class Settings:
     """How one network is trained.
 
     Args:
-        float_training: of the float network.
-        tuning: by bits, of the quantized ones.
-        batch_size: of both.
+        tuning: by bits, of the quantized networks.
         weight, temperature: of :class:`~lightning_baqe.callbacks.Distillation`.
         calibration_batches: training batches that the quantizers start from.
     """
@@ -72,13 +63,12 @@ class Settings:
 
     def with_epochs(self, float_epochs: int | None, tuning_epochs: int | None) -> Settings:
         """The same with other numbers of epochs; None: as they are."""
-        changed = self
+        float_training, tuning = self.float_training, self.tuning
         if float_epochs is not None:
-            changed = replace(changed, float_training=replace(self.float_training, epochs=float_epochs))
+            float_training = replace(float_training, epochs=float_epochs)
         if tuning_epochs is not None:
-            tuning = {bits: replace(training, epochs=tuning_epochs) for bits, training in self.tuning.items()}
-            changed = replace(changed, tuning=tuning)
-        return changed
+            tuning = {bits: replace(training, epochs=tuning_epochs) for bits, training in tuning.items()}
+        return replace(self, float_training=float_training, tuning=tuning)
 
 
 @dataclass(frozen=True)
@@ -95,15 +85,7 @@ SMALLEST = Sizes(32, 16, 16)
 
 @dataclass(frozen=True)
 class Request:
-    """What one row is measured on.
-
-    Args:
-        network: torchvision's name.
-        bits: a key of :data:`BITS`.
-        seed: of the images, the weights and the order of training.
-        sizes: of the splits.
-        settings: of the training.
-    """
+    """What one row is measured on; ``bits`` are a key of :data:`BITS`, the seed draws images, weights and order."""
 
     network: str
     bits: str
@@ -153,8 +135,8 @@ quiet_trainer = partial(
 class _Curve(pl.Callback):
     """Accuracy and seconds of each epoch, kept beside the checkpoint, over interruptions, too."""
 
-    def __init__(self, path: Path, metric: str, say: Say) -> None:
-        self.path, self.metric, self.say = path, metric, say
+    def __init__(self, path: Path, say: Say) -> None:
+        self.path, self.say = path, say
         self.curve: list[float] = []
         self.seconds = 0.0
         self._started = 0.0
@@ -170,7 +152,7 @@ class _Curve(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The epoch's checkpoint is written after this.
-        self.curve.append(round(float(trainer.callback_metrics[self.metric]), 6))
+        self.curve.append(round(float(trainer.callback_metrics["val/acc"]), 6))
         self.seconds += time.perf_counter() - self._started
         self.say(f"  {self.path.stem} epoch {len(self.curve)}/{trainer.max_epochs}: validation {self.curve[-1]:.2%}")
 
@@ -178,24 +160,20 @@ class _Curve(pl.Callback):
         self.path.write_text(json.dumps(self.state_dict()))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Trained:
-    """A network and how it came about."""
+    """A network and how it came about; accuracies of the validation and the test split."""
 
     net: nn.Module
     curve: list[float]
     seconds: float
-    accuracy: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float]
 
 
 def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[str, Any]:
     """Train what is not trained yet, deploy, and take every accuracy.
 
-    Args:
-        request: what to measure.
-        folder: of the checkpoints; what an interrupted call left there is gone on from.
-        threads: of the compiled network.
-        say: told of every epoch.
+    What an interrupted call left in the folder is gone on from; ``say`` is told of every epoch.
 
     Returns:
         the row: ``key``, accuracies 0..1 of ``val`` and ``test``, curves of the validation accuracy by epoch, seconds.
@@ -203,16 +181,19 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     Raises:
         BuildError: the compiled network differs from its integer reference.
     """
-    data = GlyphsDataModule(
-        request.sizes.train,
-        request.sizes.val,
-        request.sizes.test,
-        min(request.settings.batch_size, request.sizes.train),
-        request.seed,
-    )
+    settings = request.settings
+    data, task = float_task(request.network, settings, request.sizes, request.seed)
     data.prepare_data()
-    float_net = _float(request, data, folder, say)
-    tuned = _tuned(request, data, float_net, folder, say)
+    kept = request.checkpoint(folder, quantized=False)
+    float_net = _fit(task, data, kept, settings.float_training.epochs, [], say)
+    pl.seed_everything(request.seed, verbose=False)
+    tuning = settings.tuning[request.bits]
+    task = _task(copy.deepcopy(float_net.net), data, tuning)
+    quantized = task.quantize(BitConfig.uniform(float_net.net, *BITS[request.bits]), data.example_input)
+    calibrate(quantized, data.train_dataloader(), settings.calibration_batches)
+    teacher = Distillation("net", float_net.net, settings.weight, settings.temperature)
+    kept = request.checkpoint(folder, quantized=True)
+    tuned = _fit(task, data, kept, tuning.epochs, [teacher], say)
     assert isinstance(tuned.net, QuantizedModel)
     start = time.perf_counter()
     graph = lower(tuned.net)
@@ -222,7 +203,7 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     if any(wrong.values()):
         raise BuildError(
             f"the compiled network differs from its reference at { {k: v for k, v in wrong.items() if v} }; please "
-            f"report it with {request.checkpoint(folder, quantized=True)}"
+            f"report it with {kept}"
         )
     deployed = {split: deployed_accuracy(artifact, loader) for split, loader in _loaders(data).items()}
     return {
@@ -248,28 +229,15 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     }
 
 
-def _float(request: Request, data: GlyphsDataModule, folder: Path, say: Say) -> _Trained:
-    pl.seed_everything(request.seed, verbose=False)
-    net = network(request.network, data.num_classes).to(memory_format=torch.channels_last)
-    training = request.settings.float_training
-    task = task_of(net, data, training)
-    return _fit(task, data, request.checkpoint(folder, quantized=False), training, [], say)
+def float_task(name: str, settings: Settings, sizes: Sizes, seed: int) -> tuple[GlyphsDataModule, ImageClassifier]:
+    """A seed's images, and the task of training its float network on them."""
+    data = GlyphsDataModule(sizes.train, sizes.val, sizes.test, min(settings.batch_size, sizes.train), seed)
+    pl.seed_everything(seed, verbose=False)
+    net = network(name, data.num_classes).to(memory_format=torch.channels_last)
+    return data, _task(net, data, settings.float_training)
 
 
-def _tuned(request: Request, data: GlyphsDataModule, teacher: _Trained, folder: Path, say: Say) -> _Trained:
-    pl.seed_everything(request.seed, verbose=False)
-    weight, activation = BITS[request.bits]
-    settings = request.settings
-    task = task_of(copy.deepcopy(teacher.net), data, settings.tuning[request.bits])
-    quantized = task.quantize(BitConfig.uniform(teacher.net, weight, activation), data.example_input)
-    calibrate(quantized, data.train_dataloader(), settings.calibration_batches)
-    distillation = Distillation("net", teacher.net, settings.weight, settings.temperature)
-    checkpoint = request.checkpoint(folder, quantized=True)
-    return _fit(task, data, checkpoint, settings.tuning[request.bits], [distillation], say)
-
-
-def task_of(net: nn.Module, data: GlyphsDataModule, training: Training) -> ImageClassifier:
-    """The task of one training."""
+def _task(net: nn.Module, data: GlyphsDataModule, training: Training) -> ImageClassifier:
     return ImageClassifier(
         net, data.num_classes, training.learning_rate, training.weight_decay, scheduler=training.scheduler
     )
@@ -279,19 +247,19 @@ def _fit(
     task: ImageClassifier,
     data: GlyphsDataModule,
     checkpoint: Path,
-    training: Training,
+    epochs: int,
     callbacks: list[pl.Callback],
     say: Say,
 ) -> _Trained:
     """Train to the epoch of best validation accuracy, or read what was trained; then both accuracies."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    curve = _Curve(checkpoint.with_suffix(".json"), "val/acc", say)
+    curve = _Curve(checkpoint.with_suffix(".json"), say)
 
     def trainer(**options: Any) -> pl.Trainer:
         options["callbacks"] = [*options["callbacks"], curve, *callbacks]
         return quiet_trainer(**options)
 
-    fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer)
+    fit_to_checkpoint(task, data, checkpoint, epochs, trainer)
     kept = json.loads(curve.path.read_text())
     device = torch.device("cpu")
     accuracy = {split: module_accuracy(task.net, loader, device) for split, loader in _loaders(data).items()}

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.landscape_accuracy import Trial, float_network, measure_rows, row_key
-from lightning_baqe.benchmarks.setups import check_positive, table_of
+from lightning_baqe.benchmarks.setups import check_positive, console_of, parser_of, table_of
 from lightning_baqe.costs.accuracy_models import choose, spread_of_repeats
 from lightning_baqe.costs.structure import Structure
 from lightning_baqe.errors import BaqeError, ConfigError
@@ -54,13 +54,10 @@ class Request:
     """What is made.
 
     Args:
-        network: torchvision's name.
         configs: different bit-configs to train, repeats apart.
         tiles: of each kernel's grid.
         points: whole networks that the latency is checked on.
-        folder: of everything measured.
-        trial: what a trial does.
-        device: measures, and keeps its records in the folder.
+        device: measures, and keeps its records in the folder of everything measured.
     """
 
     network: str
@@ -76,17 +73,6 @@ class Request:
         """Of the landscape."""
         return f"{self.network}_glyphs"
 
-    @property
-    def command(self) -> str:
-        """What makes it, with or without interruptions."""
-        counts = f"--configs {self.configs} --tiles {self.tiles} --points {self.points}"
-        return f"{PROGRAM} --network {self.network} {counts}"
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """All that the accuracies depend on."""
-        return row_key(self.network, self.trial)
-
     def subject(self) -> latency.Subject:
         """The network, trained, with a batch to calibrate on."""
         net = float_network(self.network, self.trial, self.folder / "float.ckpt", print)
@@ -100,8 +86,7 @@ class Request:
 def accuracy_stage(request: Request, share: tuple[int, int], console: Console) -> None:
     """Train and deploy what is missing."""
     rows = measure_rows(request.network, request.configs, request.folder, request.trial, share, console.print)
-    left = next(rows)
-    _follow(console, "bit-configs", ((left - now, left) for now in rows), left)
+    _follow(console, "bit-configs", _counted(rows))
 
 
 def latency_stage(request: Request, console: Console) -> None:
@@ -111,19 +96,24 @@ def latency_stage(request: Request, console: Console) -> None:
     table = latency.KernelTable(subject.target, request.folder, request.device)
     # First, since tuning measures some of the grid's kernels again.
     latency.measure_float(subject, request.device, request.folder)
-    steps = table.measure(grid.kernels())
-    done, total = next(steps)
-    _follow(console, "kernels", steps, total, done)
+    _follow(console, "kernels", table.measure(grid.kernels()))
     structure = Structure(subject.net, tuple(subject.images.shape[1:]))
     latency.measure_conversions(subject, structure, grid.space, request.device, request.folder)
     space = latency.tuned_defaults(grid, table)
     points = latency.whole_points(space, request.points)
     whole = latency.measure_whole(subject, space, points, request.device, request.folder)
-    left = next(whole)
-    _follow(console, "whole networks", ((left - now, left) for now in whole), left)
+    _follow(console, "whole networks", _counted(whole))
 
 
-def _follow(console: Console, what: str, steps: Iterator[tuple[int, int]], total: int, done: int = 0) -> None:
+def _counted(left: Iterator[int]) -> Iterator[tuple[int, int]]:
+    """``(done, total)`` of steps that say how many are left, the first time before any is done."""
+    total = next(left)
+    yield 0, total
+    yield from ((total - now, total) for now in left)
+
+
+def _follow(console: Console, what: str, steps: Iterator[tuple[int, int]]) -> None:
+    done, total = next(steps)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total, completed=done)
@@ -151,11 +141,13 @@ def make_record(request: Request) -> dict[str, Any]:
     points = {latency.point_key(point): point for point in latency.whole_points(space, request.points)}
     found = Rows(latency.rows_folder(request.folder, request.device) / "whole.jsonl").read()
     whole = [row for row in found if row["point"] in points]
-    rows = [row for row in Rows(request.folder / "rows.jsonl").read() if row["key"] == request.key]
+    key = row_key(request.network, request.trial)
+    rows = [row for row in Rows(request.folder / "rows.jsonl").read() if row["key"] == key]
     if len(whole) < 5:
         raise ConfigError(f"{len(whole)} whole networks are measured, 5 or more are wanted: run the latency stage")
     reference = latency.measure_float(subject, request.device, request.folder)
-    accuracy, seconds = _accuracy(rows, tuple(space.bit_choices)), _seconds(rows, whole)
+    accuracy = _accuracy(rows, tuple(space.bit_choices))
+    counts = f"--configs {request.configs} --tiles {request.tiles} --points {request.points}"
     record: dict[str, Any] = {
         "format": FORMAT,
         "name": request.name,
@@ -173,25 +165,25 @@ def make_record(request: Request) -> dict[str, Any]:
         },
         "accuracy": accuracy,
         "scores": latency.sensitivities(subject),
-        "seconds": seconds,
+        "seconds": _seconds(rows, whole),
         "about": {
-            "command": request.command,
+            "command": f"{PROGRAM} --network {request.network} {counts}",
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "device": request.device.info(),
             "versions": {**versions(), **toolchain()},
             "tiles": request.tiles,
-            "trial": json.loads(json.dumps(request.key)),
+            "trial": json.loads(json.dumps(key)),
         },
     }
     plain = Landscape(record, net=subject.net)
-    parts = np.array([plain.parts(points[row["point"]]) for row in whole])
-    measured = np.array([row["latency_us"] for row in whole])
-    first = np.array([row["time"] == 0 for row in whole])
-    record["latency"]["correction"] = latency.fit_correction(parts[first], measured[first]).record()
+    first = [row for row in whole if row["time"] == 0]
+    parts = np.array([plain.parts(points[row["point"]]) for row in first])
+    measured = np.array([row["latency_us"] for row in first])
+    record["latency"]["correction"] = latency.fit_correction(parts, measured).record()
     record["about"]["latency_check"] = {
-        "networks": int(first.sum()),
+        "networks": len(first),
         "spread": record["latency"]["spread"],
-        **latency.check_latency(parts[first], measured[first]),
+        **latency.check_latency(parts, measured),
     }
     record["about"]["accuracy_check"] = accuracy["check"]
     return record
@@ -238,11 +230,11 @@ def print_record(record: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     title = f"accuracy: held-out predictions of {accuracy['bit_configs']} bit-configs, 10 folds"
-    table = table_of(title, ("model", "R2", "mean absolute error", "rank correlation"), ("model",))
+    cells: list[list[str]] = []
     for name, scores in accuracy["held_out"].items():
         shown = f"{name} *" if name == accuracy["chosen"] else name
-        table.add_row(shown, f"{scores['r2']:.3f}", f"{100 * scores['mae']:.2f} points", f"{scores['spearman']:.3f}")
-    console.print(table)
+        cells.append([shown, f"{scores['r2']:.3f}", f"{100 * scores['mae']:.2f} points", f"{scores['spearman']:.3f}"])
+    console.print(table_of(title, ("model", "R2", "mean absolute error", "rank correlation"), ("model",), cells))
     errors = accuracy["errors"]
     console.print(
         f"errors {100 * errors['min']:.2f} to {100 * errors['max']:.2f} %, standard deviation "
@@ -251,12 +243,11 @@ def print_record(record: dict[str, Any], console: Console) -> None:
     )
     title = f"latency: {check['networks']} whole networks, corrections fitted to others (5 folds)"
     headings = ("model", "rank correlation", "median error", "mean error", "largest error")
-    table = table_of(title, headings, ("model",))
+    cells = []
     for name in ("sum", "corrected"):
-        row = check[name]
-        relative = [f"{row[f'{kind}_relative_error']:.1%}" for kind in ("median", "mean", "largest")]
-        table.add_row(name, f"{row['spearman']:.3f}", *relative)
-    console.print(table)
+        relative = [f"{check[name][f'{kind}_relative_error']:.1%}" for kind in ("median", "mean", "largest")]
+        cells.append([name, f"{check[name]['spearman']:.3f}", *relative])
+    console.print(table_of(title, headings, ("model",), cells))
     factors = record["latency"]["correction"]
     console.print(
         f"latency = {factors['constant']:.1f} us + {factors['kernels']:.2f} kernels + {factors['conversions']:.2f} "
@@ -275,7 +266,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--network", default="resnet18", choices=list(SETTINGS))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE",
                         help=f"out of {', '.join(STAGES)}")  # fmt: skip
@@ -289,12 +280,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None, device: Device | None = None, trial: Trial | None = None) -> int:
-    """The command line.
-
-    Args:
-        arguments: of it; None: the program's.
-        device: that is measured; None: this machine.
-        trial: what a trial does; None: what those of the recipe do.
+    """The command line, for a device instead of this machine, and other trials than the recipe's, if they are given.
 
     Returns:
         the exit status: 0, or 1 after an error that says what to do.
@@ -311,7 +297,7 @@ def main(arguments: list[str] | None = None, device: Device | None = None, trial
         options.network, options.configs, options.tiles, options.points, folder, trial or Trial(),
         (device or Local()).keeping(folder / "records.db"),
     )  # fmt: skip
-    console = Console(width=140 if not Console().is_terminal else None, highlight=False)
+    console = console_of(140)
     try:
         if "accuracy" in options.stages:
             accuracy_stage(request, options.share, console)

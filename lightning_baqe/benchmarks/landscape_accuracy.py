@@ -22,14 +22,14 @@ import torch
 from torch import nn
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
-from lightning_baqe.benchmarks.accuracy_rows import Sizes, quiet_trainer, task_of
+from lightning_baqe.benchmarks.accuracy_rows import Sizes, float_task, quiet_trainer
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import CpuTarget, get_target
+from lightning_baqe.hardware.target import get_target
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.landscapes.latency_tables import WIDTHS, searched_layers, with_bits
@@ -37,7 +37,7 @@ from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
+from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint
 from lightning_baqe.tuning.network_space import NetworkSpace
 
 REPEATED = (4, 6, 8)  # uniform bits that are tuned again, in other orders: the spread of equal trials
@@ -70,11 +70,9 @@ class Trial:
     activation_range: str = "mse"
     float_sizes: Sizes = field(default_factory=Sizes)
 
-    def data(self, seed: int = 0, batch_size: int | None = None) -> GlyphsDataModule:
-        """The images of a trial; the seed draws them."""
-        return GlyphsDataModule(
-            self.train_size, self.val_size, self.test_size, batch_size or self.batch_size, seed, cache=True
-        )
+    def data(self) -> GlyphsDataModule:
+        """The images of every trial."""
+        return GlyphsDataModule(self.train_size, self.val_size, self.test_size, self.batch_size, 0, cache=True)
 
 
 def float_network(name: str, trial: Trial, checkpoint: Path, say: Say) -> nn.Module:
@@ -84,66 +82,32 @@ def float_network(name: str, trial: Trial, checkpoint: Path, say: Say) -> nn.Mod
         name: torchvision's; one that :data:`~lightning_baqe.benchmarks.accuracy.SETTINGS` knows.
         trial: whose ``float_sizes`` count.
         checkpoint: of the training; read if it exists.
-        say: told that a training begins.
     """
-    settings = SETTINGS[name]
-    training, sizes = settings.float_training, trial.float_sizes
-    data = GlyphsDataModule(sizes.train, sizes.val, sizes.test, min(settings.batch_size, sizes.train), 0)
-    pl.seed_everything(0, verbose=False)
-    net = network(name, data.num_classes).to(memory_format=torch.channels_last)
-    task = task_of(net, data, training)
+    settings, sizes = SETTINGS[name], trial.float_sizes
+    data, task = float_task(name, settings, sizes, 0)
     if not checkpoint.exists():
-        say(f"training {name} in float, {training.epochs} epochs of {sizes.train} images")
+        say(f"training {name} in float, {settings.float_training.epochs} epochs of {sizes.train} images")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    fit_to_checkpoint(task, data, checkpoint, training.epochs, quiet_trainer)
-    return net.to(memory_format=torch.contiguous_format).eval()
+    fit_to_checkpoint(task, data, checkpoint, settings.float_training.epochs, quiet_trainer)
+    return task.net.to(memory_format=torch.contiguous_format).eval()
 
 
-def bit_configs(base: BitConfig, n: int, seed: int = 0) -> list[dict[str, int]]:
-    """The bits to train: the uniform ones, then as a search's pool has them; more of them begin with the same.
-
-    Args:
-        base: the network's layers.
-        n: how many different ones.
-        seed: of the pool.
-    """
+def bit_configs(base: BitConfig, n: int) -> list[dict[str, int]]:
+    """So many different bits to train: the uniform ones, then as a search's pool has them; more begin with the same."""
     layers = searched_layers(base)
     space = NetworkSpace(base, dict.fromkeys(layers, WIDTHS), {}, {})
     uniform = [dict.fromkeys(layers, width) for width in reversed(WIDTHS)]
-    drawn = [
-        {layer: point[f"{layer}/bits"] for layer in layers}
-        for point in space.candidates(2 * n, np.random.default_rng(seed))
-    ]
+    pool = space.candidates(2 * n, np.random.default_rng(0))
+    drawn = [{layer: point[f"{layer}/bits"] for layer in layers} for point in pool]
     return (uniform + [bits for bits in drawn if bits not in uniform])[:n]
 
 
-def wanted_rows(base: BitConfig, n: int, seed: int = 0) -> list[tuple[int, dict[str, int]]]:
+def wanted_rows(base: BitConfig, n: int) -> list[tuple[int, dict[str, int]]]:
     """``(number, bits)`` of all rows, a few bit-configs repeated; the number draws the order of the images."""
-    configs = bit_configs(base, n, seed)
+    first = list(enumerate(bit_configs(base, n)))
     again = [dict.fromkeys(searched_layers(base), width) for width in REPEATED for _ in range(REPEATS)]
-    first = list(enumerate(configs))
-    repeats = [(1_000_000 + index, bits) for index, bits in enumerate(again)]
+    repeats = list(enumerate(again, 1_000_000))
     return first[:REPEATED_AT] + repeats + first[REPEATED_AT:]
-
-
-class CompiledKernels:
-    """Classifies with compiled kernels that all networks of one target share.
-
-    Args:
-        target: compiled for; one thread.
-    """
-
-    def __init__(self, target: CpuTarget) -> None:
-        self.target = target
-        self._compiled: dict[str, Callable[..., Any]] = {}
-
-    def deploy(self, graph: IntegerGraph) -> Callable[[np.ndarray], np.ndarray]:
-        """A function of a float32 image ``(1, channels, height, width)`` to its logits.
-
-        Raises:
-            BuildError: an operator without a kernel.
-        """
-        return KernelProfile(make_plan(graph, BuildOptions(self.target)), graph.input_shape, self._compiled).run
 
 
 def deployed_accuracy(
@@ -166,7 +130,7 @@ def deployed_accuracy(
 
 
 def measure_bits(
-    net: nn.Module, bits: BitConfig, number: int, trial: Trial, data: GlyphsDataModule, kernels: CompiledKernels
+    net: nn.Module, bits: BitConfig, number: int, trial: Trial, data: GlyphsDataModule, compiled: dict[str, Any]
 ) -> dict[str, Any]:
     """Tune and deploy one bit-config.
 
@@ -174,9 +138,8 @@ def measure_bits(
         net: the float network, left as it is.
         bits: of all layers.
         number: of the row; draws the order of the images and what dropout drops.
-        trial: how.
         data: the images, ``setup`` for fitting.
-        kernels: compiled so far.
+        compiled: kernels so far, for :class:`~lightning_baqe.measurement.profile.KernelProfile`; new ones are added.
 
     Returns:
         ``{"accuracy": deployed, 0..1, "size_bytes", "seconds": {"train", "build", "evaluate"}}``.
@@ -191,12 +154,14 @@ def measure_bits(
     loader = torch.utils.data.DataLoader(
         data.dataset("train"), trial.batch_size, shuffle=True, drop_last=True, generator=order
     )
-    limits: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": trial.steps, "limit_val_batches": 0}
-    trainer = quiet_trainer(**limits, enable_checkpointing=False)
+    trainer = quiet_trainer(
+        max_epochs=1, limit_train_batches=trial.steps, limit_val_batches=0, enable_checkpointing=False
+    )
     trainer.fit(task, loader, data.val_dataloader())
     tuned = time.perf_counter()
     graph = lower(quantized)
-    run = kernels.deploy(graph)
+    plan = make_plan(graph, BuildOptions(get_target("native")))
+    run = KernelProfile(plan, graph.input_shape, compiled).run
     built = time.perf_counter()
     accuracy = deployed_accuracy(run, graph, data.val_dataloader())
     seconds = {"train": tuned - started, "build": built - tuned, "evaluate": time.perf_counter() - built}
@@ -217,9 +182,7 @@ def measure_rows(
         name: of the network.
         n: different bit-configs.
         folder: with ``rows.jsonl`` and ``float.ckpt``.
-        trial: how.
         share: ``(k, m)``: every m-th of the rows, from the k-th on, for processes that share a folder.
-        say: told of the float training.
 
     Yields:
         how many rows of this share are left, first before anything is measured.
@@ -230,11 +193,12 @@ def measure_rows(
     done = {row["number"] for row in rows.read() if row["key"] == key}
     left = [row for row in wanted_rows(base, n)[share[0] :: share[1]] if row[0] not in done]
     yield len(left)
-    data, kernels = trial.data(), CompiledKernels(get_target("native"))
+    data = trial.data()
+    compiled: dict[str, Any] = {}
     data.prepare_data()
     data.setup("fit")
     for index, (number, bits) in enumerate(left):
-        found = measure_bits(net, with_bits(base, bits), number, trial, data, kernels)
+        found = measure_bits(net, with_bits(base, bits), number, trial, data, compiled)
         about = {"device": device_info(1), "versions": versions(), "key": key}
         rows.append({"number": number, "bits": bits, **found, **about})
         yield len(left) - index - 1

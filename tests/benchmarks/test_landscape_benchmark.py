@@ -36,7 +36,7 @@ class Board(FakeDevice):
 
 @pytest.fixture
 def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Board]:
-    for module in (landscape_accuracy, landscapes):
+    for module in (accuracy_rows, landscapes):
         monkeypatch.setattr(module, "network", lambda name, classes: SmallestNet(classes))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = landscape_accuracy.SETTINGS["resnet18"].with_epochs(1, 1)
