@@ -57,7 +57,6 @@ from lightning_baqe.kernels.sample import sample_kernel
 from lightning_baqe.kernels.specs import kernel_key
 from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
-from lightning_baqe.measurement.database import KernelRecord
 from lightning_baqe.measurement.device import Kernel
 from lightning_baqe.tuning.bench import CONFIRM_ROUNDS, KernelBench, in_turns, save_arguments
 
