@@ -6,7 +6,7 @@ import copy
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import pytorch_lightning as pl
@@ -14,21 +14,18 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host, network_of
-from lightning_baqe.callbacks.preparation import prepare
 from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.errors import BaqeError
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.quantization.convert import QuantizedModel, quantize
-from lightning_baqe.runs.evaluation import evaluate, module_accuracy
+from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.runs.evaluation import module_accuracy
 from lightning_baqe.runs.loggers import log_entry, log_results
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.promises import Promises
-from lightning_baqe.runs.study import INTERRUPTED, SearchStudy, bits_entry
-from lightning_baqe.runs.summary import Baseline, Figures, Trial
-
-if TYPE_CHECKING:
-    from lightning_baqe.callbacks.bayesian_search import BayesianSearch
+from lightning_baqe.runs.search_arguments import SearchArguments
+from lightning_baqe.runs.search_context import SearchContext
+from lightning_baqe.runs.study import INTERRUPTED, bits_entry
+from lightning_baqe.runs.summary import Baseline, Trial
 
 WAIT_S = 1.0  # between looks at what other workers do
 
@@ -72,17 +69,14 @@ class SearchLoop:
         module: its LightningModule.
 
     Attributes:
-        network: the float classifier as the run began with it, on the CPU; ``example``: one input of it.
-        calibration: inputs of the first training batches, on the CPU.
-        supported: ``{layer: bits that the device has kernels for}``; None: all.
-        wanted: complete trials to reach.
-        study, progress, validation, space: rank zero's.
+        context: what the search works with; ``study`` and ``progress`` are its own.
+        space: rank zero's, once it is started.
 
     Raises:
         ConfigError: the search cannot work with this module, its loaders or this run folder.
     """
 
-    def __init__(self, arguments: BayesianSearch, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def __init__(self, arguments: SearchArguments, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.arguments, self.trainer = arguments, trainer
         self.host = Host(trainer, module, arguments.network)
         self.gave_up: str | None = None
@@ -90,50 +84,31 @@ class SearchLoop:
         self._next: _Turn | None = None
         self._promises: Promises | None = None
         self._closed = False
-        self.dry = is_dry_run(trainer)  # one epoch: one trial, nothing else
-        self.wanted = 1 if self.dry else arguments.trials
-        self._planned = {} if self.dry else {f"w{bits}a{bits}": bits for bits in arguments.baselines}
-        self.run_dir = Path(arguments.run_dir or Path(trainer.default_root_dir) / "outputs" / "bayesian_search")
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.host.restore_float(self.run_dir / "checkpoints" / "float.pt")
+        dry = is_dry_run(trainer)  # one epoch: one trial, nothing else
+        self._planned = {} if dry else {f"w{bits}a{bits}": bits for bits in arguments.baselines}
+        run_dir = Path(arguments.run_dir or Path(trainer.default_root_dir) / "outputs" / "bayesian_search")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.host.restore_float(run_dir / "checkpoints" / "float.pt")
         self._original = network_of(module, arguments.network)
-        self.network = copy.deepcopy(self._original).cpu()
-        self.calibration = self.host.training_images(arguments.calibration_batches)
-        self.supported = arguments.check_bits(self.network)
-        example = self.calibration[0][:1] if arguments.example_input is None else arguments.example_input
-        self.example = example.detach().cpu()
+        images = self.host.training_images(arguments.calibration_batches)
+        network = copy.deepcopy(self._original).cpu()
+        self.context = SearchContext(arguments, network, images, run_dir, self.host.dataset_name, dry)
         if not self.trainer.is_global_zero:
             return
-        self.validation = self.host.validation_batches()
-        about = {
-            "recipe": arguments.recipe,
-            "model": arguments.model_name or type(self.network).__name__,
-            "dataset": self.host.dataset_name,
-            "device": arguments.measured_on.info(arguments.threads),
-        }
-        self.study = SearchStudy(self.run_dir, arguments.storage, about, arguments.study_name)
+        self.context.open(self.host.validation_batches())
         theirs = trainer.progress_bar_callback
-        total = self.wanted + len(self._planned)
+        total = self.context.wanted + len(self._planned)
         self.progress = SearchProgress(total, arguments.progress and theirs is None, theirs)
+        self.study, self.context.progress = self.context.study, self.progress
 
     def start(self) -> None:
         """Find out what is known before the first trial, and choose what comes first."""
         if self.trainer.is_global_zero:
             with self.study.lock:  # one worker prepares, the others wait and find everything there
-                self.space, self._promises = prepare(self)
+                self.space, self._promises = self.context.prepare()
             summary = self.study.write()
             self.progress.update("resumed" if summary.done_count else "started", summary)
         self._choose()
-
-    def quantized(self, bits: BitConfig, batches: int | None = None) -> QuantizedModel:
-        """The float network at other bits, calibrated on so many of the training batches; None: on all of them."""
-        model = quantize(self.network, bits, self.example, activation_range=self.arguments.activation_range)
-        return calibrate(model, self.calibration[:batches])
-
-    def evaluate(self, model: QuantizedModel, name: str, schedules: Schedules | str | None = None) -> Figures:
-        """A network's figures on the device; its artifact gets the name. Without schedules: the best known ones."""
-        given, folder = self.arguments, self.run_dir / "artifacts" / name
-        return evaluate(model, self.validation, folder, given.options, schedules, given.measured_on, given.measurement)
 
     # -- what comes next ----------------------------------------------------------------------------------------------
 
@@ -157,7 +132,7 @@ class SearchLoop:
     def _is_over(self) -> bool:
         """Whether nothing is left to do, or too much has failed; ``gave_up`` tells of the latter."""
         evaluated = {entry.name for entry in self.study.baselines}
-        if self.study.complete_count >= self.wanted and self._planned.keys() <= evaluated:
+        if self.study.complete_count >= self.context.wanted and self._planned.keys() <= evaluated:
             return True
         failed = [entry for entry in self.study.trials() if entry.state == "failed" and entry.error != INTERRUPTED]
         if len(failed) >= self.arguments.max_failures:
@@ -170,10 +145,10 @@ class SearchLoop:
         if name is not None:
             self.progress.update(f"baseline {name}")
             bits = self._planned[name]
-            return _Turn(BitConfig.uniform(self.network, bits, bits), name)
+            return _Turn(BitConfig.uniform(self.context.network, bits, bits), name)
         while True:
             start = time.perf_counter()
-            asked = self.study.ask(self.wanted)
+            asked = self.study.ask(self.context.wanted)
             if asked is None:
                 return None
             trial, phase = asked
@@ -184,7 +159,7 @@ class SearchLoop:
             if self._promises is None:
                 return turn
             start = time.perf_counter()
-            turn.model = self.quantized(config).to(self.host.module.device)
+            turn.model = self.context.quantized(config).to(self.host.module.device)
             turn.spent["estimate"] = time.perf_counter() - start
             if not self._gives_up(turn):
                 turn.spent["estimate"] = time.perf_counter() - start
@@ -210,7 +185,7 @@ class SearchLoop:
         bits: Any = self.trainer.strategy.broadcast(None if turn is None else turn.bits.to_json())
         turn = turn or _Turn(BitConfig.from_json(bits))
         turn.started = time.perf_counter()
-        turn.model = turn.model or self.quantized(turn.bits)
+        turn.model = turn.model or self.context.quantized(turn.bits)
         self.host.install(turn.model)
         self._turn = turn
 
@@ -258,9 +233,9 @@ class SearchLoop:
         if turn.failure is None:
             try:
                 device = next(model.parameters()).device
-                fake = module_accuracy(model, self.validation, device)
+                fake = module_accuracy(model, self.context.validation, device)
                 model = model if device.type == "cpu" else copy.deepcopy(model).cpu()
-                entry = entry.completed(self.evaluate(model, entry.key, turn.schedules), fake)
+                entry = entry.completed(self.context.evaluate(model, entry.key, turn.schedules), fake)
             except BaqeError as error:
                 turn.failure = f"{type(error).__name__}: {error}"
         if turn.failure is not None:
@@ -291,15 +266,15 @@ class SearchLoop:
         if self.study.float_result is not None:
             summary = self.study.write(report=True)  # what was found is safe before the test split is touched
             if test:
-                if self.study.complete_count < self.wanted and self.gave_up is None:
+                if self.study.complete_count < self.context.wanted and self.gave_up is None:
                     self.progress.warn(
-                        f"The trainer ended after {self.study.complete_count} of {self.wanted} trials; "
+                        f"The trainer ended after {self.study.complete_count} of {self.context.wanted} trials; "
                         "Trainer(max_epochs=-1) lets the search end it. The same run_dir goes on."
                     )
                 batches = self.host.test_batches()
                 if batches is not None:
                     self.study.test_front(batches, self.arguments.measured_on)
                     summary = self.study.write(report=True)
-                log_results(self.trainer.loggers, summary, self.run_dir)
+                log_results(self.trainer.loggers, summary, self.context.run_dir)
         self.study.close()
         self.progress.close()

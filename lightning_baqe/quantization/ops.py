@@ -232,7 +232,7 @@ def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
 def _pointwise(found: pointwise.Pointwise | None, tensors: tuple[fx.Node, ...], module: nn.Module | None = None) -> Op:
     if found is None:
         return Op("other", tensors, {}, module)
-    clips = {(0.0, 6.0): "relu6", (0.0, float("inf")): "relu"}
+    clips: dict[tuple[float, ...], str] = {(0.0, 6.0): "relu6", (0.0, float("inf")): "relu"}
     name = clips.get(found.parameters, found.name) if found.name == "clamp" else found.name
     if name in ("relu", "relu6"):
         return Op(name, tensors, {}, module)

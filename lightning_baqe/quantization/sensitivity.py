@@ -35,7 +35,7 @@ def layer_scores(model: QuantizedModel, images: torch.Tensor) -> dict[str, float
     images = images.to(next(model.parameters()).device)
     everything = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
 
-    def log_probabilities(idle: list[nn.Module]) -> torch.Tensor:
+    def log_probabilities(idle: Sequence[nn.Module]) -> torch.Tensor:
         with _idle(idle):
             return functional.log_softmax(model(images).flatten(1), dim=1)
 

@@ -35,7 +35,8 @@ def hypervolume_over_trials(summary: Summary) -> list[tuple[int, float]]:
         return []
     front, volume, curve = ParetoArchive(), 0.0, []
     for entry in sorted(summary.complete, key=lambda entry: -1 if entry.number is None else entry.number):
-        if front.offer(objectives(entry, of)).joined:
+        joined, _ = front.offer(objectives(entry, of))
+        if joined:
             volume = hypervolume(torch.tensor(front.points, dtype=torch.float64), summary.reference_point)
         if entry.number is not None:
             curve.append((entry.number, volume))

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
 import lightning_baqe.recipes
-from lightning_baqe.callbacks import BayesianSearch, search_loop
+from lightning_baqe.callbacks import BayesianSearch
 from lightning_baqe.data import DigitsDataModule
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
 from lightning_baqe.hardware.description import DeviceDescription
 from lightning_baqe.measurement.device import Kernel
+from lightning_baqe.runs import search_context
 from lightning_baqe.runs.study import SearchStudy
 
 Make = Callable[..., Any]
@@ -155,14 +156,14 @@ def test_a_device_that_fuses_no_sums(tmp_path: Path, foreign: Make, search: Make
 def test_every_network_gets_the_activation_range(
     monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
 ) -> None:
-    original, seen = search_loop.quantize, []
+    original, seen = search_context.quantize, []
 
     def spy(*args: Any, **options: Any) -> Any:
         made = original(*args, **options)
         seen.extend(quantizer.range_method for quantizer in made.quantizers().values())
         return made
 
-    monkeypatch.setattr(search_loop, "quantize", spy)
+    monkeypatch.setattr(search_context, "quantize", spy)
     callback = search(activation_range="percentile:99", bit_choices=(4, 8))
     fit(foreign(), callback, digits, fast_dev_run=True, max_epochs=1)
     assert len(seen) > 10
