@@ -23,23 +23,15 @@ def constants(plan: Plan) -> list[np.ndarray]:
 
 
 def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObjects | None = None) -> Any:
-    """Compile those kernels that never were, and the functions that call them.
+    """Compile those kernels that never were, and the functions that call them, to a ``tvm.relax.Executable``.
 
     To Relax, kernels are packed functions known by name, whose object files are linked to the module.
 
     The module has two functions of (image, *constants): ``main`` returns the logits, ``main_all`` a tuple of every
     call's result in order.
 
-    Args:
-        plan: the kernel calls.
-        input_shape: ``(channels, height, width)``.
-        objects: where compiled kernels are kept; by default the user's.
-
-    Returns:
-        a ``tvm.relax.Executable``.
-
-    Raises:
-        BuildError: TVM or LLVM refuses the module.
+    ``input_shape`` is ``(channels, height, width)``; ``objects`` keeps compiled kernels, by default the user's.
+    BuildError where TVM or LLVM refuses the module.
     """
     builder = relax.BlockBuilder()
     for name, keep_all in ((MAIN, False), (ALL, True)):

@@ -19,10 +19,8 @@ NO_GENERATORS = ("errors", "files", "integer", "quantization")
 
 @functools.cache
 def generator_sources() -> tuple[Path, ...]:
-    """The sources of all that generates code and lays out its constants, found by following imports.
-
-    Raises:
-        RuntimeError: a module imports what is no file of this package.
+    """The sources of all that generates code and lays out its constants, found by following imports; RuntimeError where
+    a module imports what is no file of this package.
     """
     found: dict[str, Path] = {}
     waiting = list(ENTRY_POINTS)
@@ -45,11 +43,7 @@ def imported_modules(module: str, names: list[str]) -> list[str]:
 
 
 def module_path(name: str) -> Path:
-    """The file of a module of this package.
-
-    Raises:
-        RuntimeError: there is none.
-    """
+    """The file of a module of this package; RuntimeError where there is none."""
     path = PACKAGE.joinpath(*name.split(".")[1:])
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):
         if candidate.exists():

@@ -50,13 +50,8 @@ class KernelObjects:
     def library(self, key: str, target: CpuTarget, function: Callable[[], Any]) -> Any:
         """A kernel's machine code as a TVM module that can be linked, with the functions ``key`` and ``main``.
 
-        Args:
-            key: of :func:`~lightning_baqe.deploy.calls.kernel_key`.
-            target: what it is compiled for.
-            function: makes its TIR; called only if it must be compiled.
-
-        Raises:
-            RuntimeError, ValueError: TVM or LLVM refuses it.
+        ``key`` is of :func:`~lightning_baqe.deploy.calls.kernel_key`; ``function`` makes the TIR and is called only if
+        it must be compiled. RuntimeError or ValueError where TVM or LLVM refuses it.
         """
         path = self.path(key, target)
         content = self._read(path) if self._usable else None

@@ -16,12 +16,7 @@ _PRODUCTS = (ir.Linear, ir.FloatLinear)
 
 @dataclass(frozen=True)
 class Slice:
-    """A value's place in the buffer of a concatenation.
-
-    Args:
-        owner: the concatenation.
-        first: the value's first channel in it.
-    """
+    """A value's place in the buffer of a concatenation, its owner, from channel ``first`` on."""
 
     owner: str
     first: int
@@ -57,11 +52,8 @@ class Values:
                 self._alias[node.name] = self.root(node.inputs[0])
 
     def share(self, places: Mapping[str, Slice], shared_halos: Mapping[str, dict[int, int]]) -> None:
-        """Let values lie in the buffers of concatenations; see :mod:`lightning_baqe.deploy.in_place`.
-
-        Args:
-            places: of values.
-            shared_halos: ``{concatenation: {padding value: width}}`` of its buffer's halo.
+        """Let values lie in the buffers of concatenations, with halos of ``{concatenation: {padding value: width}}``;
+        see :mod:`lightning_baqe.deploy.in_place`.
         """
         self.places, self._shared_halos = dict(places), shared_halos
 
@@ -142,11 +134,7 @@ class Values:
         self._place(name, Layout(channels, height, width, stored, 0, "float32"), halos(readers))
 
     def image_shape(self) -> tuple[int, int, int]:
-        """The network's input shape.
-
-        Raises:
-            BuildError: it is no image.
-        """
+        """The network's input shape; BuildError where it is no image."""
         shape = self.graph.input_shape
         if len(shape) != 3:
             raise BuildError(f"networks take images (channels, height, width), got an input of shape {shape}")

@@ -54,8 +54,6 @@ def make_plan(
     """Plan all kernels of a graph.
 
     Args:
-        graph: what is compiled.
-        options: for which CPU, and how.
         schedules: ``{layer: {knob: value}}``; what is missing comes from ``best``, then from the template's default.
         best: looks up the best known knobs of a kernel.
         fuse: False keeps every node's value (for debugging).

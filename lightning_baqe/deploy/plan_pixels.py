@@ -46,17 +46,10 @@ class Kernel:
 def pixel_kernel(
     node: ir.Node, sources: list[Layout], kinds: list[ir.TensorType], result: Layout, target: CpuTarget
 ) -> Kernel:
-    """The kernel of a node.
+    """The kernel of a node that is no convolution, no matrix product and no input; BuildError where no kernel computes
+    it.
 
-    Args:
-        node: no convolution, no matrix product, no input.
-        sources: layouts of its inputs.
-        kinds: types of its inputs.
-        result: layout of its output.
-        target: for which CPU.
-
-    Raises:
-        BuildError: no kernel computes it.
+    ``sources`` and ``kinds`` are layouts and types of its inputs, ``result`` is the layout of its output.
     """
     source, limits = sources[0], _limits(node.type)
 

@@ -38,10 +38,8 @@ def recomputed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A node's value in the module, and the interpreter's from the module's inputs to it.
 
-    Args:
-        node: computed by a kernel of its own, or the last one in a kernel.
-        artifact, x: as in :func:`verify`.
-        values: of :meth:`~lightning_baqe.deploy.artifact.Artifact.run_all`.
+    The node has a kernel of its own, or is the last one in a kernel; ``values`` are of
+    :meth:`~lightning_baqe.deploy.artifact.Artifact.run_all`.
     """
     want = node.run(*(_input(name, artifact, values, x) for name in node.inputs))
     name = node.name if node.name in values else f"{node.name}.output"

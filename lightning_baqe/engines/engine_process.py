@@ -47,11 +47,7 @@ _UNIFORM = re.compile(r"ours-w([2-8])a([2-8])")
 
 
 def engine_name(text: str) -> str:
-    """The name itself, if there is such an engine.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The name itself, if there is such an engine; else ConfigError."""
     if text in ENGINES or _UNIFORM.fullmatch(text):
         return text
     raise ConfigError(f"engine {text!r} is none of {', '.join(ENGINES)}, nor ours-wXaY with X and Y from 2 to 8")
@@ -64,13 +60,10 @@ def missing_packages(engine: str) -> list[str]:
 
 
 def bit_config(engine: str, module: Any, file: str | None = None) -> Any:
-    """The bits that one of our engines gives a network.
+    """The bits that one of our engines, ``ours-...``, gives a network.
 
-    Args:
-        engine: ``ours-...``.
-        module: the float network.
-        file: the bit-config of ``ours-mixed`` as JSON; None for first and last layer W8A8, between them W4A4 and W8A8
-            in turn.
+    ``file`` is the bit-config of ``ours-mixed`` as JSON; None for first and last layer W8A8, between them W4A4 and W8A8
+    in turn.
     """
     from lightning_baqe.quantization.config import BitConfig, LayerBits
 
@@ -86,10 +79,8 @@ def bit_config(engine: str, module: Any, file: str | None = None) -> Any:
 
 
 def ours(request: EngineRequest) -> Prepared:
-    """Quantized, lowered and built by this package with the best knobs in the user's records.
-
-    Raises:
-        BuildError: the compiled network differs from its integer graph.
+    """Quantized, lowered and built by this package with the best knobs in the user's records; BuildError where the
+    compiled network differs from its integer graph.
     """
     import torch
 

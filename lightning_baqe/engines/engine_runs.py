@@ -168,13 +168,8 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
 
     A peer that cannot be prepared is left out, with the reason; one of ours that cannot is an error.
 
-    Args:
-        model: a name of torchvision or timm.
-        report: told what is done next.
-
-    Raises:
-        ConfigError: more threads than cores, no such network.
-        MeasurementError: an engine's process died.
+    ``model`` is a name of torchvision or timm; ``report`` is told what is done next. ConfigError for more threads than
+    cores or no such network, MeasurementError where an engine's process died.
     """
     usable = usable_cores()
     if max(options.threads) > len(usable):

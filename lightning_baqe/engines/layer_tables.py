@@ -44,11 +44,7 @@ class Layer:
 
 
 def network_layers(module: nn.Module, onnx_file: Path, size: int) -> list[Layer]:
-    """The layers of a network in the order of execution.
-
-    Raises:
-        ConfigError: the ONNX graph has another number of layers.
-    """
+    """The layers of a network in the order of execution; ConfigError where the ONNX graph has not as many."""
     import onnx
 
     names = {part: name for name, part in module.named_modules()}
@@ -137,13 +133,9 @@ def _numbered(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, int], dic
 
 
 def layer_rows(profiles: dict[str, list[dict[str, Any]]], layers: list[Layer]) -> list[dict[str, Any]]:
-    """One row a layer.
+    """One row a layer, of ``{engine: its rows, assigned}``.
 
-    Args:
-        profiles: ``{engine: its rows, assigned}``.
-
-    Returns:
-        ``{"layer", "kind", "macs", "us": {engine: sum of its rows of the layer, None if it has none}}``.
+    Returns ``{"layer", "kind", "macs", "us": {engine: sum of its rows of the layer, None if it has none}}``.
     """
     rows = []
     for layer in layers:

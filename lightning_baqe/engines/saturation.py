@@ -65,10 +65,8 @@ def single_convolution(path: Path, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 
 
 def difference(check: str, results: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
-    """How many elements differ.
-
-    Returns:
-        ``{"check", "elements", "differing": how many, "largest": difference over the largest exact value}``.
+    """How many elements differ, as
+    ``{"check", "elements", "differing": how many, "largest": difference over the largest exact value}``.
     """
     wrong = np.abs(results.astype(np.float64) - exact)
     scale = float(np.abs(exact).max()) or 1.0
@@ -93,10 +91,7 @@ def check_convolution(open_model: Callable[[str], Callable[[np.ndarray], np.ndar
 def check_onnxruntime(path: str, images: np.ndarray, open_session: Callable[[str, bool], Any]) -> list[dict[str, Any]]:
     """Compare ONNX Runtime's default mode with its exact mode on a quantized network: logits, all quantized values.
 
-    Args:
-        path: of the quantized network.
-        images: float32 ``(n, 3, size, size)``.
-        open_session: from a file and whether arithmetic is exact to a session.
+    ``images`` are float32 ``(n, 3, size, size)``; ``open_session`` takes a file and whether arithmetic is exact.
     """
     import onnx
     from onnx import TensorProto, helper

@@ -81,11 +81,7 @@ def default_size(name: str) -> int:
 
 
 def bare_network(name: str) -> nn.Module:
-    """The network as the library builds it, without auxiliary classifiers.
-
-    Raises:
-        ConfigError: neither library has it.
-    """
+    """The network as the library builds it, without auxiliary classifiers; ConfigError where neither library has it."""
     return network(name, CLASSES, library_of(name))
 
 

@@ -23,13 +23,8 @@ MAX_BIAS = 2.0**29
 
 
 def fold(layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's bias and its batch norm as one gain and shift by channel: ``out = gain * (w @ x) + shift``.
-
-    Returns:
-        gain and shift, both float64, ``(channels,)``.
-
-    Raises:
-        UnsupportedModelError: the batch norm has no running statistics.
+    """The layer's bias and its batch norm as one gain and shift by channel, both float64, ``(channels,)``: ``out = gain
+    * (w @ x) + shift``. UnsupportedModelError where the batch norm has no running statistics.
     """
     channels = layer.weight.shape[0]
     zeros = torch.zeros(channels, dtype=torch.float64)
@@ -79,11 +74,7 @@ def integer_weights(
 
 
 def requant(factors: torch.Tensor | float, name: str) -> Dyadic:
-    """:meth:`Dyadic.from_real` with the place in its error.
-
-    Raises:
-        UnsupportedModelError: a factor is too large or not finite.
-    """
+    """:meth:`Dyadic.from_real` with the place in its UnsupportedModelError: a factor is too large or not finite."""
     try:
         return Dyadic.from_real(factors)
     except ConfigError as error:

@@ -450,15 +450,11 @@ def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def window_sums(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Sums over windows.
+    """Sums of ``(n, channels, height, width)`` over windows: ``(n, channels, out_height, out_width)``, of the same
+    type.
 
-    Args:
-        values: ``(n, channels, height, width)``.
-        rows: int64, ``(out_height, 2)``, first and one past the last of each window.
-        columns: likewise, ``(out_width, 2)``.
-
-    Returns:
-        ``(n, channels, out_height, out_width)``, of the same type.
+    ``rows`` and ``columns`` are int64, ``(out_height, 2)`` and ``(out_width, 2)``: first and one past the last of each
+    window.
     """
     by_row = torch.stack([values[:, :, first:end].sum(2) for first, end in rows.tolist()], 2)
     return torch.stack([by_row[:, :, :, first:end].sum(3) for first, end in columns.tolist()], 3)
@@ -482,11 +478,7 @@ def _convolve(
 
 
 def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, input_range: tuple[int, int]) -> None:
-    """Refuse a layer whose worst-case accumulator leaves 32 bits.
-
-    Raises:
-        UnsupportedModelError: names the layer and its worst case.
-    """
+    """Refuse a layer whose worst-case accumulator leaves 32 bits; UnsupportedModelError names it and its worst case."""
     low, high = input_range
     flat = weight.reshape(weight.shape[0], -1)
     positive, negative = flat.clamp(min=0).sum(1), flat.clamp(max=0).sum(1)

@@ -48,10 +48,8 @@ def pack_bits(values: torch.Tensor, bits: int) -> np.ndarray:
 
 
 def unpack_bits(packed: np.ndarray, bits: int, count: int) -> torch.Tensor:
-    """The inverse of :func:`pack_bits`: int64, shape ``(count,)``.
-
-    Raises:
-        ConfigError: the array has another length than ``count`` values take.
+    """The inverse of :func:`pack_bits`: int64, shape ``(count,)``. ConfigError where the array has another length than
+    ``count`` values take.
     """
     _check_width(bits)
     wanted = (count * bits + 7) // 8
@@ -78,13 +76,9 @@ def graph_to_parts(graph: IntegerGraph) -> tuple[dict[str, Any], dict[str, np.nd
 
 
 def graph_from_parts(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> IntegerGraph:
-    """The graph that :func:`graph_to_parts` described, equal in every number.
+    """The graph that :func:`graph_to_parts` described, equal in every number; ``arrays`` may be an opened ``.npz``.
 
-    Args:
-        arrays: a mapping, such as an opened ``.npz``.
-
-    Raises:
-        ConfigError: another version, an unknown kind of node, missing or damaged arrays.
+    ConfigError for another version, an unknown kind of node, missing or damaged arrays.
     """
     version = description.get("version")
     if version != FORMAT_VERSION:

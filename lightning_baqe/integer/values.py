@@ -77,11 +77,8 @@ class Target:
 
 
 class Builder:
-    """The graph under construction: names, values, look-ahead.
-
-    Args:
-        model: fake-quantized, in eval mode, on the CPU.
-        shape: of one input.
+    """The graph under construction: names, values, look-ahead. The model is fake-quantized, in eval mode, on the CPU;
+    the shape is that of one input.
     """
 
     def __init__(self, model: QuantizedModel, shape: tuple[int, ...]) -> None:
@@ -111,13 +108,8 @@ class Builder:
         index: movement.Index | None = None,
         **constants: Any,
     ) -> Value:
-        """Append an IR node.
-
-        Args:
-            make: its class.
-            wish: its name, or the next free name like it.
-            inputs, kind, constants: its inputs, type, and the class's own fields.
-            grid, index: of the value that it makes.
+        """Append an IR node of the class ``make``, named ``wish`` or the next free name like it; ``constants`` are the
+        class's own fields, ``grid`` and ``index`` those of the value that it makes.
         """
         name, count = wish, 1
         while name in self.names:
@@ -188,9 +180,7 @@ class Builder:
 
     def in_place(self, value: Value, node: fx.Node | None = None) -> Value:
         """The value with all of its elements where they belong: what moved them becomes an IR node.
-
-        Raises:
-            UnsupportedModelError: the elements moved in a way that no IR node has.
+        UnsupportedModelError where they moved in a way that no IR node has.
         """
         if value.index is None:
             return value

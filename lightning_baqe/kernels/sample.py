@@ -54,12 +54,7 @@ class KernelSample:
 
 
 def sample_kernel(spec: ConvSpec | DepthwiseSpec, seed: int = 0) -> KernelSample:
-    """Random data within what a kernel of this spec may be given: weights of its bits for which its chain is proven.
-
-    Args:
-        spec: the kernel.
-        seed: of the data.
-    """
+    """Random data within what a kernel of this spec may be given: weights of its bits for which its chain is proven."""
     rng = np.random.default_rng(seed)
     shape = (spec.result.channels, spec.source.channels // _groups(spec), *spec.kernel)
     source = _buffer(spec.source, rng)

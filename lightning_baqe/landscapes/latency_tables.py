@@ -192,12 +192,8 @@ def sensitivities(subject: Subject) -> dict[str, dict[str, float]]:
 
 
 class KernelTable:
-    """Measured kernels, each program once.
-
-    Args:
-        target: compiled for.
-        folder: with ``kernels.jsonl``, which holds what a measurement costs.
-        device: measures, and keeps the records.
+    """Measured kernels, each program once. The folder's ``kernels.jsonl`` holds what a measurement costs; the device
+    measures, and keeps the records.
     """
 
     def __init__(self, target: CpuTarget, folder: Path, device: Device) -> None:
@@ -232,11 +228,7 @@ class KernelTable:
                 yield len(programs) - len(missing) + index, len(programs)
 
     def latency_us(self, spec: TunableSpec, knobs: Mapping[str, Any]) -> float:
-        """Of a measured kernel, microseconds.
-
-        Raises:
-            MeasurementError: it was not measured, or failed.
-        """
+        """Of a measured kernel, microseconds; MeasurementError where it was not measured, or failed."""
         full = template_of(spec).check_knobs(spec, knobs)
         found = self._by_code.get(self._code(spec, canonical(full)))
         if found is None or not found.usable or found.latency_us is None:

@@ -48,13 +48,8 @@ def shipped() -> tuple[str, ...]:
 
 
 def read_record(source: str | Path) -> dict[str, Any]:
-    """A landscape's record.
-
-    Args:
-        source: the name of a shipped one, or the path of a file.
-
-    Raises:
-        ConfigError: there is none, or another version wrote it.
+    """The record of a shipped landscape by its name, or of a file by its path; ConfigError where there is none, or
+    another version wrote it.
     """
     path: Any = Path(source) if str(source).endswith(SUFFIX) else FOLDER / f"{source}{SUFFIX}"
     if not path.is_file():
@@ -144,22 +139,16 @@ class Landscape:
     def load(
         cls, source: str | Path, bit_choices: Sequence[int] | None = None, noise_seed: int | None = None
     ) -> Landscape:
-        """A shipped landscape by its name, or one of a file.
+        """A shipped landscape by its name, one of :func:`shipped`, or one of a file; the other arguments are the
+        class's.
 
-        Args:
-            source: one of :func:`shipped`, or a path.
-            bit_choices, noise_seed: of the class.
-
-        Raises:
-            ConfigError: there is none, it is of another version, or bits that were not measured.
+        ConfigError where there is none, it is of another version, or for bits that were not measured.
         """
         return cls(read_record(source), bit_choices, noise_seed)
 
     def evaluate(self, params: Mapping[str, Any]) -> tuple[float, float, float]:
-        """``(error, latency / float's, size / float's)`` of any point.
-
-        Raises:
-            ConfigError: a parameter is missing, or its value is none that was measured.
+        """``(error, latency / float's, size / float's)`` of any point. ConfigError where a parameter is missing, or its
+        value is none that was measured.
         """
         error, latency = self.error(params), self.latency_us(params)
         if self.noise_seed is not None:
@@ -265,13 +254,8 @@ class Landscape:
     def kernel_latency_us(self, layer: str, bits: int, knobs: Mapping[str, Any]) -> float:
         """Measured latency of a layer's kernel; conversions of its input are no part of it.
 
-        Args:
-            layer: one of the network's layers.
-            bits: of its weights and activations.
-            knobs: all that the space has for the layer; others are left aside.
-
-        Raises:
-            ConfigError: a layer, bits or knobs that were not measured.
+        ``bits`` are those of its weights and activations, ``knobs`` all that the space has for the layer; others are
+        left aside. ConfigError for a layer, bits or knobs that were not measured.
         """
         table, index = self._kernels[self._kernel(layer, bits)], 0
         for knob, values in self.space.knobs.get(layer, {}).items():
@@ -282,9 +266,7 @@ class Landscape:
 
     def kernel_seconds(self, layer: str, bits: int) -> float:
         """How long compiling and measuring a layer's kernel with one choice of knobs takes, on average over knobs.
-
-        Raises:
-            ConfigError: a layer or bits that were not measured.
+        ConfigError for a layer or bits that were not measured.
         """
         return self._kernel_seconds[self._kernel(layer, bits)]
 

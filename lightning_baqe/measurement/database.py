@@ -107,7 +107,6 @@ class KernelRecord:
     """One measured kernel.
 
     Args:
-        knobs: its knobs.
         latency_us: what knobs are ranked by, the tuner's is the fastest sample; None if it failed.
         samples_us: all samples.
         exact: whether its result was compared with the reference and equal.
@@ -135,11 +134,7 @@ class KernelRecord:
 
 
 def check_latencies(latency_us: float | None, samples_us: list[float]) -> None:
-    """Check that figures are latencies.
-
-    Raises:
-        ConfigError: one is not finite or not positive.
-    """
+    """Check that figures are latencies; ConfigError where one is not finite or not positive."""
     for figure in ([] if latency_us is None else [latency_us]) + samples_us:
         if not (math.isfinite(figure) and figure > 0):
             raise ConfigError(f"a latency is a finite positive number of microseconds, got {figure}")
@@ -186,12 +181,8 @@ class Records:
             yield connection
 
     def add_kernel(self, spec: Spec, target: CpuTarget, record: KernelRecord) -> None:
-        """Keep a kernel's measurement; an older one of the same code is replaced.
-
-        Args:
-            spec: of a kernel; if it has threads, they belong to the device.
-            target: what it was compiled for.
-            record: its figures, or why there are none.
+        """Keep a kernel's measurement; an older one of the same code is replaced. If the spec has threads, they belong
+        to the device.
         """
         knobs = canonical(record.knobs)
         code = code_key(spec, knobs) or ""  # knobs that the template refuses have no code; their failure is kept
@@ -311,11 +302,7 @@ def _stated(value: Any) -> Any:
 
 
 def canonical(value: Mapping[str, Any]) -> str:
-    """A mapping as JSON, the same text for equal mappings.
-
-    Raises:
-        ValueError: it holds a number that is not finite.
-    """
+    """A mapping as JSON, the same text for equal mappings; ValueError where it holds a number that is not finite."""
     return json.dumps(dict(value), sort_keys=True, allow_nan=False)
 
 

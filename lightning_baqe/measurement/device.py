@@ -159,10 +159,8 @@ class Device(ABC):
         """Whether it executes the code of a target."""
 
     def build(self, graph: IntegerGraph, options: BuildOptions, schedules: Schedules | str | None = None) -> Artifact:
-        """Compile a network for it, with the best knobs of its own records where none are given.
-
-        Raises:
-            BuildError, ConfigError: as :func:`lightning_baqe.build`.
+        """Compile a network for it, with the best knobs of its own records where none are given; raises what
+        :func:`lightning_baqe.build` does.
         """
         return build_with(graph, options, schedules, self.records)
 
@@ -176,25 +174,15 @@ class Device(ABC):
 
     @abstractmethod
     def measure_artifact(self, artifact: Artifact, folder: Path, sampling: Sampling) -> Measurement:
-        """Measure a network, batch 1, whatever the records say.
+        """Measure a network, batch 1, whatever the records say; it is saved in ``folder``.
 
-        Args:
-            artifact: the network.
-            folder: where it is saved.
-            sampling: how.
-
-        Raises:
-            ConfigError: more threads than it has.
-            MeasurementError: it crashed or took too long.
+        ConfigError for more threads than the device has, MeasurementError where it crashed or took too long.
         """
 
     @abstractmethod
     def measure_kernel(self, kernel: Kernel) -> KernelTurn:
-        """Measure one turn of a kernel, whatever the records say.
-
-        Raises:
-            BuildError: it does not compile.
-            MeasurementError: it crashed, or took too long.
+        """Measure one turn of a kernel, whatever the records say. BuildError where it does not compile,
+        MeasurementError where it crashed, or took too long.
         """
 
     @abstractmethod

@@ -25,11 +25,7 @@ KERNEL_TIMEOUT_S = 30.0
 
 @final
 class Local(Device):
-    """The CPU that this process runs on. All objects share the measuring processes, which share the cores.
-
-    Args:
-        records: path of its records database; None: the user's.
-    """
+    """The CPU that this process runs on. All objects share the measuring processes, which share the cores."""
 
     _processes: ClassVar[dict[int, WorkerProcess]] = {}
 
@@ -77,14 +73,8 @@ class Local(Device):
 
 
 def reach(how: str, records: Path | str | None = None) -> Device:
-    """The device that one gets to in this way, as descriptions name it.
-
-    Args:
-        how: ``local``.
-        records: path of its records database; None: the user's.
-
-    Raises:
-        ConfigError: no such way.
+    """The device that one gets to in this way, as descriptions name it: ``local``. ConfigError for any other;
+    ``records`` is the path of its records database, None the user's.
     """
     if how != "local":
         raise ConfigError(f"unknown device {how!r}; give 'local' or a Device")

@@ -58,11 +58,7 @@ class Imported:
 
 
 def matching_devices(records: Records, text: str) -> list[str]:
-    """Ids of the devices whose id begins with a text, or whose CPU's name holds it.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Ids of the devices whose id begins with a text, or whose CPU's name holds it; ConfigError where there is none."""
     with records.reading() as connection:
         rows = connection.execute("SELECT id, info FROM devices ORDER BY id").fetchall()
     known = {key: json.loads(info)["cpu"] for key, info in rows}
@@ -74,18 +70,10 @@ def matching_devices(records: Records, text: str) -> list[str]:
 
 
 def export_records(records: Records, path: Path, device: str | None = None) -> int:
-    """Write records as JSON lines; the file is replaced in one step.
+    """Write records as JSON lines; the file is replaced in one step. Returns how many kernels, models and peaks were
+    written.
 
-    Args:
-        records: the database.
-        path: the file.
-        device: only of devices that :func:`matching_devices` finds; None: of all.
-
-    Returns:
-        how many kernels, models and peaks were written.
-
-    Raises:
-        ConfigError: no such device.
+    ``device``: only of devices that :func:`matching_devices` finds, ConfigError where there is none; None: of all.
     """
     devices = None if device is None else set(matching_devices(records, device))
     with records.reading() as connection:
@@ -187,11 +175,7 @@ def _no_constant(name: str) -> None:
 
 
 def _check(row: Any) -> None:
-    """Check one line.
-
-    Raises:
-        ConfigError: what is wrong with it.
-    """
+    """Check one line; ConfigError says what is wrong with it."""
     if not isinstance(row, dict) or row.get("kind") not in KINDS:
         raise ConfigError(f"a line is an object whose kind is one of {', '.join(KINDS)}")
     if row.get("version") != VERSION:

@@ -18,10 +18,8 @@ START_TIMEOUT_S = 120.0
 
 
 class WorkerProcess:
-    """A measuring process that is kept between measurements and replaced when it hangs or dies.
-
-    Args:
-        threads: cores that it is pinned to, the last ones that this process may use.
+    """A measuring process that is kept between measurements and replaced when it hangs or dies. It is pinned to
+    ``threads`` cores, the last ones that this process may use.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -33,10 +31,8 @@ class WorkerProcess:
         self._lock = threading.Lock()
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Send one request, wait for its answer.
-
-        Raises:
-            MeasurementError: the worker died, gave an error, or took longer than ``timeout_s``.
+        """Send one request, wait for its answer. MeasurementError where the worker died, gave an error, or took longer
+        than ``timeout_s``.
         """
         with self._lock:
             process = self._running()

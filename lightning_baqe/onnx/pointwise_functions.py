@@ -12,19 +12,8 @@ Emit = Callable[[Writer, str, str, Sequence[float]], str]
 
 
 def apply_function(writer: Writer, x: str, wish: str, name: str, parameters: Sequence[float]) -> str:
-    """Add the operators of one function.
-
-    Args:
-        writer: takes them.
-        x: name of the float32 argument.
-        wish: name of the result, if it is free.
-        name, parameters: of the function.
-
-    Returns:
-        the result's name.
-
-    Raises:
-        UnsupportedModelError: a function that this release has no ONNX operators for.
+    """Add the operators of one function of the float32 ``x``; returns the result's name, which is ``wish`` if that is
+    free. UnsupportedModelError for a function that this release has no ONNX operators for.
     """
     if name in _PLAIN:
         return writer.node(_PLAIN[name], [x], wish)

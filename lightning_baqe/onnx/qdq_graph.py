@@ -42,11 +42,7 @@ def newest_opset() -> int:
 
 
 def make_model(graph: IntegerGraph, opset: int, pack_int4: bool) -> onnx.ModelProto:
-    """The graph as a checked model; arguments as :func:`~lightning_baqe.onnx.export.export_onnx`.
-
-    Raises:
-        UnsupportedModelError: see there.
-    """
+    """The graph as a checked model; arguments and errors as for :func:`~lightning_baqe.onnx.export.export_onnx`."""
     exporter = Exporter(graph, pack_int4)
     exporter.export()
     ends = [
@@ -73,12 +69,7 @@ def make_model(graph: IntegerGraph, opset: int, pack_int4: bool) -> onnx.ModelPr
 
 
 class Exporter:
-    """Adds the operators of a graph to a writer.
-
-    Args:
-        graph: see above.
-        pack_int4: see :func:`~lightning_baqe.onnx.export.export_onnx`.
-    """
+    """Adds a graph's operators to a writer; ``pack_int4`` as for :func:`~lightning_baqe.onnx.export.export_onnx`."""
 
     def __init__(self, graph: IntegerGraph, pack_int4: bool) -> None:
         self.graph, self.pack_int4 = graph, pack_int4

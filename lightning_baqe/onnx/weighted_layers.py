@@ -27,8 +27,6 @@ def write_weights(
     them in.)
 
     Args:
-        writer: takes them.
-        node: the layer.
         scale: float64, ``(channels,)``, what a step of the accumulator is worth, of any sign.
         source: of the layer's input; its zero point leaves the bias, where it was folded in.
         pack_int4: store weights of at most 4 bits as they are but for their sign, as INT4 if they fit it.

@@ -19,10 +19,8 @@ EVEN = 1e-5  # relative: on 255 steps far less than one
 
 @dataclass(frozen=True)
 class Stride:
-    """Regular windows along one dimension: window i begins at ``i * step - before`` and is ``kernel`` long.
-
-    Args:
-        after: padding after the image that the last window needs.
+    """Regular windows along one dimension: window i begins at ``i * step - before`` and is ``kernel`` long. ``after``
+    is the padding after the image that the last window needs.
     """
 
     kernel: int
@@ -37,11 +35,8 @@ class Stride:
 
 
 def regular(windows: Sequence[tuple[int, int]], size: int) -> Stride | None:
-    """Kernel, stride and padding of windows that are cut at the image's ends; None if no operator has them.
-
-    Args:
-        windows: ``(first, one past the last)``, within ``0..size``.
-        size: of the image.
+    """Kernel, stride and padding of windows, ``(first, one past the last)`` within ``0..size``, that are cut at the
+    image's ends; None if no operator has them.
     """
     for candidate in _candidates(windows, size):
         outputs = (size + candidate.before + candidate.after - candidate.kernel) // candidate.step + 1
@@ -130,10 +125,8 @@ def _means(writer: Writer, x: str, windows: Sequence[tuple[int, int]], axis: int
 
 
 def max_pool(writer: Writer, x: str, wish: str, node: MaxPool, shape: Sequence[int]) -> str:
-    """A max pooling. What ``ceil_mode`` adds is padding after the image, since engines differ in that mode.
-
-    Args:
-        shape: of x without n.
+    """A max pooling; ``shape`` is that of x without n. What ``ceil_mode`` adds is padding after the image, since
+    engines differ in that mode.
     """
     before, after = list(node.padding), []
     for size, out, kernel, stride, padding, dilation in zip(
@@ -157,9 +150,7 @@ def select(writer: Writer, x: str, wish: str, indices: Sequence[torch.Tensor | N
     Even steps are one Slice, zeros before and after one Pad, whole repetitions one Resize, all else a Gather by
     dimension (with zeros in between, times 0 or 1).
 
-    Args:
-        indices: as in :class:`lightning_baqe.integer.nodes.Gather`.
-        shape: of x without n.
+    ``indices`` are as in :class:`lightning_baqe.integer.nodes.Gather`, ``shape`` is that of x without n.
     """
     wanted = {axis: index.tolist() for axis, index in enumerate(indices, 1) if index is not None}
     pads = {axis: _outer(index) for axis, index in wanted.items()}

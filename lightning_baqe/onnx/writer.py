@@ -17,10 +17,8 @@ Grid = tuple[str, str]
 
 
 class Writer:
-    """An ONNX graph under construction.
-
-    Args:
-        reserved: names that no node and no constant may take: those of the graph's input and output.
+    """An ONNX graph under construction. No node and no constant may take a reserved name: those of the graph's input
+    and output.
     """
 
     def __init__(self, reserved: Sequence[str] = ()) -> None:

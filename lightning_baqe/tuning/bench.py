@@ -32,8 +32,6 @@ class KernelBench:
     """Compiles and measures the candidates of one kernel. Every figure is in the records before the next is taken.
 
     Args:
-        spec: the kernel.
-        target: compiled for.
         device: measures, and keeps the figures.
         folder: for compiled kernels and their arguments.
         measured, failed: candidates so far.
@@ -82,11 +80,7 @@ class KernelBench:
             default = interleaved([(self, knobs) for knobs in pair])[0]
 
     def ask(self, knobs: dict[str, Any]) -> KernelTurn:
-        """One turn of a candidate on the device.
-
-        Raises:
-            BuildError, MeasurementError: it does not compile, or run.
-        """
+        """One turn of a candidate on the device. BuildError or MeasurementError where it does not compile, or run."""
         files = functools.partial(self._prepared, knobs)
         return self.device.measure_kernel(Kernel(files, self.spec.threads, self.spec, knobs))
 
@@ -110,11 +104,8 @@ class KernelBench:
 
 
 def in_turns(questions: Sequence[Callable[[], KernelTurn]], rounds: int) -> list[KernelRecord]:
-    """Ask each question once a round. One that failed, or whose result was wrong, is not asked again.
-
-    Args:
-        questions: such as :meth:`KernelBench.ask` of a candidate.
-        rounds: how often.
+    """Ask each question, such as :meth:`KernelBench.ask` of a candidate, once a round. One that failed, or whose result
+    was wrong, is not asked again.
 
     Returns:
         for each question a record without knobs: the fastest sample, all of them, whether the result was the right one
@@ -145,11 +136,8 @@ def in_turns(questions: Sequence[Callable[[], KernelTurn]], rounds: int) -> list
 def interleaved(
     candidates: Sequence[tuple[KernelBench, dict[str, Any]]], rounds: int = CONFIRM_ROUNDS
 ) -> list[KernelRecord]:
-    """Measure knobs of kernels in turns, so that a clock that drifts does so for all; keeps their records.
-
-    Args:
-        candidates: ``(the kernel's bench, knobs)``.
-        rounds: turns of each.
+    """Measure knobs of kernels, ``(the kernel's bench, knobs)``, in turns, so that a clock that drifts does so for all;
+    keeps their records.
     """
     turns = in_turns([functools.partial(bench.ask, knobs) for bench, knobs in candidates], rounds)
     return [bench.keep(knobs, one) for (bench, knobs), one in zip(candidates, turns, strict=True)]
@@ -162,10 +150,8 @@ def save_arguments(path: Path, arguments: Sequence[np.ndarray], result: np.ndarr
 
 
 def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], path: Path) -> None:
-    """Link one kernel, compiled if it never was, into a library with the function ``main``.
-
-    Raises:
-        BuildError: TVM, LLVM or the linker refuses it.
+    """Link one kernel, compiled if it never was, into a library with the function ``main``. BuildError where TVM, LLVM
+    or the linker refuses it.
     """
     build = functools.partial(build_kernel, spec, knobs)
     try:

@@ -51,7 +51,6 @@ class NetworkSpace:
         Args:
             graphs: ``{bits: the network at these bits}``, one for each choice of the layers between first and last.
             base: bits of the first and the last layer, which are not searched.
-            options: what the kernels are compiled for.
             schedules: False leaves all knobs at their best known values.
             records: where best known knobs are looked up.
             supported: ``{layer: bits that the device has kernels for}``; None: all.
@@ -111,10 +110,8 @@ class NetworkSpace:
         return {name: CategoricalDistribution(values) for name, values in choices.items()}
 
     def point(self, params: Mapping[str, Any]) -> tuple[BitConfig, dict[str, dict[str, Any]]]:
-        """``(bits, schedules)`` of a point; knobs that are not searched stay at their best known values.
-
-        Raises:
-            ConfigError: a parameter is missing.
+        """``(bits, schedules)`` of a point; knobs that are not searched stay at their best known values. ConfigError
+        where a parameter is missing.
         """
         missing = [name for name in self.distributions if name not in params]
         if missing:
@@ -133,11 +130,7 @@ class NetworkSpace:
         return bits, schedules
 
     def extreme(self, pick: Callable[[Sequence[int]], int]) -> BitConfig:
-        """The bits of a corner of the space.
-
-        Args:
-            pick: chooses from a layer's bits, such as ``min``.
-        """
+        """The bits of a corner of the space; ``pick`` chooses from a layer's bits, such as ``min``."""
         params = {f"{layer}/bits": pick(bits) for layer, bits in self.bit_choices.items()}
         knobs = {f"{layer}/{knob}": values[0] for layer, found in self.knobs.items() for knob, values in found.items()}
         return self.point({**params, **knobs})[0]

@@ -126,27 +126,17 @@ class _Question:
 
 @dataclass(eq=False)
 class Strategy(ABC):
-    """Proposes knobs.
-
-    Args:
-        seed: of random numbers.
-    """
+    """Proposes knobs; ``seed`` is that of its random numbers."""
 
     seed: int = 0
 
     def propose(
         self, space: KernelSpace, tried: Sequence[Tried], count: int, others: Sequence[Known] = ()
     ) -> list[dict[str, Any]]:
-        """The knobs to measure next.
+        """The knobs to measure next: ``count`` canonical ones that were not tried, the default first; fewer where there
+        are no more.
 
-        Args:
-            space: of the kernel.
-            tried: what was measured of it.
-            count: how many to propose.
-            others: what was measured of other kernels.
-
-        Returns:
-            ``count`` canonical knobs that were not tried, the default first; fewer where there are no more.
+        ``tried`` is what was measured of the space's kernel, ``others`` what was measured of other kernels.
         """
         known = {key_of(one.knobs) for one in tried}
         rng = _generator(f"{self.seed} {space.name} {len(known)}")
@@ -185,7 +175,6 @@ class Ranked(Strategy):
     turns with random knobs out of the most promising values.
 
     Args:
-        seed: of random numbers.
         promising: values of each knob to draw from.
     """
 
@@ -242,7 +231,6 @@ class SimulatedAnnealing(Strategy):
     What was measured of other kernels is learned from, too.
 
     Args:
-        seed: of random numbers.
         initial: random candidates before the first model, unless other kernels give as many.
         chains, steps: of the annealing.
         epsilon: share of random proposals.
@@ -310,7 +298,6 @@ class DeepKernel(Strategy):
     measurements are learned from, too.
 
     Args:
-        seed: of random numbers.
         initial: candidates that TED chooses.
         pool: points that stand for the space (500 in the paper), for TED and for the improvement.
         most: observations of other kernels; the cost of the model grows with their cube.

@@ -22,12 +22,7 @@ from lightning_baqe.tuning.tuner import Step, TunedKernel, TuneResult
 @contextmanager
 def tune_progress(console: Console) -> Iterator[Callable[[Step], None]]:
     """A bar with the kernel, its latency, GMAC/s and share of the peak; a line now and then where there is no terminal.
-
-    Args:
-        console: to show it on.
-
-    Returns:
-        what shows a step of the tuner.
+    What it yields shows a step of the tuner.
     """
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn(), TextColumn("{task.fields[figures]}", markup=False))  # fmt: skip

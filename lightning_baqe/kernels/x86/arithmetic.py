@@ -232,7 +232,6 @@ def choose_dot(
     """The name of the fastest arithmetic that is exact for these weights, and its chain length.
 
     Args:
-        target: the CPU.
         make_quads: from an arithmetic's name to int weights by output channel and quad, ``(out, segments, quads, 4)``;
             asked for where they decide.
         activation_max: largest input value.
@@ -247,11 +246,7 @@ def choose_dot(
 
 
 def exact_chains(quads: np.ndarray, activation_max: int) -> list[int]:
-    """The chain lengths of :data:`CHAINS` that cannot overflow, shortest first.
-
-    Args:
-        quads, activation_max: of :func:`choose_dot`, the weights made already.
-    """
+    """The chain lengths of :data:`CHAINS` that cannot overflow, shortest first; arguments as in :func:`choose_dot`."""
     length = quads.shape[2]
     padding = ((0, 0), (0, 0), (0, -length % CHAINS[0]), (0, 0))
     padded = np.pad(quads, padding).astype(np.int32) * activation_max

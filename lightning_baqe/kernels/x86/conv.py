@@ -90,11 +90,7 @@ class _Tiled:
 def _accumulate(
     tiled: _Tiled, acc: Sums, source: Any, weights: Any, corner: tuple[Any, Any, Any], segment: Any, turn: Any
 ) -> None:
-    """Emit one turn of the innermost loop, for all sums of a tile.
-
-    Args:
-        corner: the tile's first block, row and column.
-    """
+    """Emit one turn of the innermost loop, for all sums of a tile; ``corner`` is its first block, row and column."""
     spec, arithmetic, (block, y, x) = tiled.spec, tiled.spec.arithmetic, corner
     layout, (stride_y, stride_x), vector = spec.source, spec.stride, T.ramp(0, 1, spec.lanes)
 
@@ -130,9 +126,7 @@ def _add_chains(
     All sums of the tile grow together, quad by quad: one after the other, each would want its weights again, and all of
     them would be kept in registers that there are not.
 
-    Args:
-        offsets: ``{(row, column): of the first input value}``.
-        quads: ``{block: the first quad}``.
+    ``offsets`` are ``{(row, column): of the first input value}``, ``quads`` are ``{block: the first quad}``.
     """
     spec, arithmetic = tiled.spec, tiled.spec.arithmetic
     lanes, halves = spec.lanes, T.ramp(0, 1, 2 * spec.lanes)

@@ -84,12 +84,7 @@ def tiles(spec: ConvSpec) -> list[tuple[int, int, int]]:
 
 
 def knob_space(spec: ConvSpec, limit: int = 16) -> dict[str, list[Any]]:
-    """The values of each knob, best guess first.
-
-    Args:
-        spec: the kernel.
-        limit: how many tiles to offer, by estimated cost.
-    """
+    """The values of each knob, best guess first, with at most ``limit`` tiles, by estimated cost."""
     ranked = sorted(tiles(spec), key=lambda tile: (tile_cost(spec, tile), tile))
     inner = [tile for tile in channel_tiles(spec) if _keeps_groups(spec, False, tile)]
     return {
@@ -134,10 +129,8 @@ def _reads_weights(spec: ConvSpec) -> bool:
 
 def check_knobs(spec: ConvSpec, knobs: Knobs) -> dict[str, Any]:
     """Knobs with the default for each one missing; all but ``tile`` and ``order`` fall to the next value that this
-    kernel has, because the same knobs serve a layer at every bit-width.
-
-    Raises:
-        ConfigError: an unknown knob, or a tile that does not fit.
+    kernel has, because the same knobs serve a layer at every bit-width. ConfigError for an unknown knob, or a tile that
+    does not fit.
     """
     full = default_knobs(spec)
     unknown = set(knobs) - set(full)

@@ -10,9 +10,7 @@ from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 
 def weight_quads(spec: ConvSpec, weight: np.ndarray, channels: int = 0) -> np.ndarray:
     """Weights ``(out, in / groups, kh, kw)`` by channel, run and quad: ``(stored out, segments, quads, quad)``.
-
-    Args:
-        channels: input channels of a tile, if tiles are the outer loop of the sum.
+    ``channels`` are the input channels of a tile, if tiles are the outer loop of the sum.
     """
     quad = spec.arithmetic.quad
     out, inner, kh, kw = weight.shape

@@ -34,10 +34,8 @@ DEPTHWISE_PARAMS = ("shift", "zero_point", "low", "high", "pad")  # int64
 
 @dataclass(frozen=True)
 class DepthwiseSpec(WindowSpec):
-    """Everything that the code of such a kernel depends on; both layouts have the same stored channels.
-
-    Args:
-        vbmi: rows are put together by one permutation of bytes.
+    """Everything that the code of such a kernel depends on; both layouts have the same stored channels. With ``vbmi``
+    rows are put together by one permutation of bytes.
     """
 
     vbmi: bool = False
@@ -102,11 +100,7 @@ def depthwise_knob_space(spec: DepthwiseSpec) -> dict[str, list[Any]]:
 
 
 def check_depthwise_knobs(spec: DepthwiseSpec, knobs: Knobs) -> dict[str, Any]:
-    """Knobs with the best guess for each one missing.
-
-    Raises:
-        ConfigError: an unknown knob, or a value that it has not.
-    """
+    """Knobs with the best guess for each one missing; ConfigError for an unknown knob, or a value that it has not."""
     space = depthwise_knob_space(spec)
     full = {knob: values[0] for knob, values in space.items()}
     unknown = set(knobs) - set(full)

@@ -79,13 +79,8 @@ def is_vector(name: str) -> bool:
 
 
 def apply(name: str, value: Any, parameters: Any, lanes: int) -> Any:
-    """The function's values.
-
-    Args:
-        name: one of :data:`NAMES`.
-        value: float32, ``lanes`` of them.
-        parameters: a float32 buffer of two numbers.
-        lanes: 1 for what is no function of vectors.
+    """The values of one of :data:`NAMES` for ``lanes`` float32 values (1 for what is no function of vectors);
+    ``parameters`` is a float32 buffer of two numbers.
     """
 
     def wide(number: Any) -> Any:
