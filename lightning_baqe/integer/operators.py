@@ -69,6 +69,7 @@ def fuse_relu(build: Builder, node: fx.Node) -> bool:
 
 
 def add(build: Builder, node: fx.Node, op: Op) -> Value:
+    """A sum or difference of two tensors, each at a dyadic scale of its own."""
     label, sign, shape = build.label(node), op.options["sign"], build.shape_of(node)
     a, b = (_spread(build, value, shape, node) for value in _operands(build, node, op))
     if _are_floats(build, node, [a, b]):
@@ -84,6 +85,7 @@ def add(build: Builder, node: fx.Node, op: Op) -> Value:
 
 
 def mul(build: Builder, node: fx.Node, op: Op) -> Value:
+    """A product of two tensors; one may be spread over the other's pixels, as in squeeze-and-excite."""
     label, shape = build.label(node), build.shape_of(node)
     a, b = _operands(build, node, op)
     if a.shape != shape:
@@ -105,6 +107,7 @@ def mul(build: Builder, node: fx.Node, op: Op) -> Value:
 
 
 def concat(build: Builder, node: fx.Node, op: Op) -> Value:
+    """A concatenation over channels, its parts rescaled to one grid."""
     label, shape = build.label(node), build.shape_of(node)
     values = [build.in_place(build.values[source], node) for source in op.inputs]
     if _are_floats(build, node, values):
@@ -119,6 +122,7 @@ def concat(build: Builder, node: fx.Node, op: Op) -> Value:
 
 
 def function(build: Builder, node: fx.Node, op: Op) -> Value:
+    """A pointwise function of one tensor: a table of all its inputs."""
     label, value, found = build.label(node), build.source(op), op.options["pointwise"]
     assert isinstance(found, Pointwise)
     if not value.type.is_integer:
@@ -156,6 +160,7 @@ def _float_function(build: Builder, node: fx.Node, value: Value, found: Pointwis
 
 
 def batch_norm(build: Builder, node: fx.Node, op: Op) -> Value:
+    """A batch norm that no layer takes in: a gain and a shift by channel."""
     if build.reader.is_attached(node):  # the layer has it
         return build.source(op)
     assert isinstance(op.module, nn.BatchNorm1d | nn.BatchNorm2d)
@@ -214,6 +219,7 @@ def relu(build: Builder, node: fx.Node, op: Op) -> Value:
 
 
 def max_pool(build: Builder, node: fx.Node, op: Op) -> Value:
+    """The largest value of each window."""
     value = build.in_place(build.source(op), node)
     options = build.python.resolve(op.options)
     if op.kind == "adaptive_max_pool":
@@ -237,6 +243,7 @@ def max_pool(build: Builder, node: fx.Node, op: Op) -> Value:
 
 
 def avg_pool(build: Builder, node: fx.Node, op: Op) -> Value:
+    """The mean of each window: a sum, divided dyadically."""
     value, label = build.in_place(build.source(op), node), build.label(node)
     rows, columns, divisors = pool_windows(op.kind, build.python.resolve(op.options), value.type.shape, label)
     shape = (value.type.shape[0], len(rows), len(columns))
