@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -37,20 +36,6 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
     "VehicleSafety": lambda: VehicleSafety(negate=True),
     "Penicillin": lambda: Penicillin(negate=True),
 }
-METHODS = ("botorch", "beyond")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of one method.
-
-    Attributes:
-        values: `n x m`, minimised, in the order of evaluation.
-        propose_s: processor seconds of each proposal, without the initial points.
-    """
-
-    values: list[list[float]]
-    propose_s: list[float]
 
 
 def function_of(name: str) -> Any:
@@ -74,15 +59,13 @@ def evaluate(function: Any, x: Tensor) -> Tensor:
     return values.to(torch.float64)
 
 
-def run_botorch(name: str, n_initial: int, n_more: int, seed: int) -> Run:
+def run_botorch(function: Any, start: Tensor, n_more: int, seed: int) -> tuple[Tensor, list[float]]:
     """BoTorch's loop: `qLogExpectedHypervolumeImprovement`, sequential, with the settings of its tutorial.
 
     A `SingleTaskGP` an objective with its default priors, 128 quasi-random samples, `optimize_acqf` from 10 of 512
     starting points; all 10 at a time, which gives the same point as the tutorial's 5 and is quicker.
     """
-    function = function_of(name)
-    x = initial_points(function.dim, n_initial, seed)
-    y = evaluate(function, x)
+    x, y = start, evaluate(function, start)
     reference: Tensor = function.ref_point.to(torch.float64)
     unit = torch.stack([torch.zeros(function.dim), torch.ones(function.dim)]).to(torch.float64)
     seconds = []
@@ -99,24 +82,16 @@ def run_botorch(name: str, n_initial: int, n_more: int, seed: int) -> Run:
                 partitioning=FastNondominatedPartitioning(ref_point=reference, Y=y),  # type: ignore[arg-type]
                 sampler=SobolQMCNormalSampler(sample_shape=torch.Size([128]), seed=number),
             )
-            point, _ = optimize_acqf(
-                acquisition,
-                bounds=unit,
-                q=1,
-                num_restarts=10,
-                raw_samples=512,
-                options={"maxiter": 200},
-                sequential=True,
-            )
+            settings: dict[str, Any] = {"num_restarts": 10, "raw_samples": 512, "options": {"maxiter": 200}}
+            point, _ = optimize_acqf(acquisition, bounds=unit, q=1, sequential=True, **settings)
         seconds.append(time.process_time() - started)
         x = torch.cat([x, point.detach()])
         y = torch.cat([y, evaluate(function, point.detach())])
-    return Run((-y).tolist(), seconds)
+    return -y, seconds
 
 
-def run_beyond(name: str, n_initial: int, n_more: int, seed: int) -> Run:
+def run_beyond(function: Any, start: Tensor, n_more: int, seed: int) -> tuple[Tensor, list[float]]:
     """`BaqeSampler` in mode "beyond" after the same initial points, instead of TED's."""
-    function = function_of(name)
     names = [f"x{index}" for index in range(function.dim)]
     low, high = function.bounds.tolist()
     space: dict[str, BaseDistribution] = {
@@ -126,7 +101,6 @@ def run_beyond(name: str, n_initial: int, n_more: int, seed: int) -> Run:
         directions=["minimize"] * function.num_objectives,
         sampler=BaqeSampler(seed, "beyond", space, n_initial=0, reference_point=reference_of(function)),
     )
-    start = initial_points(function.dim, n_initial, seed)
     for point, values in zip(unnormalize(start, function.bounds), -evaluate(function, start), strict=True):
         params = {name: min(max(float(v), a), b) for name, v, a, b in zip(names, point, low, high, strict=True)}
         study.add_trial(optuna.create_trial(params=params, distributions=space, values=values.tolist()))
@@ -137,9 +111,20 @@ def run_beyond(name: str, n_initial: int, n_more: int, seed: int) -> Run:
         seconds.append(time.process_time() - started)
         point = torch.tensor([[trial.params[name] for name in names]], dtype=torch.float64)
         study.tell(trial, (-evaluate(function, normalize(point, function.bounds)))[0].tolist())
-    return Run([list(trial.values) for trial in study.trials], seconds)
+    return torch.tensor([trial.values for trial in study.trials], dtype=torch.float64), seconds
 
 
-def run(method: str, name: str, n_initial: int, n_more: int, seed: int) -> Run:
-    """One run of a method of `METHODS`."""
-    return {"botorch": run_botorch, "beyond": run_beyond}[method](name, n_initial, n_more, seed)
+METHODS = {"botorch": run_botorch, "beyond": run_beyond}
+
+
+def run(method: str, name: str, seed: int, evaluations: int) -> dict[str, Any]:
+    """One run of a method of `METHODS`, from 2 (d + 1) Sobol points on.
+
+    Returns:
+        `{"values": n x m, minimised, in the order of evaluation, "propose_s": processor seconds of each proposal,
+        without the initial points}`.
+    """
+    function = function_of(name)
+    start = initial_points(function.dim, 2 * (function.dim + 1), seed)
+    values, seconds = METHODS[method](function, start, evaluations, seed)
+    return {"values": values.tolist(), "propose_s": seconds}

@@ -13,26 +13,20 @@ import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from lightning_baqe.benchmarks.loops import FUNCTIONS, METHODS, function_of, reference_of, run
 from lightning_baqe.benchmarks.replays import fill
-from lightning_baqe.benchmarks.setups import begin, check_positive, table_of
+from lightning_baqe.benchmarks.search_tables import values_of
+from lightning_baqe.benchmarks.setups import begin, check_positive, console_of, parser_of, table_of
 from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.search import hypervolume
 from lightning_baqe.search.metrics import bootstrap_interval, compare_paired
 
 MARGIN = 0.02  # of BoTorch's hypervolume that we may lose
-
-
-def one_run(method: str, name: str, seed: int, evaluations: int) -> dict[str, Any]:
-    """A row of the file, without its key."""
-    return asdict(run(method, name, 2 * (function_of(name).dim + 1), evaluations, seed))
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], problem: str, evaluations: int, n_seeds: int) -> dict[str, Any]:
@@ -46,15 +40,13 @@ def summarise(rows: Sequence[Mapping[str, Any]], problem: str, evaluations: int,
     """
     function = function_of(problem)
     reference, n_initial = reference_of(function), 2 * (function.dim + 1)
-    found: dict[str, dict[int, Mapping[str, Any]]] = {method: {} for method in METHODS}
-    for row in rows:
-        if (row["problem"], row["evaluations"]) == (problem, evaluations) and row["seed"] < n_seeds:
-            found[row["method"]][row["seed"]] = row
-    seeds = sorted(set.intersection(*(set(of) for of in found.values())))
+    wanted = [r for r in rows if (r["problem"], r["evaluations"]) == (problem, evaluations) and r["seed"] < n_seeds]
+    found = {method: {row["seed"]: row for row in wanted if row["method"] == method} for method in METHODS}
+    seeds = sorted(set.intersection(*map(set, found.values())))
     entry: dict[str, Any] = {"problem": problem, "seeds": seeds, "maximum": float(function.max_hv)}
     if not seeds:
         return entry
-    values = {m: [torch.tensor(of[s]["values"], dtype=torch.float64) for s in seeds] for m, of in found.items()}
+    values = {m: [values_of(of[s]) for s in seeds] for m, of in found.items()}
     final = {method: [hypervolume(v, reference) for v in of] for method, of in values.items()}
     ratios = [ours / theirs for ours, theirs in zip(final["beyond"], final["botorch"], strict=True)]
     low, high = bootstrap_interval(ratios)
@@ -77,25 +69,22 @@ def print_summary(console: Console, entries: Sequence[Mapping[str, Any]], evalua
     title = f"2 (d + 1) Sobol points and {evaluations} evaluations: hypervolume, median over the seeds"
     headings = ("problem", "seeds", "maximum", "start", "BoTorch", "ours", "ours / BoTorch", "95 %",
                 f"within {MARGIN:.0%}", "p", "s a proposal: BoTorch", "ours")  # fmt: skip
-    table = table_of(title, headings, ("problem",))
+    cells: list[list[str]] = []
     for entry in entries:
-        if not entry["seeds"]:
-            table.add_row(entry["problem"], "0", f"{entry['maximum']:.5g}")
-            continue
-        volume, seconds = entry["hypervolume"], entry["propose_s"]
-        table.add_row(
-            entry["problem"], str(len(entry["seeds"])), f"{entry['maximum']:.5g}", f"{entry['start']:.5g}",
-            f"{volume['botorch']:.5g}", f"{volume['beyond']:.5g}", f"{entry['ratio']:.4f}",
-            f"{entry['interval'][0]:.4f} to {entry['interval'][1]:.4f}", "yes" if entry["within"] else "no",
-            f"{entry['p']:.2g}", f"{seconds['botorch']:.2f}", f"{seconds['beyond']:.2f}",
-        )  # fmt: skip
-    console.print(table)
+        cells.append([entry["problem"], str(len(entry["seeds"])), f"{entry['maximum']:.5g}"])
+        if entry["seeds"]:
+            volume, seconds = entry["hypervolume"], entry["propose_s"]
+            cells[-1] += [f"{value:.5g}" for value in (entry["start"], volume["botorch"], volume["beyond"])]
+            cells[-1] += [f"{entry['ratio']:.4f}", "{:.4f} to {:.4f}".format(*entry["interval"])]
+            cells[-1] += ["yes" if entry["within"] else "no", f"{entry['p']:.2g}"]
+            cells[-1] += [f"{seconds['botorch']:.2f}", f"{seconds['beyond']:.2f}"]
+    console.print(table_of(title, headings, ("problem",), cells))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--problems", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--evaluations", type=int, default=30, help="after the initial points")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
@@ -108,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     check_positive(parser, options, "evaluations", "seeds", "jobs")
-    console = Console(width=150 if not Console().is_terminal else None, highlight=False)
+    console = console_of(150)
     begin(options.folder, {"version": 1})
     rows = Rows(options.folder / "runs.jsonl")
     names = ("method", "problem", "seed", "evaluations")
@@ -118,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         for problem in options.problems
         for method in options.methods
     ]
-    fill(rows, names, wanted, one_run, options.jobs, console, "runs")
+    fill(rows, names, wanted, run, options.jobs, console, "runs")
     entries = [summarise(rows.read(), problem, options.evaluations, options.seeds) for problem in options.problems]
     print_summary(console, entries, options.evaluations)
     replace_file(options.folder / "problems.json", json.dumps(entries, indent=1).encode())
