@@ -46,17 +46,17 @@ def server() -> Iterator[str]:
     if lacking is not None or programs is None:
         raise ConfigError(f"a PostgreSQL server is wanted, but {lacking}")
     folder = Path(tempfile.mkdtemp(prefix="baqe-pg-", dir="/tmp"))  # a socket's path must be short
-    options: dict[str, Any] = {"cwd": folder, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    account: dict[str, Any] = {}
     if os.geteuid() == 0:
-        account = pwd.getpwnam("postgres")
-        os.chown(folder, account.pw_uid, account.pw_gid)
-        options |= {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        postgres = pwd.getpwnam("postgres")
+        os.chown(folder, postgres.pw_uid, postgres.pw_gid)
+        account = {"user": postgres.pw_uid, "group": postgres.pw_gid, "extra_groups": []}
 
     def call(program: str, *arguments: str) -> None:
         # The server keeps pg_ctl's output open: only a log file lets go of it.
         with open(folder / "log", "a") as log:
-            streams = {**options, "capture_output": False, "stdout": log, "stderr": log}
-            done = subprocess.run([str(programs / program), *arguments], **streams)
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            done = subprocess.run([str(programs / program), *arguments], cwd=folder, **streams, **account)
         if done.returncode:
             raise ConfigError(f"{program} failed: {(folder / 'log').read_text()[-2000:]}")
 

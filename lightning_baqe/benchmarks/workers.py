@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from lightning_baqe.search import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
 from lightning_baqe.tuning.network_space import NetworkSpace
 
+NAME = "workers"  # of the study
 LAYERS = 5
 BITS = (4, 6, 8)
 TILES = (1, 2, 4, 8)
@@ -72,74 +72,52 @@ def made_up_figures(bits: BitConfig, schedules: Mapping[str, Mapping[str, Any]])
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the workers search.
+Answer = Callable[[BitConfig, Mapping[str, Mapping[str, Any]]], dict[str, Any]]
+
+
+def job_of(landscape: str | None, initial: int) -> tuple[NetworkSpace, BaqeSampler, Figures, Answer]:
+    """What the workers search: the bits of a landscape; None: something made up and small.
 
     Args:
-        space: of the search.
-        sampler: of it.
-        reference: the float model's figures.
-        figures: of a trial's bits and schedules.
+        landscape: a shipped one, or a path.
+        initial: trials of the initial design.
+
+    Returns:
+        the space, the sampler, the float model's figures, and a function from bits and schedules to a trial's figures.
     """
+    pool = max(200, initial)
+    if landscape is None:
+        space = made_up_space()
+        sampler = BaqeSampler(0, "paper", space.distributions, space.candidates, initial, pool)
+        return space, sampler, FLOAT, made_up_figures
+    found = Landscape.load(landscape)
+    space = NetworkSpace(found.space.base, found.space.bit_choices, {}, found.space.defaults)
+    sampler = BaqeSampler(
+        0, "beyond", space.distributions, space.candidates, initial, pool,
+        reference_point=found.reference_point, knowledge=found.knowledge(),
+    )  # fmt: skip
 
-    space: NetworkSpace
-    sampler: BaqeSampler
-    reference: Figures
-    figures: Callable[[BitConfig, Mapping[str, Mapping[str, Any]]], dict[str, Any]]
+    def figures(bits: BitConfig, schedules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        point = found.at({leader: bits[leader].activation for leader in space.bit_choices})
+        return {
+            "accuracy": 1.0 - found.error(point),
+            "latency_us": found.latency_us(point),
+            "size_bytes": found.size_bytes(point),
+        }
 
-    @classmethod
-    def of(cls, landscape: str | None, initial: int) -> Job:
-        """The bits of a landscape; None: something made up and small.
-
-        Args:
-            landscape: a shipped one, or a path.
-            initial: trials of the initial design.
-        """
-        pool = max(200, initial)
-        if landscape is None:
-            space = made_up_space()
-            sampler = BaqeSampler(0, "paper", space.distributions, space.candidates, initial, pool)
-            return cls(space, sampler, FLOAT, made_up_figures)
-        found = Landscape.load(landscape)
-        space = NetworkSpace(found.space.base, found.space.bit_choices, {}, found.space.defaults)
-        sampler = BaqeSampler(
-            0, "beyond", space.distributions, space.candidates, initial, pool,
-            reference_point=found.reference_point, knowledge=found.knowledge(),
-        )  # fmt: skip
-
-        def figures(bits: BitConfig, schedules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-            point = found.at({leader: bits[leader].activation for leader in space.bit_choices})
-            return {
-                "accuracy": 1.0 - found.error(point),
-                "latency_us": found.latency_us(point),
-                "size_bytes": found.size_bytes(point),
-            }
-
-        return cls(space, sampler, FLOAT.model_copy(update=dict(found.reference)), figures)
+    return space, sampler, FLOAT.model_copy(update=dict(found.reference)), figures
 
 
 def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, landscape: str | None) -> None:
-    """Be one worker, to the end of the study.
-
-    Args:
-        folder: run folder.
-        storage: URL.
-        trials: complete trials to reach.
-        pause_s: mean length of a trial.
-        initial, landscape: of :meth:`Job.of`.
-    """
+    """Be one worker, to the end of the study; arguments as for :func:`run`."""
     rng = np.random.default_rng(os.getpid())
-    job = Job.of(landscape, initial)
-    space = job.space
-    study = SearchStudy(
-        Path(folder), storage, {"recipe": "workers", "model": "none", "dataset": "none"}, name="workers"
-    )
+    space, sampler, reference, answer = job_of(landscape, initial)
+    study = SearchStudy(Path(folder), storage, {"recipe": NAME, "model": "none", "dataset": "none"}, name=NAME)
     with study.lock:
         study.known_space({"space": space.record()})
-        study.open(space, job.sampler)
+        study.open(space, sampler)
         if study.float_result is None:
-            study.keep(FLOAT_FIGURES, job.reference.record())
+            study.keep(FLOAT_FIGURES, reference.record())
     waited = proposing = 0.0
     done = 0
     while study.complete_count < trials:
@@ -153,15 +131,13 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, l
         trial, phase = asked
         bits, schedules = space.point(trial.params)
         time.sleep(pause_s * rng.uniform(0.5, 1.5))
-        figures = job.figures(bits, schedules)
-        study.tell(
-            trial, Trial(number=trial.number, phase=phase, bits=bits_entry(bits), schedules=schedules, **figures)
-        )
+        figures = answer(bits, schedules)
+        found = Trial(number=trial.number, phase=phase, bits=bits_entry(bits), schedules=schedules, **figures)
+        study.tell(trial, found)
         study.write()
         done += 1
-    (Path(folder) / f"worker_{os.getpid()}.json").write_text(
-        json.dumps({"trials": done, "asking_s": proposing, "idle_s": waited})
-    )
+    report = {"trials": done, "asking_s": proposing, "idle_s": waited}
+    (Path(folder) / f"worker_{os.getpid()}.json").write_text(json.dumps(report))
     study.close()
 
 
@@ -184,7 +160,7 @@ def run(
         trials: complete trials to reach.
         pause_s: mean length of a trial, seconds.
         kill: send SIGKILL to one that is in the middle of a trial, once a quarter of the trials is complete.
-        initial, landscape: of :meth:`Job.of`.
+        initial, landscape: of :func:`job_of`.
 
     Raises:
         BaqeError: a process failed by itself.
@@ -202,12 +178,11 @@ def run(
     ]
     for worker in workers:
         worker.start()
-    victim, study, database = None, None, None
+    victim, database = None, None
     while any(worker.is_alive() for worker in workers):
         database = database or _database(storage)
-        study = study or (_study(database) if kill and database is not None else None)
-        if study is not None and victim is None:
-            victim = _kill_one(study, trials // 4, workers)
+        if kill and database is not None and victim is None:
+            victim = _kill_one(database, trials // 4, workers)
         time.sleep(0.1)
     seconds = time.perf_counter() - start
     failed = [worker.exitcode for worker in workers if worker.exitcode and worker is not victim]
@@ -228,15 +203,11 @@ def _database(storage: str) -> RDBStorage | None:
         return RDBStorage(storage)
 
 
-def _study(database: RDBStorage) -> optuna.Study | None:
-    """The workers' study, None as long as there is none."""
-    if "workers" not in [study.study_name for study in database.get_all_studies()]:
-        return None
-    return optuna.load_study(study_name="workers", storage=database)
-
-
-def _kill_one(study: optuna.Study, after: int, workers: Sequence[Any]) -> Any | None:
+def _kill_one(database: RDBStorage, after: int, workers: Sequence[Any]) -> Any | None:
     """Kill a worker that is in the middle of a trial, if enough trials are complete."""
+    if NAME not in [study.study_name for study in database.get_all_studies()]:
+        return None
+    study = optuna.load_study(study_name=NAME, storage=database)
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < after:
         return None
     attributes = study.user_attrs
@@ -251,7 +222,7 @@ def _kill_one(study: optuna.Study, after: int, workers: Sequence[Any]) -> Any | 
 
 
 def _look(folder: Path, database: RDBStorage) -> dict[str, Any]:
-    trials = optuna.load_study(study_name="workers", storage=database).get_trials(deepcopy=False)
+    trials = optuna.load_study(study_name=NAME, storage=database).get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     interrupted = [t for t in trials if t.user_attrs.get(RESULT, {}).get("error") == INTERRUPTED]
     again = {trial.user_attrs[AGAIN] for trial in complete if AGAIN in trial.user_attrs}
@@ -298,16 +269,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     options.landscape)
             )  # fmt: skip
             if "://" in options.storage:
-                optuna.delete_study(study_name="workers", storage=storage)
+                optuna.delete_study(study_name=NAME, storage=storage)
     title = f"{options.trials} trials of {options.pause:g} s on {options.landscape}, {options.storage}"
-    table = table_of(title, [name.replace("_", " ") for name in rows[0]])
-    for row in rows:
-        table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=160).print(table)
+    cells = ([f"{value:.1f}" if isinstance(value, float) else value for value in row.values()] for row in rows)
+    Console(width=160).print(table_of(title, [name.replace("_", " ") for name in rows[0]], rows=cells))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
-    bad = any(row["complete"] != options.trials or row["duplicates"] or row["lost"] for row in rows)
-    return int(bad)
+    return int(any(row["complete"] != options.trials or row["duplicates"] or row["lost"] for row in rows))
 
 
 if __name__ == "__main__":
