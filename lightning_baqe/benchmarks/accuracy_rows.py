@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
-from lightning_baqe.hardware.identity import device_info, versions
+from lightning_baqe.hardware.identity import device_info, digest, versions
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.build import build
 from lightning_baqe.quantization.calibration import calibrate
@@ -118,8 +117,7 @@ class Request:
     def checkpoint(self, folder: Path, quantized: bool) -> Path:
         """Where the weights are kept; its name follows from all that they depend on."""
         key = self.key if quantized else self.float_key
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-        return folder / f"{self.network}-{self.bits if quantized else 'float'}-seed{self.seed}-{digest}.ckpt"
+        return folder / f"{self.network}-{self.bits if quantized else 'float'}-seed{self.seed}-{digest(key)[:8]}.ckpt"
 
 
 def find_row(rows: Rows, request: Request) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of, text_of
+from lightning_baqe.benchmarks.setups import INSTALL, console_of, parser_of, table_of, text_of
 from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.engines.engine_process import ENGINES, engine_name, missing_packages
 from lightning_baqe.engines.engine_runs import EngineResult, ModelRun, RunOptions, run_model
@@ -35,7 +35,6 @@ from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.files import replace_file
 from lightning_baqe.hardware.identity import device_info, versions
 
-INSTALL = "uv sync --group bench"
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100", "inception_v3")
 COLUMNS = {  # of the table: figure and format
     "median us": ("latency_us", ".0f"),

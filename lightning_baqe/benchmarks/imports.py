@@ -7,11 +7,12 @@ Each import has a process of its own; the first round, which reads the files fro
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 import time
+
+from lightning_baqe.benchmarks.setups import parser_of
 
 BASE = "import torch, pytorch_lightning"
 IMPORTS = {
@@ -32,7 +33,7 @@ def seconds(code: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the medians, their ratios to the first and the spread; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args(arguments).rounds
     rows = [{name: seconds(code) for name, code in IMPORTS.items()} for _ in range(rounds + 1)][1:]

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
-from lightning_baqe.benchmarks.accuracy_rows import Sizes, float_task, quiet_trainer
+from lightning_baqe.benchmarks.accuracy_rows import Say, Sizes, float_task, quiet_trainer
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError
@@ -43,7 +43,6 @@ from lightning_baqe.tuning.network_space import NetworkSpace
 REPEATED = (4, 6, 8)  # uniform bits that are tuned again, in other orders: the spread of equal trials
 REPEATS = 3
 REPEATED_AT = 40  # rows before them
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 
 from lightning_baqe.benchmarks.replays import fill
-from lightning_baqe.benchmarks.search_runs import replay
-from lightning_baqe.benchmarks.search_tables import front_of, scaled_adrs, values_of
+from lightning_baqe.benchmarks.search_runs import KEY, replay
+from lightning_baqe.benchmarks.search_tables import front_of, runs_of, scaled_adrs, values_of
 from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.errors import BaqeError
@@ -154,14 +154,11 @@ def predicted(landscape: str, modes: Sequence[str], trials: int, seeds: int, fol
         ``{mode: {"hypervolume": {trials: median over the seeds}, "of_joint", "adrs": medians, as those of the runs}}``.
     """
     rows = Rows(folder / "replays.jsonl")
-    keys = ("problem", "sampler", "seed", "trials", "initial", "noisy")
     wanted = [(landscape, mode, seed, trials, min(10, trials - 1), True) for seed in range(seeds) for mode in modes]
-    fill(rows, keys, wanted, replay, 1, console, "replays")
+    fill(rows, KEY, wanted, replay, 1, console, "replays")
     reference = problem_named(landscape).reference_point
-    mine = [
-        row for row in rows.read() if (row["problem"], row["trials"]) == (landscape, trials) and row["seed"] < seeds
-    ]
-    values = {mode: [values_of(row) for row in mine if row["sampler"] == mode] for mode in modes}
+    runs = runs_of(rows.read(), landscape, trials, modes)
+    values = {mode: [values_of(row) for seed, row in of.items() if seed < seeds] for mode, of in runs.items()}
     joint = front_of(torch.cat([run for of in values.values() for run in of]))
     best = hypervolume(joint, reference)
     found = {}

@@ -22,7 +22,6 @@ does not find out within minutes that colours do not matter: it starts on images
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import sys
@@ -39,13 +38,14 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of
+from lightning_baqe.benchmarks.setups import INSTALL, check_positive, console_of, parser_of, table_of
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.data.base import ImageTensorDataset, Split
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.engine_process import missing_packages
 from lightning_baqe.engines.peers import onnxruntime_session
 from lightning_baqe.errors import BuildError
+from lightning_baqe.hardware.identity import digest
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.build import build
@@ -57,7 +57,6 @@ from lightning_baqe.tasks import ImageClassifier, network, pretrain
 SAME_CLASS, COSINE = 0.99, 0.999
 EXACT, DEFAULT, OPENVINO = "ONNX Runtime, exact", "ONNX Runtime", "OpenVINO"
 WHOLE = "ours, whole biases"
-INSTALL = "uv sync --group bench"
 CALIBRATION_BATCHES = 8
 Data = Callable[[bool], GlyphsDataModule]
 
@@ -172,15 +171,15 @@ def float_network(name: str, training: Training, num_classes: int, own: Path, ot
     pl.seed_everything(0, verbose=False)
     net = network(name, num_classes)
     found = sorted(others.glob(f"{name}-float-seed*.ckpt"), key=lambda path: path.stat().st_mtime)
-    digest = hashlib.sha256(json.dumps(asdict(training), sort_keys=True).encode()).hexdigest()[:8]
-    kept = own / f"{name}-float-{digest}.ckpt"
+    key = digest(asdict(training))[:8]
+    kept = own / f"{name}-float-{key}.ckpt"
     checkpoint = found[-1] if found and training == TRAININGS[name] and not kept.exists() else kept
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     trainer = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, enable_model_summary=False)
     task = ImageClassifier(net, num_classes)
     rate = training.learning_rate
     if training.colourless_epochs and not checkpoint.exists():
-        first = own / f"{name}-colourless-{digest}.ckpt"
+        first = own / f"{name}-colourless-{key}.ckpt"
         pretrain(task, data(False), first, training.colourless_epochs, rate, trainer=trainer)
     pretrain(task, data(True), checkpoint, training.epochs, rate, trainer=trainer)
     return net.eval()
@@ -262,8 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--smallest", action="store_true", help="one epoch of a few images: does it run?")
     options = parser.parse_args(arguments)
-    if options.images < 1 or options.threads < 1:
-        parser.error("--images and --threads are at least 1")
+    check_positive(parser, options, "images", "threads")
     missing = missing_packages("onnxruntime")
     if missing:
         parser.error(f"{', '.join(missing)} not installed; run `{INSTALL}`")

@@ -28,14 +28,13 @@ from torch import Tensor
 
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.search_figures import draw_curves, draw_points
-from lightning_baqe.benchmarks.search_runs import SAMPLERS, proposing_seconds, replay
+from lightning_baqe.benchmarks.search_runs import KEY, SAMPLERS, proposing_seconds, replay
 from lightning_baqe.benchmarks.search_tables import Runs, curves_of, front_of, print_summary, runs_of, summarise
 from lightning_baqe.benchmarks.setups import begin, check_positive, console_of, parser_of
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.files import Rows, replace_file
 from lightning_baqe.search.evolution import evolve
 
-_KEY = ("problem", "sampler", "seed", "trials", "initial", "noisy")
 _HARDEST = (54, 4)  # ResNet-50: layers, and knobs of each
 
 
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in range(options.seeds)
         for sampler in options.samplers
     ]
-    fill(rows, _KEY, wanted, replay, options.jobs, console, options.problem)
+    fill(rows, KEY, wanted, replay, options.jobs, console, options.problem)
     report(options, rows, console)
 
 

@@ -25,6 +25,7 @@ from lightning_baqe.search import (
 )
 from lightning_baqe.search.sampler import Initial, Mode
 
+KEY = ("problem", "sampler", "seed", "trials", "initial", "noisy")  # what tells replays apart: arguments of `replay`
 POOL_SIZE = 500  # BAQE III-C
 INFORMED = "beyond"  # the sampler that is told what is known before any trial
 Pool = Sequence[Mapping[str, Any]]

@@ -14,6 +14,8 @@ from rich.table import Table
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.files import replace_file
 
+INSTALL = "uv sync --group bench"  # the other engines
+
 
 def begin(folder: Path, setup: Mapping[str, Any]) -> None:
     """Make the folder, or go on in one that was begun with the same setup.

@@ -178,11 +178,12 @@ def run(
     ]
     for worker in workers:
         worker.start()
-    victim, database = None, None
+    victim, study, database = None, None, None
     while any(worker.is_alive() for worker in workers):
         database = database or _database(storage)
-        if kill and database is not None and victim is None:
-            victim = _kill_one(database, trials // 4, workers)
+        study = study or (_study(database) if kill and database is not None else None)
+        if study is not None and victim is None:
+            victim = _kill_one(study, trials // 4, workers)
         time.sleep(0.1)
     seconds = time.perf_counter() - start
     failed = [worker.exitcode for worker in workers if worker.exitcode and worker is not victim]
@@ -203,11 +204,15 @@ def _database(storage: str) -> RDBStorage | None:
         return RDBStorage(storage)
 
 
-def _kill_one(database: RDBStorage, after: int, workers: Sequence[Any]) -> Any | None:
-    """Kill a worker that is in the middle of a trial, if enough trials are complete."""
+def _study(database: RDBStorage) -> optuna.Study | None:
+    """The workers' study, None as long as there is none; opened once, as it keeps the complete trials that it read."""
     if NAME not in [study.study_name for study in database.get_all_studies()]:
         return None
-    study = optuna.load_study(study_name=NAME, storage=database)
+    return optuna.load_study(study_name=NAME, storage=database)
+
+
+def _kill_one(study: optuna.Study, after: int, workers: Sequence[Any]) -> Any | None:
+    """Kill a worker that is in the middle of a trial, if enough trials are complete."""
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < after:
         return None
     attributes = study.user_attrs

@@ -36,7 +36,7 @@ def test_coverage_knows_every_family() -> None:
 def test_coverage_row_and_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coverage, "CNNS", {"torchvision": {"squeezenet": "squeezenet1_1"}, "timm": {}})
     console = Console(record=True, width=200)
-    rows = coverage.run(["torchvision"], tmp_path, 1, 300.0, console)
+    rows = coverage.run(["torchvision"], tmp_path, 1, 550.0, console)  # over 170 s on a busy machine
     assert [row.reached for row in rows] == ["match"]
     assert coverage.report(rows, console)
     kept = (tmp_path / "rows.jsonl").read_text()
