@@ -143,6 +143,7 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # its processes import all tensor intrinsics of TVM, each for minutes on a slow machine
 def test_a_small_kernel_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
