@@ -23,7 +23,6 @@ from lightning_baqe.data import DigitsDataModule
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError, MeasurementError
 from lightning_baqe.hardware.description import DeviceDescription
 from lightning_baqe.measurement.device import Kernel
-from lightning_baqe.runs import search_context
 from lightning_baqe.runs.study import SearchStudy
 
 Make = Callable[..., Any]
@@ -153,21 +152,19 @@ def test_a_device_that_fuses_no_sums(tmp_path: Path, foreign: Make, search: Make
         assert all(getattr(call.spec, "residual", None) is None for call in artifact.plan.calls)
 
 
-def test_every_network_gets_the_activation_range(
-    monkeypatch: pytest.MonkeyPatch, foreign: Make, search: Make, fit: Make, digits: Any
-) -> None:
-    original, seen = search_context.quantize, []
+def test_every_network_gets_the_activation_range(foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    trained: list[str] = []
 
-    def spy(*args: Any, **options: Any) -> Any:
-        made = original(*args, **options)
-        seen.extend(quantizer.range_method for quantizer in made.quantizers().values())
-        return made
+    def look(step: int) -> bool:
+        trained.extend(quantizer.range_method for quantizer in module.body.classifier.quantizers().values())
+        return False
 
-    monkeypatch.setattr(search_context, "quantize", spy)
-    callback = search(activation_range="percentile:99", bit_choices=(4, 8))
-    fit(foreign(), callback, digits, fast_dev_run=True, max_epochs=1)
-    assert len(seen) > 10
-    assert set(seen) == {"percentile:99"}
+    module, callback = foreign(poison=look), search(activation_range="percentile:99", bit_choices=(4, 8))
+    fit(module, callback, digits, fast_dev_run=True, max_epochs=1)
+    assert trained
+    context = callback.loop.context  # which makes those that are only measured, too
+    others = context.quantized(baqe.BitConfig.uniform(context.network, 4, 4), 1).quantizers().values()
+    assert {*trained, *(quantizer.range_method for quantizer in others)} == {"percentile:99"}
 
 
 def test_loaders_without_a_datamodule(tmp_path: Path, foreign: Make, search: Make, fit: Make) -> None:
