@@ -19,7 +19,7 @@ import torch
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.plan import Schedules
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer.graph import IntegerGraph
@@ -126,6 +126,10 @@ class KernelTurn:
 
     samples_us: tuple[float, ...]
     exact: bool
+
+    def __post_init__(self) -> None:
+        if self.exact and len(self.samples_us) != REPEATS:
+            raise MeasurementError(f"a turn of a kernel has {REPEATS} samples, the device gave {len(self.samples_us)}")
 
 
 class Device(ABC):

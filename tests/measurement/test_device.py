@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from fake_device import FakeDevice
 
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.measurement.database import Records
+from lightning_baqe.measurement.device import REPEATS, KernelTurn
 from lightning_baqe.measurement.local import Local, reach
 
 
@@ -40,3 +41,9 @@ def test_ways_to_a_device() -> None:
     assert isinstance(reach("local"), Local)
     with pytest.raises(ConfigError, match="unknown device 'moon'; give 'local' or a Device"):
         reach("moon")
+
+
+def test_a_turn_has_all_its_samples() -> None:
+    assert KernelTurn((), exact=False).samples_us == ()  # a wrong result needs no samples
+    with pytest.raises(MeasurementError, match=f"has {REPEATS} samples, the device gave 1"):
+        KernelTurn((3.0,), exact=True)
