@@ -28,6 +28,7 @@ from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
+from lightning_baqe.kernels.x86.layout import as_image
 
 FORMAT = 1
 MANIFEST, MODULE, GRAPH, TENSORS, BITS = "manifest.json", "module.so", "graph.json", "tensors.npz", "bits.json"
@@ -96,7 +97,7 @@ class Artifact:
                 self._module = load_library(library)
             self._vm = relax.VirtualMachine(self._module, tvm.cpu())
             self._constants = [tvm.runtime.tensor(array) for array in constants(self.plan)]
-            self._image = tvm.runtime.empty((1, *self.graph.input_shape), "float32")
+            self._image = tvm.runtime.empty((1, *as_image(self.graph.input_shape)), "float32")
             self._vm.set_input(MAIN, self._image, *self._constants)
         return self._vm
 
@@ -132,7 +133,7 @@ class Artifact:
 
         Returns:
             float32, shape ``(n, *graph.output.type.shape)``; equal to ``graph.run(x)`` on every element for networks
-            without float layers.
+            without float layers and without functions like exp of the input before it is quantized.
 
         Raises:
             ConfigError: the shape does not fit.
@@ -146,7 +147,7 @@ class Artifact:
         """One image without torch: contiguous float32 ``(1, *input_shape)`` to float32 ``(1, outputs)``."""
         with self._lock:  # the machine holds one image and one result
             vm = self.vm
-            self._image.copyfrom(image)
+            self._image.copyfrom(image.reshape(self._image.shape))
             vm.invoke_stateful(MAIN)
             return np.asarray(vm.get_outputs(MAIN).numpy())
 
@@ -159,8 +160,8 @@ class Artifact:
         vm = self.vm
         found: dict[str, list[np.ndarray]] = {}
         for image in images:
-            results = vm[ALL](tvm.runtime.tensor(image[None]), *self._constants)
-            buffers = {}
+            results = vm[ALL](tvm.runtime.tensor(image.reshape(self._image.shape)), *self._constants)
+            buffers = {name: self.plan.constants[name] for name in self.plan.layouts if name in self.plan.constants}
             for call, value in zip(self.plan.calls, results, strict=True):
                 buffers[self.plan.buffer(call.result)] = value.numpy()
                 if call.result not in self.plan.layouts:

@@ -53,7 +53,7 @@ class Call:
         nodes: the graph's nodes that it computes; the last one's value is its result.
         layer: the layer whose knobs it takes, if any.
         spec, knobs: what its code depends on.
-        arguments: its arguments but the result: names of values, or of the plan's constants.
+        arguments: its arguments but the result: names of values, or of the plan's constants, literals among them.
     """
 
     nodes: tuple[str, ...]

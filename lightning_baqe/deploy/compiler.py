@@ -12,6 +12,7 @@ from tvm.target import Target
 from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.errors import BuildError
+from lightning_baqe.kernels.x86.layout import as_image
 from lightning_baqe.kernels.x86.pixels import PixelSpec
 
 MAIN, ALL = "main", "main_all"
@@ -30,12 +31,12 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
     The module has two functions of (image, *constants): ``main`` returns the logits, ``main_all`` a tuple of every
     call's result in order.
 
-    ``input_shape`` is ``(channels, height, width)``; ``objects`` keeps compiled kernels, by default the user's.
-    BuildError where TVM or LLVM refuses the module.
+    ``input_shape`` is ``(channels, height, width)`` or ``(features,)``; ``objects`` keeps compiled kernels, by default
+    the user's. BuildError where TVM or LLVM refuses the module.
     """
     builder = relax.BlockBuilder()
     for name, keep_all in ((MAIN, False), (ALL, True)):
-        image = relax.Var("image", relax.TensorType((1, *input_shape), "float32"))
+        image = relax.Var("image", relax.TensorType((1, *as_image(input_shape)), "float32"))
         arrays = constants(plan)
         parameters = [relax.Var(f"c{i}", relax.TensorType(a.shape, str(a.dtype))) for i, a in enumerate(arrays)]
         # Kernels write into their last argument; nothing may reorder or drop their calls, so none is said to be pure.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 
 from lightning_baqe.deploy.placement import Slice, Values, halos
+from lightning_baqe.deploy.plan_pixels import is_lookup
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.kernels.x86.layout import VECTOR, stored_channels
 
@@ -71,14 +72,14 @@ class _Finder:
 
     def _suits(self, node: ir.Node, owner: str) -> bool:
         values = self.values
-        if values.is_alias(node) or values.is_input(node.name):
+        if values.is_alias(node) or values.is_input(node.name) or isinstance(node, ir.Literal):
             return False
         if isinstance(node, ir.Quantize) and values.is_input(node.inputs[0]):
             return False  # stored as the image is, and filled whole
         if values.dtype(node) != values.dtype(values.by_name[owner]):
             return False
         small = self.vbmi and stored_channels(node.type.shape[0]) < _LOOKED_UP  # for a table of bytes
-        if small and any(isinstance(one, ir.Table | ir.Requantize) for one in (node, *values.readers(node.name))):
+        if small and any(map(is_lookup, (node, *values.readers(node.name)))):
             return False  # whole rows of a small value are faster, even with a copy
         return self._pads_agree(node, owner)
 

@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lightning_baqe.errors import BuildError
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.x86.layout import VECTOR, Layout, storage_dtype, stored_channels
+from lightning_baqe.kernels.x86.layout import VECTOR, Layout, as_image, storage_dtype, stored_channels
 
 _PRODUCTS = (ir.Linear, ir.FloatLinear)
 
@@ -104,7 +103,7 @@ class Values:
             return self.layouts[node.name]
         if node.name in self.places:
             return self.place_slice(node.name, self.places[node.name], shape[0])
-        channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
+        channels, height, width = as_image(shape)
         readers = self.readers(node.name)
         pads = self._shared_halos.get(node.name, halos(readers))
         packed = isinstance(node, ir.Quantize) and self.is_input(node.inputs[0])
@@ -128,17 +127,10 @@ class Values:
 
     def place_input(self, name: str) -> None:
         """Place the network's float input in our layout under a name, for readers that take it as it is."""
-        channels, height, width = self.image_shape()
+        channels, height, width = as_image(self.graph.input_shape)
         readers = [r for r in self.readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize)]
         stored = _stored(channels, readers, True)
         self._place(name, Layout(channels, height, width, stored, 0, "float32"), halos(readers))
-
-    def image_shape(self) -> tuple[int, int, int]:
-        """The network's input shape; BuildError where it is no image."""
-        shape = self.graph.input_shape
-        if len(shape) != 3:
-            raise BuildError(f"networks take images (channels, height, width), got an input of shape {shape}")
-        return shape[0], shape[1], shape[2]
 
     def place_copy(self, copy: str, name: str, pad: int) -> None:
         """Place a value's copy under a name, for readers that pad with another number."""

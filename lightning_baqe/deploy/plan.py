@@ -103,6 +103,7 @@ class _Planner:
                 and conv.groups == 1
                 and len(self.values.direct_readers[name]) == 1
                 and node.inputs[0] != node.inputs[1]
+                and all(self.values.by_name[value].type.shape == node.type.shape for value in node.inputs)
             ]
             if candidates:
                 fused[node.name] = max(candidates, key=order.__getitem__)
@@ -116,7 +117,9 @@ class _Planner:
             if isinstance(node, ir.Dequantize) and node is self.graph.output:
                 break
             self.values.place(node)
-            if isinstance(node, ir.Add) and node.name in self.fused:
+            if isinstance(node, ir.Literal):
+                self._literal(node.name, node)
+            elif isinstance(node, ir.Add) and node.name in self.fused:
                 self._conv(self.values.by_name[self.fused[node.name]], node)
             else:
                 self._emit(node)
@@ -141,6 +144,10 @@ class _Planner:
         copy = f"{root}.padded{pad}"
         if copy not in layouts:
             self.values.place_copy(copy, root, pad)
+            value = self.values.by_name[root]
+            if isinstance(value, ir.Literal):
+                self._literal(copy, value)
+                return copy
             self._pixels(copy, copy_kernel(layouts[root], layouts[copy]), [root])
         return copy
 
@@ -157,6 +164,12 @@ class _Planner:
                 self.makers[names[-1]] = argument
         self.calls.append(Call(nodes, layer, spec, knobs, tuple(names)))
 
+    def _literal(self, name: str, node: ir.Literal) -> None:
+        """A value that is a constant: no kernel computes it."""
+        layout, pad = self.values.layouts[name], self.values.pads[name]
+        values = node.value.numpy().reshape(layout.channels, layout.height, layout.width)
+        self.makers[name] = partial(layout.pack, values, pad)
+
     def _pixels(self, name: str, kernel: Kernel, values: list[str]) -> None:
         pad = self.values.pads.get(name, 0)
         self._add((name,), None, kernel.spec, {}, (*values, *kernel.arguments(pad)))
@@ -170,7 +183,6 @@ class _Planner:
                 else:
                     self._conv(node, None)
             case ir.Quantize() if self.values.is_input(node.inputs[0]):
-                self.values.image_shape()
                 self._pixels(node.name, pack_kernel(result, node), [self.graph.nodes[0].name])
             case ir.Concat() if (parts := self.values.parts(node)) is not None:
                 self._fill(node, parts)

@@ -6,6 +6,7 @@ import torch
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.graph import evaluate
 
 
 def verify(artifact: Artifact, x: torch.Tensor) -> dict[str, int]:
@@ -41,7 +42,7 @@ def recomputed(
     The node has a kernel of its own, or is the last one in a kernel; ``values`` are of
     :meth:`~lightning_baqe.deploy.artifact.Artifact.run_all`.
     """
-    want = node.run(*(_input(name, artifact, values, x) for name in node.inputs))
+    want = evaluate(node, [_input(name, artifact, values, x) for name in node.inputs], x)
     name = node.name if node.name in values else f"{node.name}.output"
     if name not in values:  # a flatten that shares its input's buffer
         assert isinstance(node, ir.Flatten)
@@ -53,7 +54,5 @@ def _input(name: str, artifact: Artifact, values: dict[str, torch.Tensor], x: to
     if name in values:
         return values[name]
     node = artifact.graph[name]
-    if isinstance(node, ir.Input):
-        return node.run(x)
     # A flatten has no kernel, and a convolution may live in its residual sum's: take them from their own inputs.
-    return node.run(*(_input(source, artifact, values, x) for source in node.inputs))
+    return evaluate(node, [_input(source, artifact, values, x) for source in node.inputs], x)

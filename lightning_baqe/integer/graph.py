@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,28 @@ from typing import Any
 import torch
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.integer.nodes import Add, Affine, FloatAffine, FloatLayer, Input, Layer, Node, Table
+from lightning_baqe.integer.nodes import (
+    Add,
+    Affine,
+    FloatAdd,
+    FloatAffine,
+    FloatFunction,
+    FloatLayer,
+    FloatMul,
+    FloatPRelu,
+    Input,
+    Layer,
+    Literal,
+    Move,
+    Mul,
+    Node,
+    Quantize,
+    Table,
+    TensorType,
+)
 
 MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES, OFFSET_BYTES = 4, 1, 4, 8
+_ELEMENTWISE = (FloatAdd, FloatAffine, FloatFunction, FloatMul)  # floats without weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,21 +44,22 @@ class IntegerGraph:
         bits: ``{layer: (weight bits, activation bits)}`` in network order, 32 = float.
 
     Raises:
-        ConfigError: names are not unique, or a node reads what is computed later or nowhere.
+        ConfigError: names are not unique, a node reads what is computed later or nowhere, or shapes do not fit.
     """
 
     nodes: tuple[Node, ...]
     bits: Mapping[str, tuple[int, int]]
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
+        seen: dict[str, TensorType] = {}
         for node in self.nodes:
             if node.name in seen:
                 raise ConfigError(f"two nodes are named {node.name!r}")
             missing = [name for name in node.inputs if name not in seen]
             if missing:
                 raise ConfigError(f"node {node.name!r} reads {missing}, which no earlier node computes")
-            seen.add(node.name)
+            _check_shapes(node, [seen[name].shape for name in node.inputs])
+            seen[node.name] = node.type
         if not self.nodes or not isinstance(self.nodes[0], Input) or any(isinstance(n, Input) for n in self.nodes[1:]):
             raise ConfigError("a graph begins with its one Input")
 
@@ -90,7 +110,7 @@ class IntegerGraph:
         values: dict[str, torch.Tensor] = {}
         last_use = {name: node.name for node in self.nodes for name in node.inputs}
         for node in self.nodes:
-            values[node.name] = node.run(*(values[name] for name in node.inputs)) if node.inputs else node.run(x)
+            values[node.name] = evaluate(node, [values[name] for name in node.inputs], x)
             if not keep:
                 for name in set(node.inputs):
                     if last_use[name] == node.name:
@@ -122,12 +142,29 @@ class IntegerGraph:
 
     @property
     def is_integer_only(self) -> bool:
-        """Whether no float arithmetic happens between the input's quantize and the output's dequantize."""
-        return not any(node.is_float for node in self.nodes)
+        """Whether no float arithmetic happens between the input's quantize and the output's dequantize.
+
+        What is done to each element of the float input alone before it is quantized (the normalisation of a picture's
+        bytes, say) lies before it; layers never do.
+        """
+        before = self._before_quantize()
+        return not any(node.is_float and node.name not in before for node in self.nodes)
+
+    def _before_quantize(self) -> set[str]:
+        """Values of the input alone that only quantizations read, perhaps through others of the kind."""
+        found: set[str] = set()
+        for node in self.nodes:
+            moves = not (node.is_float or node.type.is_integer)
+            if (moves or isinstance(node, _ELEMENTWISE)) and found.issuperset(node.inputs):
+                found.add(node.name)
+        for node in reversed(self.nodes):
+            if (node is self.output or node.name not in found) and not isinstance(node, Quantize):
+                found.difference_update(node.inputs, {node.name})
+        return found
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of packed weights, int32 biases, requantization numbers and tables; of float layers all in float32.
+        """Bytes of packed weights, int32 biases, requantization numbers, tables and literals; of floats all in float32.
 
         Channel orders and pooling windows are structure, and part of the code.
         """
@@ -147,11 +184,22 @@ class IntegerGraph:
         )
 
 
+def evaluate(node: Node, inputs: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A node's value, ``(n, *type.shape)``, from those that it reads; the network's input ``x`` gives the batch."""
+    if isinstance(node, Input):
+        return node.run(x)
+    return node.run(*inputs) if inputs else node.run().expand(len(x), *node.type.shape)
+
+
 def node_bytes(node: Node) -> int:
     """Constants of one node, bytes; see :attr:`IntegerGraph.size_bytes`."""
-    factors = getattr(node, "requant", None)
-    total = 0 if factors is None else MULTIPLIER_BYTES * factors.multiplier.numel() + SHIFT_BYTES
+    factors = [part for name in ("requant", "positive", "negative") if (part := getattr(node, name, None)) is not None]
+    total = sum(MULTIPLIER_BYTES * part.multiplier.numel() + SHIFT_BYTES for part in factors)
     match node:
+        case Literal():
+            total += node.value.numel() * _bytes_of(node.type)
+        case FloatPRelu():
+            total += 4 * node.slope.numel()
         case FloatLayer():
             total += 4 * (node.weight.numel() + node.bias.numel())
         case FloatAffine():
@@ -159,7 +207,7 @@ def node_bytes(node: Node) -> int:
         case Add():
             total += 2 * MULTIPLIER_BYTES + SHIFT_BYTES
         case Table():
-            total += node.table.numel() * math.ceil(node.type.limits[1].bit_length() / 8)
+            total += node.table.numel() * _bytes_of(node.type)
         case Affine():
             total += OFFSET_BYTES * node.offset.numel()
         case Layer():
@@ -171,3 +219,33 @@ def node_bytes(node: Node) -> int:
 def node_macs(node: Node) -> int:
     """Multiply-accumulates of one node per image; 0 for all but convs and linears."""
     return node.weight.numel() * math.prod(node.type.shape[1:]) if isinstance(node, Layer | FloatLayer) else 0
+
+
+def _bytes_of(kind: TensorType) -> int:
+    """Of one element: as many whole bytes as its range wants."""
+    if not kind.is_integer:
+        return 4
+    low, high = kind.limits
+    sign = low < 0
+    return math.ceil((max((-low - 1) if sign else 0, high).bit_length() + sign) / 8)
+
+
+def _check_shapes(node: Node, inputs: Sequence[tuple[int, ...]]) -> None:
+    shape = node.type.shape
+    if len(shape) not in (1, 3):
+        raise ConfigError(
+            f"node {node.name!r} has values of shape {shape}; they are (channels, height, width) or (features,)"
+        )
+    if isinstance(node, Move) and node.index.numel():
+        (count,) = map(math.prod, inputs)
+        low, high = (int(end) for end in node.index.aminmax())
+        if low < -1 or high >= count:
+            raise ConfigError(f"node {node.name!r} takes elements {low}..{high} of {count}; 0..{count - 1}, -1 for 0")
+    if isinstance(node, Add | Mul | FloatAdd | FloatMul):
+        # torch would also align dimensions of another number, the batch with them.
+        alike = all(len(one) == len(shape) for one in inputs)
+        if not alike or any({1, out} != {1, *sizes} for out, *sizes in zip(shape, *inputs, strict=True)):
+            raise ConfigError(
+                f"node {node.name!r} has operands of shapes {list(inputs)} and a result of {shape}; give operands of "
+                "as many dimensions, each of the result's size or 1"
+            )

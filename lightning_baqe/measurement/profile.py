@@ -13,6 +13,7 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.compiler import result_type
+from lightning_baqe.kernels.x86.layout import as_image
 from lightning_baqe.measurement.clock import PROFILED_RUNS, WARM_UP, timed
 
 
@@ -24,7 +25,7 @@ class KernelProfile:
 
     Args:
         plan: the kernels.
-        input_shape: ``(channels, height, width)``.
+        input_shape: ``(channels, height, width)`` or ``(features,)``.
         compiled: kernels of the same target by key, such as other plans left there; what is missing is added.
     """
 
@@ -38,7 +39,7 @@ class KernelProfile:
             kernels = {key: call.function().with_attr("global_symbol", key) for key, call in missing.items()}
             library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.options.target.tvm))
             compiled.update({key: library.mod[key] for key in missing})  # each keeps its library alive
-        self._image = tvm.runtime.empty((1, *input_shape), "float32")
+        self._image = tvm.runtime.empty((1, *as_image(input_shape)), "float32")
         self._steps = [
             (compiled[call.key], arguments) for call, arguments in zip(plan.calls, self._all_arguments(), strict=True)
         ]
@@ -75,9 +76,8 @@ class KernelProfile:
         return read | ({self.plan.buffer(call.result)} if call.result in self.plan.buffers else set())
 
     def run(self, image: np.ndarray) -> np.ndarray:
-        """Call all kernels on a float32 image ``(1, channels, height, width)``, note what each takes, and return
-        the output."""
-        self._image.copyfrom(image)
+        """Call all kernels on a float32 image ``(1, *input_shape)``, note what each takes, and return the output."""
+        self._image.copyfrom(image.reshape(self._image.shape))
         clock = time.perf_counter_ns
         for samples, (kernel, arguments) in zip(self._samples_us, self._steps, strict=True):
             start = clock()

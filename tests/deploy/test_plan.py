@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import tvm.error
-from small_graphs import UINT8, Maker
+from small_graphs import Maker
 
 from lightning_baqe.deploy import compiler
 from lightning_baqe.deploy.plan import make_plan
@@ -84,17 +84,6 @@ def test_operators_without_a_kernel_are_named() -> None:
     unknown = ir.FloatFunction(name="odd", inputs=("input",), type=graph.nodes[0].type, function="gamma", parameters=())
     with pytest.raises(BuildError, match=r"odd.*gamma.*relu"):
         make_plan(IntegerGraph((graph.nodes[0], unknown), {}), BuildOptions(TARGET))
-
-
-def test_inputs_other_than_images_are_refused() -> None:
-    kind = ir.TensorType((16,), *UINT8)
-    nodes = (
-        ir.Input(name="input", inputs=(), type=ir.TensorType((16,))),
-        ir.Quantize(name="x", inputs=("input",), type=kind, inverse_scale=1.0),
-        ir.Dequantize(name="y", inputs=("x",), type=ir.TensorType((16,)), scale=torch.tensor(1.0), zero_point=0),
-    )
-    with pytest.raises(BuildError, match=r"images.*\(16,\)"):
-        make_plan(IntegerGraph(nodes, {}), BuildOptions(TARGET))
 
 
 def test_targets() -> None:

@@ -14,6 +14,7 @@ from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.kernels.x86 import float_functions
 from lightning_baqe.kernels.x86.moves import MoveSpec
 from lightning_baqe.quantization.pointwise import FUNCTIONS
@@ -34,8 +35,9 @@ def test_elementwise(channels: int, target: CpuTarget) -> None:
     for limits in (UINT8, INT8, WIDE):
         value = maker.conv(out=channels, padding=1, limits=limits)
         narrow = maker.requantize(value, (-300, 500), 0.02)
-        for wanted in (UINT8, INT8, WIDE):
+        for wanted, by_channel in ((UINT8, (False, True)), (INT8, (False, False)), (WIDE, (True, True))):
             maker.affine(value, wanted)
+            maker.prelu(value, wanted, by_channel)
             maker.table(narrow if limits == WIDE else value, wanted)
     for a in ("x", maker.conv(out=channels, padding=1)):
         gate = maker.avg_windows(a, [(0, 5)], [(0, 7)])
@@ -44,6 +46,22 @@ def test_elementwise(channels: int, target: CpuTarget) -> None:
                 maker.conv(maker.mul(a, b, wanted), out=2, padding=1) if wanted == UINT8 else maker.mul(a, b, wanted)
     stream = maker.conv(out=channels, padding=1, limits=WIDE)
     maker.mul(stream, "x", WIDE)
+    graph = maker.graph()
+    assert_exact(compiled(graph, target), images(graph))
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**-7, 1.0, 2.0**11])
+def test_prelu_of_any_factors(size: float, target: CpuTarget) -> None:
+    """Shifts on both sides of 32, alike and not, whose products need 32 bits and more."""
+    maker = Maker(19, (3, 5), seed=3)
+    for value in ("x", maker.conv(out=19, padding=1, limits=WIDE), maker.conv(out=19, padding=1, limits=None)):
+        for limits in (UINT8, WIDE):
+            maker.prelu(value, limits, (False, True), size)
+            maker.prelu(value, limits, (False, False), size)
+            node = maker.nodes[-1]
+            assert isinstance(node, ir.PRelu)
+            steep = Dyadic.from_real(float(node.positive.real()) * 2.0**12)
+            maker.nodes[-1] = dataclasses.replace(node, negative=steep)
     graph = maker.graph()
     assert_exact(compiled(graph, target), images(graph))
 
@@ -61,6 +79,7 @@ def test_pools(channels: int, target: CpuTarget) -> None:
         maker.max_pool(value, (3, 2), (2, 1), (1, 0), dilation=(1, 2))
         maker.max_pool(value, 3, 1, 1, dilation=2)
         maker.max_pool(value, (2, 3), 2, (1, 1), ceil_mode=True)
+        maker.max_windows(value, *uneven)
     pooled = maker.avg_windows("x", *uneven)
     maker.conv(pooled, out=5, padding=2)
     graph = maker.graph()
@@ -247,5 +266,8 @@ def test_float_operators(channels: int, target: CpuTarget) -> None:
     maker.conv(integers, out=6, padding=1)
     maker.dequantize(integers, maker.floats(channels))
     maker.max_pool(affine, 3, 1, 1, dilation=2)
+    maker.float_conv(maker.float_node(ir.MaxWindows, affine, **bounds), 3, 1)
+    for slope in (maker.floats(channels), torch.tensor(-0.3)):
+        maker.float_conv(maker.float_node(ir.FloatPRelu, image, slope=slope), 3, padding=1)
     graph = maker.graph()
     assert_exact(compiled(graph, target), images(graph))

@@ -115,6 +115,27 @@ OPERATORS: dict[str, Build] = {
     "flatten and back": lambda m: m.conv(
         m.flatten(m.linear(m.flatten(image(m)), 12), (12, 1, 1)), 5, kernel=1
     ),
+    "any order": lambda m: m.move(image(m), torch.randperm(256, generator=m.rng).reshape(2, 16, 8)),
+    "other dimensions": lambda m: m.move(image(m), torch.arange(256).reshape(4, 8, 8).permute(2, 0, 1)),
+    "another shape": lambda m: m.move(image(m), torch.arange(256).reshape(16, 4, 4)),
+    "vectors to images": lambda m: m.conv(
+        m.move(m.linear(m.flatten(image(m)), 24), torch.arange(24).reshape(2, 3, 4)), 4
+    ),
+    "order with zeros": lambda m: m.move(image(m), torch.arange(-9, 247).clamp(min=-1).reshape(4, 8, 8).flip(0)),
+    "prelu": lambda m: m.prelu(image(m)),
+    "prelu of any sign": lambda m: m.prelu(image(m), -1),
+    "prelu of features": lambda m: m.prelu(m.flatten(image(m)), by_channel=False, bits=6),
+    "uneven max_pool": lambda m: m.max_windows(image(m), [(0, 2), (1, 5), (6, 8)], [(0, 2), (1, 4), (3, 5), (4, 8)]),
+    "adaptive max_pool": lambda m: m.max_windows(image(m), [(0, 3), (2, 6), (5, 8)], [(0, 4), (4, 8)]),
+    "add a literal": lambda m: m.add(image(m), m.literal(4, 8, 8)),
+    "add a row": lambda m: m.add(image(m), m.literal(4, 1, 8)),
+    "mul by pixel": lambda m: m.mul(m.literal(1, 8, 8), image(m)),
+    "mul of row and column": lambda m: m.mul(m.gather(x := image(m), None, [0]), m.gather(x, None, None, [3])),
+    "add one channel": lambda m: m.add(m.gather(x := image(m), [2]), x),
+    "concat of literals": lambda m: m.concat(
+        x := image(m), m.table(m.concat(a := m.literal(2, 8, 8), a), ("tanh",), onto=x)
+    ),
+    "literal alone": lambda m: (image(m), m.conv(m.literal(4, 8, 8), 3)),
     "shuffled table": lambda m: m.table(image(m), ("relu",), shuffled=True),
     "shuffled table of signed": lambda m: m.table(image(m, 6, True), ("relu",), shuffled=True),
     "float layers": lambda m: m.float_linear(m.flatten(m.float_conv("image", 4, True)), 10, True),
@@ -193,7 +214,15 @@ def test_float_operators(tmp_path: Path) -> None:
     maker.add_node(ir.FloatAdd(name="b", inputs=("a", "image"), type=kind, relu=True))
     pooled = maker.avg_pool("b", [(0, 8)], [(0, 8)])
     maker.add_node(ir.FloatMul(name="c", inputs=("b", pooled), type=kind))
-    maker.avg_pool("c", [(0, 3), (2, 6), (5, 8)], [(0, 8)])
+    for slope in (torch.tensor(-0.4), torch.randn(4, generator=maker.rng)):
+        maker.add_node(ir.FloatPRelu(name=maker.rename("p"), inputs=(maker.nodes[-1].name,), type=kind, slope=slope))
+    value = torch.randn(4, 1, 1, generator=maker.rng)
+    maker.add_node(ir.Literal(name="e", inputs=(), type=ir.TensorType((4, 1, 1)), value=value))
+    maker.add_node(ir.FloatAdd(name="f", inputs=(maker.nodes[-2].name, "e"), type=kind, relu=False))
+    index = torch.randperm(256, generator=maker.rng).reshape(4, 8, 8)
+    maker.max_windows(maker.move("f", index), [(0, 3), (2, 7), (7, 8)], [(0, 8)])
+    c = maker.nodes[-1].name
+    maker.avg_pool(c, [(0, 1), (0, 3)], [(0, 1)])
     maker.max_pool(maker.gather(maker.concat(maker.nodes[-1].name, maker.nodes[-1].name), rows=[1, -1, 0]), 2, 1, 1)
     graph = maker.graph()
     path = graph.to_onnx(tmp_path / "model.onnx")

@@ -69,6 +69,20 @@ class Layout:
         """The same in a buffer of its own."""
         return replace(self, shared=0, first=0)
 
+    def places(self) -> np.ndarray:
+        """Index of every value in the buffer, int64, shape ``(channels, height, width)``."""
+        channels, rows, columns = np.ogrid[: self.channels, : self.height, : self.width]
+        return np.asarray(self.origin() + rows * self.row + columns * self.pitch + channels, np.int64)
+
+    def pack(self, values: np.ndarray, pad: int) -> np.ndarray:
+        """A buffer of its own that holds values of shape ``(channels, height, width)``; ``pad`` fills the halo."""
+        h, w = self.height + 2 * self.halo, self.width + 2 * self.halo
+        full = np.full((h, w, self.stored), pad, self.dtype)
+        full[..., self.channels :] = 0
+        buffer = np.concatenate([full.ravel(), np.zeros(SLACK, self.dtype)])
+        buffer[self.places()] = values
+        return buffer
+
     def unpack(self, buffer: np.ndarray) -> np.ndarray:
         """A buffer's values, shape ``(channels, height, width)``."""
         h, w = self.height + 2 * self.halo, self.width + 2 * self.halo
@@ -76,6 +90,12 @@ class Layout:
         channels = slice(self.first, self.first + self.channels)
         inner = full[self.halo : h - self.halo, self.halo : w - self.halo, channels]
         return np.ascontiguousarray(inner.transpose(2, 0, 1))
+
+
+def as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """``(features,)`` as ``(features, 1, 1)``, ``(channels, height, width)`` as it is."""
+    channels, height, width = shape if len(shape) == 3 else (*shape, 1, 1)
+    return channels, height, width
 
 
 def storage_dtype(low: int, high: int) -> str:
