@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 
-from lightning_baqe.deploy.placement import Slice, Values, halos
+from lightning_baqe.deploy.placement import Halos, Slice, Values, halos, joined, widest
 from lightning_baqe.deploy.plan_pixels import is_lookup
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.kernels.x86.layout import VECTOR, stored_channels
@@ -21,7 +21,7 @@ from lightning_baqe.kernels.x86.layout import VECTOR, stored_channels
 _LOOKED_UP = 64  # bytes that a table takes at once, see :func:`lightning_baqe.kernels.x86.pixels.emit_byte_table`
 
 
-def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str, dict[int, int]]]:
+def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str, Halos]]:
     """The slices of a graph's concatenations, the last one first: it is the largest, where several share inputs.
 
     Args:
@@ -29,7 +29,7 @@ def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str,
         vbmi: tables of bytes are looked up a row at a time.
 
     Returns:
-        ``{value: where it lies}``, and ``{concatenation that owns a buffer: {padding value: width}}`` of the buffers'
+        ``{value: where it lies}``, and ``{concatenation that owns a buffer: {padding value: halo}}`` of the buffers'
         halos, one entry each at most.
     """
     finder = _Finder(values, vbmi)
@@ -44,7 +44,7 @@ class _Finder:
     def __init__(self, values: Values, vbmi: bool) -> None:
         self.values, self.vbmi = values, vbmi
         self.places: dict[str, Slice] = {}
-        self.halos: dict[str, dict[int, int]] = {}
+        self.halos: dict[str, Halos] = {}
 
     def share(self, concat: ir.Concat) -> None:
         """Give its inputs places in its buffer, or itself one among its inputs."""
@@ -87,12 +87,12 @@ class _Finder:
         """Whether one halo does for a value's readers and the buffer's; widens it as they need it."""
         if owner not in self.halos:
             own = halos(self.values.readers(owner))
-            widest = max(own, key=own.__getitem__, default=None)
-            self.halos[owner] = {} if widest is None else {widest: own[widest]}
+            pad = widest(own)
+            self.halos[owner] = {} if pad is None else {pad: own[pad]}
         held, wanted = self.halos[owner], halos(self.values.readers(node.name))
         differ = bool(wanted and held) and wanted.keys() != held.keys()
         if differ or len(wanted) > 1:
             return False
-        for pad, width in wanted.items():
-            held[pad] = max(held.get(pad, 0), width)
+        for pad, halo in wanted.items():
+            held[pad] = joined(held.get(pad, (0, 0)), halo)
         return True

@@ -10,6 +10,7 @@ from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.layout import VECTOR, Layout, as_image, storage_dtype, stored_channels
 
+Halos = dict[int, tuple[int, int]]  # by what they hold: rows above and below, columns on the left and right
 _PRODUCTS = (ir.Linear, ir.FloatLinear)
 
 
@@ -40,7 +41,7 @@ class Values:
         self.layouts: dict[str, Layout] = {}
         self.pads: dict[str, int] = {}
         self.places: dict[str, Slice] = {}
-        self._shared_halos: Mapping[str, dict[int, int]] = {}
+        self._shared_halos: Mapping[str, Halos] = {}
         self.direct_readers: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
         for node in graph:
             for name in node.inputs:
@@ -50,8 +51,8 @@ class Values:
             if isinstance(node, ir.Flatten) and self._needs_no_copy(node):
                 self._alias[node.name] = self.root(node.inputs[0])
 
-    def share(self, places: Mapping[str, Slice], shared_halos: Mapping[str, dict[int, int]]) -> None:
-        """Let values lie in the buffers of concatenations, with halos of ``{concatenation: {padding value: width}}``;
+    def share(self, places: Mapping[str, Slice], shared_halos: Mapping[str, Halos]) -> None:
+        """Let values lie in the buffers of concatenations, with halos of ``{concatenation: {padding value: halo}}``;
         see :mod:`lightning_baqe.deploy.in_place`.
         """
         self.places, self._shared_halos = dict(places), shared_halos
@@ -108,7 +109,7 @@ class Values:
         pads = self._shared_halos.get(node.name, halos(readers))
         packed = isinstance(node, ir.Quantize) and self.is_input(node.inputs[0])
         stored = _stored(channels, readers, packed)
-        self._place(node.name, Layout(channels, height, width, stored, 0, self.dtype(node)), pads)
+        self._place(node.name, Layout(channels, height, width, stored, (0, 0), self.dtype(node)), pads)
         return self.layouts[node.name]
 
     def place_slice(self, name: str, place: Slice, channels: int) -> Layout:
@@ -130,15 +131,16 @@ class Values:
         channels, height, width = as_image(self.graph.input_shape)
         readers = [r for r in self.readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize)]
         stored = _stored(channels, readers, True)
-        self._place(name, Layout(channels, height, width, stored, 0, "float32"), halos(readers))
+        self._place(name, Layout(channels, height, width, stored, (0, 0), "float32"), halos(readers))
 
     def place_copy(self, copy: str, name: str, pad: int) -> None:
         """Place a value's copy under a name, for readers that pad with another number."""
         self._place(copy, self.layouts[name].alone, {pad: halos(self.readers(name))[pad]})
 
-    def _place(self, name: str, layout: Layout, pads: dict[int, int]) -> None:
-        pad, halo = max(pads.items(), key=lambda item: item[1], default=(0, 0))
-        self.layouts[name], self.pads[name] = replace(layout, halo=halo), pad
+    def _place(self, name: str, layout: Layout, pads: Halos) -> None:
+        pad = widest(pads)
+        self.layouts[name] = layout if pad is None else replace(layout, halo=pads[pad])
+        self.pads[name] = pad or 0
 
 
 def pad_of(reader: ir.Node) -> int | None:
@@ -148,13 +150,24 @@ def pad_of(reader: ir.Node) -> int | None:
     return None
 
 
-def halos(readers: list[ir.Node]) -> dict[int, int]:
-    """The halo's width for each value that readers pad with."""
-    found: dict[int, int] = {}
+def widest(pads: Halos) -> int | None:
+    """The padding value of the widest halo; None without one."""
+    return max(pads, key=lambda pad: sum(pads[pad]), default=None)
+
+
+def joined(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The halo that is wide enough for two."""
+    return max(one[0], other[0]), max(one[1], other[1])
+
+
+def halos(readers: list[ir.Node]) -> Halos:
+    """The halo for each value that readers pad with."""
+    found: Halos = {}
     for reader in readers:
         pad = pad_of(reader)
         if pad is not None and isinstance(reader, ir.Conv | ir.FloatConv):
-            found[pad] = max(found.get(pad, 0), *reader.padding)
+            top, bottom, left, right = reader.padding
+            found[pad] = joined(found.get(pad, (0, 0)), (max(top, bottom), max(left, right)))
     return found
 
 
