@@ -179,7 +179,7 @@ class Artifact:
     def _images(self, x: torch.Tensor) -> np.ndarray:
         if tuple(x.shape[1:]) != tuple(self.graph.input_shape):
             raise ConfigError(
-                f"input has shape {tuple(x.shape)}, the artifact wants images of shape {tuple(self.graph.input_shape)}"
+                f"input has shape {tuple(x.shape)}, the artifact wants inputs of shape {tuple(self.graph.input_shape)}"
             )
         return np.ascontiguousarray(x.detach().to(torch.float32).cpu().numpy())
 

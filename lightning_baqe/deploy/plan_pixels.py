@@ -85,15 +85,12 @@ def pixel_kernel(
             offsets = partial(_even_first, node.offset, result)
             return pixels("affine", params, multipliers, offsets, narrow=False, high=high)
         case ir.PRelu():
-            factors, shifts = (node.positive, node.negative), (node.positive.shift, node.negative.shift)
             if is_lookup(node) and _bytes_to_bytes(source, result, target):
                 return _byte_table(node, source, result)
-            multipliers = [
-                partial(by_channel, part.multiplier.expand(result.channels), result, "int32") for part in factors
-            ]
+            by_sign, shifts = (node.positive, node.negative), (node.positive.shift, node.negative.shift)
+            made = [partial(by_channel, p.multiplier.expand(result.channels), result, "int32") for p in by_sign]
             high = min(shifts) >= 32 and _reach(kinds[0], node.input_zero_point) <= INT32_MAX
-            params = (node.input_zero_point, *shifts, *limits)
-            return pixels("prelu", params, *multipliers, narrow=False, high=high)
+            return pixels("prelu", (node.input_zero_point, *shifts, *limits), *made, narrow=False, high=high)
         case ir.Table():
             return _table(node, source, kinds[0], result, target)
         case ir.Clip():

@@ -200,8 +200,7 @@ class Exporter:
             case ir.MaxPool():
                 self._moved(node, max_pool(writer, reals[0], wish, node, self._type(node).shape))
             case ir.MaxWindows():
-                shape = self._type(node).shape
-                self._moved(node, max_windows(writer, reals[0], wish, shape, node.rows, node.columns))
+                self._moved(node, max_windows(writer, reals[0], wish, self._type(node).shape, node.rows, node.columns))
             case ir.Concat():
                 if node.name not in self.literals:
                     reals = [self._batched(self.nodes[name]) for name in node.inputs]

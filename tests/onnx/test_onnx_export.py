@@ -151,6 +151,13 @@ def test_operators(name: str, tmp_path: Path) -> None:
     check(graph, graph.to_onnx(tmp_path / "model.onnx"), mean=0.2 if "avg_pool" in name else 0.02)
 
 
+def test_a_vector_as_input(tmp_path: Path) -> None:
+    m = RealMaker((30,))
+    m.linear(m.prelu(m.linear(image(m), 20)), 6)
+    graph = m.graph()
+    check(graph, graph.to_onnx(tmp_path / "model.onnx"), steps=2.01)
+
+
 def test_float_layers_between_integers(tmp_path: Path) -> None:
     m = RealMaker((4, 8, 8))
     m.conv(m.quantize(m.float_conv(m.dequantize(image(m)), 6)), 4)
