@@ -26,7 +26,7 @@ from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run
-from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.integer.graph import IntegerGraph, as_images
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
 
 FORMAT = 1
@@ -124,21 +124,24 @@ class Artifact:
             self._library = library
         return self._library
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor, check: bool = False) -> torch.Tensor:
         """Logits of a batch, one image after the other.
 
         Args:
-            x: float, shape ``(n, *graph.input_shape)``.
+            x: float, shape ``(n, *graph.input_shape)``, on any device; computed on the CPU.
+            check: refuse values that are not finite, which integers cannot stand for.
 
         Returns:
             float32, shape ``(n, *graph.output.type.shape)``; equal to ``graph.run(x)`` on every element for networks
             without float layers.
 
         Raises:
-            ConfigError: the shape does not fit.
+            ConfigError: no tensor, or its shape or type does not fit; with ``check``, values that are not finite.
             BuildError: this CPU lacks the artifact's instructions.
         """
         images = self._images(x)
+        if check:
+            _check_finite(images)
         logits = np.array([self.run_array(image[None])[0] for image in images], np.float32)
         return torch.from_numpy(logits).reshape(len(images), *self.graph.output.type.shape)
 
@@ -176,11 +179,7 @@ class Artifact:
         return values
 
     def _images(self, x: torch.Tensor) -> np.ndarray:
-        if tuple(x.shape[1:]) != tuple(self.graph.input_shape):
-            raise ConfigError(
-                f"input has shape {tuple(x.shape)}, the artifact wants images of shape {tuple(self.graph.input_shape)}"
-            )
-        return np.ascontiguousarray(x.detach().to(torch.float32).cpu().numpy())
+        return np.ascontiguousarray(as_images(x, self.graph.input_shape, "artifact").numpy())
 
     def save(self, folder: Path | str) -> Path:
         """Write the artifact's folder, in one move: an interrupted save leaves nothing half-written.
@@ -259,3 +258,16 @@ class Artifact:
                 return graph_from_parts(json.loads((folder / GRAPH).read_text()), dict(tensors))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise BuildError(f"the graph in {folder} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _check_finite(images: np.ndarray) -> None:
+    """Raise ConfigError where a pixel is not finite; says how many there are, and where the first is."""
+    wrong = ~np.isfinite(images)
+    if not wrong.any():
+        return
+    nan, first = int(np.isnan(images).sum()), tuple(int(i) for i in np.argwhere(wrong)[0])
+    raise ConfigError(
+        f"x holds {int(wrong.sum())} values that are not finite ({nan} nan, {int(wrong.sum()) - nan} infinite) in "
+        f"{int(wrong.reshape(len(images), -1).any(1).sum())} of {len(images)} images, the first at {first}: an integer "
+        "network has no such numbers; mend or leave out these images"
+    )

@@ -65,13 +65,13 @@ class IntegerGraph:
         """Logits of a batch.
 
         Args:
-            x: float, shape ``(n, *input_shape)``.
+            x: float, shape ``(n, *input_shape)``, on any device; computed on the CPU.
 
         Returns:
-            float32, shape ``(n, *output.type.shape)``.
+            float32, shape ``(n, *output.type.shape)``, on the CPU.
 
         Raises:
-            ConfigError: the shape does not fit.
+            ConfigError: no tensor, or its shape or type does not fit.
         """
         return self.run_all(x, keep=False)[self.output.name]
 
@@ -83,10 +83,7 @@ class IntegerGraph:
             x: as for :meth:`run`.
             keep: False frees values that no later node reads.
         """
-        if tuple(x.shape[1:]) != self.input_shape:
-            raise ConfigError(
-                f"input has shape {tuple(x.shape)}, the graph wants (n, {', '.join(map(str, self.input_shape))})"
-            )
+        x = as_images(x, self.input_shape, "graph")
         values: dict[str, torch.Tensor] = {}
         last_use = {name: node.name for node in self.nodes for name in node.inputs}
         for node in self.nodes:
@@ -171,3 +168,34 @@ def node_bytes(node: Node) -> int:
 def node_macs(node: Node) -> int:
     """Multiply-accumulates of one node per image; 0 for all but convs and linears."""
     return node.weight.numel() * math.prod(node.type.shape[1:]) if isinstance(node, Layer | FloatLayer) else 0
+
+
+def as_images(x: torch.Tensor, shape: tuple[int, ...], reader: str) -> torch.Tensor:
+    """A network's input as it is computed on: float32, on the CPU, without a gradient.
+
+    Args:
+        x: float, ``(n, *shape)``.
+        shape: of one image.
+        reader: ``"graph"`` or ``"artifact"``, for the message.
+
+    Raises:
+        ConfigError: it is something else. Integers, too: nothing says whether they were to be scaled.
+    """
+    wanted = f"the {reader} wants a float tensor of shape (n, {', '.join(map(str, shape))})"
+    if not isinstance(x, torch.Tensor):
+        kind = type(x)
+        advice = "torch.from_numpy(x)" if kind.__name__ == "ndarray" else "a tensor"
+        raise ConfigError(f"x is a {kind.__module__}.{kind.__qualname__}, {wanted}: give {advice}")
+    if x.is_meta or x.layout != torch.strided:
+        raise ConfigError(
+            f"x is on device {x.device} with layout {x.layout}, {wanted} that holds values: give a dense one"
+        )
+    if not x.is_floating_point():
+        raise ConfigError(
+            f"x is {str(x.dtype).removeprefix('torch.')}, {wanted} as the network was trained on: scale and normalise "
+            "x as in training, or give x.float() if it was trained on such numbers"
+        )
+    if tuple(x.shape[1:]) != tuple(shape):
+        advice = ": give x[None] for one image" if tuple(x.shape) == tuple(shape) else ""
+        raise ConfigError(f"input has shape {tuple(x.shape)}, {wanted}{advice}")
+    return x.detach().to("cpu", torch.float32)

@@ -223,12 +223,31 @@ class BitConfig(Mapping[str, LayerBits]):
             source: the JSON text, or the path of a file as a ``Path``.
 
         Raises:
-            ConfigError: not such a format, or a version that this release does not know.
+            ConfigError: a file that cannot be read, another format, or a version that this release does not know; names
+                the file.
         """
-        text = source.read_text() if isinstance(source, Path) else source
+        if not isinstance(source, Path):
+            return cls._parse(source)
+        try:
+            text = source.read_text(encoding="utf-8-sig")  # Windows writes a mark before UTF-8
+        except OSError as error:
+            raise ConfigError(f"{source} cannot be read ({error}): give the file of a bit-config.") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source} is no text in UTF-8 ({error}): give the file of a bit-config.") from error
+        try:
+            return cls._parse(text)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+
+    @classmethod
+    def _parse(cls, text: str) -> BitConfig:
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"got a {type(text).__name__}; a bit-config is given as its JSON text, or its file's Path"
+            )
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"not a bit-config: {error}; a file is given as a Path, its text as a str") from error
         if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
             raise ConfigError('a bit-config is a JSON object with "layers": {name: [weight bits, activation bits]}')
@@ -240,9 +259,17 @@ class BitConfig(Mapping[str, LayerBits]):
         for name, pair in content["layers"].items():
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ConfigError(f"layer {name!r} must be [weight bits, activation bits], got {pair!r}")
-            parsed[name] = LayerBits(pair[0], pair[1])
-        ties = tuple(tuple(group) for group in content.get("ties", ()))
-        return cls(parsed, ties, content.get("other", 8), content.get("signature"), content.get("residual"))
+            try:
+                parsed[name] = LayerBits(pair[0], pair[1])
+            except ConfigError as error:
+                raise ConfigError(f"layer {name!r}: {error}") from error
+        ties, signature = content.get("ties", []), content.get("signature")
+        groups = ties if isinstance(ties, list) else [ties]
+        if not all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups):
+            raise ConfigError(f"ties are lists of layer names, got {ties!r}")
+        if not (signature is None or isinstance(signature, str)):
+            raise ConfigError(f"signature is a text or null, got {signature!r}")
+        return cls(parsed, tuple(map(tuple, groups)), content.get("other", 8), signature, content.get("residual"))
 
 
 def near(name: str, names: Mapping[str, Any] | tuple[str, ...]) -> str:

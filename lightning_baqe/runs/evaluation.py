@@ -19,10 +19,11 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.device import PRECISION, Device, Measurement, Sampling
 from lightning_baqe.measurement.local import Local
 from lightning_baqe.measurement.memory import give_back_memory
+from lightning_baqe.quantization.batches import input_and_labels, network_input
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.summary import Figures
 
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+Batches = Iterable[Any]  # as quantization.batches reads them: (x, y), or a dict
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def deployed_accuracy(artifact: Artifact, batches: Batches, device: Device | Non
     """Top-1 accuracy of a compiled network on a device, by default this machine, 0..1.
 
     Raises:
-        ConfigError: no images.
+        ConfigError: no images, or batches without images and labels.
     """
     return _accuracy(functools.partial((device or Local()).run, artifact), batches)
 
@@ -67,7 +68,8 @@ def module_accuracy(module: torch.nn.Module, batches: Batches, device: torch.dev
 
 def _accuracy(classify: Any, batches: Batches) -> float:
     right = total = 0
-    for x, y in batches:
+    for batch in batches:
+        x, y = input_and_labels(batch, "the loader that accuracy is taken on", ConfigError)
         right += int((classify(x).argmax(1) == y.cpu()).sum())
         total += len(y)
     if not total:
@@ -125,7 +127,7 @@ def evaluate(
     """
     options, device = options or MeasureOptions(), device or Local()
     give_back_memory()
-    sample = next((x[:1] for x, _ in batches), None)
+    sample = next((network_input(batch, "the loader", ConfigError)[:1] for batch in batches), None)
     start = time.perf_counter()
     graph = lower(model)
     artifact = device.build(graph, build_options, schedules)

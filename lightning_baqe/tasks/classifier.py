@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.quantization.activation import ACTIVATION_QUANTIZERS
 from lightning_baqe.quantization.batch_norm import fold_batch_norm, is_folded
+from lightning_baqe.quantization.batches import input_and_labels, network_input
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, quantize
 from lightning_baqe.tasks.optimizers import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
@@ -22,6 +23,8 @@ CHECKPOINT_KEY = "lightning_baqe"
 
 class ImageClassifier(pl.LightningModule):
     """Cross entropy and top-1 accuracy of a network; batches are ``(x, y)``, ``(n, 3, h, w)`` and int64 ``(n,)``.
+
+    Dicts with both under usual names will do, too: see :mod:`lightning_baqe.quantization.batches`.
 
     A checkpoint of it knows whether the network was quantized, and how: the structure is restored before the weights,
     whatever the structure of the module that loads it. So all of these continue exactly where the checkpoint was
@@ -161,25 +164,25 @@ class ImageClassifier(pl.LightningModule):
             self.net = fold_batch_norm(quantized) if wanted["folded"] else quantized
         self.net.to(device).train(self.training)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch, scalar."""
         return self._step("train", batch)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch, scalar."""
         return self._step("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch, scalar."""
         return self._step("test", batch)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits ``(n, num_classes)``."""
-        logits: Tensor = self(batch[0])
+        logits: Tensor = self(network_input(batch, "the predict loader", ConfigError))
         return logits
 
-    def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
+    def _step(self, stage: str, batch: Any) -> Tensor:
+        x, y = input_and_labels(batch, f"the {stage} loader", ConfigError)
         logits = self(x)
         is_training = stage == "train"
         smoothing = self.hparams["label_smoothing"] if is_training else 0.0

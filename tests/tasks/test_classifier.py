@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tiny import TinyData, TinyNet, tiny_net
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import lightning_baqe as baqe
 from lightning_baqe.errors import CalibrationError, ConfigError
@@ -64,6 +65,27 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ImageClassi
     path = tmp_path / "trained.ckpt"
     fitted.save_checkpoint(path)
     return task, path
+
+
+class DictData(TinyData):
+    """Batches as Hugging Face's loaders give them; to predict on, images alone."""
+
+    def train_dataloader(self) -> Any:
+        rows = [{"pixel_values": x, "labels": y} for x, y in zip(self.x, self.y, strict=True)]
+        return DataLoader(rows, batch_size=8)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(self.x, batch_size=8)
+
+
+def test_batches_may_be_dicts_or_images_alone() -> None:
+    task, other = make_task(), make_task()
+    trainer().fit(task, DictData())
+    trainer().fit(other, TinyData())
+    predictions = torch.cat(trainer().predict(task, DictData()))
+    assert torch.equal(predictions, torch.cat(trainer().predict(other, TinyData())))
 
 
 @pytest.mark.parametrize("trained", WIDTHS, indirect=True)
