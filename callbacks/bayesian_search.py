@@ -7,8 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_baqe.callbacks.company import check_company
 from lightning_baqe.callbacks.host import RepeatsTraining, network_of
-from lightning_baqe.callbacks.search_loop import SearchLoop, is_dry_run
+from lightning_baqe.callbacks.search_loop import SearchLoop, is_dry_run, run_folder
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.runs.search_arguments import SearchArguments
 
@@ -62,7 +63,10 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
         progress: show a progress bar where Lightning shows none.
 
     Raises:
-        ConfigError: on setup, an argument that cannot be right for this module or trainer.
+        ConfigError: on setup, before anything is trained: an argument that cannot be right for this module or trainer,
+            a run folder, storage or records that cannot be written, weights of another type than float32, or a callback
+            in the same Trainer that holds on to one network (averages of weights, fine-tuning, pruning) or compares
+            epochs of different trials (early stopping).
         InfeasibleError: before the first trial, a limit cannot be met; names the nearest value that can.
 
     Attributes:
@@ -83,11 +87,15 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
         if stage != "fit":
             return
         self.loop = None
-        if isinstance(network_of(pl_module, self.network), torch._dynamo.OptimizedModule):
+        network = network_of(pl_module, self.network)
+        if isinstance(network, torch._dynamo.OptimizedModule):
             raise ConfigError(
                 f"{type(pl_module).__name__}.{self.network} is compiled; the search quantizes the module itself: "
                 "give it before torch.compile"
             )
+        check_company(trainer, network)
+        if trainer.is_global_zero:
+            self.check_places(run_folder(self, trainer))
         if self.steps_per_trial is not None and not is_dry_run(trainer):
             self._limit_before, trainer.limit_train_batches = trainer.limit_train_batches, self.steps_per_trial
 

@@ -70,6 +70,8 @@ def _prepare(
     """The data module, the task over a trained float network, and what makes Trainers; first the network is checked."""
     import pytorch_lightning as pl
 
+    from lightning_baqe.callbacks.company import check_precision
+
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
     _ignore_known_warnings()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -78,6 +80,7 @@ def _prepare(
     check(net)
     task = make(cfg.task, net=net, num_classes=datamodule.num_classes)
     trainer = make(cfg.trainer, logger=make(cfg.logger) if cfg.logger else False)
+    check_precision(str(trainer(enable_checkpointing=False, max_epochs=1).precision))
     make(cfg.pretrain)(task, datamodule, run_dir / "checkpoints" / "float.ckpt", trainer=trainer)
     return datamodule, task, trainer
 
@@ -90,6 +93,7 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
     """
     search = make(cfg.search, run_dir=run_dir)
     search.device.check_here()
+    search.check_places(run_dir)
     datamodule, task, make_trainer = _prepare(cfg, run_dir, search.check_bits)
     search.example_input = datamodule.example_input
     # The search has a bar of its own, over trials.
@@ -195,8 +199,8 @@ def _bits(cfg: DictConfig, net: nn.Module) -> BitConfig:
         return BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
     try:
         return BitConfig.from_json(Path(cfg.bits.file).expanduser())
-    except OSError as error:
-        raise ConfigError(f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file.") from error
+    except ConfigError as error:
+        raise ConfigError(f"bits.file: {error}") from error
 
 
 def tune(cfg: DictConfig, run_dir: Path) -> None:

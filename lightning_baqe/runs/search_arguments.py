@@ -12,6 +12,7 @@ import torch
 
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.files import make_folder
 from lightning_baqe.hardware.description import DeviceDescription
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
@@ -21,6 +22,7 @@ from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, layers
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.runs.evaluation import MeasureOptions
 from lightning_baqe.runs.front import read_limits
+from lightning_baqe.runs.study import open_storage, storage_url
 from lightning_baqe.search.sampler import Mode
 
 
@@ -114,3 +116,16 @@ class SearchArguments:
         for bits in (FLOAT_BITS, 8, *self.baselines):
             self.device.check_bits(network, BitConfig.uniform(network, bits, bits))
         return self.device.choices(network, self.widths, layers(network)[1:-1])
+
+    def check_places(self, run_dir: Path) -> None:
+        """See that what is found can be kept, before anything is trained.
+
+        Args:
+            run_dir: the run folder; made if it is not there.
+
+        Raises:
+            ConfigError: run folder, storage or records cannot be opened and written.
+        """
+        make_folder(run_dir, "run_dir")
+        open_storage(storage_url(run_dir, self.storage)).engine.dispose()
+        _ = self.measured_on.records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -63,18 +65,17 @@ class SearchStudy:
         name: of the study in the storage; None: the run folder's.
 
     Raises:
-        ConfigError: another kind of storage, or its driver is not installed.
+        ConfigError: another kind of storage, one that cannot be opened, or its driver is not installed.
     """
 
     def __init__(self, run_dir: Path, storage: str | None, about: Mapping[str, Any], name: str | None = None) -> None:
         self.run_dir = run_dir
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = name or ("search" if storage is None else run_dir.resolve().name)
-        url = storage or f"sqlite:///{(run_dir / 'study.db').resolve()}"
+        url = storage_url(run_dir, storage)
+        self._storage = open_storage(url)
         self.lock = study_lock(url, name)
-        # Two processes that create the tables at once would collide, also those of two studies in one database.
-        with study_lock(url, "tables"), self.lock:
-            self._storage = _open_storage(url)
+        with self.lock:
             self._study = optuna.create_study(
                 study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
             )
@@ -307,14 +308,35 @@ class SearchStudy:
                     self.keep(TEST, tests)
 
 
-def _open_storage(url: str) -> RDBStorage:
-    """Optuna's storage, with patience for several workers."""
+def storage_url(run_dir: Path, storage: str | None) -> str:
+    """The URL of a study's database: ``storage``, by default SQLite in the run folder."""
+    return storage or f"sqlite:///{(run_dir / 'study.db').resolve()}"
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Optuna's storage, with patience for several workers.
+
+    Raises:
+        ConfigError: another kind of database, one that cannot be opened, or its driver is not installed.
+    """
     if url.startswith("sqlite"):
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-    if url.startswith("postgresql"):
+        options: dict[str, Any] = {"connect_args": {"timeout": 60}}
+    elif url.startswith("postgresql"):
         # A trial may last longer than a server keeps an idle connection.
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    raise ConfigError(
-        f"storage={url!r}, but a search locks its study, and that is for an SQLite file (sqlite:///study.db, one "
-        "machine) or PostgreSQL (postgresql://user@host/database): give one of these"
-    )
+        options = {"pool_pre_ping": True}
+    else:
+        raise ConfigError(
+            f"storage={url!r}, but a search locks its study, and that is for an SQLite file (sqlite:///study.db, one "
+            "machine) or PostgreSQL (postgresql://user@host/database): give one of these"
+        )
+    try:
+        # Two processes that create the tables at once would collide, also those of two studies in one database.
+        with study_lock(url, "tables"):
+            return RDBStorage(url, engine_kwargs=options)
+    except (sqlite3.DatabaseError, sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
+        shown = sqlalchemy.engine.make_url(url).render_as_string()  # without the password
+        reason = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+        raise ConfigError(
+            f"the study's database {shown} cannot be opened ({reason}): give another run_dir or storage, or move what "
+            "is there away"
+        ) from error
