@@ -115,7 +115,7 @@ class Host:
             batch: of a loader.
             stage: that hooks find the trainer in: ``training``, ``validating`` or ``testing``.
         """
-        owners = [getattr(self.trainer, "datamodule", None), self.module]
+        owners: list[Any] = [getattr(self.trainer, "datamodule", None), self.module]
         if not any(is_overridden(hook, owner) for hook in _TRANSFER_HOOKS for owner in owners if owner is not None):
             return batch
         first = next((owner for owner in owners if is_overridden(_TRANSFER_HOOKS[0], owner)), self.module)

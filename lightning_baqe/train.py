@@ -207,7 +207,7 @@ def _compose(arguments: Sequence[str]) -> DictConfig:
 
 
 def _check_choice(override: Override, groups: dict[str, dict[str, str]]) -> None:
-    key, text = override.key_or_group, override.input_line
+    key, text = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():
         wanted = _quotes_wanted(*text.split("=", 1))
         raise UsageError(f"{text!r} names several values, but a run has one: start one run for each. {wanted}")
