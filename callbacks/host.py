@@ -26,12 +26,12 @@ class RepeatsTraining(pl.Callback):
 
 
 class Host:
-    """Access to the module's classifier, its loaders, and the optimisers that belong to its parameters.
+    """Access to the module's network, its loaders, and the optimisers that belong to its parameters.
 
     Args:
         trainer: running.
         module: its LightningModule.
-        network: attribute that holds the float classifier; dots reach deeper.
+        network: attribute that holds the float network; dots reach deeper.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, network: str) -> None:
@@ -78,13 +78,13 @@ class Host:
                 )
 
     def place(self, network: nn.Module) -> None:
-        """Put a network in the classifier's place; optimisers stay."""
+        """Put a network in the float network's place; optimisers stay."""
         parents, _, leaf = self.network.rpartition(".")
         owner = operator.attrgetter(parents)(self.module) if parents else self.module
         setattr(owner, leaf, network.to(self.module.device))
 
     def install(self, model: nn.Module) -> None:
-        """Put a network in the classifier's place and train it, with new optimisers and schedulers."""
+        """Put a network in the float network's place and train it, with new optimisers and schedulers."""
         self.place(model.train())
         self.renew_optimizers()
 
@@ -174,7 +174,7 @@ def _only(loaders: Any) -> Any:
 
 
 class Pairs:
-    """A loader's images and labels on the CPU; each iteration walks through the loader anew.
+    """A loader's images and targets on the CPU; each iteration walks through the loader anew.
 
     Args:
         loader: of batches ``(x, y)``.
@@ -192,12 +192,12 @@ class Pairs:
             if len(pair) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in pair):
                 raise ConfigError(
                     f"the {self._split} loader gives {type(batch).__name__}; the search wants batches (x, y) of "
-                    "tensors: images and class indices"
+                    "tensors: images and targets"
                 )
             x, y = pair
-            if y.ndim != 1 or len(y) != len(x):
+            if y.ndim < 1 or len(y) != len(x):
                 raise ConfigError(
-                    f"the {self._split} loader gives labels of shape {tuple(y.shape)} for images of shape "
-                    f"{tuple(x.shape)}; the search wants one class index for each image"
+                    f"the {self._split} loader gives targets of shape {tuple(y.shape)} for images of shape "
+                    f"{tuple(x.shape)}; the search wants targets (n, ...) for images (n, ...)"
                 )
             yield x.detach().cpu(), y.detach().cpu()

@@ -18,7 +18,6 @@ from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.runs.evaluation import module_accuracy
 from lightning_baqe.runs.loggers import log_entry, log_results
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.promises import Promises
@@ -233,7 +232,7 @@ class SearchLoop:
         if turn.failure is None:
             try:
                 device = next(model.parameters()).device
-                fake = module_accuracy(model, self.context.validation, device)
+                fake = self.context.accuracy(model)
                 model = model if device.type == "cpu" else copy.deepcopy(model).cpu()
                 entry = entry.completed(self.context.evaluate(model, entry.key, turn.schedules), fake)
             except BaqeError as error:
@@ -273,7 +272,7 @@ class SearchLoop:
                     )
                 batches = self.host.test_batches()
                 if batches is not None:
-                    self.study.test_front(batches, self.arguments.measured_on)
+                    self.study.test_front(batches, self.arguments.measured_on, self.context.scorer)
                     summary = self.study.write(report=True)
                 log_results(self.trainer.loggers, summary, self.context.run_dir)
         self.study.close()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from sklearn.metrics import f1_score
 
 from lightning_baqe import flows
 from lightning_baqe.errors import ConfigError
@@ -127,6 +128,7 @@ class TestRunFolder:
             ("data=glyphs", "data._target_"),
             ("search.bit_choices=[2,8]", r"search.bit_choices: 'auto' there, \[2, 8\] here"),
             ("seed=1", "seed: 0 there, 1 here"),
+            ("metric={_target_: torchmetrics.R2Score}", "metric"),
             ("+model.zero_init_residual=true", "model.zero_init_residual: nothing there, True here"),
         ],
     )
@@ -254,6 +256,56 @@ def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert summary_of(run_dir)["trials"][0]["accuracy"] == trial["accuracy"]
 
 
+F1 = "metric={_target_: torchmetrics.classification.BinaryF1Score, threshold: 0.4}"
+
+
+@pytest.mark.parametrize("metric", [[], [F1]], ids=["default", "f1"])
+def test_qat_of_one_logit(metric: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import smallest
+
+    import lightning_baqe as baqe
+
+    options = ["data._target_=smallest.RoundDigits", "qat.distillation=0.5", "trainer.limit_train_batches=1.0"]
+    arguments = ["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *options, *metric, f"run_dir={tmp_path}/run"]
+    assert main(arguments) == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["metric"] == ("BinaryF1Score(threshold=0.4)" if metric else "BinaryAccuracy")
+    assert f"accuracy is {summary['metric']} of outputs (32, 1)" in capfd.readouterr().err
+    data, (trial,) = smallest.RoundDigits(), summary["trials"]
+    for entry, folder in ((summary["float"], "float"), (trial, "trial_0")):
+        graph = baqe.Artifact.load_graph(tmp_path / "run" / "artifacts" / folder)
+        for loader, key in ((data.val_dataloader(), "accuracy"), (data.test_dataloader(), "test_accuracy")):
+            x, y = (torch.cat(tensors) for tensors in zip(*loader, strict=True))
+            logits = graph.run(x)[:, 0]
+            found = f1_score(y, logits.sigmoid() > 0.4) if metric else float(((logits > 0) == y).double().mean())
+            assert entry[key] == pytest.approx(found, abs=0.01 if folder == "float" else 1e-6)
+    assert trial["accuracy"] > 0.5
+    if metric:
+        assert "BinaryF1Score over latency" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["metric={_target_: torchmetrics.MeanSquaredError}"], "MeanSquaredError: lower is better"),
+        (["metric={_target_: torchmetrics.classification.BinaryF1Score}"], "BinaryF1Score does not take outputs"),
+        (
+            ["metric={_target_: torchmetrics.classification.MulticlassRecall, num_classes: 10, average: null}"],
+            "MulticlassRecall(num_classes=10) gives a tensor (10,)",
+        ),
+        (["metric=accuracy"], "metric is a str"),
+        (["metric={_target_: torchmetrics.classification.MulticlassRecall}"], "num_classes"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["qat", "qat_search"])
+def test_metrics_are_refused_before_any_training(
+    recipe: str, options: list[str], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"recipe={recipe}", *SMALLEST, *options, f"run_dir={tmp_path}/run"]) == 1
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
     import smallest
 
@@ -337,6 +389,7 @@ def test_qat_search_and_its_resumption(options: list[str], tmp_path: Path, capfd
     assert "Report:" in capfd.readouterr().out
     first = summary_of(tmp_path / "run")
     assert [trial["state"] for trial in first["trials"]] == ["complete"] * 2
+    assert first["metric"] == "TopOneAccuracy(num_classes=10)"
     assert main([*arguments, "search.trials=3"]) == 0
     second = summary_of(tmp_path / "run")
     assert [trial["latency_us"] for trial in second["trials"][:2]] == [trial["latency_us"] for trial in first["trials"]]

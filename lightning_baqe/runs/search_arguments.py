@@ -9,6 +9,7 @@ from typing import Literal
 
 import optuna
 import torch
+from torchmetrics import Metric
 
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.errors import ConfigError
@@ -22,6 +23,7 @@ from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.runs.evaluation import MeasureOptions
 from lightning_baqe.runs.front import read_limits
 from lightning_baqe.search.sampler import Mode
+from lightning_baqe.tasks.scoring import check_metric
 
 
 @dataclass(eq=False, repr=False)
@@ -68,6 +70,7 @@ class SearchArguments:
     model_name: str | None = None
     records: str | Path | None = None
     progress: bool = True
+    metric: Metric | None = None
 
     widths: tuple[int, ...] = field(init=False)
     options: BuildOptions = field(init=False)
@@ -89,6 +92,8 @@ class SearchArguments:
                 f"prune=True with mode={self.mode!r} and sampler={type(self.sampler).__name__}; it weighs what mode "
                 "'beyond' knows of latency and size: give mode='beyond' and no sampler, or prune=False"
             )
+        if self.metric is not None:
+            check_metric(self.metric)
         parse_range(self.activation_range)
         read_limits(self.limits)
         fuses = self.device is None or self.device.options.fuse_residual
@@ -101,7 +106,7 @@ class SearchArguments:
         """Check that the device has kernels for what this search will try.
 
         Args:
-            network: the float classifier, trained or not.
+            network: the float network, trained or not.
 
         Returns:
             ``{layer: the bits of bit_choices that it may have}`` of the layers that are searched; None: all.

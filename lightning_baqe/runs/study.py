@@ -19,7 +19,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.measurement.device import Device
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.runs.evaluation import Batches, deployed_accuracy
+from lightning_baqe.runs.evaluation import deployed_accuracy
 from lightning_baqe.runs.limits import violations
 from lightning_baqe.runs.liveness import Worker
 from lightning_baqe.runs.objectives import objectives, summarise
@@ -27,6 +27,7 @@ from lightning_baqe.runs.report import write_report
 from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, Width
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
+from lightning_baqe.tasks.scoring import Batches, Scorer
 from lightning_baqe.tuning.network_space import NetworkSpace
 
 # What is kept of the study, and of each trial.
@@ -59,7 +60,7 @@ class SearchStudy:
     Args:
         run_dir: the run folder.
         storage: URL of an SQLite file or a PostgreSQL database; None: ``study.db`` in the run folder.
-        about: recipe, model, dataset and device, for the summary; the device is this machine if it says none.
+        about: recipe, metric, model, dataset and device, for the summary; the device is this machine if it says none.
         name: of the study in the storage; None: the run folder's.
 
     Raises:
@@ -292,7 +293,7 @@ class SearchStudy:
             write_report(summary, self.run_dir / "report.html")
         return summary
 
-    def test_front(self, batches: Batches, device: Device) -> None:
+    def test_front(self, batches: Batches, device: Device, scorer: Scorer | None = None) -> None:
         """Accuracy on the test split of the float model and of every Pareto point that lacks it, on the device.
 
         Points whose artifacts are in another worker's run folder are left to it.
@@ -303,7 +304,7 @@ class SearchStudy:
                 folder = self.run_dir / "artifacts" / name
                 if name not in tests and folder.is_dir():
                     with closing(Artifact.load(folder)) as artifact:
-                        tests[name] = deployed_accuracy(artifact, batches, device)
+                        tests[name] = deployed_accuracy(artifact, batches, device, scorer)
                     self.keep(TEST, tests)
 
 
