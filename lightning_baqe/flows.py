@@ -201,7 +201,9 @@ def _metric(cfg: DictConfig) -> Metric | None:
     if cfg.metric is None:
         return None
     try:
-        metric: Metric = hydra.utils.instantiate(cfg.metric, _convert_="all")
+        # What is no node is no metric either, and is refused below.
+        is_node = isinstance(cfg.metric, DictConfig)
+        metric: Metric = hydra.utils.instantiate(cfg.metric, _convert_="all") if is_node else cfg.metric
     except InstantiationException as error:
         raise ConfigError(f"metric cannot be made as the configuration says: {error.__cause__ or error}") from error
     check_metric(metric)
