@@ -21,6 +21,7 @@ from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.dyadic import Dyadic
+from lightning_baqe.integer.float_operators import FloatOperator, call_operator, canonical_shape, encode_arguments
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.tunable import template_of
 
@@ -316,6 +317,33 @@ class Maker:
         self.bits[name] = (32, 32)
         weight = self.floats(out, self[source].type.shape[0])
         return self.float_node(ir.FloatLinear, source, layer=name, weight=weight, bias=self.floats(out), relu=False)
+
+    def operator(
+        self,
+        name: str,
+        sources: Sequence[str],
+        *args: Any,
+        constants: Mapping[str, torch.Tensor] | None = None,
+        shapes: Sequence[tuple[int, ...]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """An ATen operator in float; true shapes are by default those of the operators that it reads, else of a batch
+        of one image.
+        """
+        nodes = [self[source] for source in sources]
+        known = [node.shape if isinstance(node, FloatOperator) else (1, *node.type.shape) for node in nodes]
+        true = tuple(known if shapes is None else shapes)
+        arguments, constants = encode_arguments(name, args, kwargs), dict(constants or {})
+        tensors = {f"%{k}": torch.zeros(shape) for k, shape in enumerate(true)}
+        tensors |= {f"@{key}": constant for key, constant in constants.items()}
+        shape = tuple(call_operator(name, arguments, tensors).shape)
+        return self._add(
+            FloatOperator(
+                name=f"{name.partition('.')[0]}{len(self.nodes)}", inputs=tuple(sources),
+                type=ir.TensorType(canonical_shape(shape)), operator=name, arguments=arguments, constants=constants,
+                shapes=true, shape=shape,
+            )
+        )  # fmt: skip
 
     def graph(self) -> IntegerGraph:
         """The graph, ended by the last value, dequantized if it is an integer."""

@@ -153,7 +153,8 @@ class Artifact:
     def run_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every value that the compiled module holds, by node: integers as int64, floats as float32, ``(n, *shape)``.
 
-        A residual sum that is computed inside a convolution's kernel stands for both.
+        A residual sum that is computed inside a convolution's kernel stands for both, and of the operators of an island
+        only those have a value that others read.
         """
         images = self._images(x)
         vm = self.vm
@@ -161,10 +162,11 @@ class Artifact:
         for image in images:
             results = vm[ALL](tvm.runtime.tensor(image[None]), *self._constants)
             buffers = {}
-            for call, value in zip(self.plan.calls, results, strict=True):
-                buffers[self.plan.buffer(call.result)] = value.numpy()
-                if call.result not in self.plan.layouts:
-                    found.setdefault(call.result, []).append(value.numpy()[0])
+            names = [name for call in self.plan.calls for name in call.results]
+            for name, value in zip(names, results, strict=True):
+                buffers[self.plan.buffer(name)] = value.numpy()
+                if name in self.plan.plain:
+                    found.setdefault(name, []).append(value.numpy()[0])
             for name, layout in self.plan.layouts.items():
                 found.setdefault(name, []).append(layout.unpack(buffers[self.plan.buffer(name)]))
         values: dict[str, torch.Tensor] = {}

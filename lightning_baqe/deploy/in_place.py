@@ -71,10 +71,10 @@ class _Finder:
 
     def _suits(self, node: ir.Node, owner: str) -> bool:
         values = self.values
-        if values.is_alias(node) or values.is_input(node.name):
+        if values.is_alias(node) or values.is_input(node.name) or values.is_plain(node.name):
             return False
-        if isinstance(node, ir.Quantize) and values.is_input(node.inputs[0]):
-            return False  # stored as the image is, and filled whole
+        if isinstance(node, ir.Quantize) and (values.is_input(node.inputs[0]) or values.is_plain(node.inputs[0])):
+            return False  # packed from a row-major value, which fills the buffer whole
         if values.dtype(node) != values.dtype(values.by_name[owner]):
             return False
         small = self.vbmi and stored_channels(node.type.shape[0]) < _LOOKED_UP  # for a table of bytes

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from lightning_baqe.errors import BuildError
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.layout import VECTOR, Layout, storage_dtype, stored_channels
 
@@ -77,6 +78,14 @@ class Values:
         """Whether the buffer is the network's input as the caller gives it."""
         return isinstance(self.by_name[self.root(name)], ir.Input)
 
+    def is_plain(self, name: str) -> bool:
+        """Whether the value lies row-major, as islands have it: one of theirs, or dequantized for them alone."""
+        node = self.by_name[self.root(name)]
+        if isinstance(node, ir.Dequantize) and node is not self.graph.output:
+            readers = self.readers(node.name)
+            return bool(readers) and all(isinstance(reader, FloatOperator) for reader in readers)
+        return isinstance(node, FloatOperator)
+
     def readers(self, name: str) -> list[ir.Node]:
         """Readers of a value, through nodes that share its buffer."""
         found: list[ir.Node] = []
@@ -104,7 +113,7 @@ class Values:
             return self.layouts[node.name]
         if node.name in self.places:
             return self.place_slice(node.name, self.places[node.name], shape[0])
-        channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
+        channels, height, width = self._sizes(node.name)
         readers = self.readers(node.name)
         pads = self._shared_halos.get(node.name, halos(readers))
         packed = isinstance(node, ir.Quantize) and self.is_input(node.inputs[0])
@@ -129,9 +138,19 @@ class Values:
     def place_input(self, name: str) -> None:
         """Place the network's float input in our layout under a name, for readers that take it as it is."""
         channels, height, width = self.image_shape()
-        readers = [r for r in self.readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize)]
+        readers = [r for r in self.readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize | FloatOperator)]
         stored = _stored(channels, readers, True)
         self._place(name, Layout(channels, height, width, stored, 0, "float32"), halos(readers))
+
+    def place_packed(self, copy: str, name: str) -> None:
+        """Place a row-major float value in our layout under a name."""
+        layout = Layout(*self._sizes(name), stored_channels(self.by_name[name].type.shape[0]), 0, "float32")
+        self._place(copy, layout, halos(self.readers(name)))
+
+    def _sizes(self, name: str) -> tuple[int, int, int]:
+        """Channels, height and width of a value."""
+        shape = self.by_name[name].type.shape
+        return (shape[0], shape[1], shape[2]) if len(shape) == 3 else (shape[0], 1, 1)
 
     def image_shape(self) -> tuple[int, int, int]:
         """The network's input shape; BuildError where it is no image."""

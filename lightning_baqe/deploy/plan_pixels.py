@@ -119,15 +119,14 @@ def _limits(kind: ir.TensorType) -> tuple[Any, ...]:
     return kind.zero_point, kind.low, kind.high
 
 
-def pack_kernel(result: Layout, node: ir.Quantize | None) -> Kernel:
-    """Of the network's input, quantized by a node or as it is."""
-    if node is None:
-        return Kernel(PixelSpec("pack", result, result))
-    return Kernel(PixelSpec("pack", result, result), _limits(node.type), (_floats(node.inverse_scale),))
+def pack_kernel(result: Layout, node: ir.Quantize | None, flat: bool = False) -> Kernel:
+    """Of the network's input, or of a ``flat`` value that an island wrote; quantized by a node or as it is."""
+    spec = PixelSpec("pack", result, result, flat=flat)
+    return Kernel(spec) if node is None else Kernel(spec, _limits(node.type), (_floats(node.inverse_scale),))
 
 
 def unpack_kernel(source: Layout, node: ir.Dequantize | None) -> Kernel:
-    """Of the network's output, dequantized by a node or as it is."""
+    """Of the network's output or of what an island reads, dequantized by a node or as it is."""
     if node is None:
         return Kernel(PixelSpec("unpack", source, source))
     factors = _flat(node.scale.expand(source.channels), "float32")

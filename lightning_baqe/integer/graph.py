@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.integer.nodes import Add, Affine, FloatAffine, FloatLayer, Input, Layer, Node, Table
+from lightning_baqe.integer.float_operators import FloatOperator
+from lightning_baqe.integer.nodes import Add, Affine, FloatAffine, FloatLayer, Input, Layer, Node, Table, TensorType
 
 MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES, OFFSET_BYTES = 4, 1, 4, 8
 
@@ -25,7 +26,7 @@ class IntegerGraph:
         bits: ``{layer: (weight bits, activation bits)}`` in network order, 32 = float.
 
     Raises:
-        ConfigError: names are not unique, or a node reads what is computed later or nowhere.
+        ConfigError: names are not unique, or a node reads what is computed later or nowhere, or is no operand for it.
     """
 
     nodes: tuple[Node, ...]
@@ -33,12 +34,15 @@ class IntegerGraph:
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
+        known = {node.name: node for node in self.nodes}
         for node in self.nodes:
             if node.name in seen:
                 raise ConfigError(f"two nodes are named {node.name!r}")
             missing = [name for name in node.inputs if name not in seen]
             if missing:
                 raise ConfigError(f"node {node.name!r} reads {missing}, which no earlier node computes")
+            if isinstance(node, FloatOperator):
+                _check_operands(node, [known[name].type for name in node.inputs])
             seen.add(node.name)
         if not self.nodes or not isinstance(self.nodes[0], Input) or any(isinstance(n, Input) for n in self.nodes[1:]):
             raise ConfigError("a graph begins with its one Input")
@@ -127,7 +131,8 @@ class IntegerGraph:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of packed weights, int32 biases, requantization numbers and tables; of float layers all in float32.
+        """Bytes of packed weights, int32 biases, requantization numbers and tables; of float layers and operators all
+        their constants.
 
         Channel orders and pooling windows are structure, and part of the code.
         """
@@ -135,7 +140,7 @@ class IntegerGraph:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of all convs and linears, per image."""
+        """Multiply-accumulates of all convs, linears and float matrix products, per image."""
         return sum(node_macs(node) for node in self.nodes)
 
     @property
@@ -147,6 +152,15 @@ class IntegerGraph:
         )
 
 
+def _check_operands(node: FloatOperator, kinds: Sequence[TensorType]) -> None:
+    for kind, shape in zip(kinds, node.shapes, strict=True):
+        if kind.is_integer or math.prod(kind.shape) != math.prod(shape):
+            raise ConfigError(
+                f"node {node.name!r} reads {kind}, its operator wants floats of shape {shape}: dequantize the value, "
+                "and give the shape that it has in the float network"
+            )
+
+
 def node_bytes(node: Node) -> int:
     """Constants of one node, bytes; see :attr:`IntegerGraph.size_bytes`."""
     factors = getattr(node, "requant", None)
@@ -156,6 +170,8 @@ def node_bytes(node: Node) -> int:
             total += 4 * (node.weight.numel() + node.bias.numel())
         case FloatAffine():
             total += 4 * (node.gain.numel() + node.shift.numel())
+        case FloatOperator():
+            total += node.size_bytes
         case Add():
             total += 2 * MULTIPLIER_BYTES + SHIFT_BYTES
         case Table():
@@ -169,5 +185,7 @@ def node_bytes(node: Node) -> int:
 
 
 def node_macs(node: Node) -> int:
-    """Multiply-accumulates of one node per image; 0 for all but convs and linears."""
+    """Multiply-accumulates of one node per image; 0 for all but convs, linears and float matrix products."""
+    if isinstance(node, FloatOperator):
+        return node.macs
     return node.weight.numel() * math.prod(node.type.shape[1:]) if isinstance(node, Layer | FloatLayer) else 0

@@ -34,6 +34,7 @@ from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.kernels.islands import IslandSpec
 from lightning_baqe.kernels.tunable import TunableSpec, template_of
 from lightning_baqe.kernels.x86.layout import SLACK
 from lightning_baqe.measurement.database import KernelRecord, canonical, code_key
@@ -326,7 +327,9 @@ def measure_conversions(
 
 def conversion_name(call: Call) -> str | None:
     """As :meth:`Structure.conversions` names it; None: a kernel with knobs, or one that every network has."""
-    if call.layer is not None or not hasattr(call.spec, "op") or call.spec.op in ("pack", "logits", "unpack"):
+    if call.layer is not None or isinstance(call.spec, IslandSpec) or not hasattr(call.spec, "op"):
+        return None
+    if call.spec.op in ("pack", "logits", "unpack"):
         return None
     shape = call.spec.result
     operator = "requantize" if call.spec.op == "table" else call.spec.op

@@ -46,33 +46,35 @@ class KernelProfile:
 
     def _all_arguments(self) -> list[list[Any]]:
         last_use = {name: at for at, call in enumerate(self.plan.calls) for name in self._buffers(call)}
-        free: dict[tuple[int, str], list[Any]] = {}
+        free: dict[tuple[tuple[int, ...], str], list[Any]] = {}
         held: dict[str, Any] = {}
         everything = []
         for at, call in enumerate(self.plan.calls):
-            kind = result_type(call, self.plan)
-            shape, dtype = tuple(int(extent) for extent in kind.shape), str(kind.dtype)
-            target = self.plan.buffer(call.result)
-            spare = free.get((int(np.prod(shape)), dtype))
-            if target not in held:
-                held[target] = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
+            for name in call.results:
+                kind = result_type(name, self.plan)
+                shape, dtype = tuple(int(extent) for extent in kind.shape), str(kind.dtype)
+                spare = free.get((shape, dtype))
+                if self.plan.buffer(name) not in held:
+                    made = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
+                    held[self.plan.buffer(name)] = made
             arguments = [
                 tvm.runtime.tensor(self.plan.constants[a])
                 if a in self.plan.constants
                 else held.get(self.plan.buffer(a), self._image)
                 for a in call.arguments
             ]
-            everything.append([*arguments, held[target]])
+            everything.append([*arguments, *(held[self.plan.buffer(name)] for name in call.results)])
             for name in self._buffers(call):
-                if last_use[name] == at and name in held:
-                    layout = self.plan.layouts[name]
-                    free.setdefault((layout.length, layout.dtype), []).append(held.pop(name))
+                if last_use[name] == at and name in held and name != self.plan.output:
+                    buffer = held.pop(name)
+                    free.setdefault((tuple(buffer.shape), str(buffer.dtype)), []).append(buffer)
+        self._output = held[self.plan.output]
         return everything
 
     def _buffers(self, call: Call) -> set[str]:
         """Buffers that a call reads, and a shared one that it writes to."""
         read = {self.plan.buffer(argument) for argument in call.arguments if argument not in self.plan.constants}
-        return read | ({self.plan.buffer(call.result)} if call.result in self.plan.buffers else set())
+        return read | {self.plan.buffer(name) for name in call.results if name in self.plan.buffers}
 
     def run(self, image: np.ndarray) -> np.ndarray:
         """Call all kernels on a float32 image ``(1, channels, height, width)``, note what each takes, and return
@@ -83,7 +85,7 @@ class KernelProfile:
             start = clock()
             kernel(*arguments)
             samples.append((clock() - start) / 1e3)
-        return np.asarray(self._steps[-1][1][-1].numpy())
+        return np.asarray(self._output.numpy())
 
     def calls(self) -> list[tuple[Call, list[np.ndarray]]]:
         """Each call with its arguments as they are now, copied, the result last."""

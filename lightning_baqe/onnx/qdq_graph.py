@@ -24,6 +24,7 @@ from onnx import helper
 import lightning_baqe
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.onnx.pointwise_functions import apply_function, clip
 from lightning_baqe.onnx.ranges import Reach, bounds_of, needs_clip, outer_bounds, span, step, storage_of
@@ -206,6 +207,11 @@ class Exporter:
             case ir.FloatAvgPool():
                 image, factors = self._type(node).shape, node.factors.double().numpy()
                 self.reals[wish] = average_pool(writer, reals[0], wish, image, node.rows, node.columns, factors)
+            case FloatOperator():
+                raise UnsupportedModelError(
+                    f"{wish!r}: the float operator aten::{node.operator} is not exported to ONNX; build this graph "
+                    "with TVM, or quantize the network without float operators (fallback='refuse')"
+                )
             case _:
                 raise UnsupportedModelError(f"{wish!r}: operators of kind {node.kind!r} have no ONNX form here")
         if relu:

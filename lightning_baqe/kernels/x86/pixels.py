@@ -26,6 +26,7 @@ range; but 256 in the order of the byte's value where its input is stored in one
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ class PixelSpec:
         entries: of a table.
         function: name of a float function.
         vbmi: of a table from bytes to bytes, with these instructions.
+        flat: what is packed has the shape ``(1, values)``, as islands leave it.
     """
 
     op: str
@@ -69,6 +71,7 @@ class PixelSpec:
     entries: int = 0
     function: str = ""
     vbmi: bool = False
+    flat: bool = False
 
 
 def _limits(params: Any, first: int) -> tuple[Any, Any, Any]:
@@ -233,7 +236,8 @@ def emit_byte_table(spec: PixelSpec) -> None:
 
 
 def emit_pack(spec: PixelSpec) -> None:
-    """The network's input, ``(1, channels, height, width)`` float32, into our layout; quantized if the layout is.
+    """The network's input, ``(1, channels, height, width)`` float32, or a flat value into our layout; quantized if the
+    layout is.
 
     An image of few channels, stored without spare ones, is shuffled together in vectors; of any other, one row of one
     channel at a time is converted, then spread over the pixels.
@@ -241,52 +245,58 @@ def emit_pack(spec: PixelSpec) -> None:
     result = spec.result
     is_float = result.dtype == "float32"
 
-    image = (1, result.channels, result.height, result.width), "float32"
+    shape = (result.channels, result.height, result.width)
+    image = (1, math.prod(shape)) if spec.flat else (1, *shape)
     X, *factor, P, Y = arguments(
-        "pack", image, *([] if is_float else [(1, "float32")]), (PIXEL_PARAMS, "int64"), result
+        "pack", (image, "float32"), *([] if is_float else [(1, "float32")]), (PIXEL_PARAMS, "int64"), result
     )
+
+    def read(channel: Any, row: Any, column: Any) -> Any:
+        if spec.flat:
+            return X[0, (channel * result.height + row) * result.width + column]
+        return X[0, channel, row, column]
 
     def convert(value: Any, lanes: int) -> Any:
         return _quantized(spec, value, factor[0][0], P, lanes) if factor else value
 
     if result.stored == result.channels <= MOST_SHUFFLED:
         fill_halo(result, Y, P[PAD])
-        _pack_dense(result, X, Y, convert)
+        _pack_dense(result, read, Y, convert)
     else:
-        _pack_spread(result, X, Y, P, convert)
+        _pack_spread(result, read, Y, P, convert)
 
 
-def _pack_dense(result: Layout, image: Any, out: Any, convert: Any) -> None:
+def _pack_dense(result: Layout, read: Any, out: Any, convert: Any) -> None:
     channels, width, lanes = result.channels, result.width, VECTOR
     with B.serial(result.height) as y:
         to = result.origin() + y * result.row
         if width >= lanes:
             with B.serial(-(-width // lanes)) as v:
                 first = tile_start(v, width, lanes)
-                parts = [B.Bind(convert(image[0, c, y, T.ramp(first, 1, lanes)], lanes)) for c in range(channels)]
+                parts = [B.Bind(convert(read(c, y, T.ramp(first, 1, lanes)), lanes)) for c in range(channels)]
                 for turn in range(channels):
                     order = [i % channels * lanes + i // channels for i in range(turn * lanes, (turn + 1) * lanes)]
                     value = T.Shuffle(parts, order) if channels > 1 else parts[0]
                     put(out, value, to + first * channels + turn * lanes, lanes)
         else:
             with B.serial(width) as x, B.serial(channels) as c:
-                put(out, convert(image[0, c, y, x], 1), to + x * channels + c, 1)
+                put(out, convert(read(c, y, x), 1), to + x * channels + c, 1)
 
 
-def _pack_spread(result: Layout, image: Any, out: Any, params: Any, convert: Any) -> None:
+def _pack_spread(result: Layout, read: Any, out: Any, params: Any, convert: Any) -> None:
     line = B.alloc_buffer((-(-result.width // VECTOR) * VECTOR,), result.dtype)
     # Everything outside the image and every channel beyond the logical ones holds the pad value: one fill for all.
     with B.serial(result.length) as i:
         B.buffer_store(out, T.Cast(result.dtype, params[PAD]), [i])
     with B.serial(result.height) as y, B.serial(result.channels) as c:
         with B.serial(result.width) as x:
-            B.buffer_store(line, convert(image[0, c, y, x], 1), [x])
+            B.buffer_store(line, convert(read(c, y, x), 1), [x])
         with B.serial(result.width) as x:
             B.buffer_store(out, line[x], [result.origin() + y * result.row + x * result.pitch + c])
 
 
 def emit_unpack(spec: PixelSpec) -> None:
-    """A network's output as float32 ``(1, values)``.
+    """A network's output, or what an island reads, as float32 ``(1, values)``.
 
     ``logits``: integers minus the zero point times one factor by channel; ``unpack``: floats as are.
     """
