@@ -7,8 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_baqe.callbacks.company import check_company
 from lightning_baqe.callbacks.host import RepeatsTraining, network_of
-from lightning_baqe.callbacks.search_loop import SearchLoop, is_dry_run
+from lightning_baqe.callbacks.search_loop import SearchLoop, is_dry_run, run_folder
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.runs.search_arguments import SearchArguments
 
@@ -16,7 +17,7 @@ from lightning_baqe.runs.search_arguments import SearchArguments
 class BayesianSearch(SearchArguments, RepeatsTraining):
     """Search bit-widths and schedules inside anybody's Trainer, with anybody's LightningModule and data.
 
-    The module's float classifier is replaced, trial after trial, by a fake-quantized copy that starts from the float
+    The module's float network is replaced, trial after trial, by a fake-quantized copy that starts from the float
     weights; their training step tunes it for ``epochs_per_trial`` epochs; the compiled network is then evaluated on
     their validation loader and measured on the device. The first blocks are the baselines (uniform bits, default
     schedules). Training ends after the last trial, with the float network back in its place.
@@ -25,7 +26,7 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
     Pareto set, ``report.html`` at the end. The same call with the same ``run_dir`` goes on where it was interrupted.
 
     Args:
-        network: attribute of the LightningModule that holds the float classifier; dots reach deeper.
+        network: attribute of the LightningModule that holds the float network; dots reach deeper.
         trials: complete trials to reach; failed ones are tried beyond them.
         epochs_per_trial: training epochs of each trial.
         steps_per_trial: training steps of each epoch; None leaves the trainer's ``limit_train_batches``.
@@ -60,9 +61,18 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
         model_name: likewise; None: the network's class.
         records: path of this machine's records database; None: the user's.
         progress: show a progress bar where Lightning shows none.
+        metric: what accuracy is: a torchmetrics metric of outputs and targets, one number, at most 1, of which higher
+            is better; the first objective is 1 - metric. Each evaluation, of the float network, the fake-quantized
+            ones, the compiled ones and the test split, has a fresh copy of it. None: the accuracy that the first
+            validation batch calls for, said at the start: top-1, binary, multi-label or of pixels
+            (:mod:`lightning_baqe.tasks.scoring`).
 
     Raises:
-        ConfigError: on setup, an argument that cannot be right for this module or trainer.
+        ConfigError: an argument that can never be right; on setup, before anything is trained: one that cannot be right
+            for this module or trainer, a run folder, storage or records that cannot be written, weights of another type
+            than float32, outputs and targets that the metric does not take, or that no accuracy is known for, or a
+            callback in the same Trainer that holds on to one network (averages of weights, fine-tuning, pruning) or
+            compares epochs of different trials (early stopping).
         InfeasibleError: before the first trial, a limit cannot be met; names the nearest value that can.
 
     Attributes:
@@ -83,11 +93,15 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
         if stage != "fit":
             return
         self.loop = None
-        if isinstance(network_of(pl_module, self.network), torch._dynamo.OptimizedModule):
+        network = network_of(pl_module, self.network)
+        if isinstance(network, torch._dynamo.OptimizedModule):
             raise ConfigError(
                 f"{type(pl_module).__name__}.{self.network} is compiled; the search quantizes the module itself: "
                 "give it before torch.compile"
             )
+        check_company(trainer, network)
+        if trainer.is_global_zero:
+            self.check_places(run_folder(self, trainer))
         if self.steps_per_trial is not None and not is_dry_run(trainer):
             self._limit_before, trainer.limit_train_batches = trainer.limit_train_batches, self.steps_per_trial
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_baqe.callbacks.host import network_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.sensitivity import output_divergence
 
 STEP = "training_step"
 LOGGED = "distillation_loss"
@@ -43,6 +43,8 @@ class Distillation(pl.Callback):
             must still be float then.
         weight: share of the soft labels, 0 to 1.
         temperature: T, above 0; larger ones show more of what the teacher thinks of the wrong classes.
+        independent: the outputs are labels of which any may hold (sigmoid), not classes (softmax); a single one always
+            is.
 
     Raises:
         ConfigError: ``weight`` or ``temperature`` out of range. When fit starts: no such network, a quantized one
@@ -51,7 +53,12 @@ class Distillation(pl.Callback):
     """
 
     def __init__(
-        self, network: str = "net", teacher: nn.Module | None = None, weight: float = 0.5, temperature: float = 4.0
+        self,
+        network: str = "net",
+        teacher: nn.Module | None = None,
+        weight: float = 0.5,
+        temperature: float = 4.0,
+        independent: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= weight <= 1:
@@ -59,6 +66,7 @@ class Distillation(pl.Callback):
         if not 0 < temperature < float("inf"):
             raise ConfigError(f"temperature={temperature!r}, but a finite number above 0 is wanted: change it.")
         self.network, self.teacher, self.weight, self.temperature = network, teacher, weight, temperature
+        self.independent = independent
         self._teacher: nn.Module | None = None  # the one of the present fit
         self._undo: Callable[[], None] | None = None
 
@@ -167,21 +175,24 @@ class Distillation(pl.Callback):
                 f"{type(module).__name__}.training_step returned a loss without calling {self.network}: network= must "
                 "name the module that it calls, by module(x) and not by module.forward(x)."
             )
-        soft = torch.stack([distillation_loss(*pair, self.temperature) for pair in pairs]).mean()
+        losses = [distillation_loss(*pair, self.temperature, self.independent) for pair in pairs]
+        soft = torch.stack(losses).mean()
         module.log(LOGGED, soft.detach(), batch_size=sum(len(output) for output, _ in pairs))
         total = (1 - self.weight) * loss + self.weight * soft
         return {**result, "loss": total} if isinstance(result, Mapping) else total
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, independent: bool = False) -> Tensor:
     """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, in nats; the mean over all but the classes.
 
-    ``T^2`` keeps the size of the gradients independent of T (Hinton et al., 2015, section 2).
+    ``T^2`` keeps the size of the gradients independent of T (Hinton et al., 2015, section 2). Of a single output,
+    and of independent labels, it is the sum over them with the sigmoid in place of the softmax.
 
     Args:
         student: logits ``(n, classes, ...)``.
         teacher: logits of the same shape; no gradient flows there.
         temperature: T, above 0.
+        independent: whether the outputs are labels of which any may hold.
 
     Returns:
         float32, shape ``()``.
@@ -201,6 +212,5 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
             f"the student gives logits {tuple(student.shape)} and the teacher {tuple(teacher.shape)}: give a teacher "
             "of the same classes."
         )
-    theirs = functional.log_softmax(teacher.detach().float() / temperature, 1)
-    ours = functional.log_softmax(student.float() / temperature, 1)
-    return temperature**2 * functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).mean()
+    soft = (teacher.float() / temperature, student.float() / temperature)
+    return temperature**2 * output_divergence(*soft, "labels" if independent else "classes")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.quantization.batches import input_and_labels, network_input
+from lightning_baqe.quantization.train_modes import evaluating
+
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class RepeatsTraining(pl.Callback):
@@ -26,12 +31,12 @@ class RepeatsTraining(pl.Callback):
 
 
 class Host:
-    """Access to the module's classifier, its loaders, and the optimisers that belong to its parameters.
+    """Access to the module's network, its loaders, and the optimisers that belong to its parameters.
 
     Args:
         trainer: running.
         module: its LightningModule.
-        network: attribute that holds the float classifier; dots reach deeper.
+        network: attribute that holds the float network; dots reach deeper.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, network: str) -> None:
@@ -78,13 +83,13 @@ class Host:
                 )
 
     def place(self, network: nn.Module) -> None:
-        """Put a network in the classifier's place; optimisers stay."""
+        """Put a network in the float network's place; optimisers stay."""
         parents, _, leaf = self.network.rpartition(".")
         owner = operator.attrgetter(parents)(self.module) if parents else self.module
         setattr(owner, leaf, network.to(self.module.device))
 
     def install(self, model: nn.Module) -> None:
-        """Put a network in the classifier's place and train it, with new optimisers and schedulers."""
+        """Put a network in the float network's place and train it, with new optimisers and schedulers."""
         self.place(model.train())
         self.renew_optimizers()
 
@@ -100,7 +105,27 @@ class Host:
     def training_images(self, batches: int) -> list[torch.Tensor]:
         """Inputs of the first training batches, on the CPU."""
         loader: Any = self.trainer.train_dataloader
-        return [x for x, _ in Pairs(loader, batches, "training")]
+        given = map(self._prepared, islice(loader, batches))
+        return [network_input(batch, "the training loader", ConfigError).detach().cpu() for batch in given]
+
+    def _prepared(self, batch: Any, stage: str = "training") -> Any:
+        """A batch as their steps get it: with what the hooks of module and datamodule around its transfer do.
+
+        Args:
+            batch: of a loader.
+            stage: that hooks find the trainer in: ``training``, ``validating`` or ``testing``.
+        """
+        owners: list[Any] = [getattr(self.trainer, "datamodule", None), self.module]
+        if not any(is_overridden(hook, owner) for hook in _TRANSFER_HOOKS for owner in owners if owner is not None):
+            return batch
+        first = next((owner for owner in owners if is_overridden(_TRANSFER_HOOKS[0], owner)), self.module)
+        before = self.trainer.state.stage
+        with contextlib.nullcontext() if stage == "training" else evaluating(self.module):
+            try:
+                setattr(self.trainer, stage, True)
+                return self.trainer.strategy.batch_to_device(first.on_before_batch_transfer(batch, 0))
+            finally:
+                self.trainer.state.stage = before
 
     def validation_batches(self) -> Pairs:
         """The validation split; the trainer's ``limit_val_batches`` holds.
@@ -120,7 +145,7 @@ class Host:
             # Each rank's loader sees its share; the leader evaluates on all images.
             limit *= self.trainer.world_size
             loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
-        found = Pairs(loader, limit, "validation")
+        found = Pairs(loader, limit, "validation", functools.partial(self._prepared, stage="validating"))
         if next(iter(found), None) is None:
             raise ConfigError(
                 "the validation loader gave no batch (limit_val_batches=0?); the search needs its accuracy"
@@ -139,7 +164,7 @@ class Host:
         limit = self.trainer.limit_test_batches  # a number, or a share
         if isinstance(limit, float):
             limit = int(limit * len(loader)) if limit <= 1.0 and hasattr(loader, "__len__") else float("inf")
-        found = Pairs(loader, limit, "test")
+        found = Pairs(loader, limit, "test", functools.partial(self._prepared, stage="testing"))
         return found if next(iter(found), None) is not None else None
 
 
@@ -174,30 +199,27 @@ def _only(loaders: Any) -> Any:
 
 
 class Pairs:
-    """A loader's images and labels on the CPU; each iteration walks through the loader anew.
+    """A loader's images and targets on the CPU; each iteration walks through the loader anew.
 
     Args:
-        loader: of batches ``(x, y)``.
+        loader: of batches ``(x, y)``, or dicts; see :mod:`lightning_baqe.quantization.batches`.
         limit: batches at most; may be infinite.
         split: for error messages.
+        prepare: what is done with each batch first.
     """
 
-    def __init__(self, loader: Iterable[Any], limit: float, split: str) -> None:
-        self._loader, self._split = loader, split
+    def __init__(
+        self, loader: Iterable[Any], limit: float, split: str, prepare: Callable[[Any], Any] = lambda batch: batch
+    ) -> None:
+        self._loader, self._split, self._prepare = loader, split, prepare
         self._limit = None if limit == float("inf") else int(limit)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in islice(iter(self._loader), self._limit):
-            pair = list(batch[:2]) if isinstance(batch, list | tuple) else []
-            if len(pair) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in pair):
+        for batch in map(self._prepare, islice(iter(self._loader), self._limit)):
+            x, y = input_and_labels(batch, f"the {self._split} loader", ConfigError)
+            if y.ndim < 1 or len(y) != len(x):
                 raise ConfigError(
-                    f"the {self._split} loader gives {type(batch).__name__}; the search wants batches (x, y) of "
-                    "tensors: images and class indices"
-                )
-            x, y = pair
-            if y.ndim != 1 or len(y) != len(x):
-                raise ConfigError(
-                    f"the {self._split} loader gives labels of shape {tuple(y.shape)} for images of shape "
-                    f"{tuple(x.shape)}; the search wants one class index for each image"
+                    f"the {self._split} loader gives targets of shape {tuple(y.shape)} for images of shape "
+                    f"{tuple(x.shape)}; the search wants targets (n, ...) for images (n, ...)"
                 )
             yield x.detach().cpu(), y.detach().cpu()

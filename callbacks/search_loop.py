@@ -16,9 +16,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from lightning_baqe.callbacks.host import Host, network_of
 from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.errors import BaqeError
+from lightning_baqe.files import make_folder
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.runs.evaluation import module_accuracy
 from lightning_baqe.runs.loggers import log_entry, log_results
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.promises import Promises
@@ -33,6 +33,11 @@ WAIT_S = 1.0  # between looks at what other workers do
 def is_dry_run(trainer: pl.Trainer) -> bool:
     """Whether the trainer was made with ``fast_dev_run``."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def run_folder(arguments: SearchArguments, trainer: pl.Trainer) -> Path:
+    """Where a search keeps what it finds."""
+    return Path(arguments.run_dir or Path(trainer.default_root_dir) / "outputs" / "bayesian_search")
 
 
 @dataclass
@@ -86,8 +91,7 @@ class SearchLoop:
         self._closed = False
         dry = is_dry_run(trainer)  # one epoch: one trial, nothing else
         self._planned = {} if dry else {f"w{bits}a{bits}": bits for bits in arguments.baselines}
-        run_dir = Path(arguments.run_dir or Path(trainer.default_root_dir) / "outputs" / "bayesian_search")
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir = make_folder(run_folder(arguments, trainer), "run_dir")
         self.host.restore_float(run_dir / "checkpoints" / "float.pt")
         self._original = network_of(module, arguments.network)
         images = self.host.training_images(arguments.calibration_batches)
@@ -233,7 +237,7 @@ class SearchLoop:
         if turn.failure is None:
             try:
                 device = next(model.parameters()).device
-                fake = module_accuracy(model, self.context.validation, device)
+                fake = self.context.accuracy(model)
                 model = model if device.type == "cpu" else copy.deepcopy(model).cpu()
                 entry = entry.completed(self.context.evaluate(model, entry.key, turn.schedules), fake)
             except BaqeError as error:
@@ -273,7 +277,7 @@ class SearchLoop:
                     )
                 batches = self.host.test_batches()
                 if batches is not None:
-                    self.study.test_front(batches, self.arguments.measured_on)
+                    self.study.test_front(batches, self.arguments.measured_on, self.context.scorer)
                     summary = self.study.write(report=True)
                 log_results(self.trainer.loggers, summary, self.context.run_dir)
         self.study.close()

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 from lightning_baqe.lazy import on_first_use
 
 if TYPE_CHECKING:
+    from lightning_baqe.entrance.admission import check
+    from lightning_baqe.entrance.quantize import quantize
     from lightning_baqe.integer.graph import IntegerGraph
     from lightning_baqe.integer.lowering import lower
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig, LayerBits
-    from lightning_baqe.quantization.convert import QuantizedModel, quantize
+    from lightning_baqe.quantization.convert import QuantizedModel
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "deploy.artifact": ("Artifact",),
     "deploy.verify": ("verify",),
+    "entrance.admission": ("check",),
+    "entrance.quantize": ("quantize",),
     "integer.graph": ("IntegerGraph",),
     "integer.lowering": ("lower",),
     "measurement.build": ("build",),
@@ -28,10 +32,10 @@ _HOMES = {
     "measurement.measure": ("measure",),
     "quantization.calibration": ("calibrate",),
     "quantization.config": ("BitConfig", "LayerBits"),
-    "quantization.convert": ("QuantizedModel", "quantize"),
+    "quantization.convert": ("QuantizedModel",),
     "runs.front": ("Front",),
 }
 
 __getattr__, __dir__ = on_first_use(__name__, _HOMES)
 
-__all__ = ["BitConfig", "IntegerGraph", "LayerBits", "QuantizedModel", "calibrate", "lower", "quantize"]
+__all__ = ["BitConfig", "IntegerGraph", "LayerBits", "QuantizedModel", "calibrate", "check", "lower", "quantize"]

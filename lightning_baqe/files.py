@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_baqe.errors import DataError
+from lightning_baqe.errors import ConfigError, DataError
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -24,6 +25,24 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, argument: str) -> Path:
+    """Make a folder, or find one, and see that files can be made in it.
+
+    Args:
+        path: of the folder.
+        argument: what the user calls it, for the message.
+
+    Raises:
+        ConfigError: it cannot be made or written, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ConfigError(f"{argument}={path} cannot be made or written ({error}): give another {argument}.") from error
 
 
 def cache_folder() -> Path:

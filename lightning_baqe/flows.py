@@ -23,6 +23,7 @@ from lightning_baqe.train import recipe_name
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import nn
+    from torchmetrics import Metric
 
     from lightning_baqe.hardware.description import DeviceDescription
     from lightning_baqe.quantization.config import BitConfig
@@ -65,10 +66,14 @@ def _ignore_known_warnings() -> None:
 
 
 def _prepare(
-    cfg: DictConfig, run_dir: Path, check: Callable[[nn.Module], None]
+    cfg: DictConfig, run_dir: Path, check: Callable[[nn.Module], None], metric: Metric | None
 ) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
     """The data module, the task over a trained float network, and what makes Trainers; first the network is checked."""
     import pytorch_lightning as pl
+
+    from lightning_baqe.callbacks.company import check_precision
+    from lightning_baqe.entrance.admission import admit
+    from lightning_baqe.runs.evaluation import check_module
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
     _ignore_known_warnings()
@@ -76,8 +81,13 @@ def _prepare(
     datamodule = make(cfg.data)
     net = make(cfg.model, num_classes=datamodule.num_classes)
     check(net)
-    task = make(cfg.task, net=net, num_classes=datamodule.num_classes)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    check_module(net, datamodule.val_dataloader(), metric)
+    admit(net, datamodule.example_input)
+    task = make(cfg.task, net=net, num_classes=datamodule.num_classes, **({} if metric is None else {"metric": metric}))
     trainer = make(cfg.trainer, logger=make(cfg.logger) if cfg.logger else False)
+    check_precision(str(trainer(enable_checkpointing=False, max_epochs=1).precision))
     make(cfg.pretrain)(task, datamodule, run_dir / "checkpoints" / "float.ckpt", trainer=trainer)
     return datamodule, task, trainer
 
@@ -90,7 +100,8 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
     """
     search = make(cfg.search, run_dir=run_dir)
     search.device.check_here()
-    datamodule, task, make_trainer = _prepare(cfg, run_dir, search.check_bits)
+    search.check_places(run_dir)
+    datamodule, task, make_trainer = _prepare(cfg, run_dir, search.check_bits, search.metric)
     search.example_input = datamodule.example_input
     # The search has a bar of its own, over trials.
     trainer = make_trainer(
@@ -112,12 +123,19 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
 
     from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
     from lightning_baqe.deploy.artifact import Artifact
+    from lightning_baqe.entrance.quantize import quantize
     from lightning_baqe.hardware.identity import versions
     from lightning_baqe.measurement.local import reach
     from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
-    from lightning_baqe.quantization.convert import QuantizedModel, check_options, quantize
-    from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, module_accuracy
+    from lightning_baqe.quantization.convert import QuantizedModel, check_options
+    from lightning_baqe.runs.evaluation import (
+        MeasureOptions,
+        deployed_accuracy,
+        evaluate,
+        module_accuracy,
+        module_scorer,
+    )
     from lightning_baqe.runs.objectives import summarise
     from lightning_baqe.runs.report import write_report
     from lightning_baqe.runs.study import bits_entry
@@ -125,6 +143,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     from lightning_baqe.tasks import fit_to_checkpoint
 
     # What can be wrong is known before the float training.
+    metric = _metric(cfg)
     options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
     check_options(**options)
     after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
@@ -138,11 +157,13 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     device = _device(cfg)
     measurement = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
     datamodule, task, make_trainer = _prepare(
-        cfg, run_dir, lambda network: device.check_bits(network, _bits(cfg, network))
+        cfg, run_dir, lambda network: device.check_bits(network, _bits(cfg, network)), metric
     )
     example, net = datamodule.example_input, task.net.cpu()
+    scorer = module_scorer(net, datamodule.val_dataloader(), torch.device("cpu"), metric)
+    Console(stderr=True, highlight=False).print(f"{scorer.line}.", markup=False, soft_wrap=True)
     if distillation.weight > 0:
-        distillation.teacher = net
+        distillation.teacher, distillation.independent = net, scorer.kind == "labels"
         callbacks.append(distillation)
     bits = _bits(cfg, net)
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
@@ -164,18 +185,35 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
         folder = run_dir / "artifacts" / name
         found[name] = evaluate(
             model, datamodule.val_dataloader(), folder, device.options, device=measured_on, options=measurement,
+            scorer=scorer,
         )  # fmt: skip
         with closing(Artifact.load(folder)) as artifact:
-            tests[name] = deployed_accuracy(artifact, datamodule.test_dataloader(), measured_on)
-    fake = module_accuracy(task.net, datamodule.val_dataloader(), torch.device("cpu"))
+            tests[name] = deployed_accuracy(artifact, datamodule.test_dataloader(), measured_on, scorer)
+    fake = module_accuracy(task.net, datamodule.val_dataloader(), torch.device("cpu"), scorer)
     about = {
-        "recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name,
+        "recipe": recipe_name(cfg), "metric": scorer.name, "model": cfg.model.name, "dataset": datamodule.name,
         "device": measured_on.info(cfg.deploy.threads), "versions": versions(),
     }  # fmt: skip
     summary = summarise(about, found["float"], [begun.completed(found[begun.key], fake)], tests=tests)
     summary.write(run_dir)
     write_report(summary, run_dir / "report.html")
     _close(run_dir)
+
+
+def _metric(cfg: DictConfig) -> Metric | None:
+    """The metric that ``cfg.metric`` makes; None: the data will tell."""
+    from lightning_baqe.tasks.scoring import check_metric
+
+    if cfg.metric is None:
+        return None
+    try:
+        # What is no node is no metric either, and is refused below.
+        is_node = isinstance(cfg.metric, DictConfig)
+        metric: Metric = hydra.utils.instantiate(cfg.metric, _convert_="all") if is_node else cfg.metric
+    except InstantiationException as error:
+        raise ConfigError(f"metric cannot be made as the configuration says: {error.__cause__ or error}") from error
+    check_metric(metric)
+    return metric
 
 
 def _device(cfg: DictConfig) -> DeviceDescription:
@@ -195,8 +233,8 @@ def _bits(cfg: DictConfig, net: nn.Module) -> BitConfig:
         return BitConfig.uniform(net, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last)
     try:
         return BitConfig.from_json(Path(cfg.bits.file).expanduser())
-    except OSError as error:
-        raise ConfigError(f"bits.file={cfg.bits.file} cannot be read ({error}): give a bit-config's file.") from error
+    except ConfigError as error:
+        raise ConfigError(f"bits.file: {error}") from error
 
 
 def tune(cfg: DictConfig, run_dir: Path) -> None:
@@ -208,10 +246,10 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     """
     import torch
 
+    from lightning_baqe.entrance.quantize import quantize
     from lightning_baqe.integer.lowering import lower
     from lightning_baqe.measurement.local import reach
     from lightning_baqe.quantization.calibration import calibrate
-    from lightning_baqe.quantization.convert import quantize
     from lightning_baqe.tasks.networks import settle
     from lightning_baqe.tuning import tune_report, tuner
 

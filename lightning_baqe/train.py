@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from lightning_baqe.errors import BaqeError, ConfigError
-from lightning_baqe.files import replace_file
+from lightning_baqe.files import make_folder, replace_file
 
 RECIPES = "lightning_baqe.recipes"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -35,6 +36,9 @@ MAY_CHANGE = (
     *("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s"),
     "search.limits",  # checked by the search: not once a trial is complete
 )
+# Values that are paths: read as they are written, whatever their characters mean in Hydra's grammar.
+PATHS = ("run_dir", "data.root", "data.cache_dir", "bits.file", "records", "search.records", "search.storage")
+MAY_BE_NULL = ("search.limits",)  # sections
 
 
 class UsageError(BaqeError):
@@ -117,49 +121,96 @@ def _program() -> str:
 
 def resume_command(arguments: Sequence[str], run_dir: Path) -> str:
     """The command that goes on with a run."""
-    path = str(run_dir)
-    if re.search(r"[^\w./-]", path):
-        path = "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
     kept = [argument for argument in arguments if not argument.startswith("run_dir=")]
-    return f"{_program()} {shlex.join([*kept, f'run_dir={path}'])}"
+    return f"{_program()} {shlex.join([*kept, f'run_dir={run_dir}'])}"
 
 
 def compose(arguments: Sequence[str]) -> DictConfig:
-    """The configuration of ``key=value`` arguments in Hydra's grammar.
+    """The configuration of ``key=value`` arguments in Hydra's grammar; paths are read as they are written.
 
     Raises:
-        UsageError: no recipe, or a recipe, choice or key that there is not; names the near ones.
+        UsageError: an argument that cannot be read, no recipe, or a recipe, choice or key that there is not; names the
+            near ones.
     """
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-    except HydraException as error:
-        raise UsageError(f"{error}\nArguments are key=value; --help lists what there is.") from error
+    arguments = [_path_quoted(argument) for argument in arguments]
+    overrides = [_parse(argument) for argument in arguments]
     groups = recipe_groups()
     for override in overrides:
         _check_choice(override, groups)
     if not any(override.key_or_group == "recipe" for override in overrides):
         raise UsageError(f"No recipe was given: add recipe=<name>, one of {', '.join(groups['recipe'])}.")
     chosen = [text for text, each in zip(arguments, overrides, strict=True) if each.key_or_group in groups]
-    known = list(_paths(_compose(chosen)))
+    base = _compose(chosen)
+    known = list(_paths(base))
     for override in overrides:
         key = override.key_or_group
         if key not in groups and not override.is_add() and key not in known:
             raise UsageError(f"There is no key {key!r}{_near(key, known)}. --help lists what there is.")
+        if key in known and key not in groups:
+            _check_section(override, OmegaConf.select(base, key, throw_on_missing=False))
     return _compose(arguments)
+
+
+def quoted(text: str) -> str:
+    """A text as one value in Hydra's grammar, in which a backslash means something before a quote alone."""
+    inside = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{inside}'"
+
+
+def _path_quoted(argument: str) -> str:
+    """The argument, in quotes if it is a path; those that are there, null and references to other keys stay."""
+    key, _, value = argument.partition("=")
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    is_path = key.lstrip("+") in PATHS and value.lower() not in ("", "null")
+    return f"{key}={quoted(value)}" if is_path and not is_quoted and "${" not in value else argument
+
+
+def _parse(argument: str) -> Override:
+    key, equals, value = argument.partition("=")
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        if not equals or not re.fullmatch(r"\s*[+~]{0,2}[\w./@:-]+\s*", key):
+            raise UsageError(
+                f"{argument!r} is no key=value: {error}\nArguments are key=value; --help lists what there is."
+            ) from error
+        raise UsageError(f"{argument!r} cannot be read: {error}\n{_quotes_wanted(key, value)}") from error
+    if not override.key_or_group:
+        raise UsageError(f"{argument!r} has no key. Arguments are key=value; --help lists what there is.")
+    return override
+
+
+def _quotes_wanted(key: str, value: str) -> str:
+    """What to write for a value that is one text; the shell takes away the outer quotes."""
+    return f"If the value is one text, put it in quotes that the shell leaves: {shlex.quote(f'{key}={quoted(value)}')}"
+
+
+def _check_section(override: Override, default: Any) -> None:
+    key, value = override.key_or_group, override.value()
+    if not isinstance(default, DictConfig) or isinstance(value, dict) or override.is_delete():
+        return
+    if value is not None or key not in MAY_BE_NULL:
+        raise UsageError(
+            f"{override.input_line!r} gives one value to {key!r}, which has several: give "
+            f"{' or '.join(f'{key}.{name}=...' for name in map(str, default))}."
+        )
 
 
 def _compose(arguments: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_module(RECIPES, version_base="1.3"):
-            return hydra.compose("config", overrides=list(arguments))
+            cfg = hydra.compose("config", overrides=list(arguments))
+            OmegaConf.to_container(cfg, resolve=True)  # references to keys that there are not show now
+            return cfg
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"{error}\n--help lists what there is.") from error
 
 
 def _check_choice(override: Override, groups: dict[str, dict[str, str]]) -> None:
-    key, text = override.key_or_group, override.input_line
+    key, text = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():
-        raise UsageError(f"{text!r} names several values, but a run has one: start one run for each.")
+        wanted = _quotes_wanted(*text.split("=", 1))
+        raise UsageError(f"{text!r} names several values, but a run has one: start one run for each. {wanted}")
     if key not in groups or override.is_delete():
         return
     value = override.value()
@@ -189,22 +240,26 @@ def open_run(cfg: DictConfig) -> Path:
     """Make the run folder, or open an earlier run's, and write ``config.yaml``; sets ``cfg.run_dir``.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
+        ConfigError: the folder cannot be made or written, or holds a run of another configuration.
+        UsageError: a key without a value.
     """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UsageError(f"{' and '.join(missing)} must be given: add {' '.join(f'{key}=...' for key in missing)}.")
     recipe = recipe_name(cfg)
     if cfg.run_dir is None:
         run_dir = _new_folder(Path("outputs", recipe, datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).absolute())
     else:
-        run_dir = Path(str(cfg.run_dir)).expanduser().absolute()
+        run_dir = make_folder(Path(str(cfg.run_dir)).expanduser().absolute(), "run_dir")
     cfg.run_dir = str(run_dir)
     path = run_dir / "config.yaml"
-    if path.exists():
-        _check_same(OmegaConf.load(path), cfg, path)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(path, OmegaConf.to_yaml(cfg).encode())
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written ({error}): give another run_dir.") from error
+        old = OmegaConf.load(path) if path.exists() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): remove it, or give another run_dir.") from error
+    if old is not None:
+        _check_same(old, cfg, path)
+    replace_file(path, OmegaConf.to_yaml(cfg).encode())
     return run_dir
 
 

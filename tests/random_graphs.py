@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
+import torch
 from hypothesis import strategies as st
 from small_graphs import INT8, UINT8, WIDE, Maker
 
@@ -12,21 +14,22 @@ from lightning_baqe.integer import nodes as ir
 LIMITS = (UINT8, INT8, WIDE, (0, 3), (0, 90), (-5, 300))
 INTEGER_NODES = (
     ir.Conv, ir.Linear, ir.Add, ir.Mul, ir.Affine, ir.Table, ir.Requantize, ir.Clip, ir.MaxPool, ir.AvgPool, ir.Concat,
-    ir.Gather, ir.Flatten,
+    ir.Gather, ir.Flatten, ir.Literal, ir.Move, ir.PRelu, ir.MaxWindows,
 )  # fmt: skip
 LARGEST = 60  # channels
 
 
 def draw_graph(data: st.DataObject) -> Maker:
-    """Some operators one after the other, each reading any earlier values that suit it."""
-    size = data.draw(st.integers(4, 9)), data.draw(st.integers(4, 9))
+    """Some operators one after the other, each reading any earlier values that suit it; of an image or a vector."""
+    is_vector = data.draw(st.integers(0, 4)) == 4
+    size = None if is_vector else (data.draw(st.integers(4, 9)), data.draw(st.integers(4, 9)))
     zero_point = data.draw(st.integers(0, 3))
     maker = Maker(
         data.draw(st.integers(1, 20)), size, data.draw(st.integers(2, 8)), zero_point, data.draw(st.integers(0, 99))
     )
     graph = _Drawn(maker, data)
-    for _ in range(data.draw(st.integers(4, 9))):
-        data.draw(st.sampled_from(_OPERATORS))(graph)
+    for operator in data.draw(st.permutations(_OPERATORS))[: data.draw(st.integers(5, 11))]:
+        operator(graph)
     return maker
 
 
@@ -57,6 +60,11 @@ def _is_bytes(kind: ir.TensorType) -> bool:
     return kind.low is not None and kind.high is not None and kind.low >= 0 and kind.high <= 255
 
 
+def _is_joint(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether operands of these shapes go together."""
+    return len(one) == len(other) and all(1 in pair or pair[0] == pair[1] for pair in zip(one, other, strict=True))
+
+
 def _is_narrow(kind: ir.TensorType) -> bool:
     """No accumulators: 20 bits at most."""
     return kind.low is not None and kind.high is not None and kind.high - kind.low < 2**20
@@ -64,7 +72,8 @@ def _is_narrow(kind: ir.TensorType) -> bool:
 
 def _conv(graph: _Drawn) -> None:
     name = graph.value(lambda kind: _is_image(kind) and _is_bytes(kind))
-    assert name is not None  # the image itself
+    if name is None:
+        return
     channels, *sizes = graph.kind(name).shape
     groups = graph.data.draw(st.sampled_from([n for n in range(1, channels + 1) if channels % n == 0]))
     depthwise = graph.data.draw(st.booleans())
@@ -109,7 +118,7 @@ def _linear(graph: _Drawn) -> None:
 def _add(graph: _Drawn) -> None:
     a = graph.value()
     assert a is not None
-    b = graph.value(lambda kind: kind.shape == graph.kind(a).shape)
+    b = graph.value(lambda kind: _is_joint(kind.shape, graph.kind(a).shape))
     assert b is not None
     graph.maker.add(a, b, graph.limits(), 2 ** graph.number(4, 26))
 
@@ -117,10 +126,43 @@ def _add(graph: _Drawn) -> None:
 def _mul(graph: _Drawn) -> None:
     a = graph.value(_is_bytes)
     assert a is not None
-    shape = graph.kind(a).shape
-    b = graph.value(lambda kind: _is_bytes(kind) and kind.shape in (shape, (shape[0], 1, 1)))
+    b = graph.value(lambda kind: _is_bytes(kind) and _is_joint(kind.shape, graph.kind(a).shape))
     assert b is not None
     graph.maker.mul(a, b, graph.limits())
+
+
+def _literal(graph: _Drawn) -> None:
+    like = graph.value(lambda kind: kind.shape[0] <= LARGEST)
+    if like is not None:
+        shape = graph.kind(like).shape
+        one = graph.data.draw(st.sampled_from([(), (), (0,), (1, 2), (0, 1, 2)]))
+        graph.maker.literal(tuple(1 if dim in one else size for dim, size in enumerate(shape)), graph.limits())
+
+
+def _move(graph: _Drawn) -> None:
+    name = graph.value(lambda kind: math.prod(kind.shape) <= 3000)
+    if name is None:
+        return
+    shape = graph.kind(name).shape
+    index = torch.arange(math.prod(shape)).reshape(shape)
+    how = graph.data.draw(st.sampled_from(["permuted", "shaped", "any"]))
+    if how == "permuted":
+        index = index.permute(*graph.data.draw(st.permutations(range(len(shape)))))
+    elif how == "shaped":
+        outer = graph.data.draw(st.sampled_from([n for n in range(1, 9) if index.numel() % n == 0]))
+        index = index.reshape(index.numel() // outer, outer, 1)
+    else:
+        new = (graph.number(1, LARGEST), *[graph.number(1, 6) for _ in range(graph.data.draw(st.sampled_from([0, 2])))])
+        index = graph.maker.integers(-1, index.numel() - 1, *new)
+    if index.shape[0] <= 4 * LARGEST:
+        graph.maker.move(name, index)
+
+
+def _prelu(graph: _Drawn) -> None:
+    name = graph.value()
+    assert name is not None
+    by_channel = graph.data.draw(st.booleans()), graph.data.draw(st.booleans())
+    graph.maker.prelu(name, graph.limits(), by_channel, graph.data.draw(st.sampled_from([1e-4, 1.0, 900.0])))
 
 
 def _affine(graph: _Drawn) -> None:
@@ -161,17 +203,29 @@ def _max_pool(graph: _Drawn) -> None:
             graph.maker.max_pool(name, kernel, stride, padding, graph.data.draw(st.booleans()), dilation)
 
 
+def _any_windows(graph: _Drawn, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    bounds = []
+    for size in sizes:
+        firsts = graph.data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
+        bounds.append([(first, graph.number(first + 1, size)) for first in firsts])
+    return bounds
+
+
+def _max_windows(graph: _Drawn) -> None:
+    name = graph.value(_is_image)
+    if name is not None:
+        graph.maker.max_windows(name, *_any_windows(graph, graph.kind(name).shape[1:]))
+
+
 def _avg_pool(graph: _Drawn) -> None:
     name = graph.value(lambda kind: _is_image(kind) and _is_narrow(kind))
-    assert name is not None
+    if name is None:
+        return
     height, width = graph.kind(name).shape[1:]
     if graph.data.draw(st.booleans()):
         graph.maker.avg_pool(name, graph.number(1, min(height, width)), graph.number(1, 3), graph.limits())
         return
-    bounds = []
-    for size in (height, width):
-        firsts = graph.data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
-        bounds.append([(first, graph.number(first + 1, size)) for first in firsts])
+    bounds = _any_windows(graph, (height, width))
     graph.maker.avg_windows(name, bounds[0], bounds[1], graph.limits(), graph.data.draw(st.booleans()))
 
 
@@ -205,5 +259,5 @@ def _gather(graph: _Drawn) -> None:
 
 _OPERATORS = (
     _conv, _conv, _conv, _linear, _add, _mul, _affine, _table, _requantize, _clip, _max_pool, _avg_pool, _concat,
-    _gather, _flatten,
+    _gather, _flatten, _literal, _move, _prelu, _max_windows,
 )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from expressions import chain
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import Artifact
@@ -21,6 +22,7 @@ from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.dyadic import Dyadic
+from lightning_baqe.integer.float_operators import FloatOperator, call_operator, canonical_shape, encode_arguments
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.tunable import template_of
 
@@ -32,16 +34,22 @@ class Maker:
     """Adds operators with random constants, one after the other.
 
     Args:
-        channels, size: of the input image, which is quantized to ``activation_bits`` with zero point ``zero_point``.
+        channels, size: of the input image, which is quantized to ``activation_bits`` with zero point ``zero_point``;
+            without a size it is a vector.
         seed: of all numbers.
     """
 
     def __init__(
-        self, channels: int, size: int | tuple[int, int], activation_bits: int = 8, zero_point: int = 3, seed: int = 0
+        self,
+        channels: int,
+        size: int | tuple[int, int] | None,
+        activation_bits: int = 8,
+        zero_point: int = 3,
+        seed: int = 0,
     ) -> None:
         self.rng = torch.Generator().manual_seed(seed)
-        height, width = (size, size) if isinstance(size, int) else size
-        image = ir.TensorType((channels, height, width))
+        sizes = () if size is None else (size, size) if isinstance(size, int) else size
+        image = ir.TensorType((channels, *sizes))
         self.nodes: list[ir.Node] = [ir.Input(name="input", inputs=(), type=image)]
         self.activation_bits = activation_bits
         kind = ir.TensorType(image.shape, 0, 2**activation_bits - 1, 0.1, zero_point)
@@ -135,14 +143,57 @@ class Maker:
         )  # fmt: skip
 
     def add(self, a: str, b: str, limits: tuple[int, int] = UINT8, multiplier: int = 2**14) -> str:
-        """A residual sum; large multipliers need 64 bits."""
+        """A residual sum; large multipliers need 64 bits. Operands may be one row, column or channel for all."""
         shift = multiplier.bit_length()
         multipliers = (self.number(1, multiplier), self.number(1, multiplier))
-        kind = ir.TensorType(self[a].type.shape, *limits, 1.0, 5)
+        kind = ir.TensorType(self.joint_shape(a, b), *limits, 1.0, 5)
         name = f"add{len(self.nodes)}"
         return self._add(
             ir.Add(name=name, inputs=(a, b), type=kind, multipliers=multipliers, shift=shift, offset=-multiplier // 3)
         )
+
+    def joint_shape(self, *names: str) -> tuple[int, ...]:
+        """What operands become together."""
+        return tuple(torch.broadcast_shapes(*(self[name].type.shape for name in names)))
+
+    def literal(self, shape: tuple[int, ...], limits: tuple[int, int] = UINT8) -> str:
+        """Random integers."""
+        kind = ir.TensorType(shape, *limits, 1.0, limits[0] + 6)
+        value = self.integers(*limits, *shape)
+        return self._add(ir.Literal(name=f"literal{len(self.nodes)}", inputs=(), type=kind, value=value))
+
+    def float_literal(self, *shape: int) -> str:
+        name = f"literal{len(self.nodes)}"
+        return self._add(ir.Literal(name=name, inputs=(), type=ir.TensorType(shape), value=self.floats(*shape)))
+
+    def move(self, source: str, index: torch.Tensor) -> str:
+        """Any rearrangement."""
+        kind = dataclasses.replace(self[source].type, shape=tuple(index.shape))
+        return self._add(ir.Move(name=f"move{len(self.nodes)}", inputs=(source,), type=kind, index=index))
+
+    def prelu(
+        self,
+        source: str,
+        limits: tuple[int, int] = UINT8,
+        by_channel: tuple[bool, bool] = (False, True),
+        size: float = 1.0,
+    ) -> str:
+        """Factors of about ``size`` times what uses the range, of both signs, each for all or by channel."""
+        read = self[source].type
+        span = size * (limits[1] - limits[0]) / ((read.high or 0) - (read.low or 0) + 1)
+        positive, negative = (
+            Dyadic.from_real(
+                torch.randn(read.shape[0] if many else (), generator=self.rng, dtype=torch.float64) * span * part
+            )
+            for many, part in zip(by_channel, (1.5, 0.3), strict=True)
+        )
+        return self._add(
+            ir.PRelu(
+                name=f"prelu{len(self.nodes)}", inputs=(source,), positive=positive, negative=negative,
+                type=ir.TensorType(read.shape, *limits, 1.0, (limits[0] + limits[1]) // 2),
+                input_zero_point=((read.low or 0) + (read.high or 0)) // 2,
+            )
+        )  # fmt: skip
 
     def requantize(self, source: str, limits: tuple[int, int], factor: float = 0.7) -> str:
         kind = ir.TensorType(self[source].type.shape, *limits, 1.0, limits[0] + 2)
@@ -155,8 +206,8 @@ class Maker:
         return self._add(ir.Clip(name=f"clip{len(self.nodes)}", inputs=(source,), type=kind))
 
     def mul(self, a: str, b: str, limits: tuple[int, int] = UINT8) -> str:
-        """A product; the second operand may be one pixel."""
-        kind = ir.TensorType(self[a].type.shape, *limits, 1.0, limits[0] + 4)
+        """A product; operands may be one row, column or channel for all."""
+        kind = ir.TensorType(self.joint_shape(a, b), *limits, 1.0, limits[0] + 4)
         reach = max(abs(v) for n in (a, b) for v in (self[n].type.low or 0, self[n].type.high or 0))
         points = (self[a].type.zero_point, self[b].type.zero_point)
         return self._add(
@@ -192,7 +243,7 @@ class Maker:
                 name=f"table{len(self.nodes)}", inputs=(source,),
                 type=ir.TensorType(read.shape, *limits, 1.0, limits[0] + 1),
                 table=self.integers(*limits, read.high - read.low + 1), input_low=read.low,
-                functions=(("hardswish",), ("mul", 0.5)),
+                steps=chain(("hardswish",), ("mul", 0.5)),
             )
         )  # fmt: skip
 
@@ -213,6 +264,16 @@ class Maker:
         )  # fmt: skip
         shape = tuple(node.run(torch.zeros(1, *read.shape, dtype=torch.int64)).shape[1:])
         return self._add(dataclasses.replace(node, type=dataclasses.replace(read, shape=shape)))
+
+    def max_windows(self, source: str, rows: Sequence[tuple[int, int]], columns: Sequence[tuple[int, int]]) -> str:
+        """Any windows."""
+        kind = dataclasses.replace(self[source].type, shape=(self[source].type.shape[0], len(rows), len(columns)))
+        return self._add(
+            ir.MaxWindows(
+                name=f"max_windows{len(self.nodes)}", inputs=(source,), type=kind, rows=torch.tensor(rows),
+                columns=torch.tensor(columns),
+            )
+        )  # fmt: skip
 
     def avg_pool(self, source: str, kernel: int, stride: int, limits: tuple[int, int] = UINT8) -> str:
         """Windows of one size, as torch places them."""
@@ -316,6 +377,33 @@ class Maker:
         self.bits[name] = (32, 32)
         weight = self.floats(out, self[source].type.shape[0])
         return self.float_node(ir.FloatLinear, source, layer=name, weight=weight, bias=self.floats(out), relu=False)
+
+    def operator(
+        self,
+        name: str,
+        sources: Sequence[str],
+        *args: Any,
+        constants: Mapping[str, torch.Tensor] | None = None,
+        shapes: Sequence[tuple[int, ...]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """An ATen operator in float; true shapes are by default those of the operators that it reads, else of a batch
+        of one image.
+        """
+        nodes = [self[source] for source in sources]
+        known = [node.shape if isinstance(node, FloatOperator) else (1, *node.type.shape) for node in nodes]
+        true = tuple(known if shapes is None else shapes)
+        arguments, constants = encode_arguments(name, args, kwargs), dict(constants or {})
+        tensors = {f"%{k}": torch.zeros(shape) for k, shape in enumerate(true)}
+        tensors |= {f"@{key}": constant for key, constant in constants.items()}
+        shape = tuple(call_operator(name, arguments, tensors).shape)
+        return self._add(
+            FloatOperator(
+                name=f"{name.partition('.')[0]}{len(self.nodes)}", inputs=tuple(sources),
+                type=ir.TensorType(canonical_shape(shape)), operator=name, arguments=arguments, constants=constants,
+                shapes=true, shape=shape,
+            )
+        )  # fmt: skip
 
     def graph(self) -> IntegerGraph:
         """The graph, ended by the last value, dequantized if it is an integer."""

@@ -1,8 +1,11 @@
-"""A network for the smallest form of every recipe; recipes reach it as ``model._target_=smallest.network``."""
+"""What the smallest form of every recipe runs on; recipes reach it as ``model._target_=smallest.network``."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from lightning_baqe.data import DigitsDataModule
+from lightning_baqe.data.base import ImageTensorDataset, Split
 
 
 class SmallestNet(nn.Module):
@@ -26,3 +29,18 @@ class SmallestNet(nn.Module):
 def network(name: str, num_classes: int, library: str) -> SmallestNet:
     """What `lightning_baqe.tasks.network` is called with."""
     return SmallestNet(num_classes)
+
+
+class RoundDigits(DigitsDataModule):
+    """Whether a digit has a loop (0, 6, 8, 9): one logit."""
+
+    name = "round digits"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ("round",)
+
+    def make_split(self, split: Split) -> ImageTensorDataset:
+        data = super().make_split(split)
+        data.labels = sum(data.labels == digit for digit in (0, 6, 8, 9))
+        return data

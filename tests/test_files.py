@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_baqe.errors import DataError
-from lightning_baqe.files import Rows, replace_file
+from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.files import Rows, make_folder, replace_file
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +37,16 @@ def test_a_row_that_was_cut_off_is_none_and_a_damaged_one_is_named(tmp_path: Pat
         file.write("{no row}\n")
     with pytest.raises(DataError, match=r"rows\.jsonl, line 3 is no row .* remove that line"):
         rows.read()
+
+
+def test_folders_are_made_and_nothing_is_left_in_them(tmp_path: Path) -> None:
+    folder = tmp_path / "été = 1" / "deeper"
+    assert make_folder(make_folder(folder, "run_dir"), "run_dir") == folder
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none"), Path("/proc")):
+        with pytest.raises(ConfigError, match=f"run_dir={path} cannot be made or written .*give another run_dir"):
+            make_folder(path, "run_dir")

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from sklearn.metrics import f1_score
 
 from lightning_baqe import flows
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.tasks.classifier import CHECKPOINT_KEY
-from lightning_baqe.train import compose, main, open_run, recipe_groups, resume_command
+from lightning_baqe.train import compose, main, open_run, quoted, recipe_groups, resume_command
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
@@ -54,6 +58,15 @@ def test_help_lists_every_choice_with_a_line(capsys: pytest.CaptureFixture[str])
         (["recipe"], ["recipe", "key=value"]),
         (["recipe=qat", "seed=1,2"], ["several values"]),
         (["recipe=qat", "~model.nonsense"], ["nonsense"]),
+        (["recipe=qat", "--trials", "3"], ["'--trials' is no key=value"]),
+        (["recipe=qat", "=3"], ["'=3' has no key"]),
+        (["recipe=qat", "model.name=a=b"], ["'model.name=a=b' cannot be read", """'model.name='"'"'a=b'"'"''"""]),
+        (["recipe=qat", "model.name=été"], ["cannot be read", "quotes"]),
+        (["recipe=qat", "model.name=a, b"], ["several values", "quotes"]),
+        (["recipe=qat", "bits=bits.json"], ["'bits=bits.json'", "bits.file=... or bits.weight=..."]),
+        (["recipe=qat", "pretrain=null"], ["'pretrain=null'", "pretrain.epochs=..."]),
+        (["recipe=qat", "run_dir=a/${nothing}"], ["nothing"]),
+        (["recipe=qat", "data=imagefolder"], ["data.root must be given: add data.root=..."]),
     ],
 )
 def test_wrong_command_lines(arguments: list[str], wanted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +113,30 @@ def test_numbers_are_numbers() -> None:
     assert (cfg.task.learning_rate, cfg.pretrain.learning_rate) == (1e-4, 2e-3)
 
 
+PATHS_AS_PEOPLE_HAVE_THEM = [
+    "/data/lr=0.1, wd=1e-4 (β)", "~/images", "/a/it's", "/a b/été/猫",
+    "1e3", "true", "C:\\x\\", "/a/[b]{c}", "a#1", " a ", "a\\'b\\",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS_AS_PEOPLE_HAVE_THEM)
+def test_paths_are_read_as_they_are_written(path: str) -> None:
+    cfg = compose(["recipe=qat", "data=imagefolder", f"data.root={path}", f"bits.file={path}", f"run_dir={path}"])
+    assert cfg.data.root == cfg.bits.file == cfg.run_dir == path
+
+
+def test_paths_may_be_in_quotes_and_refer_to_keys() -> None:
+    cfg = compose(["recipe=qat", "data=imagefolder", "data.root='/a=b'", "bits.file=null", "run_dir=runs/${seed}"])
+    assert (cfg.data.root, cfg.bits.file, cfg.run_dir) == ("/a=b", None, "runs/0")
+
+
+@given(st.text(st.characters(exclude_categories=["C"]), max_size=12).filter(lambda text: "${" not in text))
+@settings(deadline=None)
+def test_quotes_hold_any_text(text: str) -> None:
+    override = OverridesParser.create().parse_override(f"key={quoted(text)}")
+    assert override.value() == text
+
+
 def test_keys_can_be_added() -> None:
     assert compose(["recipe=qat", "+trainer.gradient_clip_algorithm=norm"]).trainer.gradient_clip_algorithm == "norm"
 
@@ -127,6 +164,7 @@ class TestRunFolder:
             ("data=glyphs", "data._target_"),
             ("search.bit_choices=[2,8]", r"search.bit_choices: 'auto' there, \[2, 8\] here"),
             ("seed=1", "seed: 0 there, 1 here"),
+            ("metric={_target_: torchmetrics.R2Score}", "metric"),
             ("+model.zero_init_residual=true", "model.zero_init_residual: nothing there, True here"),
         ],
     )
@@ -141,6 +179,16 @@ class TestRunFolder:
         open_run(compose(["recipe=qat_search", f"run_dir={tmp_path}"]))
         with pytest.raises(ConfigError, match=r"flow\._target_"):
             open_run(compose(["recipe=qat", f"run_dir={tmp_path}"]))
+
+    def test_a_broken_configuration_in_it(self, tmp_path: Path) -> None:
+        (tmp_path / "config.yaml").write_text("a: [")
+        with pytest.raises(ConfigError, match=r"(?s)config\.yaml cannot be read.*remove it, or give another run_dir"):
+            open_run(compose(["recipe=qat", f"run_dir={tmp_path}"]))
+
+    def test_one_that_cannot_be_made(self) -> None:
+        for folder in ("/proc/none", "/" + "a" * 300):
+            with pytest.raises(ConfigError, match=r"cannot be made or written.*give another run_dir"):
+                open_run(compose(["recipe=qat", f"run_dir={folder}"]))
 
     def test_a_file_in_its_place(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "file").touch()
@@ -254,6 +302,56 @@ def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert summary_of(run_dir)["trials"][0]["accuracy"] == trial["accuracy"]
 
 
+F1 = "metric={_target_: torchmetrics.classification.BinaryF1Score, threshold: 0.4}"
+
+
+@pytest.mark.parametrize("metric", [[], [F1]], ids=["default", "f1"])
+def test_qat_of_one_logit(metric: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import smallest
+
+    import lightning_baqe as baqe
+
+    options = ["data._target_=smallest.RoundDigits", "qat.distillation=0.5", "trainer.limit_train_batches=1.0"]
+    arguments = ["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *options, *metric, f"run_dir={tmp_path}/run"]
+    assert main(arguments) == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["metric"] == ("BinaryF1Score(threshold=0.4)" if metric else "BinaryAccuracy")
+    assert f"accuracy is {summary['metric']} of outputs (32, 1)" in capfd.readouterr().err
+    data, (trial,) = smallest.RoundDigits(), summary["trials"]
+    for entry, folder in ((summary["float"], "float"), (trial, "trial_0")):
+        graph = baqe.Artifact.load_graph(tmp_path / "run" / "artifacts" / folder)
+        for loader, key in ((data.val_dataloader(), "accuracy"), (data.test_dataloader(), "test_accuracy")):
+            x, y = (torch.cat(tensors) for tensors in zip(*loader, strict=True))
+            logits = graph.run(x)[:, 0]
+            found = f1_score(y, logits.sigmoid() > 0.4) if metric else float(((logits > 0) == y).double().mean())
+            assert entry[key] == pytest.approx(found, abs=0.01 if folder == "float" else 1e-6)
+    assert trial["accuracy"] > 0.5
+    if metric:
+        assert "BinaryF1Score over latency" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["metric={_target_: torchmetrics.MeanSquaredError}"], "MeanSquaredError: lower is better"),
+        (["metric={_target_: torchmetrics.classification.BinaryF1Score}"], "BinaryF1Score does not take outputs"),
+        (
+            ["metric={_target_: torchmetrics.classification.MulticlassRecall, num_classes: 10, average: null}"],
+            "MulticlassRecall(num_classes=10) gives a tensor (10,)",
+        ),
+        (["metric=accuracy"], "metric is a str"),
+        (["metric={_target_: torchmetrics.classification.MulticlassRecall}"], "num_classes"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["qat", "qat_search"])
+def test_metrics_are_refused_before_any_training(
+    recipe: str, options: list[str], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"recipe={recipe}", *SMALLEST, *options, f"run_dir={tmp_path}/run"]) == 1
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
     import smallest
 
@@ -324,10 +422,25 @@ def test_qat_with_frozen_batch_norms(fold: bool, tmp_path: Path, monkeypatch: py
     assert 0 <= summary_of(tmp_path / "run")["trials"][0]["accuracy"] <= 1
 
 
-def test_a_missing_bit_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = [f"bits.file={tmp_path}/none.json", f"run_dir={tmp_path}/run"]
-    assert main(["recipe=qat", *SMALLEST, *run]) == 1
-    assert "bits.file" in capsys.readouterr().err
+def test_bit_config_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.json").write_text('{"layers": ')
+    for name in ("none.json", "broken.json"):
+        run = [f"bits.file={tmp_path / name}", f"run_dir={tmp_path}/{name}-run"]
+        assert main(["recipe=qat", *SMALLEST, *run]) == 1
+        error = capsys.readouterr().err
+        assert "bits.file" in error
+        assert str(tmp_path / name) in error
+        assert not (tmp_path / f"{name}-run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("recipe", ["qat", "qat_search"])
+def test_precision_is_checked_before_any_training(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["trainer.precision=bf16-true", f"run_dir={tmp_path}/run"]
+    assert main([f"recipe={recipe}", *SMALLEST, *SMALLEST_OF[recipe], *options]) == 1
+    assert "precision='bf16-true'" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("options", [[], ["search.mode=paper", "search.tune_s=0"]], ids=["default", "paper"])
@@ -337,6 +450,7 @@ def test_qat_search_and_its_resumption(options: list[str], tmp_path: Path, capfd
     assert "Report:" in capfd.readouterr().out
     first = summary_of(tmp_path / "run")
     assert [trial["state"] for trial in first["trials"]] == ["complete"] * 2
+    assert first["metric"] == "TopOneAccuracy(num_classes=10)"
     assert main([*arguments, "search.trials=3"]) == 0
     second = summary_of(tmp_path / "run")
     assert [trial["latency_us"] for trial in second["trials"][:2]] == [trial["latency_us"] for trial in first["trials"]]

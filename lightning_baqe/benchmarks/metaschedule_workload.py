@@ -132,7 +132,8 @@ def workload_arguments(sample: KernelSample) -> list[np.ndarray]:
     source, lanes = spec.source, spec.lanes
     outer, rows, columns, block = _input_shape(spec)
     image = np.zeros((rows, columns, outer * block), np.uint8)
-    seen = _image(source, sample.source)[source.halo - spec.top :, source.halo - spec.left :, : source.channels]
+    (above, left), whole = source.halo, _image(source, sample.source)
+    seen = whole[above - spec.top :, left - spec.left :, : source.channels]
     seen = seen[:rows, :columns]  # a kernel with a stride may leave out the last rows, or end where the halo does
     image[: seen.shape[0], : seen.shape[1], : source.channels] = seen
     weight = np.zeros((spec.result.stored, outer * block, *spec.kernel), np.int8)
@@ -159,11 +160,11 @@ def workload_result(sample: KernelSample) -> np.ndarray:
 
 def _image(layout: Layout, buffer: np.ndarray) -> np.ndarray:
     """A buffer with its halo, ``(rows, columns, stored channels)``."""
-    height, width = layout.height + 2 * layout.halo, layout.width + 2 * layout.halo
+    height, width = layout.full
     return buffer[: height * width * layout.stored].reshape(height, width, layout.stored)
 
 
 def _blocked(layout: Layout, buffer: np.ndarray, lanes: int) -> np.ndarray:
-    halo = layout.halo
-    inner = _image(layout, buffer)[halo : halo + layout.height, halo : halo + layout.width]
+    above, left = layout.halo
+    inner = _image(layout, buffer)[above : above + layout.height, left : left + layout.width]
     return np.ascontiguousarray(inner.reshape(layout.height, layout.width, -1, lanes).transpose(2, 0, 1, 3))

@@ -44,6 +44,7 @@ from lightning_baqe.data.base import ImageTensorDataset, Split
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.engines.engine_process import missing_packages
 from lightning_baqe.engines.peers import onnxruntime_session
+from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.identity import digest
 from lightning_baqe.integer.graph import IntegerGraph
@@ -51,7 +52,6 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.build import build
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.quantization.convert import quantize
 from lightning_baqe.tasks import ImageClassifier, network, pretrain
 
 SAME_CLASS, COSINE = 0.99, 0.999

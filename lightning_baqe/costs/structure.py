@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from lightning_baqe.integer.graph import MULTIPLIER_BYTES, SHIFT_BYTES, IntegerGraph, node_bytes
 from lightning_baqe.integer.nodes import Conv, FloatConv, FloatLinear, Linear
+from lightning_baqe.quantization.aten import origin
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import float_domain, plan
 from lightning_baqe.quantization.ops import OpReader
@@ -40,10 +40,8 @@ class Structure:
     """
 
     def __init__(self, net: nn.Module, input_shape: tuple[int, ...]) -> None:
-        net.eval()
-        graph = trace(net, torch.zeros(1, *input_shape))
-        self.reader = OpReader(net, graph)
-        ShapeProp(fx.GraphModule(net, graph)).propagate(torch.zeros(1, *input_shape))
+        network = trace(net.eval(), (torch.zeros(2, *input_shape),))
+        self.reader = OpReader(network, network.graph)
         self.groups = {name: m.groups for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
 
     def conversions(self, bits: BitConfig) -> Counter[str]:
@@ -52,7 +50,7 @@ class Structure:
         dequantized: set[fx.Node] = set()
         for node, op in reader.ops.items():
             if op.kind == "layer":
-                if bits[str(node.target)].is_float and op.inputs[0] not in in_float:
+                if bits[origin(node).label].is_float and op.inputs[0] not in in_float:
                     dequantized.add(op.inputs[0])
             elif op.kind == "add":
                 if node in in_float:
@@ -92,7 +90,7 @@ class Structure:
         while len(self.reader.consumers[node]) == 1:
             op = self.reader[node]
             if op.kind == "layer":
-                path = str(node.target)
+                path = origin(node).label
                 return not bits[path].is_float and self.groups.get(path) == 1
             if not (self.reader.is_attached(node) or op.kind in ("relu", "relu6", "identity", "dropout")):
                 return False
@@ -109,7 +107,7 @@ class Structure:
 
 
 def _shape(node: fx.Node) -> str:
-    shape = tuple(node.meta["tensor_meta"].shape)[1:]
+    shape = origin(node).shape[1:]
     return "x".join(map(str, (*shape, 1, 1)[:3] if len(shape) == 1 else shape))
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lightning_baqe.data.base import ImageDataModule, Split
+from lightning_baqe.data.pictures import read_image
 from lightning_baqe.errors import DataError, check_at_least
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -54,6 +55,8 @@ class ImageFolderDataModule(ImageDataModule):
     number is odd), stratified, by a fixed seed, so that it is the same in every run. Classes are the folders of
     ``root/train`` in sorted order; images may lie deeper inside them.
 
+    Files are read as a person sees them, transparent pixels over white; see :mod:`lightning_baqe.data.pictures`.
+
     Training: random resized crop and horizontal flip; validation and test: resize of the shorter side and centre
     crop. ``mean`` and ``std`` are ImageNet's. Workers draw their crops from ``seed``; with ``num_workers=0`` they come
     from torch's global generator, so call ``pl.seed_everything``.
@@ -68,8 +71,9 @@ class ImageFolderDataModule(ImageDataModule):
 
     Raises:
         ConfigError: an argument out of range.
-        DataError: a missing folder, a folder without classes, a class without images, classes that differ between
-            the splits (from ``num_classes`` and ``setup`` on); an image that cannot be read (when it is).
+        DataError: a missing folder, fewer than two classes, a class without images, classes that differ between the
+            splits (from ``num_classes`` and ``setup`` on); an image that cannot be read, or not in one way (when it
+            is).
     """
 
     name = "imagefolder"
@@ -96,7 +100,13 @@ class ImageFolderDataModule(ImageDataModule):
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Names of the folders in ``root/train``, sorted."""
-        return _class_names(self.root, "train")
+        names = _class_names(self.root, "train")
+        if len(names) == 1:
+            raise DataError(
+                f"{self.root / 'train'} holds one class folder, {names[0]!r}, and a classifier needs two or more. "
+                f"Images are wanted as {_LAYOUT}: add the other classes, or move those that lie inside {names[0]!r} up."
+            )
+        return names
 
     def setup(self, stage: str | None = None) -> None:
         """Check the layout of every split, whatever the stage, so that a bad test folder shows before training."""
@@ -124,19 +134,6 @@ class ImageFolderDataModule(ImageDataModule):
                 f"can be cut from it: add {self.root / 'test'}, or images to val."
             )
         return {"train": train, "val": val, "test": test}
-
-
-def read_image(path: Path) -> Image.Image:
-    """The image at ``path`` in RGB.
-
-    Raises:
-        DataError: it is missing, broken or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Cannot read the image {path} ({error}): replace or remove the file.") from error
 
 
 def _class_names(root: Path, split: Split) -> tuple[str, ...]:

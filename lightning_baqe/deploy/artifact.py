@@ -26,8 +26,9 @@ from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, can_run
-from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.integer.graph import IntegerGraph, as_images
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
+from lightning_baqe.kernels.x86.layout import as_image
 
 FORMAT = 1
 MANIFEST, MODULE, GRAPH, TENSORS, BITS = "manifest.json", "module.so", "graph.json", "tensors.npz", "bits.json"
@@ -96,7 +97,7 @@ class Artifact:
                 self._module = load_library(library)
             self._vm = relax.VirtualMachine(self._module, tvm.cpu())
             self._constants = [tvm.runtime.tensor(array) for array in constants(self.plan)]
-            self._image = tvm.runtime.empty((1, *self.graph.input_shape), "float32")
+            self._image = tvm.runtime.empty((1, *as_image(self.graph.input_shape)), "float32")
             self._vm.set_input(MAIN, self._image, *self._constants)
         return self._vm
 
@@ -124,47 +125,52 @@ class Artifact:
             self._library = library
         return self._library
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor, check: bool = False) -> torch.Tensor:
         """Logits of a batch, one image after the other.
 
         Args:
-            x: float, shape ``(n, *graph.input_shape)``.
+            x: float, shape ``(n, *graph.input_shape)``, on any device; computed on the CPU.
+            check: refuse values that are not finite, which integers cannot stand for.
 
         Returns:
-            float32, shape ``(n, *graph.output.type.shape)``; equal to ``graph.run(x)`` on every element for networks
-            without float layers.
+            float32, shape ``(n, *graph.output_shape)``; equal to ``graph.run(x)`` on every element for networks
+            without float layers and without functions like exp of the input before it is quantized.
 
         Raises:
-            ConfigError: the shape does not fit.
+            ConfigError: no tensor, or its shape or type does not fit; with ``check``, values that are not finite.
             BuildError: this CPU lacks the artifact's instructions.
         """
         images = self._images(x)
+        if check:
+            _check_finite(images)
         logits = np.array([self.run_array(image[None])[0] for image in images], np.float32)
-        return torch.from_numpy(logits).reshape(len(images), *self.graph.output.type.shape)
+        return torch.from_numpy(logits).reshape(len(images), *self.graph.output_shape)
 
     def run_array(self, image: np.ndarray) -> np.ndarray:
         """One image without torch: contiguous float32 ``(1, *input_shape)`` to float32 ``(1, outputs)``."""
         with self._lock:  # the machine holds one image and one result
             vm = self.vm
-            self._image.copyfrom(image)
+            self._image.copyfrom(image.reshape(self._image.shape))
             vm.invoke_stateful(MAIN)
             return np.asarray(vm.get_outputs(MAIN).numpy())
 
     def run_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every value that the compiled module holds, by node: integers as int64, floats as float32, ``(n, *shape)``.
 
-        A residual sum that is computed inside a convolution's kernel stands for both.
+        A residual sum that is computed inside a convolution's kernel stands for both, and of the operators of an island
+        only those have a value that others read.
         """
         images = self._images(x)
         vm = self.vm
         found: dict[str, list[np.ndarray]] = {}
         for image in images:
-            results = vm[ALL](tvm.runtime.tensor(image[None]), *self._constants)
-            buffers = {}
-            for call, value in zip(self.plan.calls, results, strict=True):
-                buffers[self.plan.buffer(call.result)] = value.numpy()
-                if call.result not in self.plan.layouts:
-                    found.setdefault(call.result, []).append(value.numpy()[0])
+            results = vm[ALL](tvm.runtime.tensor(image.reshape(self._image.shape)), *self._constants)
+            buffers = {name: self.plan.constants[name] for name in self.plan.layouts if name in self.plan.constants}
+            names = [name for call in self.plan.calls for name in call.results]
+            for name, value in zip(names, results, strict=True):
+                buffers[self.plan.buffer(name)] = value.numpy()
+                if name in self.plan.plain:
+                    found.setdefault(name, []).append(value.numpy()[0])
             for name, layout in self.plan.layouts.items():
                 found.setdefault(name, []).append(layout.unpack(buffers[self.plan.buffer(name)]))
         values: dict[str, torch.Tensor] = {}
@@ -176,11 +182,7 @@ class Artifact:
         return values
 
     def _images(self, x: torch.Tensor) -> np.ndarray:
-        if tuple(x.shape[1:]) != tuple(self.graph.input_shape):
-            raise ConfigError(
-                f"input has shape {tuple(x.shape)}, the artifact wants images of shape {tuple(self.graph.input_shape)}"
-            )
-        return np.ascontiguousarray(x.detach().to(torch.float32).cpu().numpy())
+        return np.ascontiguousarray(as_images(x, self.graph, "artifact").numpy())
 
     def save(self, folder: Path | str) -> Path:
         """Write the artifact's folder, in one move: an interrupted save leaves nothing half-written.
@@ -259,3 +261,16 @@ class Artifact:
                 return graph_from_parts(json.loads((folder / GRAPH).read_text()), dict(tensors))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise BuildError(f"the graph in {folder} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _check_finite(images: np.ndarray) -> None:
+    """Raise ConfigError where a pixel is not finite; says how many there are, and where the first is."""
+    wrong = ~np.isfinite(images)
+    if not wrong.any():
+        return
+    nan, first = int(np.isnan(images).sum()), tuple(int(i) for i in np.argwhere(wrong)[0])
+    raise ConfigError(
+        f"x holds {int(wrong.sum())} values that are not finite ({nan} nan, {int(wrong.sum()) - nan} infinite) in "
+        f"{int(wrong.reshape(len(images), -1).any(1).sum())} of {len(images)} images, the first at {first}: an integer "
+        "network has no such numbers; mend or leave out these images"
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_baqe.deploy.digest import code_digest
+from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.kernels.specs import Spec, TunableSpec, alone, build_kernel, kernel_key
 from lightning_baqe.kernels.x86.layout import Layout
@@ -50,10 +51,11 @@ class Call:
     """One kernel call.
 
     Args:
-        nodes: the graph's nodes that it computes; the last one's value is its result.
+        nodes: the graph's nodes that it computes; the last one's value is its result, unless ``written`` names others.
         layer: the layer whose knobs it takes, if any.
         spec, knobs: what its code depends on.
-        arguments: its arguments but the result: names of values, or of the plan's constants.
+        arguments: its arguments but the results: names of values, or of the plan's constants, literals among them.
+        written: the values that it writes, where an island has other results than its last node's.
     """
 
     nodes: tuple[str, ...]
@@ -61,14 +63,23 @@ class Call:
     spec: Spec
     knobs: Mapping[str, Any]
     arguments: tuple[str, ...]
+    written: tuple[str, ...] = ()
 
     @property
     def result(self) -> str:
         return self.nodes[-1]
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The values that it writes, its last arguments."""
+        return self.written or (self.result,)
+
     def function(self) -> Any:
-        """The kernel's TIR."""
-        return build_kernel(self.spec, self.knobs)
+        """The kernel's TIR; BuildError where TVM cannot import an operator of an island."""
+        try:
+            return build_kernel(self.spec, self.knobs)
+        except BuildError as error:
+            raise BuildError(f"{', '.join(map(repr, self.nodes))}: {error}") from error
 
     @property
     def key(self) -> str:
@@ -81,8 +92,11 @@ class Plan:
     """The kernel calls of one network, in order.
 
     Args:
-        calls: the last one writes the float32 output, ``(1, features)``.
-        layouts: of every value but the network's input and output.
+        calls: of all kernels.
+        output: the value that is the network's output, float32 of shape ``(1, features)``.
+        layouts: of every value in our layout.
+        plain: ``{value: its size}`` of float32 values that lie row-major, in buffers ``(1, size)``: what islands read
+            and write, and the network's output.
         buffers: ``{value: the value whose buffer it lies in}``, of those that have none of their own.
         schedules: the knobs that every tunable layer got.
         options: that it was made with.
@@ -90,7 +104,9 @@ class Plan:
     """
 
     calls: tuple[Call, ...]
+    output: str
     layouts: Mapping[str, Layout]
+    plain: Mapping[str, int]
     buffers: Mapping[str, str]
     schedules: dict[str, dict[str, Any]]
     options: BuildOptions

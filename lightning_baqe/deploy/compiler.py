@@ -9,10 +9,10 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
-from lightning_baqe.deploy.calls import Call, Plan
+from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.errors import BuildError
-from lightning_baqe.kernels.x86.pixels import PixelSpec
+from lightning_baqe.kernels.x86.layout import as_image
 
 MAIN, ALL = "main", "main_all"
 
@@ -28,17 +28,17 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
     To Relax, kernels are packed functions known by name, whose object files are linked to the module.
 
     The module has two functions of (image, *constants): ``main`` returns the logits, ``main_all`` a tuple of every
-    call's result in order.
+    call's results in order.
 
-    ``input_shape`` is ``(channels, height, width)``; ``objects`` keeps compiled kernels, by default the user's.
-    BuildError where TVM or LLVM refuses the module.
+    ``input_shape`` is ``(channels, height, width)`` or ``(features,)``; ``objects`` keeps compiled kernels, by default
+    the user's. BuildError where TVM or LLVM refuses the module, or an operator of an island.
     """
     builder = relax.BlockBuilder()
     for name, keep_all in ((MAIN, False), (ALL, True)):
-        image = relax.Var("image", relax.TensorType((1, *input_shape), "float32"))
+        image = relax.Var("image", relax.TensorType((1, *as_image(input_shape)), "float32"))
         arrays = constants(plan)
         parameters = [relax.Var(f"c{i}", relax.TensorType(a.shape, str(a.dtype))) for i, a in enumerate(arrays)]
-        # Kernels write into their last argument; nothing may reorder or drop their calls, so none is said to be pure.
+        # Kernels write into their last arguments; nothing may reorder or drop their calls, so none is said to be pure.
         with builder.function(name, [image, *parameters], {"relax.force_pure": True}):
             values: dict[str, Any] = {}
             results = []
@@ -48,14 +48,16 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
                     next(remaining) if a in plan.constants else values.get(plan.buffer(a), image)
                     for a in call.arguments
                 ]
-                buffer = plan.buffer(call.result)
-                if buffer not in values:  # else another slice of what an earlier call began
-                    out = result_type(call, plan)
-                    values[buffer] = builder.emit(relax.op.builtin.alloc_tensor(out.shape, str(out.dtype), 0))
+                buffers = [plan.buffer(name) for name in call.results]
+                for name, buffer in zip(call.results, buffers, strict=True):
+                    if buffer not in values:  # else another slice of what an earlier call began
+                        out = result_type(name, plan)
+                        values[buffer] = builder.emit(relax.op.builtin.alloc_tensor(out.shape, str(out.dtype), 0))
+                written = [values[buffer] for buffer in buffers]
                 kernel = relax.ExternFunc(call.key)
-                builder.emit(relax.Call(kernel, [*arguments, values[buffer]], ty_args=[relax.TupleType([])]))
-                results.append(values[buffer])
-            builder.emit_func_output(relax.Tuple(results) if keep_all else results[-1])
+                builder.emit(relax.Call(kernel, [*arguments, *written], ty_args=[relax.TupleType([])]))
+                results += written
+            builder.emit_func_output(relax.Tuple(results) if keep_all else values[plan.output])
     kept = KernelObjects() if objects is None else objects
     kernels = {call.key: call for call in plan.calls}
     try:
@@ -67,11 +69,9 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
         raise BuildError(f"TVM cannot compile the network for {plan.options.target.mcpu}: {error}") from error
 
 
-def result_type(call: Call, plan: Plan) -> Any:
-    """The Relax type of a call's result: a flat buffer, or the logits."""
-    spec = call.spec
-    if isinstance(spec, PixelSpec) and spec.op in ("logits", "unpack"):
-        source = spec.source
-        return relax.TensorType((1, source.channels * source.height * source.width), "float32")
-    layout = plan.layouts[call.result]
+def result_type(name: str, plan: Plan) -> Any:
+    """The Relax type of a value: a flat buffer in our layout, or ``(1, size)``."""
+    if name in plan.plain:
+        return relax.TensorType((1, plan.plain[name]), "float32")
+    layout = plan.layouts[name]
     return relax.TensorType((layout.length,), layout.dtype)

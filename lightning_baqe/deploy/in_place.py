@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import itertools
 
-from lightning_baqe.deploy.placement import Slice, Values, halos
+from lightning_baqe.deploy.placement import Halos, Slice, Values, halos, joined, widest
+from lightning_baqe.deploy.plan_pixels import is_lookup
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.kernels.x86.layout import VECTOR, stored_channels
 
 _LOOKED_UP = 64  # bytes that a table takes at once, see :func:`lightning_baqe.kernels.x86.pixels.emit_byte_table`
 
 
-def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str, dict[int, int]]]:
+def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str, Halos]]:
     """The slices of a graph's concatenations, the last one first: it is the largest, where several share inputs.
 
     Args:
@@ -28,7 +29,7 @@ def find_slices(values: Values, vbmi: bool) -> tuple[dict[str, Slice], dict[str,
         vbmi: tables of bytes are looked up a row at a time.
 
     Returns:
-        ``{value: where it lies}``, and ``{concatenation that owns a buffer: {padding value: width}}`` of the buffers'
+        ``{value: where it lies}``, and ``{concatenation that owns a buffer: {padding value: halo}}`` of the buffers'
         halos, one entry each at most.
     """
     finder = _Finder(values, vbmi)
@@ -43,7 +44,7 @@ class _Finder:
     def __init__(self, values: Values, vbmi: bool) -> None:
         self.values, self.vbmi = values, vbmi
         self.places: dict[str, Slice] = {}
-        self.halos: dict[str, dict[int, int]] = {}
+        self.halos: dict[str, Halos] = {}
 
     def share(self, concat: ir.Concat) -> None:
         """Give its inputs places in its buffer, or itself one among its inputs."""
@@ -71,14 +72,15 @@ class _Finder:
 
     def _suits(self, node: ir.Node, owner: str) -> bool:
         values = self.values
-        if values.is_alias(node) or values.is_input(node.name):
+        inside = values.is_input(node.name) or values.is_plain(node.name)
+        if values.is_alias(node) or inside or isinstance(node, ir.Literal):
             return False
-        if isinstance(node, ir.Quantize) and values.is_input(node.inputs[0]):
-            return False  # stored as the image is, and filled whole
+        if isinstance(node, ir.Quantize) and (values.is_input(node.inputs[0]) or values.is_plain(node.inputs[0])):
+            return False  # packed from a row-major value, which fills the buffer whole
         if values.dtype(node) != values.dtype(values.by_name[owner]):
             return False
         small = self.vbmi and stored_channels(node.type.shape[0]) < _LOOKED_UP  # for a table of bytes
-        if small and any(isinstance(one, ir.Table | ir.Requantize) for one in (node, *values.readers(node.name))):
+        if small and any(map(is_lookup, (node, *values.readers(node.name)))):
             return False  # whole rows of a small value are faster, even with a copy
         return self._pads_agree(node, owner)
 
@@ -86,12 +88,12 @@ class _Finder:
         """Whether one halo does for a value's readers and the buffer's; widens it as they need it."""
         if owner not in self.halos:
             own = halos(self.values.readers(owner))
-            widest = max(own, key=own.__getitem__, default=None)
-            self.halos[owner] = {} if widest is None else {widest: own[widest]}
+            pad = widest(own)
+            self.halos[owner] = {} if pad is None else {pad: own[pad]}
         held, wanted = self.halos[owner], halos(self.values.readers(node.name))
         differ = bool(wanted and held) and wanted.keys() != held.keys()
         if differ or len(wanted) > 1:
             return False
-        for pad, width in wanted.items():
-            held[pad] = max(held.get(pad, 0), width)
+        for pad, halo in wanted.items():
+            held[pad] = joined(held.get(pad, (0, 0)), halo)
         return True

@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lightning_baqe.errors import BuildError
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.kernels.x86.layout import VECTOR, Layout, storage_dtype, stored_channels
+from lightning_baqe.kernels.x86.layout import VECTOR, Layout, as_image, storage_dtype, stored_channels
 
+Halos = dict[int, tuple[int, int]]  # by what they hold: rows above and below, columns on the left and right
 _PRODUCTS = (ir.Linear, ir.FloatLinear)
 
 
@@ -41,7 +42,7 @@ class Values:
         self.layouts: dict[str, Layout] = {}
         self.pads: dict[str, int] = {}
         self.places: dict[str, Slice] = {}
-        self._shared_halos: Mapping[str, dict[int, int]] = {}
+        self._shared_halos: Mapping[str, Halos] = {}
         self.direct_readers: dict[str, list[ir.Node]] = {node.name: [] for node in graph}
         for node in graph:
             for name in node.inputs:
@@ -51,8 +52,8 @@ class Values:
             if isinstance(node, ir.Flatten) and self._needs_no_copy(node):
                 self._alias[node.name] = self.root(node.inputs[0])
 
-    def share(self, places: Mapping[str, Slice], shared_halos: Mapping[str, dict[int, int]]) -> None:
-        """Let values lie in the buffers of concatenations, with halos of ``{concatenation: {padding value: width}}``;
+    def share(self, places: Mapping[str, Slice], shared_halos: Mapping[str, Halos]) -> None:
+        """Let values lie in the buffers of concatenations, with halos of ``{concatenation: {padding value: halo}}``;
         see :mod:`lightning_baqe.deploy.in_place`.
         """
         self.places, self._shared_halos = dict(places), shared_halos
@@ -76,6 +77,14 @@ class Values:
     def is_input(self, name: str) -> bool:
         """Whether the buffer is the network's input as the caller gives it."""
         return isinstance(self.by_name[self.root(name)], ir.Input)
+
+    def is_plain(self, name: str) -> bool:
+        """Whether the value lies row-major, as islands have it: one of theirs, or dequantized for them alone."""
+        node = self.by_name[self.root(name)]
+        if isinstance(node, ir.Dequantize) and node is not self.graph.output:
+            readers = self.readers(node.name)
+            return bool(readers) and all(isinstance(reader, FloatOperator) for reader in readers)
+        return isinstance(node, FloatOperator)
 
     def readers(self, name: str) -> list[ir.Node]:
         """Readers of a value, through nodes that share its buffer."""
@@ -104,12 +113,12 @@ class Values:
             return self.layouts[node.name]
         if node.name in self.places:
             return self.place_slice(node.name, self.places[node.name], shape[0])
-        channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
+        channels, height, width = as_image(shape)
         readers = self.readers(node.name)
         pads = self._shared_halos.get(node.name, halos(readers))
         packed = isinstance(node, ir.Quantize) and self.is_input(node.inputs[0])
         stored = _stored(channels, readers, packed)
-        self._place(node.name, Layout(channels, height, width, stored, 0, self.dtype(node)), pads)
+        self._place(node.name, Layout(channels, height, width, stored, (0, 0), self.dtype(node)), pads)
         return self.layouts[node.name]
 
     def place_slice(self, name: str, place: Slice, channels: int) -> Layout:
@@ -128,25 +137,25 @@ class Values:
 
     def place_input(self, name: str) -> None:
         """Place the network's float input in our layout under a name, for readers that take it as it is."""
-        channels, height, width = self.image_shape()
-        readers = [r for r in self.readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize)]
+        channels, height, width = as_image(self.graph.input_shape)
+        readers = [r for r in self.readers(self.graph.nodes[0].name) if not isinstance(r, ir.Quantize | FloatOperator)]
         stored = _stored(channels, readers, True)
-        self._place(name, Layout(channels, height, width, stored, 0, "float32"), halos(readers))
+        self._place(name, Layout(channels, height, width, stored, (0, 0), "float32"), halos(readers))
 
-    def image_shape(self) -> tuple[int, int, int]:
-        """The network's input shape; BuildError where it is no image."""
-        shape = self.graph.input_shape
-        if len(shape) != 3:
-            raise BuildError(f"networks take images (channels, height, width), got an input of shape {shape}")
-        return shape[0], shape[1], shape[2]
+    def place_packed(self, copy: str, name: str) -> None:
+        """Place a row-major float value in our layout under a name."""
+        shape = self.by_name[name].type.shape
+        layout = Layout(*as_image(shape), stored_channels(shape[0]), (0, 0), "float32")
+        self._place(copy, layout, halos(self.readers(name)))
 
     def place_copy(self, copy: str, name: str, pad: int) -> None:
         """Place a value's copy under a name, for readers that pad with another number."""
         self._place(copy, self.layouts[name].alone, {pad: halos(self.readers(name))[pad]})
 
-    def _place(self, name: str, layout: Layout, pads: dict[int, int]) -> None:
-        pad, halo = max(pads.items(), key=lambda item: item[1], default=(0, 0))
-        self.layouts[name], self.pads[name] = replace(layout, halo=halo), pad
+    def _place(self, name: str, layout: Layout, pads: Halos) -> None:
+        pad = widest(pads)
+        self.layouts[name] = layout if pad is None else replace(layout, halo=pads[pad])
+        self.pads[name] = pad or 0
 
 
 def pad_of(reader: ir.Node) -> int | None:
@@ -156,13 +165,24 @@ def pad_of(reader: ir.Node) -> int | None:
     return None
 
 
-def halos(readers: list[ir.Node]) -> dict[int, int]:
-    """The halo's width for each value that readers pad with."""
-    found: dict[int, int] = {}
+def widest(pads: Halos) -> int | None:
+    """The padding value of the widest halo; None without one."""
+    return max(pads, key=lambda pad: sum(pads[pad]), default=None)
+
+
+def joined(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The halo that is wide enough for two."""
+    return max(one[0], other[0]), max(one[1], other[1])
+
+
+def halos(readers: list[ir.Node]) -> Halos:
+    """The halo for each value that readers pad with."""
+    found: Halos = {}
     for reader in readers:
         pad = pad_of(reader)
         if pad is not None and isinstance(reader, ir.Conv | ir.FloatConv):
-            found[pad] = max(found.get(pad, 0), *reader.padding)
+            top, bottom, left, right = reader.padding
+            found[pad] = joined(found.get(pad, (0, 0)), (max(top, bottom), max(left, right)))
     return found
 
 

@@ -7,6 +7,7 @@ it is loaded, so that weights are kept once, packed to their bits.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from lightning_baqe.deploy.calls import Call, Constants, Maker, Plan
 from lightning_baqe.deploy.in_place import find_slices
 from lightning_baqe.deploy.placement import Slice, Values, pad_of
+from lightning_baqe.deploy.plan_islands import Island, find_islands, results
 from lightning_baqe.deploy.plan_pixels import (
     INT32_MAX,
     Kernel,
@@ -29,7 +31,9 @@ from lightning_baqe.deploy.plan_pixels import (
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.graph import IntegerGraph
+from lightning_baqe.kernels.islands import make_island
 from lightning_baqe.kernels.specs import Spec, TunableSpec, alone
 from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.kernels.x86.arithmetic import arithmetics, choose_dot
@@ -84,6 +88,8 @@ class _Planner:
         if fuse:
             self.values.share(*find_slices(self.values, self.target.vbmi))
         self.buffers = {name: place.owner for name, place in self.values.places.items()}
+        self.order, self.islands = find_islands(graph)
+        self.plain: dict[str, int] = {}
         self.calls: list[Call] = []
         self.makers: dict[str, Maker] = {}
         self.resolved: dict[str, dict[str, Any]] = {}
@@ -103,6 +109,7 @@ class _Planner:
                 and conv.groups == 1
                 and len(self.values.direct_readers[name]) == 1
                 and node.inputs[0] != node.inputs[1]
+                and all(self.values.by_name[value].type.shape == node.type.shape for value in node.inputs)
             ]
             if candidates:
                 fused[node.name] = max(candidates, key=order.__getitem__)
@@ -110,19 +117,35 @@ class _Planner:
 
     def plan(self) -> Plan:
         inside = set(self.fused.values())
-        for node in self.graph:
+        for node in self.order:
             if isinstance(node, ir.Input) or self.values.is_alias(node) or node.name in inside:
                 continue
             if isinstance(node, ir.Dequantize) and node is self.graph.output:
-                break
+                continue
+            if isinstance(node, FloatOperator):
+                if node.name in self.islands:
+                    self._island(self.islands[node.name])
+                continue
+            if isinstance(node, ir.Dequantize) and self.values.is_plain(node.name):
+                self._unpack(node.name, self._value(node.inputs[0], node), node)
+                continue
             self.values.place(node)
-            if isinstance(node, ir.Add) and node.name in self.fused:
+            if isinstance(node, ir.Literal):
+                self._literal(node.name, node)
+            elif isinstance(node, ir.Add) and node.name in self.fused:
                 self._conv(self.values.by_name[self.fused[node.name]], node)
             else:
                 self._emit(node)
-        self._output()
+        output = self._output()
         return Plan(
-            tuple(self.calls), self.values.layouts, self.buffers, self.resolved, self.options, Constants(self.makers)
+            tuple(self.calls),
+            output,
+            self.values.layouts,
+            self.plain,
+            self.buffers,
+            self.resolved,
+            self.options,
+            Constants(self.makers),
         )
 
     def _value(self, name: str, reader: ir.Node) -> str:
@@ -135,19 +158,45 @@ class _Planner:
                 self.values.place_input(packed)
                 self._pixels(packed, pack_kernel(layouts[packed], None), [root])
             return packed
+        if root in self.plain:
+            packed = f"{root}.packed"
+            if packed not in layouts:
+                self.values.place_packed(packed, root)
+                self._pixels(packed, pack_kernel(layouts[packed], None, flat=True), [root])
+            return packed
         pad = pad_of(reader)
         if pad is None or pad == self.values.pads[root]:
             return root
         copy = f"{root}.padded{pad}"
         if copy not in layouts:
             self.values.place_copy(copy, root, pad)
+            value = self.values.by_name[root]
+            if isinstance(value, ir.Literal):
+                self._literal(copy, value)
+                return copy
             self._pixels(copy, copy_kernel(layouts[root], layouts[copy]), [root])
+        return copy
+
+    def _plain(self, name: str) -> str:
+        """The row-major value that an island reads."""
+        root = self.values.root(name)
+        if self.values.is_input(name) or root in self.plain:
+            return root
+        copy = f"{root}.plain"
+        if copy not in self.plain:
+            self._unpack(copy, root, None)
         return copy
 
     # -- kernels ------------------------------------------------------------------------------------------------------
 
     def _add(
-        self, nodes: tuple[str, ...], layer: str | None, spec: Spec, knobs: Mapping[str, Any], arguments: Iterable[Any]
+        self,
+        nodes: tuple[str, ...],
+        layer: str | None,
+        spec: Spec,
+        knobs: Mapping[str, Any],
+        arguments: Iterable[Any],
+        written: tuple[str, ...] = (),
     ) -> None:
         """Add a call; of its arguments, those that are no names are what makes constants."""
         names = []
@@ -155,11 +204,42 @@ class _Planner:
             names.append(argument if isinstance(argument, str) else f"{nodes[-1]}/{index}")
             if not isinstance(argument, str):
                 self.makers[names[-1]] = argument
-        self.calls.append(Call(nodes, layer, spec, knobs, tuple(names)))
+        self.calls.append(Call(nodes, layer, spec, knobs, tuple(names), written))
+
+    def _literal(self, name: str, node: ir.Literal) -> None:
+        """A value that is a constant: no kernel computes it."""
+        layout, pad = self.values.layouts[name], self.values.pads[name]
+        values = node.value.numpy().reshape(layout.channels, layout.height, layout.width)
+        self.makers[name] = partial(layout.pack, values, pad)
 
     def _pixels(self, name: str, kernel: Kernel, values: list[str]) -> None:
         pad = self.values.pads.get(name, 0)
         self._add((name,), None, kernel.spec, {}, (*values, *kernel.arguments(pad)))
+
+    def _unpack(self, name: str, value: str, node: ir.Dequantize | None) -> None:
+        """Write a value row-major under a name, dequantized by a node or as it is."""
+        layout = self.values.layouts[value]
+        self.plain[name] = layout.channels * layout.height * layout.width
+        self._pixels(name, unpack_kernel(layout, node), [value])
+
+    def _island(self, nodes: Island) -> None:
+        """A run of float operators."""
+        wanted = results(self.graph, nodes)
+        if not wanted:  # nobody reads them
+            return
+        image = self.graph.nodes[0].name
+        buffers = {
+            name: (1, *self.graph.input_shape)
+            for node in nodes
+            for name in node.inputs
+            if self.values.root(name) == image
+        }
+        island = make_island(nodes, wanted, buffers, self.target.lanes, self.options.threads)
+        values = [self._plain(name) for name in island.sources]
+        constants = [constant.numpy for constant in island.constants]
+        self.plain |= {node.name: math.prod(node.shape) for node in nodes if node.name in island.results}
+        names = tuple(node.name for node in nodes)
+        self._add(names, None, island.spec, {}, (*values, *constants), island.results)
 
     def _emit(self, node: ir.Node) -> None:
         result = self.values.layouts[node.name]
@@ -170,8 +250,9 @@ class _Planner:
                 else:
                     self._conv(node, None)
             case ir.Quantize() if self.values.is_input(node.inputs[0]):
-                self.values.image_shape()
                 self._pixels(node.name, pack_kernel(result, node), [self.graph.nodes[0].name])
+            case ir.Quantize() if self.values.is_plain(node.inputs[0]):
+                self._pixels(node.name, pack_kernel(result, node, flat=True), [self.values.root(node.inputs[0])])
             case ir.Concat() if (parts := self.values.parts(node)) is not None:
                 self._fill(node, parts)
             case _:
@@ -274,15 +355,19 @@ class _Planner:
         constants = [partial(pack_depthwise, spec, knobs, weight), bias, *[numbers] * spec.requantizes, filled]
         self._add((node.name,), node.layer, spec, knobs, (name, *constants))
 
-    def _output(self) -> None:
+    def _output(self) -> str:
+        """The value that is the network's output, row-major."""
         last = self.graph.output
         end = last if isinstance(last, ir.Dequantize) else None
         value = self.values.root(last.name if end is None else end.inputs[0])
+        if value in self.plain:
+            return value
         layout = self.values.layouts[value]
         if end is None and layout.dtype != "float32":
             raise BuildError(f"the network ends in the integers of {last.name!r}; end it with a Dequantize")
         name = f"{last.name}.output" if end is None else last.name
-        self._pixels(name, unpack_kernel(layout, end), [value])
+        self._unpack(name, value, end)
+        return name
 
 
 def _is_float(node: ir.Node) -> bool:

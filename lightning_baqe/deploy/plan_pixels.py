@@ -20,6 +20,7 @@ from lightning_baqe.kernels.x86.pixels import PIXEL_PARAMS, PixelSpec
 from lightning_baqe.kernels.x86.pooling import POOL_PARAMS, PoolSpec
 
 INT32_MAX = 2**31 - 1
+LONGEST_RUN = 64  # bytes that a rearrangement copies at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +84,22 @@ def pixel_kernel(
             params = (node.input_zero_point, node.requant.shift, *limits)
             offsets = partial(_even_first, node.offset, result)
             return pixels("affine", params, multipliers, offsets, narrow=False, high=high)
+        case ir.PRelu():
+            if is_lookup(node) and _bytes_to_bytes(source, result, target):
+                return _byte_table(node, source, result)
+            by_sign, shifts = (node.positive, node.negative), (node.positive.shift, node.negative.shift)
+            made = [partial(by_channel, p.multiplier.expand(result.channels), result, "int32") for p in by_sign]
+            high = min(shifts) >= 32 and _reach(kinds[0], node.input_zero_point) <= INT32_MAX
+            return pixels("prelu", (node.input_zero_point, *shifts, *limits), *made, narrow=False, high=high)
         case ir.Table():
             return _table(node, source, kinds[0], result, target)
         case ir.Clip():
             return pixels("clip", limits[1:])
         case ir.MaxPool():
             return Kernel(PoolSpec("max_pool", source, result, node.kernel, node.stride, node.padding, node.dilation))
+        case ir.MaxWindows():
+            bounds = _flat(node.rows), _flat(node.columns)
+            return Kernel(PoolSpec("max_pool", source, result, windows=True), (), bounds)
         case ir.AvgPool() | ir.FloatAvgPool():
             return _average(node, source, result)
         case ir.Concat():
@@ -97,6 +108,8 @@ def pixel_kernel(
             return _gather(node, source, result)
         case ir.Flatten():
             return Kernel(MoveSpec("flatten", (source,), result))
+        case ir.Move():
+            return _move(node, source, result)
         case ir.FloatAdd():
             return pixels("float_add", other=sources[1], relu=node.relu)
         case ir.FloatMul():
@@ -104,14 +117,15 @@ def pixel_kernel(
         case ir.FloatAffine():
             parts = [part.expand(result.channels) for part in (node.gain, node.shift)]
             return pixels("float_affine", (), partial(_in_turn, parts, result))
+        case ir.FloatPRelu():
+            return pixels("float_prelu", (), partial(by_channel, node.slope.expand(result.channels), result, "float32"))
         case ir.FloatFunction():
-            if node.function not in float_functions.NAMES:
+            if missing := float_functions.unknown(node.steps):
                 raise BuildError(
-                    f"{node.name!r}: no kernel computes the float function {node.function!r}; there are "
+                    f"{node.name!r}: no kernel computes the float function {missing[0]!r}; there are "
                     f"{sorted(float_functions.NAMES)}"
                 )
-            parameters = _floats(*node.parameters, *[0.0] * (2 - len(node.parameters)))
-            return pixels("float_function", (), parameters, function=node.function)
+            return pixels("float_function", function=float_functions.encode(node.steps))
     raise BuildError(f"no kernel computes {node.name!r} ({node.kind})")
 
 
@@ -119,15 +133,14 @@ def _limits(kind: ir.TensorType) -> tuple[Any, ...]:
     return kind.zero_point, kind.low, kind.high
 
 
-def pack_kernel(result: Layout, node: ir.Quantize | None) -> Kernel:
-    """Of the network's input, quantized by a node or as it is."""
-    if node is None:
-        return Kernel(PixelSpec("pack", result, result))
-    return Kernel(PixelSpec("pack", result, result), _limits(node.type), (_floats(node.inverse_scale),))
+def pack_kernel(result: Layout, node: ir.Quantize | None, flat: bool = False) -> Kernel:
+    """Of the network's input, or of a ``flat`` value that an island wrote; quantized by a node or as it is."""
+    spec = PixelSpec("pack", result, result, flat=flat)
+    return Kernel(spec) if node is None else Kernel(spec, _limits(node.type), (_floats(node.inverse_scale),))
 
 
 def unpack_kernel(source: Layout, node: ir.Dequantize | None) -> Kernel:
-    """Of the network's output, dequantized by a node or as it is."""
+    """Of the network's output or of what an island reads, dequantized by a node or as it is."""
     if node is None:
         return Kernel(PixelSpec("unpack", source, source))
     factors = _flat(node.scale.expand(source.channels), "float32")
@@ -176,13 +189,20 @@ def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout, 
     return Kernel(PixelSpec("table", source, result, entries=size), (node.input_low,), (made,))
 
 
+def is_lookup(node: ir.Node) -> bool:
+    """Whether an operator is one function of an integer for all elements, which a table of bytes can hold."""
+    if isinstance(node, ir.PRelu):
+        return node.positive.multiplier.ndim == node.negative.multiplier.ndim == 0
+    return isinstance(node, ir.Table | ir.Requantize)
+
+
 def _bytes_to_bytes(source: Layout, result: Layout, target: CpuTarget) -> bool:
     """Whether all of a row, in a slice of a pixel, is looked up 64 bytes at a time: faster than any arithmetic."""
     values = result.stored if source.shared or result.shared else result.width * result.stored
     return target.vbmi and "int32" not in (source.dtype, result.dtype) and values >= 64
 
 
-def _byte_results(node: ir.Table | ir.Requantize, source: Layout, result: Layout) -> np.ndarray:
+def _byte_results(node: ir.Table | ir.Requantize | ir.PRelu, source: Layout, result: Layout) -> np.ndarray:
     """The node's value for whatever a byte may hold: its input's range, and what spare channels have beyond it."""
     values = torch.from_numpy(np.arange(256, dtype=np.uint8).view(source.dtype).astype(np.int64))
     if isinstance(node, ir.Table):
@@ -190,7 +210,7 @@ def _byte_results(node: ir.Table | ir.Requantize, source: Layout, result: Layout
     return node.run(values).numpy().astype(result.dtype)
 
 
-def _byte_table(node: ir.Table | ir.Requantize, source: Layout, result: Layout) -> Kernel:
+def _byte_table(node: ir.Table | ir.Requantize | ir.PRelu, source: Layout, result: Layout) -> Kernel:
     spec = PixelSpec("table", source, result, entries=256, vbmi=True)
     return Kernel(spec, (), (partial(_byte_results, node, source, result),))
 
@@ -229,6 +249,21 @@ def _gather(node: ir.Gather, source: Layout, result: Layout) -> Kernel:
             constants.append(_flat(torch.arange(size) if index is None else index))
     spec = MoveSpec("gather", (source,), result, "runs" if firsts else "index", firsts or (), pixels)
     return Kernel(spec, (node.type.zero_point if node.type.is_integer else 0,), tuple(constants))
+
+
+def _move(node: ir.Move, source: Layout, result: Layout) -> Kernel:
+    shape = result.channels, result.height, result.width
+    index = node.index.numpy().reshape(shape).transpose(1, 2, 0)
+    places = np.where(index < 0, -1, source.places().ravel()[index])
+    for run in (64, 32, 16, 8, 4, 2, 1):
+        if result.channels % run == 0 and run * np.dtype(source.dtype).itemsize <= LONGEST_RUN:
+            runs = places.reshape(-1, run)
+            steps = np.where(runs[:, :1] < 0, 0, np.arange(run))
+            if (runs == runs[:, :1] + steps).all():
+                break
+    spec = MoveSpec("move", (source,), result, run=run, absent=bool((places < 0).any()))
+    constants = (partial(np.array, runs[:, 0], np.int32),)
+    return Kernel(spec, (node.type.zero_point if node.type.is_integer else 0,), constants)
 
 
 def _runs(channels: list[int]) -> tuple[int, ...] | None:

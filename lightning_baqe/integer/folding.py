@@ -11,35 +11,21 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
 from lightning_baqe.integer.dyadic import MAX_SHIFT, Dyadic
 from lightning_baqe.integer.nodes import INT32_MAX, TensorType
-from lightning_baqe.quantization.batch_norm import gain_and_shift
-from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
+from lightning_baqe.quantization.weight import WeightQuantizer
 
 MAX_BIAS = 2.0**29
 
 
-def fold(layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's bias and its batch norm as one gain and shift by channel, both float64, ``(channels,)``: ``out = gain
-    * (w @ x) + shift``. UnsupportedModelError where the batch norm has no running statistics.
-    """
-    channels = layer.weight.shape[0]
-    zeros = torch.zeros(channels, dtype=torch.float64)
-    bias = zeros if layer.bias is None else layer.bias.detach().double().cpu()
-    if norm is None:
-        return torch.ones_like(zeros), bias
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-    gain, shift = gain_and_shift(norm, name)
-    return gain, shift + bias * gain
-
-
 def integer_weights(
-    layer: QuantConv2d | QuantLinear, gain: torch.Tensor, shift: torch.Tensor, source: TensorType
+    quantizer: WeightQuantizer, weight: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor, source: TensorType
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fold what :func:`fold` returned into the integer weights of a layer that reads ``source``.
+    """Fold ``out = gain * (w @ x) + shift`` into the integer weights of a layer that reads ``source``.
+
+    ``weight`` is the float weight, outputs first; ``gain`` and ``shift`` are float64, ``(outputs,)``.
 
     Weight scales are by output channel, so that the gain only changes the scale, ``s_w * gain``, and leaves the
     integers alone; a negative gain makes a negative scale. Where the bias would leave 2^29 (a gain near 0) the channel
@@ -48,12 +34,12 @@ def integer_weights(
     shift is then more than 2^29 steps of the original scale, so is the exact contribution of the weights small.
 
     Returns:
-        weight: int64, the layer's shape.
+        weight: int64, ``(outputs, ...)``.
         bias: int64, ``(channels,)``, the input's zero point folded in.
         remainder: float64, ``(channels,)``, what rounding the bias left, within half an accumulator step.
         scale: float64 of the accumulators, ``(channels,)``, any sign: the real output is ``scale * acc``.
     """
-    weight, step = layer.weight_quantizer.integers(layer.weight)
+    weight, step = quantizer.integers(weight)
     weight, step = weight.cpu(), step.cpu()
     by_channel = (-1, *[1] * (weight.ndim - 1))
     scale = source.scale * step * gain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,29 @@ from typing import Any
 import torch
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.integer.nodes import Add, Affine, FloatAffine, FloatLayer, Input, Layer, Node, Table
+from lightning_baqe.integer.float_operators import FloatOperator
+from lightning_baqe.integer.nodes import (
+    Add,
+    Affine,
+    FloatAdd,
+    FloatAffine,
+    FloatFunction,
+    FloatLayer,
+    FloatMul,
+    FloatPRelu,
+    Input,
+    Layer,
+    Literal,
+    Move,
+    Mul,
+    Node,
+    Quantize,
+    Table,
+    TensorType,
+)
 
 MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES, OFFSET_BYTES = 4, 1, 4, 8
+_ELEMENTWISE = (FloatAdd, FloatAffine, FloatFunction, FloatMul)  # floats without weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,23 +43,29 @@ class IntegerGraph:
     Args:
         nodes: the operators; the first is the only :class:`~lightning_baqe.integer.nodes.Input`, the last the output.
         bits: ``{layer: (weight bits, activation bits)}`` in network order, 32 = float.
+        returned: the shape in which the network returns the output, elements in the same order; None: as it is.
 
     Raises:
-        ConfigError: names are not unique, or a node reads what is computed later or nowhere.
+        ConfigError: names are not unique, a node reads what is computed later or nowhere, or operands do not fit.
     """
 
     nodes: tuple[Node, ...]
     bits: Mapping[str, tuple[int, int]]
+    returned: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
+        seen: dict[str, TensorType] = {}
         for node in self.nodes:
             if node.name in seen:
                 raise ConfigError(f"two nodes are named {node.name!r}")
             missing = [name for name in node.inputs if name not in seen]
             if missing:
                 raise ConfigError(f"node {node.name!r} reads {missing}, which no earlier node computes")
-            seen.add(node.name)
+            kinds = [seen[name] for name in node.inputs]
+            _check_shapes(node, [kind.shape for kind in kinds])
+            if isinstance(node, FloatOperator):
+                _check_operands(node, kinds)
+            seen[node.name] = node.type
         if not self.nodes or not isinstance(self.nodes[0], Input) or any(isinstance(n, Input) for n in self.nodes[1:]):
             raise ConfigError("a graph begins with its one Input")
 
@@ -54,7 +80,15 @@ class IntegerGraph:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        return self.nodes[0].type.shape
+        """Of one image, as the caller gives it."""
+        first = self.nodes[0]
+        assert isinstance(first, Input)
+        return first.given or first.type.shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of one image's output, as the network returns it."""
+        return self.returned or self.output.type.shape
 
     @property
     def output(self) -> Node:
@@ -65,15 +99,15 @@ class IntegerGraph:
         """Logits of a batch.
 
         Args:
-            x: float, shape ``(n, *input_shape)``.
+            x: float, shape ``(n, *input_shape)``, on any device; computed on the CPU.
 
         Returns:
-            float32, shape ``(n, *output.type.shape)``.
+            float32, shape ``(n, *output_shape)``.
 
         Raises:
-            ConfigError: the shape does not fit.
+            ConfigError: no tensor, or its shape or type does not fit.
         """
-        return self.run_all(x, keep=False)[self.output.name]
+        return self.run_all(x, keep=False)[self.output.name].reshape(len(x), *self.output_shape)
 
     @torch.no_grad()
     def run_all(self, x: torch.Tensor, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -83,14 +117,11 @@ class IntegerGraph:
             x: as for :meth:`run`.
             keep: False frees values that no later node reads.
         """
-        if tuple(x.shape[1:]) != self.input_shape:
-            raise ConfigError(
-                f"input has shape {tuple(x.shape)}, the graph wants (n, {', '.join(map(str, self.input_shape))})"
-            )
+        x = as_images(x, self, "graph")
         values: dict[str, torch.Tensor] = {}
         last_use = {name: node.name for node in self.nodes for name in node.inputs}
         for node in self.nodes:
-            values[node.name] = node.run(*(values[name] for name in node.inputs)) if node.inputs else node.run(x)
+            values[node.name] = evaluate(node, [values[name] for name in node.inputs], x)
             if not keep:
                 for name in set(node.inputs):
                     if last_use[name] == node.name:
@@ -104,7 +135,7 @@ class IntegerGraph:
         a little less like the fake-quantized network, and what an exported model computes.
         """
         nodes = (replace(n, fraction=None) if isinstance(n, Layer) else n for n in self.nodes)
-        return IntegerGraph(tuple(nodes), self.bits)
+        return IntegerGraph(tuple(nodes), self.bits, self.returned)
 
     def to_onnx(self, path: str | Path, **options: Any) -> Path:
         """Write the graph as an ONNX model, for devices that TVM does not reach.
@@ -122,12 +153,30 @@ class IntegerGraph:
 
     @property
     def is_integer_only(self) -> bool:
-        """Whether no float arithmetic happens between the input's quantize and the output's dequantize."""
-        return not any(node.is_float for node in self.nodes)
+        """Whether no float arithmetic happens between the input's quantize and the output's dequantize.
+
+        What is done to each element of the float input alone before it is quantized (the normalisation of a picture's
+        bytes, say) lies before it; layers never do.
+        """
+        before = self._before_quantize()
+        return not any(node.is_float and node.name not in before for node in self.nodes)
+
+    def _before_quantize(self) -> set[str]:
+        """Values of the input alone that only quantizations read, perhaps through others of the kind."""
+        found: set[str] = set()
+        for node in self.nodes:
+            moves = not (node.is_float or node.type.is_integer)
+            if (moves or isinstance(node, _ELEMENTWISE)) and found.issuperset(node.inputs):
+                found.add(node.name)
+        for node in reversed(self.nodes):
+            if (node is self.output or node.name not in found) and not isinstance(node, Quantize):
+                found.difference_update(node.inputs, {node.name})
+        return found
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of packed weights, int32 biases, requantization numbers and tables; of float layers all in float32.
+        """Bytes of packed weights, int32 biases, requantization numbers, tables and literals; of float layers and
+        operators all their constants.
 
         Channel orders and pooling windows are structure, and part of the code.
         """
@@ -135,7 +184,7 @@ class IntegerGraph:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of all convs and linears, per image."""
+        """Multiply-accumulates of all convs, linears and float matrix products, per image."""
         return sum(node_macs(node) for node in self.nodes)
 
     @property
@@ -147,19 +196,41 @@ class IntegerGraph:
         )
 
 
+def evaluate(node: Node, inputs: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A node's value, ``(n, *type.shape)``, from those that it reads; the network's input ``x`` gives the batch."""
+    if isinstance(node, Input):
+        return node.run(x)
+    return node.run(*inputs) if inputs else node.run().expand(len(x), *node.type.shape)
+
+
+def _check_operands(node: FloatOperator, kinds: Sequence[TensorType]) -> None:
+    for kind, shape in zip(kinds, node.shapes, strict=True):
+        if kind.is_integer or math.prod(kind.shape) != math.prod(shape):
+            raise ConfigError(
+                f"node {node.name!r} reads {kind}, its operator wants floats of shape {shape}: dequantize the value, "
+                "and give the shape that it has in the float network"
+            )
+
+
 def node_bytes(node: Node) -> int:
     """Constants of one node, bytes; see :attr:`IntegerGraph.size_bytes`."""
-    factors = getattr(node, "requant", None)
-    total = 0 if factors is None else MULTIPLIER_BYTES * factors.multiplier.numel() + SHIFT_BYTES
+    factors = [part for name in ("requant", "positive", "negative") if (part := getattr(node, name, None)) is not None]
+    total = sum(MULTIPLIER_BYTES * part.multiplier.numel() + SHIFT_BYTES for part in factors)
     match node:
+        case Literal():
+            total += node.value.numel() * _bytes_of(node.type)
+        case FloatPRelu():
+            total += 4 * node.slope.numel()
         case FloatLayer():
             total += 4 * (node.weight.numel() + node.bias.numel())
         case FloatAffine():
             total += 4 * (node.gain.numel() + node.shift.numel())
+        case FloatOperator():
+            total += node.size_bytes
         case Add():
             total += 2 * MULTIPLIER_BYTES + SHIFT_BYTES
         case Table():
-            total += node.table.numel() * math.ceil(node.type.limits[1].bit_length() / 8)
+            total += node.table.numel() * _bytes_of(node.type)
         case Affine():
             total += OFFSET_BYTES * node.offset.numel()
         case Layer():
@@ -169,5 +240,70 @@ def node_bytes(node: Node) -> int:
 
 
 def node_macs(node: Node) -> int:
-    """Multiply-accumulates of one node per image; 0 for all but convs and linears."""
+    """Multiply-accumulates of one node per image; 0 for all but convs, linears and float matrix products."""
+    if isinstance(node, FloatOperator):
+        return node.macs
     return node.weight.numel() * math.prod(node.type.shape[1:]) if isinstance(node, Layer | FloatLayer) else 0
+
+
+def _bytes_of(kind: TensorType) -> int:
+    """Of one element: as many whole bytes as its range wants."""
+    if not kind.is_integer:
+        return 4
+    low, high = kind.limits
+    sign = low < 0
+    return math.ceil((max((-low - 1) if sign else 0, high).bit_length() + sign) / 8)
+
+
+def _check_shapes(node: Node, inputs: Sequence[tuple[int, ...]]) -> None:
+    shape = node.type.shape
+    if len(shape) not in (1, 3):
+        raise ConfigError(
+            f"node {node.name!r} has values of shape {shape}; they are (channels, height, width) or (features,)"
+        )
+    if isinstance(node, Move) and node.index.numel():
+        (count,) = map(math.prod, inputs)
+        low, high = (int(end) for end in node.index.aminmax())
+        if low < -1 or high >= count:
+            raise ConfigError(f"node {node.name!r} takes elements {low}..{high} of {count}; 0..{count - 1}, -1 for 0")
+    if isinstance(node, Add | Mul | FloatAdd | FloatMul):
+        # torch would also align dimensions of another number, the batch with them.
+        alike = all(len(one) == len(shape) for one in inputs)
+        if not alike or any({1, out} != {1, *sizes} for out, *sizes in zip(shape, *inputs, strict=True)):
+            raise ConfigError(
+                f"node {node.name!r} has operands of shapes {list(inputs)} and a result of {shape}; give operands of "
+                "as many dimensions, each of the result's size or 1"
+            )
+
+
+def as_images(x: torch.Tensor, graph: IntegerGraph, reader: str) -> torch.Tensor:
+    """A network's input as it is computed on: float32, on the CPU, without a gradient.
+
+    Args:
+        x: float, ``(n, *graph.input_shape)``; integers where the network itself casts them.
+        graph: whose input it is.
+        reader: ``"graph"`` or ``"artifact"``, for the message.
+
+    Raises:
+        ConfigError: it is something else. Integers, too, where nothing says whether they were to be scaled.
+    """
+    first, shape = graph.nodes[0], graph.input_shape
+    assert isinstance(first, Input)
+    wanted = f"the {reader} wants a float tensor of shape (n, {', '.join(map(str, shape))})"
+    if not isinstance(x, torch.Tensor):
+        kind = type(x)
+        advice = "torch.from_numpy(x)" if kind.__name__ == "ndarray" else "a tensor"
+        raise ConfigError(f"x is a {kind.__module__}.{kind.__qualname__}, {wanted}: give {advice}")
+    if x.is_meta or x.layout != torch.strided:
+        raise ConfigError(
+            f"x is on device {x.device} with layout {x.layout}, {wanted} that holds values: give a dense one"
+        )
+    if not x.is_floating_point() and not first.integers:
+        raise ConfigError(
+            f"x is {str(x.dtype).removeprefix('torch.')}, {wanted} as the network was trained on: scale and normalise "
+            "x as in training, or give x.float() if it was trained on such numbers"
+        )
+    if tuple(x.shape[1:]) != tuple(shape):
+        advice = ": give x[None] for one image" if tuple(x.shape) == tuple(shape) else ""
+        raise ConfigError(f"input has shape {tuple(x.shape)}, {wanted}{advice}")
+    return x.detach().to("cpu", torch.float32)

@@ -20,14 +20,18 @@ from torch import fx, nn
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
 from lightning_baqe.integer import movement, operators
 from lightning_baqe.integer import nodes as ir
-from lightning_baqe.integer.folding import fold, integer_weights, requant
+from lightning_baqe.integer.fallback import float_operator
+from lightning_baqe.integer.folding import integer_weights, requant
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.shapes import padding_of, pair
 from lightning_baqe.integer.values import Builder, Target, Value
 from lightning_baqe.quantization.activation import ActivationQuantizer
+from lightning_baqe.quantization.aten import name_of, origin
+from lightning_baqe.quantization.config import LAYER_TYPES
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
-from lightning_baqe.quantization.ops import Op
+from lightning_baqe.quantization.layers import QuantLayer, outputs_first
+from lightning_baqe.quantization.ops import Op, OpReader
+from lightning_baqe.quantization.weight import WeightQuantizer
 
 ACCUMULATOR = (-(2**31), 2**31 - 1)
 
@@ -48,28 +52,21 @@ def lower(model: QuantizedModel, example_input: torch.Tensor | None = None) -> I
 
 
 def lower_with_sources(
-    model: QuantizedModel, example_input: torch.Tensor | None = None
+    model: QuantizedModel, example_input: torch.Tensor | tuple[torch.Tensor, ...] | None = None
 ) -> tuple[IntegerGraph, dict[str, str]]:
     """As :func:`lower`, and where each integer node's value stands in the fake-quantized network.
 
     Returns:
         the graph, and ``{node of model.graph whose output it is: integer node}`` for every quantizer's output.
     """
-    if not isinstance(model, QuantizedModel):
-        raise ConfigError(f"lower wants what lightning_baqe.quantize returned, got a {type(model).__name__}")
-    for quantizer in model.quantizers().values():
-        quantizer.require_initialized()
-    shape = model.record.input_shape if example_input is None else tuple(example_input.shape[1:])
-    if shape is None:
-        raise ConfigError("the input's shape is not known: give example_input to lower or to quantize")
-    frozen = copy.deepcopy(model).cpu().eval()
-    build = Builder(frozen, shape)
-    graph = _lower_all(build)
+    graph, values = lower_all(model, example_input)
+    reader = OpReader(model, model.graph)
     kept = {node.name for node in graph}
+    kinds = {node.name: op.kind for node, op in reader.ops.items()}
     sources = {
-        node.name: value.name
-        for node, value in build.values.items()
-        if build.reader[node].kind == "quantizer"
+        name: value.name
+        for name, value in values.items()
+        if kinds[name] == "quantizer"
         and value.name in kept
         # Nothing but the shape changed since the integer node.
         and movement.is_reshape(value.index, value.type.shape)
@@ -77,34 +74,90 @@ def lower_with_sources(
     return graph, sources
 
 
-def _lower_all(build: Builder) -> IntegerGraph:
+def lower_all(
+    model: QuantizedModel,
+    example_input: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    refused: dict[str, str] | None = None,
+) -> tuple[IntegerGraph, dict[str, Value]]:
+    """As :func:`lower`, and what became of each node of the fake-quantized network, by its name.
+
+    Where ``refused`` is given, operators that do not lower are put into it with the reason, by their nodes' names, and
+    zeros stand for their results: the graph computes something else then.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise ConfigError(f"lower wants what lightning_baqe.quantize returned, got a {type(model).__name__}")
+    for quantizer in model.quantizers().values():
+        quantizer.require_initialized()
+    shapes = model.record.input_shapes
+    if example_input is not None:
+        given = (example_input,) if isinstance(example_input, torch.Tensor) else example_input
+        shapes = tuple(tuple(x.shape[1:]) for x in given)
+    build = Builder(copy.deepcopy(model).cpu().eval(), shapes)
     for node, op in build.reader.ops.items():
-        if op.kind in ("value", "constant"):
+        if op.kind in ("value", "constant", "part"):
             continue
-        if op.kind not in _OPERATORS or not (op.inputs or op.kind == "input"):
-            raise build.refuse(
-                node,
-                "this operator has no integer meaning here; keep it out of the network or replace it. What lowers: "
-                "convs, linears, batch norms, sums and products, concatenation of channels, ReLU and all pointwise "
-                "functions of lightning_baqe.quantization.pointwise, max and average pooling, and what only moves "
-                "elements",
-            )
-        build.values[node] = value = _OPERATORS[op.kind](build, node, op)
-        if not isinstance(value.index, tuple) and value.shape != build.shape_of(node):
-            raise build.refuse(node, f"lowered to shape {value.shape} instead of {build.shape_of(node)}; report this")
-    return build.graph(value.name)  # the output stands last
+        try:
+            build.values[node] = value = _lowered(build, node, op)
+        except UnsupportedModelError as error:
+            if refused is None or op.kind in ("input", "output"):
+                raise
+            refused[node.name] = str(error)
+            build.values[node] = value = _zeros(build, node)
+    graph = build.graph(value.name, build.shape_of(node))  # the output stands last
+    return graph, {node.name: value for node, value in build.values.items()}
+
+
+def _lowered(build: Builder, node: fx.Node, op: Op) -> Value:
+    if node in build.done:
+        return build.source(op)
+    if build.model.record.fallback == "float" and op.kind == "other":
+        return float_operator(build, node, op)
+    if op.kind not in _OPERATORS or not (op.inputs or op.kind in ("input", "literal")):
+        raise build.refuse(node, _ADVICE.get(name_of(node), "it has no integer meaning here; replace it"))
+    value = _OPERATORS[op.kind](build, node, op)
+    if op.kind not in _CARRY and not isinstance(value.index, tuple) and value.shape != build.shape_of(node):
+        raise build.refuse(node, f"lowered to shape {value.shape} instead of {build.shape_of(node)}; report this")
+    return value
+
+
+def _zeros(build: Builder, node: fx.Node) -> Value:
+    """What stands for the result of an operator that does not lower."""
+    found = build.python.values[node]
+    parts = [part for part in (found if isinstance(found, tuple | list) else [found]) if isinstance(part, torch.Tensor)]
+    sizes = [part.numel() // 2 for part in parts]
+    value = build.emit(ir.Literal, f"{build.label(node)}.refused", [], ir.TensorType((sum(sizes),)),
+        value=torch.zeros(sum(sizes)))  # fmt: skip
+    maps = [
+        index.reshape(part.shape)
+        for index, part in zip(movement.start((sum(sizes),)).split(sizes, 1), parts, strict=True)
+    ]
+    return replace(value, index=tuple(maps) if isinstance(found, tuple | list) else maps[0])
+
+
+# Of these the index map alone changes; the batch may lie anywhere meanwhile, as it does before heads are told apart.
+_CARRY = frozenset({"literal", "movement", "quantizer", "relu", "relu6", "dropout", "identity", "output"})
+_NORM = "it has no integer meaning: its statistics depend on the input; use batch norms instead"
+_PROBABILITY = "it has no integer meaning; leave it out of the network: the order of the outputs is the same without it"
+_ADVICE = {
+    **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "native_layer_norm", "native_group_norm"), _NORM),
+    **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _PROBABILITY),
+}
 
 
 def _input(build: Builder, node: fx.Node, op: Op) -> Value:
     if build.nodes:
         raise build.refuse(node, "a network has one input; give the others constant values")
-    return build.emit(ir.Input, "input", [], ir.TensorType(build.shape_of(node)))
+    shape = build.shape_of(node)
+    stored = movement.stored(shape)
+    given, integers = None if stored == shape else shape, not getattr(torch, origin(node).dtype).is_floating_point
+    made = build.emit(ir.Input, "input", [], ir.TensorType(stored), given=given, integers=integers)
+    return made if stored == shape else replace(made, index=movement.start(stored).reshape(2, *shape))
 
 
 def _output(build: Builder, node: fx.Node, op: Op) -> Value:
     if not isinstance(node.args[0], fx.Node):
         raise build.refuse(node, "a network returns one tensor, not a collection; wrap it to return its logits")
-    return build.in_place(build.as_float(build.source(op)), node)
+    return build.in_place(build.as_float(build.source(op)), node)  # perhaps of another shape: elements in this order
 
 
 def _as_it_is(build: Builder, node: fx.Node, op: Op) -> Value:
@@ -126,42 +179,50 @@ def _quantizer(build: Builder, node: fx.Node, op: Op) -> Value:
     if value.grid is not None:
         return build.requantize(value, target, f"{value.name}.quantize_{grid.bits}bit")
     kind, factor = target.type(value.type.shape), target.inverse_scale
+    constant = build.nodes[-1]
+    if isinstance(constant, ir.Literal) and constant.name == value.name:
+        rounding = ir.Quantize(name=value.name, inputs=(), type=kind, inverse_scale=factor)
+        build.nodes[-1] = replace(constant, type=kind, value=rounding.run(constant.value))
+        return replace(value, type=kind, grid=grid)
     return build.emit(ir.Quantize, f"{value.name}.quantize", [value], kind, grid, value.index, inverse_scale=factor)
 
 
 def _layer(build: Builder, node: fx.Node, op: Op) -> Value:
-    layer, path, value = op.module, str(node.target), build.source(op)
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    last, norm = node, None
-    following = build.reader.consumers[node]
-    if len(following) == 1 and build.reader[following[0]].kind == "batch_norm":
-        last, norm = following[0], build.reader[following[0]].module
-    gain, shift = fold(layer, norm, path)
-    value = value if isinstance(layer, QuantConv2d | QuantLinear) else build.as_float(value)
-    conv: dict[str, Any] = {}
-    if isinstance(layer, nn.Conv2d):
-        value, conv = _convolution(layer, path, value)
-    value = build.in_place(value, node)
-    if isinstance(layer, nn.Linear) and len(value.type.shape) != 1:
-        raise build.refuse(node, f"a linear layer on values of shape {value.type.shape}; flatten them first")
-    if not isinstance(layer, QuantConv2d | QuantLinear):
+    layer, path, value = op.module, build.label(node), build.source(op)
+    assert isinstance(layer, LAYER_TYPES)
+    last = node
+    channels = layer.weight.shape[0] if isinstance(layer, nn.Linear) else layer.out_channels
+    gain = torch.ones(channels, dtype=torch.float64)
+    shift = torch.zeros_like(gain) if layer.bias is None else layer.bias.detach().double().cpu()
+    while len(build.reader.consumers[last]) == 1 and build.reader.is_attached(build.reader.consumers[last][0]):
+        last = build.reader.consumers[last][0]
+        factor, term, _ = build.gain_and_shift(last)
+        gain, shift = gain * factor, shift * factor + term
+        build.done.add(last)
+    is_integer = isinstance(layer, QuantLayer)
+    value = value if is_integer else build.as_float(value)
+    value, weight, conv, shape, index = _as_convolution(build, node, layer, value)
+    if not is_integer:
         build.bits[path] = (32, 32)
-        by_channel = gain.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        by_channel = gain.reshape(-1, *[1] * (weight.ndim - 1))
         return build.emit(
             ir.FloatConv if conv else ir.FloatLinear,
             path,
             [value],
-            ir.TensorType(build.shape_of(last)),
+            ir.TensorType(shape),
+            None,
+            index,
             layer=path,
-            weight=(layer.weight.detach().double() * by_channel).float(),
+            weight=(weight.detach().double() * by_channel).float(),
             bias=shift.float(),
             relu=operators.fuse_relu(build, last),
             **conv,
         )
     assert value.grid is not None, "quantize puts a quantizer before each integer layer"
-    weight, bias, remainder, scale = integer_weights(layer, gain, shift, value.type)
-    target, shape = build.target(last), build.shape_of(last)
-    build.bits[path] = (layer.weight_quantizer.bits, value.grid.bits)
+    quantizer: WeightQuantizer = layer.weight_quantizer  # type: ignore[assignment]
+    weight, bias, remainder, scale = integer_weights(quantizer, weight, gain, shift, value.type)
+    target = build.target(last)
+    build.bits[path] = (quantizer.bits, value.grid.bits)
     factors = fraction = None
     if target is not None:
         factors = requant(scale / target.scale, path)
@@ -174,9 +235,10 @@ def _layer(build: Builder, node: fx.Node, op: Op) -> Value:
         [value],
         ir.TensorType(shape, *ACCUMULATOR, scale=0.0) if target is None else target.type(shape),
         None if target is None else target.grid,
+        index,
         layer=path,
         weight=weight,
-        weight_bits=layer.weight_quantizer.bits,
+        weight_bits=quantizer.bits,
         activation_bits=value.grid.bits,
         bias=bias,
         input_range=value.type.limits,
@@ -187,15 +249,54 @@ def _layer(build: Builder, node: fx.Node, op: Op) -> Value:
     return made if target is not None else replace(made, scale=scale)
 
 
-def _convolution(layer: nn.Conv2d, path: str, value: Value) -> tuple[Value, dict[str, Any]]:
-    """What a convolution reads and its options; zeros around the input become part of its own padding."""
-    if layer.padding_mode != "zeros":
-        raise UnsupportedModelError(f"layer {path!r}: padding_mode must be 'zeros', got {layer.padding_mode!r}")
-    padding, around = padding_of(layer), movement.padding(value.index, value.type.shape)
-    if around is not None:
-        value, padding = replace(value, index=None), tuple(map(operator.add, padding, around))
-    options = {"stride": pair(layer.stride), "dilation": pair(layer.dilation), "groups": layer.groups}
-    return value, {"padding": padding, **options}
+def _as_convolution(
+    build: Builder, node: fx.Node, layer: nn.Module, value: Value
+) -> tuple[Value, torch.Tensor, dict[str, Any], tuple[int, ...], movement.Index | None]:
+    """A layer as a matrix product of vectors or a 2-d convolution: what it reads, its float weight, the convolution's
+    options (none for a product), the shape of its result, and how that lies in it.
+    """
+    weight, full = outputs_first(layer), build.python.values[node].shape
+    if isinstance(layer, nn.Linear):
+        if len(full) == 2 and full[0] == 2:
+            return build.in_place(value, node), weight, {}, tuple(full[1:]), None
+        value = build.in_place(replace(value, index=movement.features_first(value.elements)), node)
+        shape = (len(weight), *value.type.shape[1:])
+        index = movement.features_last(shape, tuple(full))
+        return value, weight[:, :, None, None], _window(), shape, index
+    if isinstance(layer, nn.Conv1d):
+        index = value.elements.unsqueeze(2)
+        size = f"padding_mode must be 'zeros', got {layer.padding_mode!r}"
+        assert layer.padding_mode == "zeros", size  # torch.export records other padding as an operator of its own
+        value, padding = _padded(replace(value, index=index), padding_of(layer))
+        window = _window(padding, (1, *layer.stride), (1, *layer.dilation), layer.groups)
+        shape = (full[1], 1, full[2])
+        return build.in_place(value, node), weight.unsqueeze(2), window, shape, movement.start(shape).reshape(full)
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    shape = tuple(full[1:])
+    if isinstance(layer, nn.ConvTranspose2d):
+        value = replace(value, index=movement.spread(value.elements, layer))
+        window = _window((0, 0, 0, 0), (1, 1), pair(layer.dilation), layer.groups)
+        return build.in_place(value, node), weight.flip((2, 3)), window, shape, None
+    value, padding = _padded(value, padding_of(layer))
+    window = _window(padding, pair(layer.stride), pair(layer.dilation), layer.groups)
+    return build.in_place(value, node), weight, window, shape, None
+
+
+def _window(
+    padding: tuple[int, ...] = (0, 0, 0, 0),
+    stride: tuple[int, ...] = (1, 1),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+) -> dict[str, Any]:
+    return {"padding": padding, "stride": stride, "dilation": dilation, "groups": groups}
+
+
+def _padded(value: Value, padding: tuple[int, ...]) -> tuple[Value, tuple[int, ...]]:
+    """What a convolution reads, and its padding: zeros around the input become part of its own."""
+    around = movement.padding(value.index, value.type.shape)
+    if around is None:
+        return value, padding
+    return replace(value, index=None), tuple(map(operator.add, padding, around))
 
 
 _OPERATORS: dict[str, Callable[[Builder, fx.Node, Op], Value]] = {
@@ -209,14 +310,19 @@ _OPERATORS: dict[str, Callable[[Builder, fx.Node, Op], Value]] = {
     "add": operators.add,
     "mul": operators.mul,
     "concat": operators.concat,
-    "function": operators.function,
-    "batch_norm": operators.batch_norm,
-    "affine": operators.constant_affine,
+    "function": operators.pointwise,
+    "batch_norm": operators.affine,
+    "affine": operators.affine,
+    "prelu": operators.prelu,
+    "literal": operators.literal,
     "relu": operators.relu,
     "relu6": operators.relu,
     "max_pool": operators.max_pool,
     "adaptive_max_pool": operators.max_pool,
     "avg_pool": operators.avg_pool,
     "adaptive_avg_pool": operators.avg_pool,
-    "mean": operators.avg_pool,
+    "mean": operators.reduce,
+    "sum": operators.reduce,
+    "resize": operators.resize,
+    "amax": operators.reduce,
 }

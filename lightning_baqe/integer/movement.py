@@ -5,7 +5,8 @@ tensor of element numbers. What comes out says where every element comes from, w
 
 | symbol | meaning | shape |
 | --- | --- | --- |
-| index | 1 + element number in the base value, 0 for padding, for a batch of two | ``(2, *shape)`` |
+| index | 1 + element number in the base value, 0 for padding, for a batch of two | ``(2, *shape)``; ``(2 k, ...)`` \
+where the network merges the batch with another dimension |
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
+from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer.nodes import select_elements
 
 Index = torch.Tensor | tuple[Any, ...]
@@ -27,6 +30,67 @@ Selection = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 def start(shape: tuple[int, ...]) -> torch.Tensor:
     """The index map of a value that nothing moved."""
     return (torch.arange(2 * math.prod(shape), dtype=torch.float64) + 1).reshape(2, *shape)
+
+
+def of_one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What a shape for a batch of two is for one image."""
+    return shape[1:] if shape[0] == 2 else (shape[0] // 2, *shape[1:])
+
+
+def stored(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which an IR node holds a tensor of one image: one dimension or three, elements in the same order."""
+    if len(shape) == 2:
+        return shape[0], 1, shape[1]
+    return shape if len(shape) < 3 else (math.prod(shape[:-2]), *shape[-2:])
+
+
+def from_one(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The map for one image, from 0 on and -1 for padding; ``shape`` is the base value's.
+
+    Raises:
+        UnsupportedModelError: it mixes the images of a batch.
+    """
+    first, second = index[0].to(torch.int64) - 1, index[1].to(torch.int64) - 1
+    if not torch.equal(torch.where(first < 0, first, first + math.prod(shape)), second):
+        raise UnsupportedModelError("the network mixes the images of a batch, which no compiled network does")
+    return first
+
+
+def features_first(index: torch.Tensor) -> torch.Tensor:
+    """``(2, ..., features)`` as ``(2, features, rows, columns)``: what a matrix product over the last dimension reads
+    as a 1x1 convolution.
+    """
+    moved = index.reshape(2, -1, *index.shape[-2:]) if index.ndim > 2 else index.reshape(2, 1, 1, -1)
+    return moved.movedim(-1, 1)
+
+
+def features_last(shape: tuple[int, ...], wanted: tuple[int, ...]) -> torch.Tensor:
+    """The index map of a base value ``(features, rows, columns)`` that is read as ``wanted``, for a batch of two, whose
+    last dimension are the features.
+    """
+    return start(shape).movedim(1, -1).reshape(wanted)
+
+
+def is_bijection(index: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a map has each element of the base value exactly once."""
+    return index.numel() == 2 * math.prod(shape) and bool(
+        torch.equal(index.flatten().sort()[0], start(shape).flatten())
+    )
+
+
+def in_frame(index: torch.Tensor, leader: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A map, brought into the order of the base value of another one.
+
+    Args:
+        index: of any value, broadcast to the shape of ``leader``.
+        leader: a bijection from a base value of the shape ``shape``.
+
+    Returns:
+        ``(2, *shape)``.
+    """
+    out = torch.empty_like(index).flatten()
+    out[leader.flatten().to(torch.int64) - 1] = index.expand(leader.shape).flatten()
+    return out.reshape(2, *shape)
 
 
 def move(node: fx.Node, source: fx.Node, index: Index, modules: nn.Module, values: Mapping[fx.Node, Any]) -> Index:
@@ -94,3 +158,22 @@ def padding(index: Index | None, shape: tuple[int, ...]) -> tuple[int, int, int,
             return None
         found += [before, after]
     return found[0], found[1], found[2], found[3]
+
+
+def spread(index: torch.Tensor, layer: nn.ConvTranspose2d) -> torch.Tensor:
+    """The map of what a convolution of stride 1 with the turned kernel reads to compute a transposed one: zeros between
+    the pixels, and as many around them as the kernel reaches; ``(2, channels, height, width)``.
+    """
+    for dim in (2, 3):
+        at = dim - 2
+        stride, dilation, kernel = layer.stride[at], layer.dilation[at], layer.kernel_size[at]
+        padding, more = layer.padding[at], layer.output_padding[at]
+        size = index.shape[dim]
+        shape = list(index.shape)
+        shape[dim] = (size - 1) * stride + 1
+        out = index.new_zeros(shape)
+        out.index_copy_(dim, torch.arange(size) * stride, index)
+        around = dilation * (kernel - 1) - int(padding)
+        ends = [around, around + more]
+        index = functional.pad(out, ends if dim == 3 else [0, 0, *ends])
+    return index

@@ -18,7 +18,7 @@ from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.nodes import NODE_TYPES, Layer, Node, TensorType
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def pack_bits(values: torch.Tensor, bits: int) -> np.ndarray:
@@ -72,7 +72,8 @@ def graph_to_parts(graph: IntegerGraph) -> tuple[dict[str, Any], dict[str, np.nd
     arrays: dict[str, np.ndarray] = {}
     nodes = [_describe(node, index, arrays) for index, node in enumerate(graph.nodes)]
     bits = {layer: list(pair) for layer, pair in graph.bits.items()}
-    return {"version": FORMAT_VERSION, "bits": bits, "nodes": nodes}, arrays
+    returned = None if graph.returned is None else list(graph.returned)
+    return {"version": FORMAT_VERSION, "bits": bits, "nodes": nodes, "returned": returned}, arrays
 
 
 def graph_from_parts(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> IntegerGraph:
@@ -85,7 +86,8 @@ def graph_from_parts(description: Mapping[str, Any], arrays: Mapping[str, np.nda
         raise ConfigError(f"integer graph of version {version!r}, this release reads version {FORMAT_VERSION}")
     nodes = tuple(_restore(entry, arrays) for entry in description["nodes"])
     bits = {layer: (int(pair[0]), int(pair[1])) for layer, pair in description["bits"].items()}
-    return IntegerGraph(nodes, bits)
+    returned = description["returned"]
+    return IntegerGraph(nodes, bits, None if returned is None else tuple(map(int, returned)))
 
 
 def _check_width(bits: int) -> None:
@@ -105,10 +107,20 @@ def _describe(node: Node, index: int, arrays: dict[str, np.ndarray]) -> dict[str
         elif isinstance(value, torch.Tensor):
             width = node.weight_bits if isinstance(node, Layer) and item.name == "weight" else 32
             value = _store(value, width, key, arrays)
+        elif isinstance(value, Mapping):
+            value = {"tensors": {name: _store(part, 32, f"{key}.{name}", arrays) for name, part in value.items()}}
         elif isinstance(value, tuple):
-            value = [list(part) if isinstance(part, tuple) else part for part in value]
+            value = _lists(value)
         entry[item.name] = value
     return entry
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(part) for part in value] if isinstance(value, tuple | list) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
 
 def _store(value: torch.Tensor, bits: int, key: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -116,7 +128,9 @@ def _store(value: torch.Tensor, bits: int, key: str, arrays: dict[str, np.ndarra
         arrays[key] = pack_bits(value, bits)
         return {"array": key, "form": "packed", "bits": bits, "shape": list(value.shape)}
     form = "float32"
-    if not value.is_floating_point():
+    if value.dtype == torch.bool:
+        form = "bool"
+    elif not value.is_floating_point():
         fits = value.numel() == 0 or -(2**31) <= int(value.min()) <= int(value.max()) < 2**31
         form = "int32" if fits else "int64"
     elif value.dtype != torch.float32:
@@ -133,13 +147,13 @@ def _load(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.T
         shape = tuple(entry["shape"])
         count = int(np.prod(shape, dtype=np.int64))
         return unpack_bits(np.asarray(arrays[key]), entry["bits"], count).reshape(shape)
-    if form not in ("float32", "int32", "int64"):
+    if form not in ("float32", "int32", "int64", "bool"):
         raise ConfigError(f"array {key!r} has the unknown form {form!r}; this release may be too old for the file")
     array = np.asarray(arrays[key])
     if array.dtype != form:
         raise ConfigError(f"array {key!r} must be {form}, got {array.dtype}; the file is damaged or of another graph")
     tensor = torch.from_numpy(array.copy())
-    return tensor if form == "float32" else tensor.to(torch.int64)
+    return tensor if form in ("float32", "bool") else tensor.to(torch.int64)
 
 
 def _restore(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Node:
@@ -159,9 +173,11 @@ def _restore(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Node
             value = TensorType(**{**value, "shape": tuple(value["shape"])})
         elif isinstance(value, Mapping) and "multiplier" in value:
             value = Dyadic(_load(value["multiplier"], arrays), value["shift"])
+        elif isinstance(value, Mapping) and "tensors" in value:
+            value = {key: _load(part, arrays) for key, part in value["tensors"].items()}
         elif isinstance(value, Mapping):
             value = _load(value, arrays)
         elif isinstance(value, list):
-            value = tuple(tuple(part) if isinstance(part, list) else part for part in value)
+            value = _tuples(value)
         fields[name] = value
     return cls(**fields)

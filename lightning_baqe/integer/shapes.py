@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from lightning_baqe.errors import UnsupportedModelError
+from lightning_baqe.integer.movement import of_one
 
 _BATCH = 2  # a batch size that was fixed somewhere (view(1, -1)) shows as a wrong first dimension
 
@@ -20,14 +21,21 @@ class GraphValues(fx.Interpreter):
 
     Args:
         model: in eval mode.
-        shape: of the input, without the batch dimension.
+        shapes: of the inputs, without the batch dimension.
         constants: nodes that are constants of the network.
+        batch: how many images.
 
     Raises:
         UnsupportedModelError: the network does not run on that shape.
     """
 
-    def __init__(self, model: fx.GraphModule, shape: tuple[int, ...], constants: Collection[fx.Node] = ()) -> None:
+    def __init__(
+        self,
+        model: fx.GraphModule,
+        shapes: Sequence[tuple[int, ...]],
+        constants: Collection[fx.Node] = (),
+        batch: int = _BATCH,
+    ) -> None:
         super().__init__(model)
         self._constants = constants
         self.values: dict[fx.Node, Any] = {}
@@ -35,11 +43,11 @@ class GraphValues(fx.Interpreter):
         dtype = torch.float32 if parameter is None else parameter.dtype
         try:
             with torch.no_grad():
-                self.run(torch.zeros(_BATCH, *shape, dtype=dtype))
+                self.run(*(torch.zeros(batch, *shape, dtype=dtype) for shape in shapes))
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(
-                f"the network does not run on a batch of {_BATCH} inputs of shape {shape}: {error}; give the shape it "
-                "was made for, and let no operator fix the batch size"
+                f"the network does not run on batches of {_BATCH} inputs of shapes {list(shapes)}: {error}; give the "
+                "shape it was made for, and let no operator fix the batch size"
             ) from error
 
     def run_node(self, n: fx.Node) -> Any:
@@ -52,11 +60,11 @@ class GraphValues(fx.Interpreter):
     def shape(self, node: fx.Node, label: str) -> tuple[int, ...]:
         """Shape of a tensor without the batch dimension."""
         shape = tuple(self.values[node].shape)
-        if not shape or shape[0] != _BATCH:
+        if not shape or shape[0] % _BATCH:
             raise UnsupportedModelError(
-                f"{label!r}: the first dimension must stay the batch; for a batch of {_BATCH} its output is {shape}"
+                f"{label!r}: the batch must stay the outermost dimension; for a batch of {_BATCH} its output is {shape}"
             )
-        return shape[1:]
+        return of_one(shape)
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options with the nodes in them replaced by what they evaluate to."""
@@ -77,6 +85,19 @@ def stride_of(options: Mapping[str, Any], kernel: tuple[int, int]) -> tuple[int,
     return kernel if stride is None or stride == [] else pair(stride)
 
 
+def as_image(options: Mapping[str, Any], is_signal: bool) -> dict[str, Any]:
+    """A pooling's options; those of a signal of one dimension as those of an image of one row."""
+    if not is_signal:
+        return dict(options)
+    alone = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_size": 1}
+    found = dict(options)
+    for key in alone.keys() & options.keys():
+        value = options[key]
+        numbers = [value] if isinstance(value, int) else list(value or ())
+        found[key] = (alone[key], *numbers) if numbers else numbers
+    return found
+
+
 def adaptive_sizes(options: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
     """Height and width of an adaptive pooling's output; None leaves a size as it is."""
     wanted = options["output_size"]
@@ -84,15 +105,16 @@ def adaptive_sizes(options: Mapping[str, Any], shape: Sequence[int]) -> list[int
     return [full if size is None else int(size) for full, size in zip(shape[1:], sizes, strict=True)]
 
 
-def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+def padding_of(layer: nn.Conv2d | nn.Conv1d) -> tuple[int, int, int, int]:
     """A convolution's padding as ``(top, bottom, left, right)``; ``"same"`` puts an odd one at the end, as torch."""
+    spare = [0] * (2 - len(layer.kernel_size))  # of a signal, an image of one row
     if layer.padding == "valid":
         return 0, 0, 0, 0
     if layer.padding == "same":
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
+        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in (*spare, *totals))
         return top, bottom, left, right
-    height, width = pair(layer.padding)
+    height, width = (*spare, *(int(size) for size in layer.padding))
     return height, height, width, width
 
 
@@ -102,7 +124,7 @@ def pool_windows(
     """Windows of an average pooling, as torch has them, and what each sum is divided by.
 
     Args:
-        kind: ``"avg_pool"``, ``"adaptive_avg_pool"`` or ``"mean"`` (over height and width).
+        kind: ``"avg_pool"`` or ``"adaptive_avg_pool"``.
         options: by torch's names.
         shape: of the input, ``(channels, height, width)``.
 
@@ -122,7 +144,7 @@ def pool_windows(
             _strided_windows(*numbers, ceil_mode) for numbers in zip(shape[1:], kernel, steps, padding, strict=True)
         ]
     else:
-        sizes = [1, 1] if kind == "mean" else adaptive_sizes(options, shape)
+        sizes = adaptive_sizes(options, shape)
         padded = [
             [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
             for size, out in zip(shape[1:], sizes, strict=True)

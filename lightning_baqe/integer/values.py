@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer import movement
@@ -17,9 +17,10 @@ from lightning_baqe.integer.folding import requant
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.shapes import GraphValues
 from lightning_baqe.quantization.activation import ActivationQuantizer
+from lightning_baqe.quantization.aten import name_of, origin
+from lightning_baqe.quantization.batch_norm import gain_and_shift
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.ops import TRANSPARENT, Op, OpReader
-from lightning_baqe.quantization.pointwise import Pointwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,6 @@ class Value:
         name, type: of the IR node that holds its elements.
         grid: the quantizer whose grid they are on; None for floats and accumulators.
         index: where each element comes from, if anything moved (see :mod:`lightning_baqe.integer.movement`).
-        pending: functions that the next table has to apply first.
         scale: of accumulators, float64 ``(channels,)``.
     """
 
@@ -38,7 +38,6 @@ class Value:
     type: ir.TensorType
     grid: ActivationQuantizer | None = None
     index: movement.Index | None = None
-    pending: tuple[Pointwise, ...] = ()
     scale: torch.Tensor | None = None
 
     @property
@@ -47,7 +46,13 @@ class Value:
         if self.index is None:
             return self.type.shape
         assert isinstance(self.index, torch.Tensor)
-        return tuple(self.index.shape[1:])
+        return movement.of_one(tuple(self.index.shape))
+
+    @property
+    def elements(self) -> torch.Tensor:
+        """The index map, also where nothing moved."""
+        assert not isinstance(self.index, tuple)
+        return movement.start(self.type.shape) if self.index is None else self.index
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,22 +86,24 @@ class Builder:
     the shape is that of one input.
     """
 
-    def __init__(self, model: QuantizedModel, shape: tuple[int, ...]) -> None:
+    def __init__(self, model: QuantizedModel, shapes: Sequence[tuple[int, ...]]) -> None:
         self.model = model
         self.reader = OpReader(model, model.graph)
-        constants = {node for node, op in self.reader.ops.items() if op.kind == "constant"}
-        self.python = GraphValues(model, shape, constants)
+        constants = {node for node, op in self.reader.ops.items() if op.kind in ("constant", "literal")}
+        self.shapes = tuple(shapes)
+        self.python = GraphValues(model, shapes, constants)
+        self.for_one: dict[fx.Node, Any] = {}  # what nodes evaluate to for one image, where float operators ask
         self.nodes: list[ir.Node] = []
         self.names: set[str] = set()
         self.values: dict[fx.Node, Value] = {}
         self.floats: dict[str, Value] = {}  # dequantized integer values by the integer node's name
         self.moved: dict[tuple[str, bytes, tuple[int, ...]], Value] = {}  # values whose elements were moved already
-        self.done: set[fx.Node] = set()  # ReLUs fused into their producer
+        self.done: set[fx.Node] = set()  # what their producer has done besides
         self.bits: dict[str, tuple[int, int]] = {}
 
     def label(self, node: fx.Node) -> str:
         """A node's readable name."""
-        return self.model.record.labels.get(node.name, node.name)
+        return origin(node).label
 
     def emit(
         self,
@@ -106,6 +113,7 @@ class Builder:
         kind: ir.TensorType,
         grid: ActivationQuantizer | None = None,
         index: movement.Index | None = None,
+        /,
         **constants: Any,
     ) -> Value:
         """Append an IR node of the class ``make``, named ``wish`` or the next free name like it; ``constants`` are the
@@ -128,10 +136,10 @@ class Builder:
 
     def refuse(self, node: fx.Node, reason: str) -> UnsupportedModelError:
         """The error for an operator that does not lower."""
-        return UnsupportedModelError(f"{self.label(node)!r} ({node.op} {node.target}): {reason}")
+        return UnsupportedModelError(f"{named(node, self.model)}: {reason}")
 
     def target(self, node: fx.Node) -> Target | None:
-        """The grid that the output of a producer ends in, None if it ends in the network's output."""
+        """The grid that a producer's output ends in; None for the network's output and float operators."""
         clips: list[str] = []
         while True:
             consumers = self.reader.consumers[node]
@@ -139,13 +147,13 @@ class Builder:
                 raise self.refuse(node, f"its integer output has {len(consumers)} consumers and no quantizer")
             node = consumers[0]
             op = self.reader[node]
-            if op.kind == "output":
+            if op.kind in ("output", "other"):
                 return None
             if isinstance(op.module, ActivationQuantizer):
                 return Target(op.module, tuple(clips))
             if op.kind in ("relu", "relu6"):
                 clips.append(op.kind)
-            elif op.kind not in TRANSPARENT and op.kind != "batch_norm":
+            elif op.kind not in TRANSPARENT and not self.reader.is_chained(node) and not self.reader.is_attached(node):
                 raise self.refuse(node, "it reads an integer tensor that has no quantizer")
 
     def need_target(self, node: fx.Node) -> Target:
@@ -168,7 +176,8 @@ class Builder:
             scale, zero_point = torch.tensor(value.type.scale, dtype=torch.float32), value.type.zero_point
         else:
             value, zero_point = self.in_place(value), 0
-            assert value.scale is not None
+            if value.scale is None:  # elements changed places, which floats do
+                return value
             repeat = value.type.shape[0] // len(value.scale)  # accumulators that were flattened
             scale = value.scale.repeat_interleave(repeat).to(torch.float32)
         if value.name not in self.floats:
@@ -179,28 +188,30 @@ class Builder:
         return replace(self.floats[value.name], index=value.index)
 
     def in_place(self, value: Value, node: fx.Node | None = None) -> Value:
-        """The value with all of its elements where they belong: what moved them becomes an IR node.
-        UnsupportedModelError where they moved in a way that no IR node has.
+        """The value with all of its elements where they belong: what moved them becomes an IR node. A value of two or
+        of more than three dimensions gets three, in the same order.
         """
         if value.index is None:
             return value
-        where = self.label(node) if node is not None else value.name
         if not isinstance(value.index, torch.Tensor):
-            raise UnsupportedModelError(f"{where!r} reads several tensors as one; take one of them by its number")
-        key = (value.name, value.index.numpy().tobytes(), value.shape)
+            where = named(node, self.model) if node is not None else value.name
+            raise UnsupportedModelError(f"{where} reads several tensors as one; take one of them by its number")
+        index = value.index.reshape(2, *movement.stored(value.shape))
+        key = (value.name, index.numpy().tobytes(), tuple(index.shape))
         if key not in self.moved:
-            self.moved[key] = self._move(replace(value, index=None, pending=()), value.index, where)
+            self.moved[key] = self._move(replace(value, index=None), index)
         return self.moved[key]
 
-    def _move(self, value: Value, index: torch.Tensor, where: str) -> Value:
+    def _move(self, value: Value, index: torch.Tensor) -> Value:
         shape, wanted = value.shape, tuple(index.shape[1:])
         selected = _selected_shape(wanted, shape)
         found = None if selected is None else movement.select(index.reshape(2, *selected), shape)
         if selected is None or found is None:
-            raise UnsupportedModelError(
-                f"{where!r}: the elements of a {shape} tensor are brought into the order of a {wanted} one in a way "
-                "that is no flattening and no selection of channels, rows or columns; keep that out of the network"
-            )
+            if value.scale is not None:  # accumulators have a scale by channel: they move as floats
+                value = self.as_float(value)
+            source = movement.from_one(index, shape)
+            kind = replace(value.type, shape=wanted)
+            return self.emit(ir.Move, f"{value.name}.move", [value], kind, value.grid, None, index=source)
         channels, rows, columns = found
         if any(part is not None for part in found):
             kind, indices = (
@@ -218,14 +229,33 @@ class Builder:
         made = self.emit(ir.Flatten, f"{value.name}.flatten", [value], replace(value.type, shape=shape), value.grid)
         return replace(made, scale=value.scale)
 
-    def graph(self, output: str) -> IntegerGraph:
+    def gain_and_shift(self, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """What a batch norm or a constant does to what it reads: a gain and a shift, float64, along one dimension."""
+        op = self.reader[node]
+        if op.kind == "batch_norm":
+            assert isinstance(op.module, nn.BatchNorm1d | nn.BatchNorm2d)
+            return *gain_and_shift(op.module, self.label(node)), 1
+        dim, size = op.options["dim"], self.python.values[node].shape[op.options["dim"]]
+        number = self.python.values[op.options["constant"]].detach().double().flatten().expand(size)
+        ones, zeros = torch.ones_like(number), torch.zeros_like(number)
+        sign = -1.0 if op.options["reversed"] else 1.0
+        gain, shift = {
+            "add": (ones, number),
+            "sub": (sign * ones, -sign * number),
+            "mul": (number, zeros),
+            "div": (1.0 / number, zeros),
+        }[op.options["operation"]]
+        return gain, shift, dim
+
+    def graph(self, output: str, returned: tuple[int, ...]) -> IntegerGraph:
         """What was built, as far as the output depends on it."""
         wanted = {output}
         for node in reversed(self.nodes):
             if node.name in wanted:
                 wanted.update(node.inputs)
         kept = tuple(node for node in self.nodes if node.name in wanted or isinstance(node, ir.Input))
-        return IntegerGraph(kept, {name: self.bits[name] for name in self.model.bits if name in self.bits})
+        shape = None if kept[-1].type.shape == returned else returned
+        return IntegerGraph(kept, {name: self.bits[name] for name in self.model.bits if name in self.bits}, shape)
 
 
 def _selected_shape(shape: tuple[int, ...], source: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -237,3 +267,14 @@ def _selected_shape(shape: tuple[int, ...], source: tuple[int, ...]) -> tuple[in
     if len(source) == 1 and len(shape) == 3 and shape[1:] == (1, 1):
         return shape[:1]
     return None
+
+
+def named(node: fx.Node, model: fx.GraphModule) -> str:
+    """An operator as messages name it: what it is, and the module that calls it with its class."""
+    found, what = origin(node), name_of(node)
+    if node.op == "call_module":
+        what = type(model.get_submodule(str(node.target))).__name__
+    kind = found.kind.rpartition(".")[2]
+    if kind == what or not kind:
+        return f"{found.label!r} ({what})"
+    return f"{what} in {f'module {found.path!r}' if found.path else 'the forward'} ({kind})"

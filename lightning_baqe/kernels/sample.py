@@ -109,15 +109,15 @@ def _buffer(layout: Layout, rng: np.random.Generator) -> np.ndarray:
 
 
 def _image(layout: Layout, buffer: np.ndarray) -> np.ndarray:
-    """A buffer with its halo, ``(stored, height + 2 halo, width + 2 halo)``."""
-    h, w = layout.height + 2 * layout.halo, layout.width + 2 * layout.halo
+    """A buffer with its halo, ``(stored, *layout.full)``."""
+    h, w = layout.full
     return buffer[: h * w * layout.stored].reshape(h, w, layout.stored).transpose(2, 0, 1)
 
 
 def _accumulators(spec: ConvSpec | DepthwiseSpec, source: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """``(stored out, height, width)`` without bias: int64, or float64 for float kernels."""
-    halo, result = spec.source.halo, spec.result
-    image = _image(spec.source, source)[: spec.source.channels, halo - spec.top :, halo - spec.left :]
+    (above, left), result = spec.source.halo, spec.result
+    image = _image(spec.source, source)[: spec.source.channels, above - spec.top :, left - spec.left :]
     values = torch.from_numpy(image.astype(np.float64))[None]
     out = torch.nn.functional.conv2d(
         values, torch.from_numpy(weight.astype(np.float64)), None, spec.stride, 0, spec.dilation, _groups(spec)
@@ -140,11 +140,11 @@ def _finished(
         scaled = acc * multipliers + fractions
         value = np.clip(_rounded(scaled, p["shift"]) + p["zero_point"], p["low"], p["high"])
     if isinstance(spec, ConvSpec) and spec.residual is not None:
-        inner, halo = _image(spec.residual, residual), spec.residual.halo
-        other = inner[:, halo : halo + result.height, halo : halo + result.width].astype(np.int64)
+        inner, (above, left) = _image(spec.residual, residual), spec.residual.halo
+        other = inner[:, above : above + result.height, left : left + result.width].astype(np.int64)
         total = _rounded(value * p["m_conv"] + other * p["m_residual"] + p["add_offset"], p["add_shift"])
         value = np.clip(total + p["add_zero_point"], p["add_low"], p["add_high"])
-    padding = ((0, 0), (result.halo, result.halo), (result.halo, result.halo))
+    padding = ((0, 0), *((width, width) for width in result.halo))
     full = np.pad(value, padding, constant_values=p["pad"]).transpose(1, 2, 0).reshape(-1)
     assert full.size + SLACK == result.length
     return np.ascontiguousarray(full, dtype=result.dtype)

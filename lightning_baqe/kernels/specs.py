@@ -12,6 +12,7 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
+from lightning_baqe.kernels.islands import IslandSpec, build_island
 from lightning_baqe.kernels.x86.conv import emit_conv
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
@@ -21,19 +22,22 @@ from lightning_baqe.kernels.x86.pixels import PixelSpec, emit_byte_table, emit_p
 from lightning_baqe.kernels.x86.pooling import PoolSpec, emit_pool
 
 TunableSpec = ConvSpec | DepthwiseSpec
-Spec = ConvSpec | DepthwiseSpec | PixelSpec | PoolSpec | MoveSpec
+Spec = ConvSpec | DepthwiseSpec | PixelSpec | PoolSpec | MoveSpec | IslandSpec
 
 
 def build_kernel(spec: Spec, knobs: Mapping[str, Any]) -> Any:
     """A kernel's TIR function.
 
-    Kernels are emitted with TVM's IR builder: TVMScript's parser would take 40 times as long, most of a build.
+    Kernels are emitted with TVM's IR builder: TVMScript's parser would take 40 times as long, most of a build. Islands
+    come from TVM's own lowering.
     """
     return _built(spec, tuple(sorted(knobs.items())))
 
 
 @lru_cache(maxsize=8192)
 def _built(spec: Spec, knobs: tuple[tuple[str, Any], ...]) -> Any:
+    if isinstance(spec, IslandSpec):
+        return build_island(spec)
     match spec:
         case ConvSpec():
             emit = partial(emit_conv, spec, check_knobs(spec, dict(knobs)))

@@ -27,6 +27,7 @@ from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import MeasurementError
 from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import digest
@@ -34,6 +35,7 @@ from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
+from lightning_baqe.kernels.islands import IslandSpec
 from lightning_baqe.kernels.tunable import TunableSpec, template_of
 from lightning_baqe.kernels.x86.layout import SLACK
 from lightning_baqe.measurement.database import KernelRecord, canonical, code_key
@@ -43,7 +45,7 @@ from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.measurement.profile import KernelProfile
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
-from lightning_baqe.quantization.convert import QuantizedModel, quantize
+from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.sensitivity import layer_scores
 from lightning_baqe.tuning.bench import KernelBench, kernel_space, save_arguments
 from lightning_baqe.tuning.network_space import NetworkSpace
@@ -174,7 +176,7 @@ def make_grid(subject: Subject) -> Grid:
         layer: {width: template_of(spec).check_knobs(spec, {}) for width, spec in found.items()}
         for layer, found in specs.items()
     }
-    sizes = SizeTable.of(graphs, models[8].record.labels)
+    sizes = SizeTable.of(graphs, {name: origin.label for name, origin in models[8].record.origins.items()})
     return Grid(NetworkSpace(base, choices, knobs, defaults), specs, sizes)
 
 
@@ -326,7 +328,9 @@ def measure_conversions(
 
 def conversion_name(call: Call) -> str | None:
     """As :meth:`Structure.conversions` names it; None: a kernel with knobs, or one that every network has."""
-    if call.layer is not None or not hasattr(call.spec, "op") or call.spec.op in ("pack", "logits", "unpack"):
+    if call.layer is not None or isinstance(call.spec, IslandSpec) or not hasattr(call.spec, "op"):
+        return None
+    if call.spec.op in ("pack", "logits", "unpack"):
         return None
     shape = call.spec.result
     operator = "requantize" if call.spec.op == "table" else call.spec.op

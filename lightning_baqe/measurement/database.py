@@ -36,7 +36,7 @@ import tvm
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.errors import BaqeError, ConfigError
-from lightning_baqe.files import cache_folder
+from lightning_baqe.files import cache_folder, make_folder
 from lightning_baqe.hardware.identity import device_info, device_key, digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.specs import Spec
@@ -149,13 +149,13 @@ class Records:
             machine.
 
     Raises:
-        ConfigError: the file is no records database, or a newer version wrote it.
+        ConfigError: the file cannot be written, is no records database, or a newer version wrote it.
     """
 
     def __init__(self, path: Path | str | None = None, identity: Identity = device_info) -> None:
         self.identity = identity
-        self.path = Path(path) if path is not None else default_records_path()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(path).expanduser() if path is not None else default_records_path()
+        make_folder(self.path.parent, "records")
         try:
             with self.reading() as connection:
                 if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
@@ -163,8 +163,10 @@ class Records:
             with self.transaction() as connection:
                 _prepare(connection, self.path)
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, full, read-only: not about what the file is
-                raise
+            if isinstance(error, sqlite3.OperationalError):
+                if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+                    raise ConfigError(f"records={self.path} cannot be written ({error}): give another file") from error
+                raise  # locked, full: not about what the file is
             raise ConfigError(f"{self.path} is no SQLite database ({error}): move it away, or give another") from error
 
     @contextmanager

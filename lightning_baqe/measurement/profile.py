@@ -13,6 +13,7 @@ from tvm.target import Target
 
 from lightning_baqe.deploy.calls import Call, Plan
 from lightning_baqe.deploy.compiler import result_type
+from lightning_baqe.kernels.x86.layout import as_image
 from lightning_baqe.measurement.clock import PROFILED_RUNS, WARM_UP, timed
 
 
@@ -24,7 +25,7 @@ class KernelProfile:
 
     Args:
         plan: the kernels.
-        input_shape: ``(channels, height, width)``.
+        input_shape: ``(channels, height, width)`` or ``(features,)``.
         compiled: kernels of the same target by key, such as other plans left there; what is missing is added.
     """
 
@@ -38,7 +39,7 @@ class KernelProfile:
             kernels = {key: call.function().with_attr("global_symbol", key) for key, call in missing.items()}
             library = tvm.compile(tvm.IRModule(kernels), target=Target(plan.options.target.tvm))
             compiled.update({key: library.mod[key] for key in missing})  # each keeps its library alive
-        self._image = tvm.runtime.empty((1, *input_shape), "float32")
+        self._image = tvm.runtime.empty((1, *as_image(input_shape)), "float32")
         self._steps = [
             (compiled[call.key], arguments) for call, arguments in zip(plan.calls, self._all_arguments(), strict=True)
         ]
@@ -46,44 +47,45 @@ class KernelProfile:
 
     def _all_arguments(self) -> list[list[Any]]:
         last_use = {name: at for at, call in enumerate(self.plan.calls) for name in self._buffers(call)}
-        free: dict[tuple[int, str], list[Any]] = {}
+        free: dict[tuple[tuple[int, ...], str], list[Any]] = {}
         held: dict[str, Any] = {}
         everything = []
         for at, call in enumerate(self.plan.calls):
-            kind = result_type(call, self.plan)
-            shape, dtype = tuple(int(extent) for extent in kind.shape), str(kind.dtype)
-            target = self.plan.buffer(call.result)
-            spare = free.get((int(np.prod(shape)), dtype))
-            if target not in held:
-                held[target] = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
+            for name in call.results:
+                kind = result_type(name, self.plan)
+                shape, dtype = tuple(int(extent) for extent in kind.shape), str(kind.dtype)
+                spare = free.get((shape, dtype))
+                if self.plan.buffer(name) not in held:
+                    made = spare.pop() if spare else tvm.runtime.tensor(np.zeros(shape, dtype))
+                    held[self.plan.buffer(name)] = made
             arguments = [
                 tvm.runtime.tensor(self.plan.constants[a])
                 if a in self.plan.constants
                 else held.get(self.plan.buffer(a), self._image)
                 for a in call.arguments
             ]
-            everything.append([*arguments, held[target]])
+            everything.append([*arguments, *(held[self.plan.buffer(name)] for name in call.results)])
             for name in self._buffers(call):
-                if last_use[name] == at and name in held:
-                    layout = self.plan.layouts[name]
-                    free.setdefault((layout.length, layout.dtype), []).append(held.pop(name))
+                if last_use[name] == at and name in held and name != self.plan.output:
+                    buffer = held.pop(name)
+                    free.setdefault((tuple(buffer.shape), str(buffer.dtype)), []).append(buffer)
+        self._output = held[self.plan.output]
         return everything
 
     def _buffers(self, call: Call) -> set[str]:
         """Buffers that a call reads, and a shared one that it writes to."""
         read = {self.plan.buffer(argument) for argument in call.arguments if argument not in self.plan.constants}
-        return read | ({self.plan.buffer(call.result)} if call.result in self.plan.buffers else set())
+        return read | {self.plan.buffer(name) for name in call.results if name in self.plan.buffers}
 
     def run(self, image: np.ndarray) -> np.ndarray:
-        """Call all kernels on a float32 image ``(1, channels, height, width)``, note what each takes, and return
-        the output."""
-        self._image.copyfrom(image)
+        """Call all kernels on a float32 image ``(1, *input_shape)``, note what each takes, and return the output."""
+        self._image.copyfrom(image.reshape(self._image.shape))
         clock = time.perf_counter_ns
         for samples, (kernel, arguments) in zip(self._samples_us, self._steps, strict=True):
             start = clock()
             kernel(*arguments)
             samples.append((clock() - start) / 1e3)
-        return np.asarray(self._steps[-1][1][-1].numpy())
+        return np.asarray(self._output.numpy())
 
     def calls(self) -> list[tuple[Call, list[np.ndarray]]]:
         """Each call with its arguments as they are now, copied, the result last."""

@@ -14,6 +14,8 @@ What differs from :meth:`~lightning_baqe.integer.graph.IntegerGraph.run`:
 - ONNX Runtime rounds once where a tensor is brought onto a second 8-bit grid that alone reads it.
 - A tensor of more than 8 bits (a residual stream in int32) stays float between its operators: ONNX dequantizes int32
   but has nothing that quantizes to it. What reads it quantizes it.
+- On x86 CPUs without VNNI, ONNX Runtime by default adds pairs of 8-bit products in 16 bits, which saturate: values may
+  be far off. ``options.add_session_config_entry("session.x64quantprecision", "1")`` makes its sums exact.
 - Tables are the functions that they were made of, in float between the pairs. A table that holds anything else stays
   one, looked up exactly.
 

@@ -24,13 +24,14 @@ from onnx import helper
 import lightning_baqe
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.onnx.pointwise_functions import apply_function, clip
+from lightning_baqe.onnx.pointwise_functions import KNOWN, apply_steps, clip
 from lightning_baqe.onnx.ranges import Reach, bounds_of, needs_clip, outer_bounds, span, step, storage_of
 from lightning_baqe.onnx.weighted_layers import write_weights
-from lightning_baqe.onnx.windows import average_pool, max_pool, select
+from lightning_baqe.onnx.windows import average_pool, max_pool, max_windows, rearrange, select
 from lightning_baqe.onnx.writer import Grid, Writer
-from lightning_baqe.quantization.pointwise import Pointwise
+from lightning_baqe.quantization.pointwise import Expression, clip_of
 
 INPUT, OUTPUT = "input", "logits"
 SAME = 2.0**-6  # steps of the output that a factor or a term may be worth and still be left out
@@ -78,17 +79,20 @@ class Exporter:
         self.integers: dict[str, str] = {}  # names of the 8-bit integers that real values come from, by these
         self.scaled: set[str] = set()  # accumulators that already carry the scale of the Dequantize that reads them
         self.int4: list[str] = []
+        self.literals: set[str] = set()  # nodes of no batch: what depends on literals alone
         self.nodes = {node.name: node for node in graph}
         self.readers = {name: [reader for reader in graph if name in reader.inputs] for name in self.nodes}
 
     def export(self) -> None:
         """Add all operators."""
         for node in self.graph:
+            if node.inputs and self.literals.issuperset(node.inputs):
+                self.literals.add(node.name)
             self._export(node)
         output = self.graph.output
         if output.type.is_integer:
             raise UnsupportedModelError(f"the graph ends in the integers of {output.name!r}; end it with a Dequantize")
-        real = self.reals[output.name]
+        real = self._batched(output)
         if real == INPUT:
             real = self.writer.node("Identity", [INPUT], output.name)
         self.writer.rename(real, OUTPUT)
@@ -100,6 +104,15 @@ class Exporter:
 
     def _type(self, node: ir.Node, index: int = 0) -> ir.TensorType:
         return self.nodes[node.inputs[index]].type
+
+    def _batched(self, node: ir.Node) -> str:
+        """A node's real values for the whole batch."""
+        if node.name not in self.literals:
+            return self.reals[node.name]
+        count = self.writer.node("Shape", [INPUT], f"{node.name}.count", start=0, end=1)
+        ones = self.writer.shape(f"{node.name}.ones", [1] * len(node.type.shape))
+        shape = self.writer.node("Concat", [count, ones], f"{node.name}.batch", axis=0)
+        return self.writer.node("Expand", [self.reals[node.name], shape], f"{node.name}.batched")
 
     def _around(self, node: ir.Node, zero_point: int, index: int = 0) -> str:
         """An input's real values where ``zero_point`` stands for 0; it does so in its type, too, but in odd graphs."""
@@ -161,6 +174,8 @@ class Exporter:
         match node:
             case ir.Input():
                 self.reals[wish] = INPUT
+            case ir.Literal():
+                self._literal(node)
             case ir.Quantize():
                 self._quantize(node)
             case ir.Dequantize():
@@ -173,6 +188,8 @@ class Exporter:
                 self._mul(node)
             case ir.Affine():
                 self._affine(node)
+            case ir.PRelu():
+                self._prelu(node)
             case ir.Table():
                 self._table(node)
             case ir.Requantize():
@@ -183,11 +200,17 @@ class Exporter:
                 self._store(node, reals[0])
             case ir.MaxPool():
                 self._moved(node, max_pool(writer, reals[0], wish, node, self._type(node).shape))
+            case ir.MaxWindows():
+                self._moved(node, max_windows(writer, reals[0], wish, self._type(node).shape, node.rows, node.columns))
             case ir.Concat():
+                if node.name not in self.literals:
+                    reals = [self._batched(self.nodes[name]) for name in node.inputs]
                 self._moved(node, writer.node("Concat", reals, f"{wish}.joined", axis=1))
             case ir.Gather():
                 indices = (node.channels, node.rows, node.columns)
                 self._moved(node, select(writer, reals[0], wish, indices, self._type(node).shape))
+            case ir.Move():
+                self._moved(node, rearrange(writer, reals[0], wish, node.index, self._type(node).shape))
             case ir.Flatten() if len(node.type.shape) == 1:
                 self._moved(node, writer.node("Flatten", reals, f"{wish}.flat", axis=1))
             case ir.Flatten():
@@ -201,15 +224,34 @@ class Exporter:
                 self.reals[wish] = writer.node("Mul", reals, wish)
             case ir.FloatAffine():
                 self.reals[wish] = self._gain_and_shift(node, node.gain, node.shift)
+            case ir.FloatPRelu():
+                slope = writer.constant(f"{wish}.slope", channels(node.slope, node.type.shape))
+                self.reals[wish] = writer.node("PRelu", [reals[0], slope], wish)
             case ir.FloatFunction():
-                self.reals[wish] = apply_function(writer, reals[0], wish, node.function, node.parameters)
+                self.reals[wish] = apply_steps(writer, reals[0], wish, node.steps)
             case ir.FloatAvgPool():
                 image, factors = self._type(node).shape, node.factors.double().numpy()
                 self.reals[wish] = average_pool(writer, reals[0], wish, image, node.rows, node.columns, factors)
+            case FloatOperator():
+                raise UnsupportedModelError(
+                    f"{wish!r}: the float operator aten::{node.operator} is not exported to ONNX; build this graph "
+                    "with TVM, or quantize the network without float operators (fallback='refuse')"
+                )
             case _:
                 raise UnsupportedModelError(f"{wish!r}: operators of kind {node.kind!r} have no ONNX form here")
         if relu:
             self.reals[wish] = writer.node("Relu", [self.reals[wish]], wish)
+
+    def _literal(self, node: ir.Literal) -> None:
+        kind, writer, values = node.type, self.writer, node.value[None]
+        self.literals.add(node.name)
+        storage = storage_of(kind) if kind.is_integer else None
+        if storage is None:
+            steps = (values - kind.zero_point).double() * step(kind) if kind.is_integer else values
+            self.reals[node.name] = writer.constant(node.name, steps.to(torch.float32).numpy())
+            return
+        integers = writer.constant(f"{node.name}.quantized", values.numpy().astype(storage))
+        self._dequantized(node, integers, writer.grid(node.name, kind.scale, kind.zero_point, storage))
 
     def _quantize(self, node: ir.Quantize) -> None:
         """Quantize; the network's input with the product that the integer graph has, not with a division.
@@ -302,6 +344,25 @@ class Exporter:
         shift = shift + gain * step(kind) * (kind.zero_point - node.input_zero_point)
         self._store(node, self._gain_and_shift(node, gain, shift))
 
+    def _prelu(self, node: ir.PRelu) -> None:
+        """A PRelu of what the positive factors scale; where these are not positive, a choice between two products."""
+        kind, writer, wish = self._type(node), self.writer, node.name
+        real = self._around(node, node.input_zero_point)
+        above, below = (part.real() * step(node.type) / step(kind) for part in (node.positive, node.negative))
+        if bool((above > 0).all()):
+            if bool(((above - 1).abs() * span(kind) * float(node.positive.real().max()) >= SAME).any()):
+                factors = writer.constant(f"{wish}.factors", channels(above, node.type.shape))
+                real = writer.node("Mul", [real, factors], f"{wish}.scaled")
+            slope = writer.constant(f"{wish}.slope", channels(below / above, node.type.shape))
+            self._store(node, writer.node("PRelu", [real, slope], f"{wish}.out"))
+            return
+        parts = []
+        for name, part in (("below", below), ("above", above)):
+            factors = writer.constant(f"{wish}.{name}.factors", channels(part, node.type.shape))
+            parts.append(writer.node("Mul", [real, factors], f"{wish}.{name}"))
+        is_below = writer.node("Less", [real, writer.scalar(f"{wish}.zero", 0.0)], f"{wish}.is_below")
+        self._store(node, writer.node("Where", [is_below, *parts], f"{wish}.out"))
+
     def _gain_and_shift(self, node: ir.Node, gain: torch.Tensor, shift: torch.Tensor) -> str:
         wish, shape = node.name, node.type.shape
         factors = self.writer.constant(f"{wish}.gain", channels(gain, shape))
@@ -332,20 +393,19 @@ class Exporter:
         kind, writer = self._type(node), self.writer
         integers = torch.arange(node.input_low, node.input_low + len(node.table))
         values = (integers - kind.zero_point).double() * step(kind)
-        for name, *parameters in node.functions:
-            values = Pointwise(name, tuple(parameters))(values)
+        if node.steps:
+            values = Expression(node.steps)(values)
         steps = values / step(node.type) + node.type.zero_point
         wanted = steps.clamp(node.type.low, node.type.high)
-        if bool(values.isfinite().all()) and bool(((wanted - node.table).abs() < 0.501).all()):
-            real = self._real(node)
-            for name, *parameters in node.functions:
-                real = apply_function(writer, real, f"{node.name}.{name}", name, parameters)
-            self._store(node, real, (float(values.min()), float(values.max())) if node.functions else None)
+        known = all(str(name).split(".")[0] in KNOWN or clip_of((name, *rest)) for name, *rest in node.steps)
+        if known and bool(values.isfinite().all()) and bool(((wanted - node.table).abs() < 0.501).all()):
+            real = apply_steps(writer, self._real(node), f"{node.name}.function", node.steps)
+            self._store(node, real, (float(values.min()), float(values.max())) if node.steps else None)
             return
         source, storage = self.integers.get(self._real(node)), storage_of(node.type)
         if source is None or storage is None:
             raise UnsupportedModelError(
-                f"{node.name!r}: its table is not what {node.functions} gives, and ONNX looks up 8-bit integers only; "
+                f"{node.name!r}: its table is not what {node.steps} gives, and ONNX looks up 8-bit integers only; "
                 "lower it again with 8 bits or fewer"
             )
         index = writer.node("Cast", [source], f"{node.name}.index", to=onnx.TensorProto.INT32)

@@ -90,8 +90,8 @@ def average_pool(
     found = (regular(windows, size) for windows, size in zip(spans, shape[1:], strict=True))
     strides = [stride for stride in found if stride is not None]
     if len(strides) < 2:
-        by_row = _means(writer, x, spans[0], 2, f"{wish}.rows")
-        return _times(writer, _means(writer, by_row, spans[1], 3, f"{wish}.columns"), ratio, wish)
+        by_row = _reduced(writer, "ReduceMean", x, spans[0], 2, f"{wish}.rows")
+        return _times(writer, _reduced(writer, "ReduceMean", by_row, spans[1], 3, f"{wish}.columns"), ratio, wish)
     kernel, pads = [s.kernel for s in strides], [*(s.before for s in strides), *(s.after for s in strides)]
     whole = factors * math.prod(kernel)
     counted = count_padding and any(pads) and not _is_one(ratio) and _is_one(whole)
@@ -115,12 +115,32 @@ def _times(writer: Writer, x: str, factors: np.ndarray, wish: str) -> str:
     return writer.node("Mul", [x, writer.constant(f"{wish}.factors", numbers)], f"{wish}.scaled")
 
 
-def _means(writer: Writer, x: str, windows: Sequence[tuple[int, int]], axis: int, wish: str) -> str:
+def max_windows(
+    writer: Writer, x: str, wish: str, shape: Sequence[int], rows: torch.Tensor, columns: torch.Tensor
+) -> str:
+    """The largest of each window: one MaxPool where kernel, stride and padding make the windows, else slices and their
+    largest. Arguments as for :func:`average_pool`.
+    """
+    spans = [[(int(a), int(b)) for a, b in windows.tolist()] for windows in (rows, columns)]
+    found = (regular(windows, size) for windows, size in zip(spans, shape[1:], strict=True))
+    strides = [stride for stride in found if stride is not None]
+    if len(strides) < 2:
+        by_row = _reduced(writer, "ReduceMax", x, spans[0], 2, f"{wish}.rows")
+        return _reduced(writer, "ReduceMax", by_row, spans[1], 3, f"{wish}.columns")
+    return writer.node(
+        "MaxPool", [x], f"{wish}.max",
+        kernel_shape=[s.kernel for s in strides], strides=[s.step for s in strides],
+        pads=[*(s.before for s in strides), *(s.after for s in strides)],
+    )  # fmt: skip
+
+
+def _reduced(writer: Writer, op: str, x: str, windows: Sequence[tuple[int, int]], axis: int, wish: str) -> str:
+    """Each window along one axis as one element."""
     axes, parts = writer.shape("axis", [axis]), []
     for first, end in windows:
         bounds = [writer.shape("index", [index]) for index in (first, end)]
         part = writer.node("Slice", [x, *bounds, axes], f"{wish}.slice")
-        parts.append(writer.node("ReduceMean", [part, axes], f"{wish}.mean", keepdims=1))
+        parts.append(writer.node(op, [part, axes], f"{wish}.part", keepdims=1))
     return writer.node("Concat", parts, wish, axis=axis) if len(parts) > 1 else parts[0]
 
 
@@ -185,6 +205,29 @@ def select(writer: Writer, x: str, wish: str, indices: Sequence[torch.Tensor | N
     if not any(sides[0] + sides[1]):
         return x
     return writer.node("Pad", [x, writer.shape(f"{wish}.pads", sides[0] + sides[1])], f"{wish}.pad")
+
+
+def rearrange(writer: Writer, x: str, wish: str, index: torch.Tensor, shape: Sequence[int]) -> str:
+    """Elements in any other order and shape: a Reshape or a Transpose where it is one, else a Gather of all elements.
+
+    ``index`` is as in :class:`lightning_baqe.integer.nodes.Move`, ``shape`` is that of x without n.
+    """
+    count = math.prod(shape)
+    numbers = torch.arange(count).reshape(tuple(shape))
+    target = writer.shape(f"{wish}.shape", [0, *index.shape])
+    if torch.equal(index.flatten(), numbers.flatten()):
+        return writer.node("Reshape", [x, target], f"{wish}.shaped")
+    for order in itertools.permutations(range(len(shape))):
+        if torch.equal(index, numbers.permute(order)):
+            return writer.node("Transpose", [x], f"{wish}.turned", perm=[0, *(axis + 1 for axis in order)])
+    flat = writer.node("Reshape", [x, writer.shape(f"{wish}.flat_shape", [0, count])], f"{wish}.flat")
+    places = writer.shape(f"{wish}.index", index.flatten().clamp(min=0).tolist())
+    found = writer.node("Gather", [flat, places], f"{wish}.gather", axis=1)
+    shaped = writer.node("Reshape", [found, target], f"{wish}.shaped")
+    present = (index >= 0).to(torch.float32).numpy()
+    if present.all():
+        return shaped
+    return writer.node("Mul", [shaped, writer.constant(f"{wish}.present", present)], f"{wish}.zeros")
 
 
 def _outer(index: list[int]) -> tuple[int, int]:

@@ -16,11 +16,14 @@ from torch import nn
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.functional import MIN_SCALE
-from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
+from lightning_baqe.quantization.layers import QuantLayer
 from lightning_baqe.quantization.ops import OpReader
+from lightning_baqe.quantization.train_modes import freeze_statistics
 from lightning_baqe.quantization.weight import WeightQuantizer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Not transposed convolutions: their output channels are not the weight's first dimension.
+Layer = nn.Conv2d | nn.Conv1d | nn.Linear
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -38,7 +41,7 @@ class Foldable:
         names: module paths by which the network calls the batch norm.
     """
 
-    layer: nn.Conv2d | nn.Linear
+    layer: Layer
     norm: nn.BatchNorm1d | nn.BatchNorm2d
     names: tuple[str, ...]
 
@@ -52,12 +55,10 @@ def foldable(model: QuantizedModel) -> tuple[Foldable, ...]:
     reader = OpReader(model, model.graph)
     calls = Counter(op.module for op in reader.ops.values() if op.module is not None)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    found: dict[tuple[nn.Conv2d | nn.Linear, nn.BatchNorm1d | nn.BatchNorm2d], list[str]] = {}
+    found: dict[tuple[Layer, nn.BatchNorm1d | nn.BatchNorm2d], list[str]] = {}
     for node, op in reader.ops.items():
-        if reader.is_attached(node):
-            layer, norm = reader[op.inputs[0]].module, op.module
-            assert isinstance(layer, nn.Conv2d | nn.Linear)
-            assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        layer, norm = (reader[op.inputs[0]].module if op.inputs else None), op.module
+        if reader.is_attached(node) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and isinstance(layer, Layer):
             found.setdefault((layer, norm), []).append(str(node.target))
     return tuple(
         Foldable(layer, norm, tuple(dict.fromkeys(names)))
@@ -141,10 +142,10 @@ def _by_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _scale(layer: nn.Conv2d | nn.Linear, gain: torch.Tensor) -> None:
+def _scale(layer: Layer, gain: torch.Tensor) -> None:
     weight = layer.weight
     product = weight.double().cpu() * _by_channel(gain, weight)
-    if not isinstance(layer, QuantConv2d | QuantLinear):
+    if not isinstance(layer, QuantLayer):
         weight.copy_(product)
         return
     quantizer: WeightQuantizer = layer.weight_quantizer
@@ -187,11 +188,5 @@ def freeze_batch_norm(model: AnyModule) -> AnyModule:
     for name, norm in norms.items():
         _require_statistics(norm, name)
     for norm in norms.values():
-        if _use_running_statistics not in norm._forward_pre_hooks.values():
-            norm.register_forward_pre_hook(_use_running_statistics)
-        norm.eval()
+        freeze_statistics(norm)
     return model
-
-
-def _use_running_statistics(module: nn.Module, args: tuple[Any, ...]) -> None:
-    module.training = False

@@ -14,10 +14,12 @@ from typing import Any
 from torch import nn
 
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.quantization.wrappers import unwrapped
 
 FLOAT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
 FORMAT_VERSION = 1
+LAYER_TYPES = (nn.Conv2d, nn.Linear, nn.Conv1d, nn.ConvTranspose2d)
 
 
 def _check_bits(what: str, bits: object, allow_float: bool = False) -> None:
@@ -67,15 +69,16 @@ class LayerBits:
 
 
 def layers(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules that have bits: every ``nn.Conv2d`` and ``nn.Linear``, in the order of definition."""
-    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear))
+    """Paths of the modules that have bits: all of :data:`LAYER_TYPES`, in the order of definition."""
+    named = unwrapped(model).named_modules()
+    return tuple(name for name, module in named if isinstance(module, LAYER_TYPES))
 
 
 def architecture_signature(model: nn.Module) -> str:
     """SHA-256 (hexadecimal) over the names and weight shapes of all layers."""
     digest = hashlib.sha256()
     for name in layers(model):
-        shape = tuple(model.get_submodule(name).weight.shape)  # type: ignore[arg-type]
+        shape = tuple(unwrapped(model).get_submodule(name).weight.shape)  # type: ignore[arg-type]
         digest.update(f"{name}:{shape};".encode())
     return digest.hexdigest()
 
@@ -223,12 +226,31 @@ class BitConfig(Mapping[str, LayerBits]):
             source: the JSON text, or the path of a file as a ``Path``.
 
         Raises:
-            ConfigError: not such a format, or a version that this release does not know.
+            ConfigError: a file that cannot be read, another format, or a version that this release does not know; names
+                the file.
         """
-        text = source.read_text() if isinstance(source, Path) else source
+        if not isinstance(source, Path):
+            return cls._parse(source)
+        try:
+            text = source.read_text(encoding="utf-8-sig")  # Windows writes a mark before UTF-8
+        except OSError as error:
+            raise ConfigError(f"{source} cannot be read ({error}): give the file of a bit-config.") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source} is no text in UTF-8 ({error}): give the file of a bit-config.") from error
+        try:
+            return cls._parse(text)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+
+    @classmethod
+    def _parse(cls, text: str) -> BitConfig:
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"got a {type(text).__name__}; a bit-config is given as its JSON text, or its file's Path"
+            )
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"not a bit-config: {error}; a file is given as a Path, its text as a str") from error
         if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
             raise ConfigError('a bit-config is a JSON object with "layers": {name: [weight bits, activation bits]}')
@@ -240,9 +262,17 @@ class BitConfig(Mapping[str, LayerBits]):
         for name, pair in content["layers"].items():
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ConfigError(f"layer {name!r} must be [weight bits, activation bits], got {pair!r}")
-            parsed[name] = LayerBits(pair[0], pair[1])
-        ties = tuple(tuple(group) for group in content.get("ties", ()))
-        return cls(parsed, ties, content.get("other", 8), content.get("signature"), content.get("residual"))
+            try:
+                parsed[name] = LayerBits(pair[0], pair[1])
+            except ConfigError as error:
+                raise ConfigError(f"layer {name!r}: {error}") from error
+        ties, signature = content.get("ties", []), content.get("signature")
+        groups = ties if isinstance(ties, list) else [ties]
+        if not all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups):
+            raise ConfigError(f"ties are lists of layer names, got {ties!r}")
+        if not (signature is None or isinstance(signature, str)):
+            raise ConfigError(f"signature is a text or null, got {signature!r}")
+        return cls(parsed, tuple(map(tuple, groups)), content.get("other", 8), signature, content.get("residual"))
 
 
 def near(name: str, names: Mapping[str, Any] | tuple[str, ...]) -> str:

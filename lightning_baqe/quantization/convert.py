@@ -18,24 +18,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from lightning_baqe.errors import ConfigError, UnsupportedModelError
+from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.activation import (
     ACTIVATION_QUANTIZERS,
     STREAM_BITS,
     ActivationQuantizer,
     ResidualStream,
 )
+from lightning_baqe.quantization.aten import ORIGIN, Origin, origin
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
-from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
+from lightning_baqe.quantization.layers import QUANT_LAYERS, outputs_first
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.quantization.ops import TRANSPARENT, OpReader
-from lightning_baqe.quantization.trace import trace
 from lightning_baqe.quantization.weight import WEIGHT_INITS, WeightQuantizer
 
 QUANTIZERS = "activation_quantizers"
@@ -44,15 +43,21 @@ _META = "lightning_baqe"
 
 @dataclass(frozen=True)
 class QuantizationRecord:
-    """What :func:`quantize` was told; ``labels`` are readable names of graph nodes."""
+    """What a model was quantized with; ``origins`` tell where the nodes of its graph come from, by their names."""
 
     bits: BitConfig
-    input_shape: tuple[int, ...] | None
-    labels: dict[str, str]
+    input_shapes: tuple[tuple[int, ...], ...]
+    origins: dict[str, Origin]
+    fallback: str = "refuse"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one input, without the batch."""
+        return self.input_shapes[0]
 
 
 class QuantizedModel(fx.GraphModule):
-    """A fake-quantized network; made by :func:`quantize`."""
+    """A fake-quantized network; made by :func:`lightning_baqe.quantize`."""
 
     @property
     def record(self) -> QuantizationRecord:
@@ -77,51 +82,41 @@ def _restore(function: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]
     plain = function(*arguments)
     model = QuantizedModel(plain, plain.graph)
     model.meta[_META] = record
+    for node in model.graph.nodes:
+        if node.name in record.origins:
+            node.meta[ORIGIN] = record.origins[node.name]
     return model
 
 
-def quantize(
-    model: nn.Module,
+def fake_quantize(
+    network: fx.GraphModule,
     bits: BitConfig,
-    example_input: torch.Tensor | None = None,
+    input_shapes: tuple[tuple[int, ...], ...],
     weight_quantizer: str = "lsq",
     activation_quantizer: str = "lsq+",
     weight_init: str = "mse",
     activation_range: str = "mse",
+    fallback: str = "refuse",
 ) -> QuantizedModel:
-    """A fake-quantized copy with learnable scales. The same arguments always give the same structure.
-
-    Layers with bits become :class:`QuantConv2d` or :class:`QuantLinear` under their own names; activation quantizers
-    stand at the graph's edges, under ``activation_quantizers``. They need :func:`calibrate`, a state_dict or training
-    before evaluation. With 32 bits everywhere the result computes what ``model`` does.
+    """A fake-quantized copy of a traced network; :func:`lightning_baqe.quantize` traces and checks before.
 
     Args:
-        model: the float network; untouched, nothing is shared with it.
+        network: what :func:`lightning_baqe.quantization.trace.trace` returned; untouched, nothing is shared with it.
         bits: for each of its layers.
-        example_input: a batch of any size; :func:`lower` takes its shape.
-        weight_quantizer: ``"lsq"``.
-        activation_quantizer: ``"lsq+"`` (scale and offset learn), ``"lsq"`` (scale learns) or ``"static"`` (neither
-            does: ranges stay as calibration sets them).
-        weight_init: of the weight scales: ``"mse"``, or as published, ``"lsq"`` or ``"lsq+"``;
-            see :func:`initial_weight_scale`.
-        activation_range: what calibration derives ranges by: ``"mse"``, ``"minmax"``, ``"ema"``, ``"percentile"``
-            (99.99 % at each end) or ``"percentile:99.9"``; see :meth:`RangeObserver.range`.
+        input_shapes: of each input, without the batch.
+        weight_quantizer, activation_quantizer, weight_init, activation_range, fallback: see
+            :func:`lightning_baqe.quantize`.
 
     Raises:
-        ConfigError: bits that do not fit the model, or an unknown option.
-        UnsupportedModelError: the model cannot be traced.
+        ConfigError: an unknown option.
     """
     check_options(weight_quantizer, activation_quantizer, weight_init, activation_range)
-    for name, module in model.named_modules():
-        if isinstance(module, QuantConv2d | QuantLinear):
-            raise ConfigError(f"layer {name!r} is quantized already; quantize the float model instead")
-    bits.check(model)
     for name, layer_bits in bits.items():
         if isinstance(layer_bits.weight, tuple):
             raise ConfigError(f"layer {name!r}: weight bits by channel are not supported yet; give one number")
-    root = copy.deepcopy(model)
+    root = copy.deepcopy(network)
+    graph = root.graph
     device = next((p.device for p in root.parameters()), None)
-    graph = trace(root, None if example_input is None else example_input.to(device))
     reader = OpReader(root, graph)
     quantizer_type = ACTIVATION_QUANTIZERS[activation_quantizer]
 
@@ -131,19 +126,17 @@ def quantize(
         quantizer.train(root.training)
         return quantizer
 
-    labels = {node.name: _label(node) for node in graph.nodes}
-    wants = plan(reader, bits)
-    _insert_quantizers(root, graph, wants, make)
-    for node, op in reader.ops.items():
-        if op.kind == "layer" and not bits[str(node.target)].is_float:
-            _swap(root, str(node.target), bits[str(node.target)], weight_init)
-    quantized = QuantizedModel(root, graph, class_name=f"Quantized{type(model).__name__}")
-    traced = set(root.modules())
-    for module in quantized.modules():
-        if module not in traced:  # containers that the graph module made; the others keep their modes
-            module.training = model.training
-    shape = None if example_input is None else tuple(example_input.shape[1:])
-    quantized.meta[_META] = QuantizationRecord(bits, shape, labels)
+    layers = {node: origin(node).label for node, op in reader.ops.items() if op.kind == "layer"}
+    _insert_quantizers(root, reader, plan(reader, bits), make)
+    for node, name in layers.items():
+        if not bits[name].is_float:
+            _swap(root, str(node.target), bits[name], weight_init)
+    quantized = QuantizedModel(root, graph, class_name=f"Quantized{type(network).__name__}")
+    modes = {name: module.training for name, module in root.named_modules()}
+    for name, module in quantized.named_modules():
+        module.training = modes.get(name, root.training)
+    origins = {node.name: node.meta[ORIGIN] for node in graph.nodes if ORIGIN in node.meta}
+    quantized.meta[_META] = QuantizationRecord(bits, input_shapes, origins, fallback)
     return quantized
 
 
@@ -164,24 +157,16 @@ def check_options(
     parse_range(activation_range)
 
 
-def _label(node: fx.Node) -> str:
-    """A readable name: the module's path, or the path of the module around an operator and the operator's name."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = list(node.meta.get("nn_module_stack", {}))
-    scope = stack[-1].split("@")[0] if stack else ""
-    short = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-    return f"{scope}.{short}" if scope else str(short)
-
-
 def float_domain(reader: OpReader, bits: BitConfig) -> set[fx.Node]:
     """The tensors that no integer arithmetic has touched."""
     found: set[fx.Node] = set()
     for node, op in reader.ops.items():
         if op.kind == "layer":
-            if bits[str(node.target)].is_float:
+            if bits[origin(node).label].is_float:
                 found.add(node)
-        elif op.kind not in ("value", "constant") and all(source in found for source in op.inputs):
+        elif op.kind == "other":
+            found.add(node)  # it stays float, whatever it reads
+        elif op.kind not in ("value", "constant", "part") and all(source in found for source in op.inputs):
             found.add(node)
     return found
 
@@ -206,11 +191,11 @@ def _wanted(reader: OpReader, bits: BitConfig, in_float: set[fx.Node], source: f
     """The bits that ``node`` reads ``source`` at; 32: as it is."""
     op = reader[node]
     if op.kind == "layer":
-        width = bits[str(node.target)].activation
+        width = bits[origin(node).label].activation
         return bits.other if width == FLOAT_BITS and source not in in_float else width
-    if op.kind == "output":
+    if op.kind in ("output", "other"):
         return FLOAT_BITS if source in in_float or _is_accumulator(reader, source) else bits.other
-    if reader.is_attached(node) or node in in_float or reader.is_collection(source) or reader.is_composed(source):
+    if reader.is_attached(node) or reader.is_chained(node) or node in in_float or reader.is_collection(source):
         return FLOAT_BITS
     if op.kind in TRANSPARENT and not reader.is_collection(node):
         alone = len(reader.consumers[source]) == 1 and source not in in_float
@@ -221,7 +206,7 @@ def _wanted(reader: OpReader, bits: BitConfig, in_float: set[fx.Node], source: f
 
 
 def _is_accumulator(reader: OpReader, node: fx.Node) -> bool:
-    """Whether a tensor is a layer's accumulators, perhaps reshaped, that nothing else reads."""
+    """Whether a tensor is a layer's accumulators, perhaps moved, that nothing else reads."""
     while len(reader.consumers[node]) == 1:
         op = reader[node]
         if op.kind == "layer":
@@ -234,14 +219,13 @@ def _is_accumulator(reader: OpReader, node: fx.Node) -> bool:
 
 def _insert_quantizers(
     root: nn.Module,
-    graph: fx.Graph,
+    reader: OpReader,
     wants: dict[tuple[fx.Node, fx.Node], int],
     make: Callable[[str, int], ActivationQuantizer],
 ) -> None:
     """Insert each tensor's primary quantizer and the narrower ones behind it, and let the consumers read them."""
-    if hasattr(root, QUANTIZERS):
-        raise UnsupportedModelError(f"the model has an attribute {QUANTIZERS!r} of its own; rename it")
-    container = nn.Module()
+    graph, container = reader.graph, nn.Module()
+    container.train(root.training)
     by_tensor: dict[fx.Node, dict[fx.Node, int]] = {}
     for (source, consumer), width in wants.items():
         by_tensor.setdefault(source, {})[consumer] = width
@@ -257,20 +241,28 @@ def _insert_quantizers(
                 primary = source
             with graph.inserting_after(last):
                 made[width] = last = graph.call_module(f"{QUANTIZERS}.{name}", (primary,))
+            last.meta[ORIGIN] = replace(origin(source), label=f"{origin(source).label}.quantizer")
             if primary is source:
                 primary = last
         for consumer, width in consumers.items():
-            consumer.replace_input_with(source, made[width])
+            for reading in reader[consumer].options.get("parts", (consumer,)):
+                reading.replace_input_with(source, made[width])
 
 
-def _swap(root: nn.Module, name: str, bits: LayerBits, init: str) -> None:
+def _swap(root: nn.Module, path: str, bits: LayerBits, init: str) -> None:
     """Replace a float layer by its quantized kind, in place."""
-    layer = root.get_submodule(name)
-    if isinstance(layer, QuantConv2d | QuantLinear):
+    layer = root.get_submodule(path)
+    if type(layer) not in QUANT_LAYERS:
         return  # called more than once in the graph
     assert isinstance(bits.weight, int)
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    quantizer = WeightQuantizer(layer.weight, bits.weight, init)
-    new = QuantConv2d(layer, quantizer) if isinstance(layer, nn.Conv2d) else QuantLinear(layer, quantizer)
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, new)
+    quantizer = WeightQuantizer(outputs_first(layer).detach(), bits.weight, init)
+    new = QUANT_LAYERS[type(layer)](layer, quantizer)
+    for name, child in layer.named_children():
+        new.add_module(name, child)
+    for name, parameter in layer._parameters.items():  # of the network's own, which other operators read
+        if name not in new._parameters:
+            new.register_parameter(name, parameter)
+    for name, buffer in layer._buffers.items():
+        new.register_buffer(name, buffer)
+    parent, _, leaf = path.rpartition(".")
+    root.get_submodule(parent).add_module(leaf, new)

@@ -1,157 +1,126 @@
-"""Pointwise functions of one tensor, by name: what a table can stand for.
+"""Pointwise expressions of one tensor, whatever they are made of: what one table can stand for.
 
-Every function maps one value to one value, whatever its neighbours. Parameters are plain numbers, in the order of the
-table below.
+An expression is a tuple of steps. A step is the name of an ATen operator (``"gelu"``, ``"add.Tensor"`` where it is no
+default overload) and all of its arguments in the order of its schema: numbers, strings, None, or ``"%k"``, the result
+of step k, ``"%0"`` being the tensor itself::
 
-| name | parameters | value |
-| --- | --- | --- |
-| relu, relu6, hardswish, hardsigmoid, sigmoid, silu, mish, tanh | | as torch's |
-| leaky_relu | slope | ``max(x, 0) + slope * min(x, 0)`` |
-| elu | alpha | ``x`` above 0, else ``alpha * (exp(x) - 1)`` |
-| softplus | beta, threshold | ``log(1 + exp(beta * x)) / beta``, ``x`` where ``beta * x > threshold`` |
-| gelu | 0 or 1 | with ``erf``, or 1: its approximation by ``tanh`` |
-| clamp | low, high | either may be infinite |
-| add, sub, mul, div | number | ``x + number`` and so on |
-| rsub, rdiv | number | ``number - x``, ``number / x`` |
-| pow | exponent | ``x ** exponent`` |
-| neg, abs, exp, sqrt | | |
+    x * torch.sigmoid(x)  is  (("sigmoid", "%0"), ("mul.Tensor", "%0", "%1"))
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
 
-FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "relu": torch.relu,
-    "relu6": functional.relu6,
-    "hardswish": functional.hardswish,
-    "hardsigmoid": functional.hardsigmoid,
-    "sigmoid": torch.sigmoid,
-    "silu": functional.silu,
-    "mish": functional.mish,
-    "tanh": torch.tanh,
-    "leaky_relu": functional.leaky_relu,
-    "elu": functional.elu,
-    "softplus": functional.softplus,
-    "gelu": lambda x, approximate: functional.gelu(x, approximate="tanh" if approximate else "none"),
-    "clamp": lambda x, low, high: torch.clamp(x, low, high),
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "rsub": lambda x, number: number - x,
-    "rdiv": lambda x, number: number / x,
-    "pow": operator.pow,
-    "neg": torch.neg,
-    "abs": torch.abs,
-    "exp": torch.exp,
-    "sqrt": torch.sqrt,
-}
+from lightning_baqe.errors import ConfigError
+
+Step = tuple[Any, ...]
+CLIPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"})
 
 
 @dataclass(frozen=True)
-class Pointwise:
-    """One function with its parameters.
+class Expression:
+    """One expression.
 
     Args:
-        name: a key of :data:`FUNCTIONS`.
-        parameters: see the module's docstring.
+        steps: see the module's docstring.
+
+    Raises:
+        ConfigError: a step is no pointwise operator of PyTorch, or reads what comes after it.
     """
 
-    name: str
-    parameters: tuple[float, ...] = ()
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        for place, (name, *arguments) in enumerate(self.steps):
+            operator(name)
+            numbers = [int(value[1:]) for value in arguments if is_reference(value)]
+            if any(number > place for number in numbers):
+                raise ConfigError(f"step {place} of {self.steps} reads a step that is not computed yet")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The function's values; ``x`` is floating point, of any shape."""
-        return FUNCTIONS[self.name](x, *self.parameters)
+        """The expression's values; ``x`` is floating point, of any shape."""
+        found = [x]
+        for name, *arguments in self.steps:
+            function = operator(name)
+            values = [found[int(value[1:])] if is_reference(value) else value for value in arguments]
+            schema = function._schema.arguments
+            plain = [value for value, argument in zip(values, schema, strict=True) if not argument.kwarg_only]
+            named = {a.name: value for value, a in zip(values, schema, strict=True) if a.kwarg_only}
+            found.append(function(*plain, **named))
+        return found[-1]
+
+    def __str__(self) -> str:
+        return " -> ".join(name.split(".")[0] for name, *_ in self.steps)
+
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        """The range that it clips to, if it does nothing else; either end may be infinite."""
+        return clip_of(self.steps[0]) if len(self.steps) == 1 else None
 
 
-def of_module(module: nn.Module) -> Pointwise | None:
-    """The function of one of torch's activation modules, None for any other module."""
-    if type(module) in _PLAIN_MODULES:
-        return Pointwise(type(module).__name__.lower())
-    if isinstance(module, nn.GELU):
-        return Pointwise("gelu", (float(module.approximate == "tanh"),))
-    for kind, (name, *attributes) in _MODULES.items():
-        if isinstance(module, kind):
-            return Pointwise(name, tuple(getattr(module, attribute) for attribute in attributes))
-    return None
+def is_reference(value: Any) -> bool:
+    """Whether an argument is the result of a step."""
+    return isinstance(value, str) and value.startswith("%")
 
 
-def of_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pointwise | None:
-    """The function of a call on one tensor.
+def operator(name: str) -> Any:
+    """The ATen operator of a step's name; ConfigError where that is no pointwise operator without side effects."""
+    packet, _, overload = name.partition(".")
+    found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+    if not isinstance(found, torch._ops.OpOverload) or not is_pointwise(found):
+        raise ConfigError(f"{name!r} is no pointwise operator of this PyTorch")
+    return found
 
-    Args:
-        target: a torch function, an operator, or the name of a tensor's method.
-        args: positional arguments, the tensor being ``None`` in its place; all others are numbers or flags.
-        kwargs: likewise, without the tensor.
 
-    Returns:
-        None if the call is no pointwise function of that tensor.
-    """
-    name = (target if isinstance(target, str) else _NAMES.get(target, "")).rstrip("_")
-    if name in _BINARY:
-        return _binary(name, args, kwargs)
-    if name not in _DEFAULTS:
+def is_pointwise(target: Any) -> bool:
+    """Whether an operator maps each value to one value, whatever its neighbours, and changes nothing."""
+    is_operator = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return (
+        is_operator
+        and (torch.Tag.pointwise in target.tags or target.overloadpacket in _UNTAGGED)
+        and (not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags)
+    )
+
+
+def step_name(target: Any) -> str:
+    """How a step names an ATen operator."""
+    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
+    return name if overload == "default" else f"{name}.{overload}"
+
+
+def function(name: str, *arguments: Any) -> Expression:
+    """One operator of ``x`` and its further arguments; those that are not given have the schema's defaults."""
+    schema = operator(name)._schema.arguments
+    given = ["%0", *arguments]
+    return Expression(((name, *given, *(argument.default_value for argument in schema[len(given) :])),))
+
+
+def clip_of(step: Step) -> tuple[float, float] | None:
+    """The range that a step clips to, None for any other operator."""
+    name, *arguments = step
+    name = name.split(".")[0]
+    if name not in CLIPS:
         return None
-    given = dict(zip(_DEFAULTS[name], args[1:], strict=False)) | kwargs
-    options = {key: default if given.get(key) is None else given[key] for key, default in _DEFAULTS[name].items()}
-    if name == "gelu":
-        return Pointwise("gelu", (float(options["approximate"] == "tanh"),))
-    if name.startswith(("clamp", "clip", "hardtanh")):
-        low = options.get("min", options.get("min_val", -math.inf))
-        high = options.get("max", options.get("max_val", math.inf))
-        return Pointwise("clamp", (float(low), float(high)))
-    return Pointwise(name, tuple(float(value) for value in options.values()))
-
-
-def _binary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pointwise | None:
-    """A tensor and a number: None with anything else besides, such as a rounding mode."""
-    given = [value for value in (*args, *kwargs.values()) if value is not None]
-    if len(given) != 1 or isinstance(given[0], bool) or not isinstance(given[0], int | float):
+    numbers = arguments[1:]
+    if any(isinstance(value, torch.fx.Node) or is_reference(value) for value in numbers):
         return None
-    if args and args[0] is not None:  # the number comes first
-        swapped = {"sub": "rsub", "div": "rdiv", "pow": None}.get(name, name)
-        return None if swapped is None else Pointwise(swapped, (float(given[0]),))
-    return Pointwise(name, (float(given[0]),))
+    low, high = _CLIP_LIMITS[name](*numbers)
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
-_BINARY = ("add", "sub", "mul", "div", "pow")
-_PLAIN = (
-    "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "mish", "tanh", "neg", "abs", "exp", "sqrt",
-)  # fmt: skip
-# Parameters of torch's functions, in order, with their defaults.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in _PLAIN},
-    "leaky_relu": {"negative_slope": 0.01},
-    "elu": {"alpha": 1.0},
-    "softplus": {"beta": 1.0, "threshold": 20.0},
-    "gelu": {"approximate": "none"},
-    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
-    "clamp": {"min": -math.inf, "max": math.inf},
-    "clip": {"min": -math.inf, "max": math.inf},
-    "clamp_min": {"min": -math.inf},
-    "clamp_max": {"max": math.inf},
+_CLIP_LIMITS: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "relu": lambda: (0.0, None),
+    "relu6": lambda: (0.0, 6.0),
+    "hardtanh": lambda low, high: (low, high),
+    "clamp": lambda low, high: (low, high),
+    "clamp_min": lambda low: (low, None),
+    "clamp_max": lambda high: (None, high),
 }
-_PLAIN_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.SiLU, nn.Mish, nn.Tanh)
-# Each with the attributes that are its parameters.
-_MODULES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.ELU: ("elu", "alpha"),
-    nn.Softplus: ("softplus", "beta", "threshold"),
-    nn.Hardtanh: ("clamp", "min_val", "max_val"),
-}
-_NAMES: dict[Any, str] = {operator.truediv: "div", abs: "abs"} | {
-    getattr(namespace, name): name
-    for namespace in (operator, torch, functional)
-    for name in (*_BINARY, *_DEFAULTS)
-    if hasattr(namespace, name)
-}
+# Pointwise, though PyTorch does not say so.
+_aten = torch.ops.aten
+_UNTAGGED = frozenset({_aten.hardswish, _aten.log_sigmoid, _aten.where, _aten.rsub})

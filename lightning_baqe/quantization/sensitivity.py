@@ -4,27 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
 
 from lightning_baqe.quantization.activation import ActivationQuantizer
+from lightning_baqe.quantization.aten import origin
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.quantization.layers import QuantConv2d, QuantLinear
-from lightning_baqe.quantization.plain import evaluating
+from lightning_baqe.quantization.layers import QuantLayer
+from lightning_baqe.quantization.train_modes import evaluating
 from lightning_baqe.quantization.weight import WeightQuantizer
+
+OutputKind = Literal["classes", "labels", "values"]
+
+
+def output_divergence(reference: torch.Tensor, found: torch.Tensor, kind: OutputKind = "classes") -> torch.Tensor:
+    """How far outputs are from a reference, at least 0; the mean over all but dimension 1.
+
+    Args:
+        reference: ``(n, outputs, ...)``; no gradient flows there.
+        found: of the same shape.
+        kind: ``classes``: logits of exclusive classes along dimension 1, KL(reference || found) of their probabilities,
+            in nats. ``labels``: logits of independent ones, the sum of each one's KL; so is a single class, whose
+            probability among its like is always 1. ``values``: the squared difference over the reference's variance.
+
+    Returns:
+        scalar.
+    """
+    reference = reference.detach()
+    if reference.ndim == 1:
+        reference, found = reference[:, None], found[:, None]
+    if kind == "values":
+        return functional.mse_loss(found, reference) / reference.var(correction=0).clamp_min(1e-12)
+    if kind == "labels" or reference.shape[1] == 1:
+        theirs, ours = (torch.stack([functional.logsigmoid(x), functional.logsigmoid(-x)]) for x in (reference, found))
+    else:
+        theirs, ours = functional.log_softmax(reference, 1), functional.log_softmax(found, 1)
+    places = reference.numel() / reference.shape[1]
+    return functional.kl_div(ours, theirs, reduction="sum", log_target=True) / places
 
 
 @torch.no_grad()
-def layer_scores(model: QuantizedModel, images: torch.Tensor) -> dict[str, float]:
-    """The divergence of the class probabilities where one layer's weights and input alone are quantized.
+def layer_scores(model: QuantizedModel, images: torch.Tensor, kind: OutputKind = "classes") -> dict[str, float]:
+    """The divergence of the outputs where one layer's weights and input alone are quantized.
 
-    The mean over images of KL(float || quantized), in nats: the label-free loss that the layer's quantization adds.
+    By default the mean over images of KL(float || quantized) of the class probabilities, in nats: the label-free loss
+    that the layer's quantization adds.
 
     Args:
         model: calibrated; its modes and quantizers are restored.
         images: ``(n, channels, height, width)``; moved to the model's device.
+        kind: of the outputs, for :func:`output_divergence`.
 
     Returns:
         ``{layer: at least 0}`` of every quantized layer, in network order.
@@ -35,17 +67,17 @@ def layer_scores(model: QuantizedModel, images: torch.Tensor) -> dict[str, float
     images = images.to(next(model.parameters()).device)
     everything = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
 
-    def log_probabilities(idle: Sequence[nn.Module]) -> torch.Tensor:
+    def outputs(idle: Sequence[nn.Module]) -> torch.Tensor:
         with _idle(idle):
-            return functional.log_softmax(model(images).flatten(1), dim=1)
+            found: torch.Tensor = model(images)
+            return found
 
     scores = {}
     with evaluating(model):
-        reference = log_probabilities(everything)
+        reference = outputs(everything)
         for layer, own in _quantizers_of_layers(model).items():
-            found = log_probabilities([quantizer for quantizer in everything if quantizer not in own])
-            divergence = functional.kl_div(found, reference, reduction="batchmean", log_target=True)
-            scores[layer] = max(float(divergence), 0.0)
+            found = outputs([quantizer for quantizer in everything if quantizer not in own])
+            scores[layer] = max(float(output_divergence(reference, found, kind)), 0.0)
     return scores
 
 
@@ -54,9 +86,9 @@ def _quantizers_of_layers(model: QuantizedModel) -> dict[str, list[nn.Module]]:
     owners: dict[str, list[nn.Module]] = {}
     for node in model.graph.nodes:
         layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, QuantConv2d | QuantLinear):
+        if not isinstance(layer, QuantLayer):
             continue
-        own = owners.setdefault(str(node.target), [layer.weight_quantizer])
+        own = owners.setdefault(origin(node).label, [layer.weight_quantizer])
         source = node.args[0]
         while isinstance(source, fx.Node) and source.op == "call_module":
             quantizer = model.get_submodule(str(source.target))

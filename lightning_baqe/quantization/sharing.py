@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from lightning_baqe.quantization.aten import origin
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import plan
 from lightning_baqe.quantization.ops import OpReader
@@ -29,7 +30,8 @@ def shared_tensors(network: nn.Module, example: torch.Tensor, bits: BitConfig) -
     Raises:
         UnsupportedModelError: the network cannot be traced.
     """
-    return shared_in(OpReader(network, trace(network, example)), bits)
+    graph = trace(network, (example.expand(2, *example.shape[1:])[:2] if len(example) < 2 else example[:2],))
+    return shared_in(OpReader(graph, graph.graph), bits)
 
 
 def shared_in(reader: OpReader, bits: BitConfig) -> list[Shared]:
@@ -40,7 +42,7 @@ def shared_in(reader: OpReader, bits: BitConfig) -> list[Shared]:
         layers.setdefault(tensor, {})
         others.setdefault(tensor, set())
         if reader[consumer].kind == "layer":
-            layers[tensor][str(consumer.target)] = None
+            layers[tensor][origin(consumer).label] = None
         else:
             others[tensor].add(width)
     return [

@@ -1,255 +1,739 @@
-"""Symbolic tracing of a float model into a graph whose operators can be told apart and that has no side effects."""
+"""From a user's network to a graph of torch's own layers and ATen operators.
+
+``torch.export`` runs the network in eval mode and records what reaches PyTorch's operators: so subclasses, hooks,
+patched methods, autograd functions, default arguments, views and control flow on sizes need no rules of ours. Here the
+record becomes a graph that can be trained again: layers, batch norms and dropouts are plain modules of torch's classes
+under their own names, with the parameters that they had, whatever class they came from.
+"""
 
 from __future__ import annotations
 
-import inspect
+import copy
+import keyword
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
-from torch.nn.utils import parametrize
+from torch.export import Dim, ExportedProgram, default_decompositions
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree
 
-from lightning_baqe.errors import UnsupportedModelError
-from lightning_baqe.quantization.ops import STOCHASTIC, target_name
-from lightning_baqe.quantization.plain import Padding, evaluating, has_fused_activation, make_plain
+from lightning_baqe.errors import ConfigError, UnsupportedModelError
+from lightning_baqe.quantization.aten import (
+    DROPOUTS,
+    FILLS,
+    FIRST_OF,
+    KINDS,
+    LAYERS,
+    NORMS,
+    ORIGIN,
+    STOCHASTIC,
+    WRITES,
+    Origin,
+    bound,
+    is_known,
+    name_of,
+)
+from lightning_baqe.quantization.config import LAYER_TYPES, layers
+from lightning_baqe.quantization.pointwise import is_pointwise
+from lightning_baqe.quantization.train_modes import evaluating, freeze_statistics, is_frozen
 
-_IN_PLACE_FUNCTIONS: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    **{getattr(torch, f"{name}_"): getattr(torch, name) for name in ("relu", "sigmoid", "tanh", "clamp", "neg", "exp")},
+aten = torch.ops.aten
+_CONVS: dict[str, type[nn.Module]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv_transpose2d": nn.ConvTranspose2d,
 }
-_MODE_FUNCTIONS: tuple[Any, ...] = (functional.batch_norm, torch.batch_norm, functional.instance_norm)
-_EXAMPLE = "lightning_baqe.example"
-_TRACING_ERRORS = (
-    fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError, AssertionError,
-    IndexError, KeyError,
-)  # fmt: skip
+_DROPOUTS: dict[str, Callable[[float], nn.Module]] = {
+    "dropout": nn.Dropout,
+    "feature_dropout": nn.Dropout2d,
+    "alpha_dropout": nn.AlphaDropout,
+    "feature_alpha_dropout": nn.FeatureAlphaDropout,
+}
+_MODULES = (*LAYER_TYPES, nn.modules.batchnorm._BatchNorm)
+# A view of what lies otherwise in memory (channels last) is an error, a reshape is not.
+_LENIENT: dict[Any, Any] = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_IGNORED = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "_check")
+Output = TypeVar("Output")
+_TAKEN = frozenset({
+    *dir(fx.GraphModule), *vars(fx.GraphModule({}, fx.Graph())), "record", "bits", "quantizers",
+    "activation_quantizers",
+})  # fmt: skip
 
 
-class _Tracer(fx.Tracer):
-    """Traces through everything but torch's own modules and convs and linears whose forward is torch's."""
+def trace(model: nn.Module, example: Sequence[torch.Tensor], output: str | int | None = None) -> fx.GraphModule:
+    """The network that ``model`` computes in eval mode, as a graph that can be trained; ``model`` stays as it is.
 
-    def __init__(self, paddings: dict[str, Padding]) -> None:
-        super().__init__()
-        self.path = ""
-        self.paddings = paddings
+    Nodes are layers, batch norms and dropouts (``call_module``), ATen operators without side effects, and constants
+    (``get_attr``). Dropouts and batch norms follow train and eval, as does what drops branches by chance; whatever
+    else training alone has (auxiliary classifiers) is left out. Each node has its
+    :class:`~lightning_baqe.quantization.aten.Origin`.
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        for base in (nn.Conv2d, nn.Linear):
-            if isinstance(m, base):
-                return type(m).forward is base.forward
-        if type(m).__name__ in STOCHASTIC or isinstance(m, nn.BatchNorm2d):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        before, self.path = self.path, self.path_of_module(m)
-        padding = self.paddings.get(self.path)
-        if padding is not None:
-            args = (functional.pad(args[0], padding), *args[1:])
-        out = super().call_module(m, forward, args, kwargs)
-        if has_fused_activation(m):
-            out = m.act(m.drop(out))  # type: ignore[operator]
-        self.path = before  # after an error the path stays where it happened
-        return out
-
-
-class _Shaped(fx.Proxy):
-    """A tensor whose sizes are numbers, but for the batch, which stays symbolic."""
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        example = self.node.meta[_EXAMPLE]
-        if not isinstance(example, torch.Tensor):
-            raise AttributeError(f"{self.node.name} is a {type(example).__name__} and has no shape")
-        if example.ndim == 0:
-            return ()
-        symbolic = self.tracer.create_proxy("call_function", getattr, (self, "shape"), {})
-        return (operator.getitem(symbolic, 0), *example.shape[1:])
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    @property
-    def ndim(self) -> int:
-        return int(self.node.meta[_EXAMPLE].ndim)
-
-    def dim(self) -> int:
-        return self.ndim
-
-
-class _ShapeTracer(_Tracer):
-    """Executes the network on an example as it traces it, so that control flow may depend on sizes."""
-
-    def __init__(self, paddings: dict[str, Padding], example_input: torch.Tensor) -> None:
-        super().__init__(paddings)
-        self.example_input = example_input
-        self.is_executing = False  # fx hooks every module's call and attributes while it traces
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        return forward(*args, **kwargs) if self.is_executing else super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self.is_executing else super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Shaped(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: source.meta[_EXAMPLE])
-        self.is_executing = True
-        try:
-            with torch.no_grad():
-                node.meta[_EXAMPLE] = self._execute(node, *arguments)
-        finally:
-            self.is_executing = False
-        return node
-
-    def _execute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if node.op == "placeholder":
-            return self.example_input
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root).clone()
-        if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return args if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def trace(model: nn.Module, example_input: torch.Tensor | None = None) -> fx.Graph:
-    """The model's graph in eval mode, free of in-place operators; dropout functions become modules, which follow train
-    and eval, as does what drops branches by chance. Auxiliary classifiers that only training has are left out.
-
-    ``model`` receives a submodule for each dropout function and loses the in-place flag of ReLUs; convolutions that
-    compute their weights or their padding (see :mod:`lightning_baqe.quantization.plain`) become plain ones. Hand over
-    a copy.
+    Layers keep the weights that they compute at this moment, and have the padding that the example's size asks for.
 
     Args:
-        model: the float network.
-        example_input: a batch of any size; needed by convolutions that compute their weights or their padding, and by
-            control flow that depends on sizes.
+        model: any network; what it is called with besides the example has defaults.
+        example: its inputs, each a batch of two or more; all further sizes are fixed.
+        output: of several outputs, the key or number of the one that is wanted.
 
     Raises:
-        UnsupportedModelError: it cannot be traced; names the submodule and the reason.
+        UnsupportedModelError: it cannot be traced; names the module and the reason.
+        ConfigError: it has several outputs and ``output`` names none of them.
     """
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
+    program = _functional(_export(model, example), model)
+    return _Rebuilder(model, program).graph_module(output)
+
+
+# -- what torch.export records ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lightning_baqe::by_chance", mutates_args=())
+def _by_chance(x: torch.Tensor, path: str) -> torch.Tensor:
+    """Stands for a module that drops branches or regions in training and is the identity in eval mode."""
+    return x.clone()
+
+
+@_by_chance.register_fake
+def _(x: torch.Tensor, path: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("lightning_baqe::dropped", mutates_args=())
+def _dropped(x: torch.Tensor, kind: str, p: float) -> torch.Tensor:
+    """Stands for a dropout, which torch.export takes for nothing in eval mode where it takes a graph apart."""
+    return x.clone()
+
+
+@_dropped.register_fake
+def _(x: torch.Tensor, kind: str, p: float) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    """Let modules that drop by chance leave a trace; only those that are exactly what their libraries wrote."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            if _full_name(type(module)) in STOCHASTIC and not hooked:
+                module.forward = lambda x, name=name: _by_chance(x, name)
+                stack.callback(delattr, module, "forward")
+        yield
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let modules run as they were before ``module.compile()``."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+class _Whereabouts:
+    """The path of the module that is running, for messages about what goes wrong in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = {module: name for name, module in model.named_modules()}
+        self.stack: list[nn.Module] = []
+
+    def __enter__(self) -> _Whereabouts:
+        self.hooks = (
+            nn.modules.module.register_module_forward_pre_hook(self._enter),
+            nn.modules.module.register_module_forward_hook(self._leave),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.stack.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.stack.pop()
+
+    def text(self) -> str:
+        named = [module for module in self.stack if module in self.paths]
+        if not named or not self.paths[named[-1]]:
+            return "its forward"
+        return f"module {self.paths[named[-1]]!r} ({type(named[-1]).__name__})"
+
+
+def _export(model: nn.Module, example: Sequence[torch.Tensor]) -> ExportedProgram:
+    shapes = tuple({0: Dim.AUTO} for _ in example)
+    with evaluating(model), _marked(model), _uncompiled(model), _Whereabouts(model) as where:
+        try:
+            program = torch.export.export(model, tuple(example), dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # of torch's many kinds, or of the network's own code; always raised again
             raise UnsupportedModelError(
-                f"module {name!r} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
+                f"{type(model).__name__} cannot be traced: in {where.text()}: {_first_line(error)}. Let forward be "
+                "free of control flow that depends on values of tensors, and of code that leaves PyTorch (numpy, "
+                "lists of numbers), or move such code out of the network"
+            ) from error
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in program.graph_signature.user_inputs and not isinstance(_shape(node)[0], torch.SymInt):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes batches of {_shape(node)[0]} alone: its forward fixes the batch size, "
+                "for instance by view(1, ...) or reshape(-1, n) where n does not divide what one input gives; use "
+                "x.size(0), flatten(1) or unflatten"
             )
-    paddings = make_plain(model, example_input)
-    with evaluating(model):
-        graph = _trace(model, paddings, example_input)
-    graph._tracer_cls = fx.Tracer  # what a pickled graph module is traced with again, every module being a leaf
-    _remove_assertions(graph)
-    _make_functional(graph, model)
-    _make_dropout_modules(graph, model)
-    graph.lint()
-    return graph
+    return program
 
 
-def _trace(model: nn.Module, paddings: dict[str, Padding], example_input: torch.Tensor | None) -> fx.Graph:
-    tracer = _Tracer(paddings)
-    try:
-        return tracer.trace(model)
-    except _TRACING_ERRORS as error:
-        if example_input is None:
-            raise _untraceable(model, tracer, error, "; give example_input if it depends on sizes only") from error
-    tracer = _ShapeTracer(paddings, example_input[:1])
-    try:
-        graph = tracer.trace(model)
-    except _TRACING_ERRORS as error:
-        raise _untraceable(model, tracer, error) from error
-    for node in graph.nodes:
-        del node.meta[_EXAMPLE]
-    return graph
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400].rstrip(".")
 
 
-def _untraceable(model: nn.Module, tracer: _Tracer, error: Exception, more: str = "") -> UnsupportedModelError:
-    where = f"submodule {tracer.path!r}" if tracer.path else "its forward"
-    return UnsupportedModelError(
-        f"{type(model).__name__} cannot be traced: in {where}: {error}. Let forward be free of control flow that "
-        f"depends on tensors, or move such code out of the model{more}"
-    )
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list) and value:  # of several outputs the first has a meaning here
+        value = value[0]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def _remove_assertions(graph: fx.Graph) -> None:
-    for node in graph.find_nodes(op="call_function", target=torch._assert):
-        graph.erase_node(node)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+# -- without side effects -----------------------------------------------------------------------------------------
+
+
+def _functional(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
+    """Without in-place operators, and with what :mod:`lightning_baqe.quantization.ops` does not know taken apart."""
+    unknown = {n.target for n in program.graph.nodes if n.op == "call_function" and not is_known(n)}
+    for node in program.graph.nodes:
+        _replace_plain_write(node)
+    writes = any(_writes(node) for node in program.graph.nodes)
+    table = default_decompositions() if unknown else {}
+    table = {target: table[target] for target in unknown if target in table}
+    if not writes and not table:
+        return program
+    for node in program.graph.nodes:
+        if node.op == "call_function" and name_of(node) in DROPOUTS:
+            options = bound(node)
+            node.args = (node.args[0], name_of(node), float(options.get("p", 0.5)))
+            node.kwargs, node.target = {}, torch.ops.lightning_baqe.dropped.default
+    program = program.run_decompositions(table)
+    changed = program.graph_signature.buffers_to_mutate
+    if changed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} changes its buffer {sorted(changed.values())[0]!r} in eval mode: what it computes "
+            "depends on what it has computed before; let forward leave buffers alone in eval mode"
+        )
+    return program
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a function or method changes a tensor in place, by its name or an option."""
-    if node.op not in ("call_function", "call_method"):
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether an operator's output is memory of its own, that no view of shows anywhere else."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
-    name, found = target_name(node), _in_place_option(node)
-    in_place = found is not None and bool(found[1].get("inplace"))
-    return in_place or node.target in _IN_PLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
+    name = name_of(node)
+    if name == "by_chance":  # what it stands for returns its argument itself
+        source = cast(fx.Node, node.args[0])
+        return len(source.users) == 1 and _is_fresh(source)
+    makes = is_pointwise(target) or name in LAYERS or name in NORMS or "pool" in KINDS.get(name, "") or name == "cat"
+    return makes and not target.is_view
 
 
-def _in_place_option(node: fx.Node) -> tuple[int, dict[str, Any]] | None:
-    """Where a function of ``torch.nn.functional`` takes ``inplace``, and its arguments from there on, by name."""
-    if node.op != "call_function" or getattr(node.target, "__module__", None) != functional.__name__:
-        return None
-    parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    if "inplace" not in parameters:
-        return None
-    at = parameters.index("inplace")
-    return at, dict(zip(parameters[at:], node.args[at:], strict=False)) | node.kwargs
+def _replace_plain_write(node: fx.Node) -> None:
+    """Replace an in-place operator by the plain one where nothing shares its operand's memory."""
+    if not _writes(node) or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    name, source = node.target._schema.name.removeprefix("aten::"), node.args[0]
+    packet = getattr(aten, name.removesuffix("_"), None)
+    if not name.endswith("_") or packet is None or node.target._overloadname not in packet.overloads():
+        return
+    if not isinstance(source, fx.Node) or not _is_fresh(source):
+        return
+    order = {other: place for place, other in enumerate(node.graph.nodes)}
+    before = [user for user in source.users if order[user] < order[node]]
+    if not all(_is_fresh(user) for user in before):
+        return
+    node.target = getattr(packet, node.target._overloadname)
+    for user in [user for user in source.users if order[user] > order[node]]:
+        user.replace_input_with(source, node)
 
 
-def _make_functional(graph: fx.Graph, model: nn.Module) -> None:
-    """Replace in-place operators: what reads their operand later reads their result instead."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if node.target in _MODE_FUNCTIONS:
-            raise UnsupportedModelError(
-                f"{node.name}: a functional normalisation fixes train or eval mode when traced; use nn.BatchNorm2d"
+# -- a graph that can be trained ----------------------------------------------------------------------------------
+
+
+class _Rebuilder:
+    """Makes modules of the operators that have parameters or a training mode."""
+
+    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
+        self.model, self.program = model, program
+        self.layers = frozenset(layers(model))
+        self.modules = dict(model.named_modules())
+        self.root, self.graph = nn.Module(), fx.Graph()
+        self.new: dict[fx.Node, Any] = {}
+        self.made: dict[str, tuple[Any, ...]] = {}  # how the module at each path was made
+        self.tensors: dict[str, torch.Tensor] = {**program.state_dict, **program.constants}
+        self.copies: dict[int, torch.Tensor] = {}
+        self.names: dict[fx.Node, str] = {}  # parameters, buffers and constants by their placeholders
+        placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+        for spec in program.graph_signature.input_specs:
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                self.names[placeholders[spec.arg.name]] = cast(str, spec.target)
+        self.evaluated: dict[fx.Node, Any] = {}
+        self.varying, self.fixed = self._dependencies()
+
+    def _dependencies(self) -> tuple[set[fx.Node], set[fx.Node]]:
+        """The nodes that depend on the network's inputs, and the tensors that depend on nothing that trains either."""
+        varying: set[fx.Node] = set()
+        fixed: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            is_input = node.op == "placeholder" and node not in self.names
+            if is_input or any(source in varying for source in node.all_input_nodes):
+                varying.add(node)
+            elif node in self.names:
+                if not self.tensors[self.names[node]].requires_grad:
+                    fixed.add(node)
+            elif all(source in fixed for source in node.all_input_nodes):
+                fixed.add(node)
+        calls = {n for n in fixed if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)}
+        return varying, calls
+
+    def graph_module(self, output: str | int | None) -> fx.GraphModule:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node not in self.names:
+                self._take(node, self.graph.placeholder(node.name), str(node.name))
+            elif node.op == "call_function":
+                self._call(node)
+        last = next(iter(self.program.graph.find_nodes(op="output")))
+        self.graph.output(self.new[_chosen(self.model, self.program, last, output)])
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.graph.lint()
+        traced = fx.GraphModule(self.root, self.graph, class_name=type(self.model).__name__)
+        for name, module in traced.named_modules():
+            same = next((m for path, m in self.model.named_modules() if safe_path(path) == name), self.model)
+            module.training = same.training
+        return traced
+
+    # -- nodes ------------------------------------------------------------------------------------------------------
+
+    def _take(self, node: fx.Node, new: fx.Node, label: str) -> None:
+        shape = tuple(size if isinstance(size, int) else None for size in _shape(node))
+        kind = str(getattr(node.meta.get("val"), "dtype", torch.float32)).removeprefix("torch.")
+        new.meta[ORIGIN] = Origin(label, *scope(node), shape, kind)
+        self.new[node] = new
+
+    def _argument(self, value: Any) -> Any:
+        return fx.node.map_arg(value, self._node)
+
+    def _node(self, node: fx.Node) -> fx.Node:
+        """The new node of an old one; parameters and buffers get theirs when they are first used."""
+        if node not in self.new:
+            name = self.names[node]
+            path = safe_path(name)
+            if isinstance(self.modules.get(name.rpartition(".")[0]), _MODULES):
+                path += "_"  # the module that stands there may have another tensor of this name, or none
+            parent, _, leaf = path.rpartition(".")
+            holder = self._container(parent)
+            if not hasattr(holder, leaf):
+                self._register(holder, leaf, self._copy(name))
+            self._take(node, self.graph.get_attr(path), name)
+        found: fx.Node = self.new[node]
+        return found
+
+    def _call(self, node: fx.Node) -> None:
+        name, options = name_of(node), bound(node)
+        if name.startswith(_IGNORED):
+            return
+        if name in LAYERS:
+            self._layer(node, name, options)
+        elif name in NORMS:
+            self._batch_norm(node, options)
+        elif name in DROPOUTS or name == "dropped":
+            path, kind = scope(node)
+            where = (
+                path
+                if kind.startswith("torch.nn.modules.dropout")
+                else f"functional_{node.name.replace('dropped', 'dropout')}"
             )
-        in_place, found = _writes(node), _in_place_option(node)
-        if node.op == "call_method" and in_place:
-            node.target = node.target.rstrip("_")
-        elif found is not None:
-            at, options = found
-            node.args, node.kwargs = node.args[:at], {key: options[key] for key in options if key != "inplace"}
-        elif node.op == "call_function":
-            node.target = _IN_PLACE_FUNCTIONS.get(node.target, node.target)
-        elif node.op == "call_module":
-            in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-        if in_place and isinstance(node.args[0], fx.Node):
-            source = node.args[0]
-            for user in list(source.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(source, node)
-    for module in model.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
+            which = options["kind"] if name == "dropped" else name
+            self._module(node, where, (_DROPOUTS[which], float(options.get("p", 0.5))), lambda make, p: make(p))
+        elif name == "by_chance":
+            where = str(node.args[1])
+            self._module(node, where, (where,), lambda path: copy.deepcopy(self.model.get_submodule(path)))
+        elif node in self.fixed:
+            name = f"constant_{len(self.graph.find_nodes(op='get_attr'))}_{node.name}"
+            self._register(self.root, name, self._evaluate(node).detach().clone())
+            self._take(node, self.graph.get_attr(name), label_of(node))
+        elif _is_nothing(node):
+            self.new[node] = self._node(cast(fx.Node, node.args[0]))
+        elif name in WRITES:
+            self._write(node, name, options)
+        elif name in FILLS:
+            self._fill(node, name, options)
+        elif node not in self.new:
+            self._function(node)
+
+    def _fill(self, node: fx.Node, name: str, options: Mapping[str, Any]) -> None:
+        """One number in the shape of a tensor: a constant."""
+        number = options.get("fill_value", {"zeros": 0.0, "ones": 1.0}.get(name.split("_")[0], 0.0))
+        alone = all(is_pointwise(user.target) for user in node.users)  # they spread it by themselves
+        shape = tuple(size if isinstance(size, int) else 1 for size in _shape(node))
+        constant = torch.full(() if alone else shape, number, dtype=node.meta["val"].dtype)
+        attribute = f"constant_{node.name}"
+        self.root.register_buffer(attribute, constant)
+        found = self.graph.get_attr(attribute)
+        if not alone and shape != _shape(node):
+            batch = self.graph.call_function(aten.sym_size.int, (self.graph.find_nodes(op="placeholder")[0], 0))
+            sizes = [size if isinstance(size, int) else batch for size in _shape(node)]
+            self._take(node, found, label_of(node))
+            found = self.graph.call_function(aten.expand.default, (found, sizes))
+        self._take(node, found, label_of(node))
+
+    def _write(self, node: fx.Node, name: str, options: Mapping[str, Any]) -> None:
+        """What is left of an assignment to a part of a tensor: the parts before and after it, and what was assigned."""
+        source, whole = options["src"], options["self"]
+        if name == "copy":
+            if _shape(source) != _shape(whole):
+                raise self._refuse(node, "assigns a tensor of another shape in place; write it as an expression")
+            self.new[node] = self._node(source)
+            return
+        dim, size = options["dim"] % len(_shape(whole)), _shape(whole)[options["dim"]]
+        start, end, step = options.get("start") or 0, options.get("end"), options.get("step", 1)
+        part = self._node(source)
+        if name == "select_scatter":
+            start, end, step = options["index"], None, 1
+            part = self.graph.call_function(aten.unsqueeze.default, (part, dim))
+            self._take(source, part, label_of(node))
+        if not isinstance(size, int):  # the batch: all of it
+            self.new[node] = part
+            return
+        start = start + size if start < 0 else start
+        end = (
+            start + 1
+            if name == "select_scatter"
+            else size
+            if end is None
+            else end + size
+            if end < 0
+            else min(end, size)
+        )
+        if step != 1 or not isinstance(start, int) or not isinstance(end, int):
+            raise self._refuse(node, "assigns to every other element in place; write it as an expression")
+        pieces = []
+        for first, last in ((0, start), (end, size)):
+            if first < last:
+                piece = self.graph.call_function(aten.slice.Tensor, (self._node(whole), dim, first, last))
+                piece.meta[ORIGIN] = Origin(
+                    f"{label_of(node)}.slice", *scope(node), _with(_shape(whole), dim, last - first)
+                )
+                pieces.append(piece)
+            if first == 0:
+                pieces.append(part)
+        joined = part if len(pieces) == 1 else self.graph.call_function(aten.cat.default, (pieces, dim))
+        if len(pieces) == 1:
+            self.new[node] = part
+        else:
+            self._take(node, joined, label_of(node))
+
+    def _function(self, node: fx.Node) -> None:
+        target, args, kwargs = node.target, self._argument(node.args), self._argument(node.kwargs)
+        source = node.args[0] if node.args else None
+        if target is operator.getitem and isinstance(source, fx.Node) and source.target in FIRST_OF:
+            if node.args[1] == 0:
+                self.new[node] = self.new[source]
+            if node.args[1] == 0 or not node.users:
+                return
+            raise self._refuse(node, f"reads the indices that {name_of(source)} returns, which have no meaning here")
+        target = _LENIENT.get(target, FIRST_OF.get(target, target))
+        if target is aten.rrelu.default:  # in eval mode
+            lower, upper = (bound(node)[key] for key in ("lower", "upper"))
+            target, args, kwargs = aten.leaky_relu.default, (args[0], (lower + upper) / 2), {}
+        label = label_of(node)
+        name = label if label == scope(node)[0] else name_of(node).removesuffix("_")
+        new = self.graph.create_node("call_function", cast(Any, target), args, kwargs, name=name.replace(".", "_"))
+        self._take(node, new, label)
+
+    # -- modules ----------------------------------------------------------------------------------------------------
+
+    def _module(self, node: fx.Node, name: str, how: tuple[Any, ...], make: Callable[..., nn.Module]) -> None:
+        """Call the module ``make(*how)`` at the path ``name``, with the first argument of ``node``."""
+        path = safe_path(name)
+        if path in self.made:
+            if not _equal(self.made[path], how):
+                raise self._refuse(node, f"calls layer {name!r} in two ways; give each call a layer of its own")
+        else:
+            self.made[path] = how
+            self._install(path, make(*how))
+        call = self.graph.create_node(
+            "call_module", path, (self._node(cast(fx.Node, node.args[0])),), name=name.replace(".", "_")
+        )
+        self._take(node, call, name)
+
+    def _layer(self, node: fx.Node, operator: str, options: Mapping[str, Any]) -> None:
+        name = self._owner(node, options["weight"])
+        weight, bias = (self._parameter(options[key], node) for key in ("weight", "bias"))
+        if operator == "linear":
+            self._module(node, name, (weight, bias), _linear)
+            return
+        window = {key: options.get(key) for key in ("stride", "padding", "dilation", "groups", "output_padding")}
+        self._module(node, name, (_CONVS[operator], weight, bias, window), _conv)
+
+    def _owner(self, node: fx.Node, weight: fx.Node) -> str:
+        """The layer whose weight it is."""
+        around = scopes(node)
+        found = self.names.get(weight, "")
+        owner, _, leaf = found.rpartition(".")
+        if weight in self.varying:
+            raise self._refuse(node, "computes a layer's weight from the input; such layers stay float")
+        inside = next((path for path, _ in reversed(around) if path in self.layers), None)
+        if leaf == "weight" and owner in self.layers:
+            shared = inside is not None and self.model.get_submodule(inside).weight is self.tensors[found]
+            return cast(str, inside) if shared else owner
+        if inside is None:
+            raise self._refuse(
+                node,
+                f"calls {node.target} with a weight ({found or 'computed'}) that no nn.Conv2d, nn.Linear, nn.Conv1d or "
+                "nn.ConvTranspose2d holds; let one of these hold it",
+            )
+        return inside
+
+    def _batch_norm(self, node: fx.Node, options: Mapping[str, Any]) -> None:
+        path, mean = scope(node)[0], options["running_mean"]
+        if options.get("training") or mean is None:
+            raise self._refuse(
+                node, "normalises by the statistics of the batch in eval mode, too; use track_running_stats=True"
+            )
+        name = self.names.get(mean, "").rpartition(".")[0] or path
+        source = self.modules.get(name)
+        is_own = isinstance(source, nn.modules.batchnorm._BatchNorm)
+        counter = getattr(source, "num_batches_tracked", None)
+        tensors = [self._parameter(options[key], node) for key in ("weight", "bias", "running_mean", "running_var")]
+        frozen = not is_own or is_frozen(cast(nn.Module, source))
+        momentum = source.momentum if is_own else options["momentum"]  # type: ignore[union-attr]
+        dims = len(_shape(cast(fx.Node, node.args[0])))
+        make = nn.BatchNorm2d if dims == 4 else nn.BatchNorm1d
+        self._module(node, name, (make, *tensors, counter, momentum, options["eps"], frozen), _batch_norm)
+        if name_of(node) != "batch_norm":  # its output is a tuple, of which the first is read
+            self.new |= dict.fromkeys(node.users, self.new[node])
+
+    def _parameter(self, value: Any, node: fx.Node) -> torch.Tensor | None:
+        """A layer's own parameter (a copy), or a new one with the value that the network computes for it."""
+        if value is None:
+            return None
+        if value in self.names:
+            return self._copy(self.names[value])
+        if value in self.varying:
+            raise self._refuse(node, "computes a layer's parameters from the input; such layers stay float")
+        return nn.Parameter(self._evaluate(value).detach().clone())
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        """What a node that depends on parameters alone computes."""
+        if node in self.names:
+            return self.tensors[self.names[node]]
+        if node not in self.evaluated:
+            args, kwargs = (fx.node.map_arg(given, self._evaluate) for given in (node.args, dict(node.kwargs)))
+            with torch.no_grad():
+                self.evaluated[node] = cast(Any, node.target)(*cast(Any, args), **cast(Any, kwargs))
+        return self.evaluated[node]
+
+    def _copy(self, name: str) -> torch.Tensor:
+        """A copy of a parameter or buffer; one for all names of one tensor."""
+        tensor = self.tensors[name]
+        if id(tensor) not in self.copies:
+            self.copies[id(tensor)] = copy.deepcopy(tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                self.copies[id(tensor)] = nn.Parameter(self.copies[id(tensor)], tensor.requires_grad)
+        return self.copies[id(tensor)]
+
+    def _container(self, path: str) -> nn.Module:
+        found = self.root
+        for part in path.split(".") if path else ():
+            if part not in found._modules:
+                found.add_module(part, nn.Module())
+            found = cast(nn.Module, found._modules[part])
+        return found
+
+    def _install(self, path: str, module: nn.Module) -> None:
+        parent, _, leaf = path.rpartition(".")
+        holder = self._container(parent)
+        old = holder._modules.get(leaf)
+        if old is not None:  # something inside it was used before it
+            for name, child in old._modules.items():
+                module.add_module(name, child)
+            for name, tensor in (*old._parameters.items(), *old._buffers.items()):
+                if name not in (*module._parameters, *module._buffers):
+                    self._register(module, name, cast(torch.Tensor, tensor))
+        holder.add_module(leaf, module)
+
+    @staticmethod
+    def _register(holder: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(leaf, tensor)
+        else:
+            holder.register_buffer(leaf, tensor)
+
+    def _refuse(self, node: fx.Node, reason: str) -> UnsupportedModelError:
+        path, kind = scope(node)
+        where = (
+            f"module {path!r} ({kind.rpartition('.')[2]})" if path else f"the forward of {type(self.model).__name__}"
+        )
+        return UnsupportedModelError(f"{where} {reason}")
 
 
-def _make_dropout_modules(graph: fx.Graph, model: nn.Module) -> None:
-    """Turn each ``functional.dropout`` into an ``nn.Dropout``: its ``training`` argument was fixed by tracing."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not functional.dropout:
-            continue
-        options = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
-        name = f"functional_{node.name}"
-        dropout = nn.Dropout(options.get("p", 0.5))
-        dropout.train(model.training)
-        model.add_module(name, dropout)
-        with graph.inserting_before(node):
-            new = graph.call_module(name, (options["input"],))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    return layer
+
+
+def _conv(
+    kind: type[nn.Module], weight: nn.Parameter, bias: nn.Parameter | None, window: Mapping[str, Any]
+) -> nn.Module:
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in window.items() if v is not None}
+    groups, (first, second) = options.get("groups", 1), weight.shape[:2]
+    channels = (first, second * groups) if kind is nn.ConvTranspose2d else (second * groups, first)
+    layer = kind(*channels, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options)
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    return layer
+
+
+def _batch_norm(
+    make: type[nn.BatchNorm2d],
+    weight: nn.Parameter | None,
+    bias: nn.Parameter | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    counter: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    frozen: bool,
+) -> nn.Module:
+    norm = make(len(mean), eps, momentum, affine=False)
+    norm.running_mean, norm.running_var = mean.detach(), variance.detach()
+    norm.register_parameter("weight", _as_parameter(weight))
+    norm.register_parameter("bias", _as_parameter(bias))
+    norm.affine = weight is not None or bias is not None
+    if counter is not None:
+        norm.num_batches_tracked = counter.clone()
+    if frozen:
+        freeze_statistics(norm)
+    return norm
+
+
+def _as_parameter(tensor: torch.Tensor | None) -> nn.Parameter | None:
+    is_parameter = tensor is None or isinstance(tensor, nn.Parameter)
+    return cast("nn.Parameter | None", tensor) if is_parameter else nn.Parameter(cast(torch.Tensor, tensor), False)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is b or (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b))
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def _is_nothing(node: fx.Node) -> bool:
+    """Whether an operator hands on the tensor that it reads."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    value, before = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor) or value.dtype != before.dtype:
+        return False
+    return KINDS.get(name_of(node)) == "identity"
+
+
+def _chosen(model: nn.Module, program: ExportedProgram, last: fx.Node, output: str | int | None) -> fx.Node:
+    """Which tensor the network is to return."""
+    mutated = sum(spec.kind.name.endswith("MUTATION") for spec in program.graph_signature.output_specs)
+    leaves = list(cast(Sequence[Any], last.args[0]))[mutated:]
+    found: Any = _pytree.tree_unflatten(leaves, cast(Any, program.call_spec.out_spec))
+    return chosen(found, output, type(model).__name__, fx.Node)
+
+
+def chosen(returned: Any, output: str | int | None, network: str, kind: type[Output]) -> Output:
+    """The output that is wanted of what a network returned.
+
+    Args:
+        returned: a tensor, or a tuple, list, mapping or object that holds some.
+        output: a key, attribute or number; None: there is one tensor.
+        network: its name, for messages.
+        kind: of what stands for a tensor.
+
+    Raises:
+        UnsupportedModelError: there are several, and none is chosen.
+        ConfigError: there is none of that name.
+    """
+    if isinstance(returned, kind):
+        if output is None:
+            return returned
+        raise ConfigError(f"output={output!r}, but {network} returns one tensor; leave output away")
+    if isinstance(returned, Mapping):
+        named = dict(returned)
+    else:
+        named = (
+            dict(enumerate(returned)) if isinstance(returned, tuple | list) else dict(getattr(returned, "__dict__", {}))
+        )
+    tensors = {key: value for key, value in named.items() if isinstance(value, kind)}
+    if output in tensors:
+        return tensors[output]
+    text = f"{network} returns a {type(returned).__name__} of {len(named)}"
+    if output is None:
+        raise UnsupportedModelError(
+            f"{text}, but one tensor is wanted: choose it by output=, one of {list(tensors)}, or let forward return it "
+            "alone"
+        )
+    raise ConfigError(f"output={output!r}, but {text}: choose one of {list(tensors)}")
+
+
+def _with(shape: tuple[Any, ...], dim: int, size: int) -> tuple[int | None, ...]:
+    """A shape with another size in one dimension; None stands for what depends on the batch."""
+    sizes = [size if place == dim else found for place, found in enumerate(shape)]
+    return tuple(found if isinstance(found, int) else None for found in sizes)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def scopes(node: fx.Node) -> list[tuple[str, str]]:
+    """``(path, class)`` of the modules around a recorded operator, the innermost last."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = []
+    for path, kind in stack.values():
+        name = kind if isinstance(kind, str) else _full_name(kind)
+        if name != "_empty_nn_module_stack_from_metadata_hook":
+            found.append((str(path).split("@")[0], name))
+    return found
+
+
+def scope(node: fx.Node) -> tuple[str, str]:
+    """Path and class of the module whose forward called an operator."""
+    return (scopes(node) or [("", "")])[-1]
+
+
+def label_of(node: fx.Node) -> str:
+    """The path of torch's own module that an operator is, or the path of the module around it and its name."""
+    path, kind = scope(node)
+    if path and kind.startswith("torch.nn.modules.") and not kind.startswith("torch.nn.modules.container"):
+        return path
+    short = name_of(node).removesuffix("_")
+    return f"{path}.{short}" if path else short
+
+
+def safe_path(path: str) -> str:
+    """A module path that a graph module can hold: names that it or Python has taken get an underscore."""
+    parts = [f"{part}_" if keyword.iskeyword(part) else part for part in path.split(".")]
+    while parts[0] in _TAKEN:
+        parts[0] += "_"
+    return ".".join(parts)

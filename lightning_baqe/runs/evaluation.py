@@ -1,15 +1,16 @@
-"""Evaluate a quantized network on the device: lower, build, check, classify, measure."""
+"""Evaluate a quantized network on the device: lower, build, check, score, measure."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torchmetrics import Metric
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.plan import Schedules
@@ -19,10 +20,11 @@ from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.device import PRECISION, Device, Measurement, Sampling
 from lightning_baqe.measurement.local import Local
 from lightning_baqe.measurement.memory import give_back_memory
+from lightning_baqe.quantization.batches import network_input
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.train_modes import evaluating
 from lightning_baqe.runs.summary import Figures
-
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+from lightning_baqe.tasks.scoring import Batches, Predict, Scorer, check_outputs
 
 
 @dataclass(frozen=True)
@@ -45,34 +47,54 @@ class MeasureOptions(Sampling):
         super().__post_init__()
 
 
-def deployed_accuracy(artifact: Artifact, batches: Batches, device: Device | None = None) -> float:
-    """Top-1 accuracy of a compiled network on a device, by default this machine, 0..1.
+def deployed_accuracy(
+    artifact: Artifact, batches: Batches, device: Device | None = None, scorer: Scorer | None = None
+) -> float:
+    """The metric of a compiled network on a device, by default this machine; at most 1.
+
+    Args:
+        artifact: runs on the device.
+        batches: images and targets.
+        device: None: this machine.
+        scorer: of the run; None: the accuracy that suits outputs and targets.
 
     Raises:
-        ConfigError: no images.
+        ConfigError: no images, or outputs and targets that the metric does not take.
     """
-    return _accuracy(functools.partial((device or Local()).run, artifact), batches)
+    run = functools.partial((device or Local()).run, artifact)
+    return (scorer or Scorer.of(run, batches)).score(run, batches)
 
 
-@torch.no_grad()
-def module_accuracy(module: torch.nn.Module, batches: Batches, device: torch.device) -> float:
-    """Top-1 accuracy of a module in eval mode, 0..1; its mode is restored."""
-    training = module.training
-    module.eval()
-    try:
-        return _accuracy(lambda x: module(x.to(device)).cpu(), batches)
-    finally:
-        module.train(training)
+def module_accuracy(
+    module: torch.nn.Module, batches: Batches, device: torch.device, scorer: Scorer | None = None
+) -> float:
+    """The metric of a module in eval mode, at most 1; as :func:`deployed_accuracy`. Its modes are restored."""
+    with _predicting(module, device) as predict:
+        return (scorer or Scorer.of(predict, batches)).score(predict, batches)
 
 
-def _accuracy(classify: Any, batches: Batches) -> float:
-    right = total = 0
-    for x, y in batches:
-        right += int((classify(x).argmax(1) == y.cpu()).sum())
-        total += len(y)
-    if not total:
-        raise ConfigError("accuracy needs at least one image; the loader gave none")
-    return right / total
+def module_scorer(
+    module: torch.nn.Module, batches: Batches, device: torch.device, metric: Metric | None = None
+) -> Scorer:
+    """What a float network and all that is made of it are scored by: :meth:`Scorer.of` in eval mode."""
+    with _predicting(module, device) as predict:
+        return Scorer.of(predict, batches, metric)
+
+
+def check_module(module: torch.nn.Module, batches: Batches, metric: Metric | None = None) -> None:
+    """Refuse, before its training, a module whose outputs no metric is known for, or not the given one.
+
+    Raises:
+        ConfigError: as :meth:`Scorer.of`.
+    """
+    with _predicting(module, torch.device("cpu")) as predict:
+        check_outputs(predict, batches, metric)
+
+
+@contextmanager
+def _predicting(module: torch.nn.Module, device: torch.device) -> Iterator[Predict]:
+    with torch.no_grad(), evaluating(module):
+        yield lambda x: module(x.to(device))
 
 
 def measure_quietly(artifact: Artifact, folder: Path, options: MeasureOptions, device: Device) -> Measurement:
@@ -104,17 +126,19 @@ def evaluate(
     schedules: Schedules | str | None = None,
     device: Device | None = None,
     options: MeasureOptions | None = None,
+    scorer: Scorer | None = None,
 ) -> Figures:
     """Compile a fake-quantized network and take its figures on the device.
 
     Args:
         model: calibrated and tuned.
-        batches: images and labels that accuracy is taken on; walked through twice.
+        batches: images and targets that accuracy is taken on; walked through twice.
         folder: where the artifact is saved.
         build_options: what it is compiled for.
         schedules: of :func:`lightning_baqe.build`.
         device: with its records; by default this machine with the user's.
         options: of the latency measurement.
+        scorer: what accuracy is; None: what suits outputs and targets.
 
     Returns:
         Its figures, with the seconds for ``build``, ``evaluate`` and ``measure``.
@@ -122,10 +146,11 @@ def evaluate(
     Raises:
         BuildError: it cannot be compiled, or an integer node of the artifact differs from the interpreter.
         MeasurementError: no figure could be taken.
+        ConfigError: as :func:`deployed_accuracy`.
     """
     options, device = options or MeasureOptions(), device or Local()
     give_back_memory()
-    sample = next((x[:1] for x, _ in batches), None)
+    sample = next((network_input(batch, "the loader", ConfigError)[:1] for batch in batches), None)
     start = time.perf_counter()
     graph = lower(model)
     artifact = device.build(graph, build_options, schedules)
@@ -139,7 +164,7 @@ def evaluate(
                 f"{ {name: count for name, count in wrong.items() if count} }; "
                 f"please report it with the artifact {folder}"
             )
-        accuracy = deployed_accuracy(artifact, batches, device)
+        accuracy = deployed_accuracy(artifact, batches, device, scorer)
     finally:
         artifact.close()
     checked = time.perf_counter()

@@ -33,7 +33,7 @@ class FrontPoint:
     Attributes:
         name: `trial_<number>` or `baseline_<name>`, also the name of its folder in `artifacts/`.
         bits: layer name -> (weight bits, activation bits), in network order.
-        accuracy: top-1 of the compiled model on the validation set, 0..1.
+        accuracy: the run's metric of the compiled model on the validation set, at most 1.
         test_accuracy: the same on the test set; None as long as the run has not measured it.
         latency_us: median latency of one image, in microseconds.
         size_bytes: size of the integer model, in bytes.
@@ -57,11 +57,15 @@ class Front:
         run_dir: the run folder.
         points: the Pareto points, sorted by latency, then size, then name.
         float_latency_us: latency of the float model in microseconds; None if the run has not measured it.
+        metric: what the accuracies are; None: top-1.
+        measure: what the table calls them.
     """
 
     run_dir: Path
     points: tuple[FrontPoint, ...]
     float_latency_us: float | None = None
+    metric: str | None = None
+    measure: str = "accuracy"
 
     @classmethod
     def load(cls, run_dir: str | Path) -> Front:
@@ -80,7 +84,8 @@ class Front:
             )
             for entry in summary.pareto
         )  # fmt: skip
-        return cls(run_dir, points, summary.reference.latency_us if summary.reference else None)
+        float_latency_us = summary.reference.latency_us if summary.reference else None
+        return cls(run_dir, points, float_latency_us, summary.metric, summary.measure)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -114,7 +119,7 @@ class Front:
         Args:
             latency_us: upper limit of the latency, in microseconds.
             size_bytes: upper limit of the size, in bytes.
-            accuracy: lower limit of the validation accuracy, 0..1.
+            accuracy: lower limit of the run's metric on the validation split, 0..1.
 
         Raises:
             ConfigError: a limit that makes no sense.
@@ -162,7 +167,7 @@ class Front:
         table = Table(title=f"Pareto front of {escape(str(self.run_dir))}")
         for header in ("point", "mean bits"):
             table.add_column(header, no_wrap=True)
-        for header in ("accuracy", "test accuracy", "latency (us)", "size (kB)", "speedup"):
+        for header in (self.measure, f"test {self.measure}", "latency (us)", "size (kB)", "speedup"):
             table.add_column(header, justify="right")
         for point in self.points:
             table.add_row(
@@ -215,7 +220,7 @@ def read_limits(limits: Mapping[str, float | None] | None) -> dict[str, float]:
 def _violation(point: FrontPoint, limits: Mapping[str, float]) -> float:
     """How far `point` is beyond the limit that it misses most, relative to that limit; 0 if it meets all."""
     beyond = [(limit, _sign(key) * (getattr(point, key) - limit)) for key, limit in limits.items()]
-    return max((excess / limit for limit, excess in beyond if excess > 0), default=0.0)
+    return max((excess / limit if limit else math.inf for limit, excess in beyond if excess > 0), default=0.0)
 
 
 def _sign(key: str) -> int:

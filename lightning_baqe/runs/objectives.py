@@ -16,7 +16,11 @@ REFERENCE_POINT = (1.0, 1.5, 1.1)
 
 
 def objectives(entry: Figures, reference: Figures) -> tuple[float, float, float]:
-    """``(1 - accuracy, latency / float's, size / float's)``, all minimised; NaN where a figure is unknown."""
+    """``(1 - accuracy, latency / float's, size / float's)``, all minimised; NaN where a figure is unknown.
+
+    The accuracy is whatever the run's metric is, at most 1; one below 0 gives an error beyond the reference point,
+    which adds nothing to a hypervolume.
+    """
     accuracy, latency_us, size_bytes = entry.triple
     _, float_us, float_bytes = reference.triple
     return 1.0 - accuracy, latency_us / float_us, size_bytes / float_bytes
@@ -34,7 +38,7 @@ def summarise(
     """The summary of a run: front and hypervolumes of what it measured.
 
     Args:
-        about: recipe, model, dataset, device, versions.
+        about: recipe, metric, model, dataset, device, versions.
         reference: the float model's figures.
         trials, baselines: as they ended.
         limits: where there are some, ``feasible`` says of each complete entry whether it meets them.

@@ -47,7 +47,7 @@ class SearchProgress:
             done, figures = summary.complete, ""
             if done:
                 best = max(entry.accuracy for entry in done)
-                figures = f"best accuracy {best:.4f}  hypervolume {summary.hypervolume:.4f}"
+                figures = f"best {summary.measure} {best:.4f}  hypervolume {summary.hypervolume:.4f}"
             shown = {"completed": summary.done_count, "figures": figures}
             line = f"{len(done)} evaluated: {figures}"
             if advance and self._bar is None and self._other is not None:
@@ -60,6 +60,10 @@ class SearchProgress:
     def warn(self, text: str) -> None:
         """Print a warning above the bar."""
         self._console.print(f"[yellow]{text}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, what: RenderableType) -> None:
         """Print above the bar, whether there is one or not."""

@@ -10,12 +10,13 @@ import optuna
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.runs.evaluation import Batches, module_accuracy
+from lightning_baqe.runs.evaluation import module_accuracy
 from lightning_baqe.runs.study import SearchStudy
 from lightning_baqe.runs.summary import Entry
 from lightning_baqe.search.knowledge import BoundKnowledge, Knowledge
 from lightning_baqe.search.pruning import ParetoPruner
 from lightning_baqe.search.space import SearchSpace
+from lightning_baqe.tasks.scoring import Batches, Scorer
 
 
 class Promises:
@@ -31,6 +32,7 @@ class Promises:
         batches: what the accuracy is taken on.
         study: that is told of pruned trials.
         most: trials that may be pruned.
+        scorer: what accuracy is; None: what suits outputs and targets.
 
     Raises:
         ConfigError: latency or size is not known.
@@ -43,6 +45,7 @@ class Promises:
         batches: Batches,
         study: SearchStudy,
         most: int,
+        scorer: Scorer | None = None,
     ) -> None:
         _, latency, size = knowledge.objectives
         if latency is None or size is None:
@@ -52,7 +55,7 @@ class Promises:
             )
         self._space = SearchSpace({name: d for name, d in distributions.items() if not d.single()})
         self._bound, self._batches = BoundKnowledge(knowledge, self._space), batches
-        self._study, self._most = study, most
+        self._study, self._most, self._scorer = study, most, scorer
         exact = [entry.kind == "exact" for entry in (latency, size)]
         self._pruner = ParetoPruner((None, *(0.0 if known else None for known in exact)))
 
@@ -66,7 +69,7 @@ class Promises:
             entry: of the trial, kept if it is pruned, with the seconds spent here.
         """
         start = time.perf_counter()
-        accuracy = module_accuracy(model, self._batches, next(model.parameters()).device)
+        accuracy = module_accuracy(model, self._batches, next(model.parameters()).device, self._scorer)
         if not self.is_hopeless(trial, rung, accuracy):
             return False
         if sum(other.state == "pruned" for other in self._study.trials()) >= self._most:
@@ -77,7 +80,7 @@ class Promises:
         return True
 
     def is_hopeless(self, trial: optuna.Trial, rung: int, accuracy: float) -> bool:
-        """Keep what the trial promises after ``rung`` epochs (accuracy 0 to 1), and say whether that is hopeless."""
+        """Keep what the trial promises after ``rung`` epochs (accuracy at most 1), and say whether that is hopeless."""
         row = np.array([self._space.internal(trial.params)])
         _, latency, size = self._bound.estimates(row)[0].tolist()
         self._pruner.report(trial, rung, (1.0 - accuracy, latency, size))

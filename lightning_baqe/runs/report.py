@@ -90,7 +90,7 @@ def write_picture(summary: Summary, path: Path) -> None:
         axis.spines[["left", "bottom"]].set_color("#9aa0a8")
         axis.tick_params(color="#9aa0a8")
     first = canvas.axes[0]
-    first.set_ylabel("validation accuracy, deployed (%)")
+    first.set_ylabel(f"validation {summary.measure}, deployed (%)")
     handles, labels = first.get_legend_handles_labels()
     if labels:
         canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -117,9 +117,10 @@ def _cards(summary: Summary) -> list[tuple[str, str, list[str]]]:
     gain += f" ({found / level - 1:+.1%})" if level and found is not None else ""
     states = [entry.state for entry in summary.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none yet"
+    heading = "Most accurate" if summary.measure == "accuracy" else f"Best {summary.measure}"
     return [
         ("Float model", draw.in_percent(floor), [figures]),
-        ("Most accurate", draw.in_percent(best.accuracy if best else None), _beside(best, reference)),
+        (heading, draw.in_percent(best.accuracy if best else None), _beside(best, reference)),
         (
             "Fastest within 1 point of float",
             draw.in_microseconds(fastest.latency_us if fastest else None),
@@ -152,9 +153,9 @@ def _pareto_rows(summary: Summary) -> list[dict[str, str | None]]:
             "point": entry.key,
             "phase": entry.phase,
             "bits: mean (range)": bits_summary(entry.bits),
-            "accuracy": draw.in_percent(entry.accuracy),
+            summary.measure: draw.in_percent(entry.accuracy),
             "fake-quantized": draw.in_percent(entry.fake_quant_accuracy),
-            "test accuracy": draw.in_percent(entry.test_accuracy),
+            f"test {summary.measure}": draw.in_percent(entry.test_accuracy),
             "latency": draw.in_microseconds(entry.latency_us),
             "speedup": draw.speedup(reference.latency_us, entry.latency_us),
             "size": draw.in_kilobytes(entry.size_bytes),

@@ -125,10 +125,10 @@ def name_of(entry: Entry) -> str:
     return f"#{entry.number}" if entry.name is None else html.escape(entry.name)
 
 
-def _hover(entry: Measured) -> str:
+def _hover(entry: Measured, measure: str) -> str:
     bits = html.escape(bits_summary(entry.bits))
     return (
-        f"<b>{name_of(entry)}</b>  {bits}<br>accuracy {in_percent(entry.accuracy)}"
+        f"<b>{name_of(entry)}</b>  {bits}<br>{html.escape(measure)} {in_percent(entry.accuracy)}"
         f"<br>latency {in_microseconds(entry.latency_us)}<br>size {in_kilobytes(entry.size_bytes)}"
     )
 
@@ -167,12 +167,12 @@ def trade_off_figure(summary: Summary, key: str, label: str, scale: float) -> Fi
         if group.ring:
             marker |= {"symbol": "circle-open", "line": {"width": 2}}
         xs, ys = group.points(key, scale)
-        about = {"name": html.escape(group.name), "text": [_hover(entry) for entry in group.entries]}
+        about = {"name": html.escape(group.name), "text": [_hover(entry, summary.measure) for entry in group.entries]}
         look = {"mode": "markers", "marker": marker, "hovertemplate": "%{text}<extra></extra>"}
         traces.append({"type": "scatter", "x": xs, "y": ys, **about, **look})
     ticks = axis_ticks([x for group in groups for x in group.points(key, scale)[0]])
     costs = _axis(label, type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
-    return _figure(traces, costs, _axis("validation accuracy, deployed (%)"), 440)
+    return _figure(traces, costs, _axis(f"validation {html.escape(summary.measure)}, deployed (%)"), 440)
 
 
 def progress_figure(summary: Summary) -> Figure | None:

@@ -9,9 +9,11 @@ from typing import Literal
 
 import optuna
 import torch
+from torchmetrics import Metric
 
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.files import make_folder
 from lightning_baqe.hardware.description import DeviceDescription
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
@@ -21,7 +23,9 @@ from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, layers
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.runs.evaluation import MeasureOptions
 from lightning_baqe.runs.front import read_limits
+from lightning_baqe.runs.study import open_storage, storage_url
 from lightning_baqe.search.sampler import Mode
+from lightning_baqe.tasks.scoring import check_metric
 
 
 @dataclass(eq=False, repr=False)
@@ -68,6 +72,7 @@ class SearchArguments:
     model_name: str | None = None
     records: str | Path | None = None
     progress: bool = True
+    metric: Metric | None = None
 
     widths: tuple[int, ...] = field(init=False)
     options: BuildOptions = field(init=False)
@@ -89,6 +94,8 @@ class SearchArguments:
                 f"prune=True with mode={self.mode!r} and sampler={type(self.sampler).__name__}; it weighs what mode "
                 "'beyond' knows of latency and size: give mode='beyond' and no sampler, or prune=False"
             )
+        if self.metric is not None:
+            check_metric(self.metric)
         parse_range(self.activation_range)
         read_limits(self.limits)
         fuses = self.device is None or self.device.options.fuse_residual
@@ -101,7 +108,7 @@ class SearchArguments:
         """Check that the device has kernels for what this search will try.
 
         Args:
-            network: the float classifier, trained or not.
+            network: the float network, trained or not.
 
         Returns:
             ``{layer: the bits of bit_choices that it may have}`` of the layers that are searched; None: all.
@@ -114,3 +121,16 @@ class SearchArguments:
         for bits in (FLOAT_BITS, 8, *self.baselines):
             self.device.check_bits(network, BitConfig.uniform(network, bits, bits))
         return self.device.choices(network, self.widths, layers(network)[1:-1])
+
+    def check_places(self, run_dir: Path) -> None:
+        """See that what is found can be kept, before anything is trained.
+
+        Args:
+            run_dir: the run folder; made if it is not there.
+
+        Raises:
+            ConfigError: run folder, storage or records cannot be opened and written.
+        """
+        make_folder(run_dir, "run_dir")
+        open_storage(storage_url(run_dir, self.storage)).engine.dispose()
+        _ = self.measured_on.records

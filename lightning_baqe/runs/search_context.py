@@ -13,14 +13,17 @@ from lightning_baqe.costs.bit_rewards import REFERENCE, default_bit_choices, rew
 from lightning_baqe.costs.network_knowledge import search_knowledge
 from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.deploy.plan import Schedules
+from lightning_baqe.entrance.admission import Network, admit
+from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature
-from lightning_baqe.quantization.convert import QuantizedModel, quantize
+from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.ops import OpReader
 from lightning_baqe.quantization.sensitivity import layer_scores
-from lightning_baqe.quantization.sharing import shared_tensors
-from lightning_baqe.runs.evaluation import Batches, evaluate
+from lightning_baqe.quantization.sharing import shared_in
+from lightning_baqe.runs.evaluation import evaluate, module_accuracy, module_scorer
 from lightning_baqe.runs.front import read_limits
 from lightning_baqe.runs.limits import Reach
 from lightning_baqe.runs.objectives import REFERENCE_POINT
@@ -31,6 +34,7 @@ from lightning_baqe.runs.study import FLOAT_FIGURES, KNOWLEDGE, REWARDS, SearchS
 from lightning_baqe.runs.summary import Figures
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
+from lightning_baqe.tasks.scoring import Batches, Scorer, TopOneAccuracy
 from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.tuner import tune
 
@@ -44,13 +48,13 @@ class SearchContext:
     """What a search works with; on other ranks than zero the network's copies alone.
 
     Attributes:
-        network: the float classifier as the run began with it, on the CPU.
+        network: the float network as the run began with it, on the CPU.
         calibration: inputs of the first training batches, on the CPU.
         example: one input of the network.
         supported: ``{layer: bits that the device has kernels for}``; None: all.
         dry: one trial, nothing else.
         wanted: complete trials to reach.
-        validation, study, progress: rank zero's.
+        validation, scorer, study, progress: rank zero's.
     """
 
     arguments: SearchArguments
@@ -60,7 +64,9 @@ class SearchContext:
     dataset: str
     dry: bool
     example: torch.Tensor = field(init=False)
+    admitted: Network = field(init=False)
     validation: Batches = field(init=False)
+    scorer: Scorer = field(init=False)
     study: SearchStudy = field(init=False)
     progress: SearchProgress = field(init=False)
 
@@ -68,6 +74,7 @@ class SearchContext:
         self.supported = self.arguments.check_bits(self.network)
         given = self.arguments.example_input
         self.example = (self.calibration[0][:1] if given is None else given).detach().cpu()
+        self.admitted = admit(self.network, self.example)
         self.wanted = 1 if self.dry else self.arguments.trials
 
     @property
@@ -76,9 +83,15 @@ class SearchContext:
         return self.arguments.model_name or type(self.network).__name__
 
     def open(self, validation: Batches) -> None:
-        """Open the study; rank zero alone."""
+        """Choose what accuracy is, and open the study; rank zero alone.
+
+        Raises:
+            ConfigError: outputs and targets that the metric does not take, or that none is known for.
+        """
         given, self.validation = self.arguments, validation
+        self.scorer = module_scorer(self.network, validation, torch.device("cpu"), given.metric)
         about = {
+            "metric": self.scorer.name,
             "recipe": given.recipe,
             "model": self.model_name,
             "dataset": self.dataset,
@@ -88,13 +101,19 @@ class SearchContext:
 
     def quantized(self, bits: BitConfig, batches: int | None = None) -> QuantizedModel:
         """The float network at other bits, calibrated on so many of the training batches; None: on all of them."""
-        model = quantize(self.network, bits, self.example, activation_range=self.arguments.activation_range)
+        model = quantize(self.admitted, bits, activation_range=self.arguments.activation_range)
         return calibrate(model, self.calibration[:batches])
 
     def evaluate(self, model: QuantizedModel, name: str, schedules: Schedules | str | None = None) -> Figures:
         """A network's figures on the device; its artifact gets the name. Without schedules: the best known ones."""
         given, folder = self.arguments, self.run_dir / "artifacts" / name
-        return evaluate(model, self.validation, folder, given.options, schedules, given.measured_on, given.measurement)
+        return evaluate(
+            model, self.validation, folder, given.options, schedules, given.measured_on, given.measurement, self.scorer
+        )
+
+    def accuracy(self, model: torch.nn.Module) -> float:
+        """Of a fake-quantized network, where it is."""
+        return module_accuracy(model, self.validation, next(model.parameters()).device, self.scorer)
 
     def prepare(self) -> tuple[NetworkSpace, Promises | None]:
         """Open the study, with everything in it that is found out once; what is there already is not found out again.
@@ -107,6 +126,7 @@ class SearchContext:
             InfeasibleError: a limit cannot be met at all.
         """
         given, study = self.arguments, self.study
+        self.progress.say(f"{self.scorer.line}.")
         known = study.known_space(self._conditions())
         base = BitConfig.uniform(self.network, 8, 8)
         space = self._find_space(base) if known is None else NetworkSpace.from_record(base, known)
@@ -123,7 +143,7 @@ class SearchContext:
         reference = study.float_result
         if reference is None:
             bits = BitConfig.uniform(self.network, FLOAT_BITS, FLOAT_BITS)
-            reference = self.evaluate(quantize(self.network, bits, self.example).eval(), "float")
+            reference = self.evaluate(quantize(self.admitted, bits).eval(), "float")
             study.keep(FLOAT_FIGURES, reference.record())
         promises = None
         if isinstance(sampler, BaqeSampler):
@@ -131,7 +151,7 @@ class SearchContext:
                 sampler.knowledge = sampler.knowledge or self._find_knowledge(space, reference)
             if given.prune and sampler.knowledge is not None:
                 batches = [*islice(self.validation, PROMISED)]
-                promises = Promises(sampler.knowledge, space.distributions, batches, study, self.wanted)
+                promises = Promises(sampler.knowledge, space.distributions, batches, study, self.wanted, self.scorer)
         limits = read_limits(given.limits)
         study.set_limits(limits)
         if limits:
@@ -148,6 +168,8 @@ class SearchContext:
         return {
             "model": self.model_name,
             "dataset": self.dataset,
+            # Studies of before there was a choice say nothing, and that is what they counted.
+            "metric": None if type(self.scorer.metric) is TopOneAccuracy else self.scorer.name,
             "architecture": architecture_signature(self.network),
             "bit_choices": list(given.widths),
             "schedules": given.schedules,
@@ -189,11 +211,12 @@ class SearchContext:
         given, images = self.arguments, self.calibration[0]
         offered = {bits for choices in space.bit_choices.values() for bits in choices}
         models = {bits: self._uniform(bits) for bits in sorted(offered | {FLOAT_BITS})}
-        scores = {b: layer_scores(model, images[:SCORED]) for b, model in models.items() if b != FLOAT_BITS}
+        kind = self.scorer.kind
+        scores = {b: layer_scores(model, images[:SCORED], kind) for b, model in models.items() if b != FLOAT_BITS}
         graphs = {bits: lower(model) for bits, model in models.items()}
         known = search_knowledge(
             space, graphs, reference.model_dump(), given.options, given.measured_on.records, scores,
-            shared_tensors(self.network, images[:1], space.base),
+            shared_in(OpReader(self.admitted.graph, self.admitted.graph.graph), space.base),
         )  # fmt: skip
         self.study.keep(KNOWLEDGE, known.record())
         return known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -19,7 +21,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.measurement.device import Device
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.runs.evaluation import Batches, deployed_accuracy
+from lightning_baqe.runs.evaluation import deployed_accuracy
 from lightning_baqe.runs.limits import violations
 from lightning_baqe.runs.liveness import Worker
 from lightning_baqe.runs.objectives import objectives, summarise
@@ -27,6 +29,7 @@ from lightning_baqe.runs.report import write_report
 from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, Width
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
+from lightning_baqe.tasks.scoring import Batches, Scorer
 from lightning_baqe.tuning.network_space import NetworkSpace
 
 # What is kept of the study, and of each trial.
@@ -59,22 +62,21 @@ class SearchStudy:
     Args:
         run_dir: the run folder.
         storage: URL of an SQLite file or a PostgreSQL database; None: ``study.db`` in the run folder.
-        about: recipe, model, dataset and device, for the summary; the device is this machine if it says none.
+        about: recipe, metric, model, dataset and device, for the summary; the device is this machine if it says none.
         name: of the study in the storage; None: the run folder's.
 
     Raises:
-        ConfigError: another kind of storage, or its driver is not installed.
+        ConfigError: another kind of storage, one that cannot be opened, or its driver is not installed.
     """
 
     def __init__(self, run_dir: Path, storage: str | None, about: Mapping[str, Any], name: str | None = None) -> None:
         self.run_dir = run_dir
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = name or ("search" if storage is None else run_dir.resolve().name)
-        url = storage or f"sqlite:///{(run_dir / 'study.db').resolve()}"
+        url = storage_url(run_dir, storage)
+        self._storage = open_storage(url)
         self.lock = study_lock(url, name)
-        # Two processes that create the tables at once would collide, also those of two studies in one database.
-        with study_lock(url, "tables"), self.lock:
-            self._storage = _open_storage(url)
+        with self.lock:
             self._study = optuna.create_study(
                 study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
             )
@@ -292,7 +294,7 @@ class SearchStudy:
             write_report(summary, self.run_dir / "report.html")
         return summary
 
-    def test_front(self, batches: Batches, device: Device) -> None:
+    def test_front(self, batches: Batches, device: Device, scorer: Scorer | None = None) -> None:
         """Accuracy on the test split of the float model and of every Pareto point that lacks it, on the device.
 
         Points whose artifacts are in another worker's run folder are left to it.
@@ -303,18 +305,39 @@ class SearchStudy:
                 folder = self.run_dir / "artifacts" / name
                 if name not in tests and folder.is_dir():
                     with closing(Artifact.load(folder)) as artifact:
-                        tests[name] = deployed_accuracy(artifact, batches, device)
+                        tests[name] = deployed_accuracy(artifact, batches, device, scorer)
                     self.keep(TEST, tests)
 
 
-def _open_storage(url: str) -> RDBStorage:
-    """Optuna's storage, with patience for several workers."""
+def storage_url(run_dir: Path, storage: str | None) -> str:
+    """The URL of a study's database: ``storage``, by default SQLite in the run folder."""
+    return storage or f"sqlite:///{(run_dir / 'study.db').resolve()}"
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Optuna's storage, with patience for several workers.
+
+    Raises:
+        ConfigError: another kind of database, one that cannot be opened, or its driver is not installed.
+    """
     if url.startswith("sqlite"):
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-    if url.startswith("postgresql"):
+        options: dict[str, Any] = {"connect_args": {"timeout": 60}}
+    elif url.startswith("postgresql"):
         # A trial may last longer than a server keeps an idle connection.
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    raise ConfigError(
-        f"storage={url!r}, but a search locks its study, and that is for an SQLite file (sqlite:///study.db, one "
-        "machine) or PostgreSQL (postgresql://user@host/database): give one of these"
-    )
+        options = {"pool_pre_ping": True}
+    else:
+        raise ConfigError(
+            f"storage={url!r}, but a search locks its study, and that is for an SQLite file (sqlite:///study.db, one "
+            "machine) or PostgreSQL (postgresql://user@host/database): give one of these"
+        )
+    try:
+        # Two processes that create the tables at once would collide, also those of two studies in one database.
+        with study_lock(url, "tables"):
+            return RDBStorage(url, engine_kwargs=options)
+    except (sqlite3.DatabaseError, sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
+        shown = sqlalchemy.engine.make_url(url).render_as_string()  # without the password
+        reason = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+        raise ConfigError(
+            f"the study's database {shown} cannot be opened ({reason}): give another run_dir or storage, or move what "
+            "is there away"
+        ) from error

@@ -35,7 +35,7 @@ class Figures(BaseModel):
     """A network's figures on the device, None where unknown.
 
     Attributes:
-        accuracy, test_accuracy: top-1 of the compiled network on the validation and the test set, 0..1.
+        accuracy, test_accuracy: the run's metric of the compiled network on the validation and the test set, at most 1.
         latency_us: median latency of one image, microseconds.
         size_bytes: of the integer model.
         spread: interquartile range of the latency over its median; ``noisy``: whether that was too much.
@@ -99,8 +99,8 @@ class Entry(Figures):
         if self.pareto and self.state == "complete":
             accuracy, *costs = self.triple
             fractions = (accuracy, accuracy if self.test_accuracy is None else self.test_accuracy)
-            if not all(0 <= value <= 1 for value in fractions):
-                raise ValueError(f"{self.key} is on the front with accuracies {fractions}; wanted are 0 to 1")
+            if not all(-math.inf < value <= 1 for value in fractions):
+                raise ValueError(f"{self.key} is on the front with accuracies {fractions}; wanted are 0 to 1, or below")
             if not all(math.isfinite(cost) and cost > 0 for cost in costs):
                 raise ValueError(f"{self.key} is on the front with latency_us, size_bytes {costs}; wanted is above 0")
         return self
@@ -157,6 +157,8 @@ class Summary(BaseModel):
 
     Attributes:
         version: of this schema.
+        metric: what accuracies are: a torchmetrics metric's class and arguments; None: top-1, in files of
+            before there was a choice.
         reference: the float model's figures, ``float`` in the file.
         reference_point: of the hypervolumes, over error, latency and size relative to the float model's.
         hypervolume: of all complete trials and baselines; ``baselines_hypervolume``: of the latter alone.
@@ -168,6 +170,7 @@ class Summary(BaseModel):
 
     version: int = Field(VERSION, ge=1)
     recipe: str | None = None
+    metric: str | None = None
     model: str | None = None
     dataset: str | None = None
     device: dict[str, Any] = {}
@@ -229,6 +232,12 @@ class Summary(BaseModel):
             over = isinstance(entry, Baseline) or entry.state != "running"  # what another worker builds now stays
             if over and entry.key not in keep and folder.is_dir():
                 shutil.rmtree(folder)
+
+    @property
+    def measure(self) -> str:
+        """What to call the accuracies in headings: ``accuracy`` where they are one, else the metric's class."""
+        name = (self.metric or "accuracy").partition("(")[0]
+        return "accuracy" if name.endswith("Accuracy") else name
 
     @property
     def entries(self) -> tuple[Entry, ...]:

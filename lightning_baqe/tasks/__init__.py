@@ -1,4 +1,4 @@
-"""LightningModules, the networks that they wrap, and float training to a cached checkpoint."""
+"""LightningModules, the networks that they wrap, float training to a cached checkpoint, and the scores of outputs."""
 
 from lightning_baqe.tasks.classifier import ImageClassifier
 from lightning_baqe.tasks.networks import network

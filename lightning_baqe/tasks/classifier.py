@@ -8,20 +8,29 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
+from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.quantization.activation import ACTIVATION_QUANTIZERS
 from lightning_baqe.quantization.batch_norm import fold_batch_norm, is_folded
+from lightning_baqe.quantization.batches import input_and_labels, network_input
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.quantization.convert import QuantizedModel, quantize
+from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.tasks.optimizers import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
+from lightning_baqe.tasks.scoring import align, check_metric, default_metric, kind_of
 
 CHECKPOINT_KEY = "lightning_baqe"
+STAGES = ("train", "val", "test")
 
 
 class ImageClassifier(pl.LightningModule):
-    """Cross entropy and top-1 accuracy of a network; batches are ``(x, y)``, ``(n, 3, h, w)`` and int64 ``(n,)``.
+    """The loss and the accuracy that outputs and targets call for; batches are ``(x, y)``, ``x`` ``(n, 3, h, w)``.
+
+    Class indices, ``(n,)`` for outputs ``(n, classes)`` or ``(n, h, w)`` for ``(n, classes, h, w)``: cross entropy.
+    0 or 1, of the shape of the outputs or ``(n,)`` for a single one ``(n, 1)``: binary cross entropy, of logits.
+
+    Dicts with both under usual names will do, too: see :mod:`lightning_baqe.quantization.batches`.
 
     A checkpoint of it knows whether the network was quantized, and how: the structure is restored before the weights,
     whatever the structure of the module that loads it. So all of these continue exactly where the checkpoint was
@@ -36,17 +45,19 @@ class ImageClassifier(pl.LightningModule):
         net: the network as it is trained: what was given, or its fake-quantized copy.
 
     Args:
-        net: logits ``(n, num_classes)`` of ``x``. Kept out of the hyperparameters.
-        num_classes: outputs of ``net``.
+        net: logits ``(n, num_classes, ...)`` of ``x``. Kept out of the hyperparameters.
+        num_classes: outputs of ``net``: classes, independent labels, or 1 for two classes.
         learning_rate: the largest, if there is a scheduler.
         weight_decay: of weights, not of biases, batch norms and quantizers.
         optimizer: ``"adamw"`` or ``"sgd"``; see :func:`lightning_baqe.tasks.optimizers.make_optimizer`.
         scheduler: ``"none"``, ``"cosine"`` or ``"onecycle"``; the latter two need a Trainer with an end.
         label_smoothing: 0 to below 1.
         log_prefix: ``"float/"`` logs ``float/train/loss``.
+        metric: what ``acc`` is, a torchmetrics metric of which higher is better; each stage has a copy. Kept out of the
+            hyperparameters. None: :func:`lightning_baqe.tasks.scoring.default_metric` of the first batch.
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument out of range; in the first step, outputs and targets without a known loss or metric.
     """
 
     def __init__(
@@ -59,9 +70,12 @@ class ImageClassifier(pl.LightningModule):
         scheduler: str = "none",
         label_smoothing: float = 0.0,
         log_prefix: str = "",
+        metric: Metric | None = None,
     ) -> None:
         super().__init__()
-        check_at_least("num_classes", num_classes, 2)
+        check_at_least("num_classes", num_classes, 1)
+        if metric is not None:
+            check_metric(metric)
         for argument, value, fits, wanted in (
             ("learning_rate", learning_rate, learning_rate > 0, "a number above 0"),
             ("weight_decay", weight_decay, weight_decay >= 0, "a number of 0 or more"),
@@ -71,19 +85,24 @@ class ImageClassifier(pl.LightningModule):
         ):
             if not fits:
                 raise ConfigError(f"{argument}={value!r}, but {wanted} is wanted: change {argument}.")
-        self.save_hyperparameters(ignore=["net"])
+        self.save_hyperparameters(ignore=["net", "metric"])
         self.net = net
         # In a tuple, so that it is no submodule: the float network that every quantized structure is made from.
         self._float = (net,)
-        stages = ("train", "val", "test")
-        self.accuracy = nn.ModuleDict(
-            {f"{s}_accuracy": MulticlassAccuracy(num_classes, average="micro") for s in stages}
-        )
+        self._metric = (metric,)
+        self.accuracy = nn.ModuleDict()
+        if metric is not None:
+            self._copy(metric)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(n, num_classes)`` of ``(n, 3, h, w)``."""
+        """Logits ``(n, num_classes, ...)`` of ``(n, 3, h, w)``."""
         logits: Tensor = self.net(x)
         return logits
+
+    @property
+    def metric(self) -> Metric | None:
+        """What was given."""
+        return self._metric[0]
 
     def quantize(self, bits: BitConfig, example_input: Tensor, **options: str) -> QuantizedModel:
         """Replace ``net`` by its fake-quantized copy, which then needs ``baqe.calibrate`` before training.
@@ -117,7 +136,7 @@ class ImageClassifier(pl.LightningModule):
             for quantizer in self.net.quantizers().values():
                 if isinstance(quantizer, kind):
                     options = {"activation_quantizer": name, "activation_range": quantizer.range_method}
-        shape = None if record.input_shape is None else list(record.input_shape)
+        shape = list(record.input_shape)
         folded = is_folded(self.net)
         return {"bits": record.bits.to_json(), "example_shape": shape, "options": options, "folded": folded}
 
@@ -161,36 +180,45 @@ class ImageClassifier(pl.LightningModule):
             self.net = fold_batch_norm(quantized) if wanted["folded"] else quantized
         self.net.to(device).train(self.training)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch, scalar."""
         return self._step("train", batch)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch, scalar."""
         return self._step("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch, scalar."""
         return self._step("test", batch)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Logits ``(n, num_classes)``."""
-        logits: Tensor = self(batch[0])
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits ``(n, num_classes, ...)``."""
+        logits: Tensor = self(network_input(batch, "the predict loader", ConfigError))
         return logits
 
-    def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
+    def _step(self, stage: str, batch: Any) -> Tensor:
+        x, y = input_and_labels(batch, f"the {stage} loader", ConfigError)
         logits = self(x)
         is_training = stage == "train"
         smoothing = self.hparams["label_smoothing"] if is_training else 0.0
-        loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
-        metric = cast(MulticlassAccuracy, self.accuracy[f"{stage}_accuracy"])
-        metric(logits, y)
+        loss = loss_of(logits, y, smoothing)
+        if not self.accuracy:
+            self._copy(default_metric(logits.detach(), y))
+        metric = cast(Metric, self.accuracy[f"{stage}_accuracy"])
+        metric.update(*align(metric, logits.detach(), y, logits=True))
         prefix = f"{self.hparams['log_prefix']}{stage}"
         options: dict[str, Any] = {"batch_size": len(y), "prog_bar": stage != "test"}
         self.log(f"{prefix}/loss", loss, on_step=is_training, on_epoch=not is_training, **options)
         self.log(f"{prefix}/acc", metric, on_step=False, on_epoch=True, **options)
         return loss
+
+    def _copy(self, metric: Metric) -> None:
+        """Give each stage a metric of its own."""
+        for stage in STAGES:
+            fresh = metric.clone().to(self.device)
+            fresh.reset()
+            self.accuracy[f"{stage}_accuracy"] = fresh
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler, if there is one, stepped after each batch.
@@ -205,3 +233,29 @@ class ImageClassifier(pl.LightningModule):
             return optimizer
         scheduler = make_scheduler(options["scheduler"], optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def loss_of(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The loss that logits and targets call for, the mean over all targets.
+
+    Args:
+        logits: ``(n, classes, ...)`` for class indices ``(n, ...)``: cross entropy. Otherwise of the targets' shape, or
+            ``(n, 1)`` for targets ``(n,)``, which are 0 or 1: binary cross entropy.
+        targets: of the same batch.
+        label_smoothing: 0 to below 1.
+
+    Raises:
+        ConfigError: neither of them.
+    """
+    kind = kind_of(logits.detach(), targets)
+    if kind == "classes":
+        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    if kind == "labels":
+        wanted = targets.reshape(logits.shape).to(logits.dtype)
+        smooth = wanted * (1 - label_smoothing) + label_smoothing / 2
+        return functional.binary_cross_entropy_with_logits(logits, smooth)
+    raise ConfigError(
+        f"ImageClassifier has no loss for outputs {tuple(logits.shape)} and targets {targets.dtype} "
+        f"{tuple(targets.shape)}: it takes class indices (n, ...) for outputs (n, classes, ...), or 0 and 1 of the "
+        "outputs' shape. Use a LightningModule of your own for other tasks."
+    )

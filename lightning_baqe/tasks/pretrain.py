@@ -59,6 +59,7 @@ def pretrain(
         scheduler,
         label_smoothing,
         log_prefix="float/",
+        metric=task.metric,
     )
     fit_to_checkpoint(float_task, datamodule, checkpoint, epochs, trainer)
     return task
@@ -72,7 +73,7 @@ def fit_to_checkpoint(
     trainer: TrainerFactory = pl.Trainer,
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
-    """Fit ``task`` and leave it with the weights of the epoch of best validation accuracy, of equals the last epoch.
+    """Fit ``task`` and leave it with the weights of the epoch of best validation metric, of equals the last epoch.
 
     The weights end in ``checkpoint``, which appears in one step when training is done. Until then the folder
     ``<checkpoint's name>-training`` beside it holds ``last.ckpt``, from which a killed training goes on.

@@ -33,9 +33,9 @@ def spec_of(target: CpuTarget, channels: int = 32, out: int = 32, size: int = 6,
             **others: Any) -> ConvSpec:  # fmt: skip
     padding = kernel // 2
     stored = channels if channels < 16 else -(-channels // 16) * 16
-    source = Layout(channels, size, size, stored, padding, "uint8")
+    source = Layout(channels, size, size, stored, (padding, padding), "uint8")
     end = -(-size // stride)
-    result = Layout(out, end, end, -(-out // 16) * 16, 1, "uint8")
+    result = Layout(out, end, end, -(-out // 16) * 16, (1, 1), "uint8")
     return ConvSpec(
         DOTS[target.path], target.lanes, target.registers, source, result, (kernel, kernel), (stride, stride),
         (1, 1), padding, padding, **{"chain": 1, "epilogue": "requant", **others},
@@ -43,7 +43,7 @@ def spec_of(target: CpuTarget, channels: int = 32, out: int = 32, size: int = 6,
 
 
 NATIVE = get_target()
-RESIDUAL = Layout(32, 6, 6, 32, 2, "uint8")
+RESIDUAL = Layout(32, 6, 6, 32, (2, 2), "uint8")
 SPECS = {
     "padded": spec_of(NATIVE),
     "shift of 32 or more": spec_of(NATIVE, high=True),
@@ -53,7 +53,7 @@ SPECS = {
     "spare output channels": spec_of(NATIVE, out=10, kernel=1),
     "residual sum": spec_of(NATIVE, epilogue="requant_add", residual=RESIDUAL),
     "wide residual sum": spec_of(NATIVE, epilogue="requant_add", residual=RESIDUAL, narrow_add=False),
-    "sums": dataclasses.replace(spec_of(NATIVE, epilogue="acc"), result=Layout(32, 6, 6, 32, 0, "int32")),
+    "sums": dataclasses.replace(spec_of(NATIVE, epilogue="acc"), result=Layout(32, 6, 6, 32, (0, 0), "int32")),
 }
 
 

@@ -62,7 +62,7 @@ def test_bit_widths_are_compared_in_turns(tmp_path: Path) -> None:
 
 
 def test_names_of_kernels() -> None:
-    source = Layout(32, 8, 8, 32, 1, "uint8")
+    source = Layout(32, 8, 8, 32, (1, 1), "uint8")
     shape = (source, source, (3, 3), (1, 1), (1, 1), 1, 1, "requant")
     dense = ConvSpec("vnni", 16, 32, *shape, chain=1)
     assert rewards.shape_text(dense) == "32->32 3x3/1 8x8"

@@ -10,10 +10,11 @@ from typing import Any
 
 import optuna
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from fake_device import FakeDevice
-from foreign_module import random_loader
+from foreign_module import ForeignModule, random_loader
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
@@ -331,8 +332,103 @@ def test_needs_a_validation_loader(foreign: Make, search: Make, fit: Make) -> No
 
 def test_batches_are_pairs(foreign: Make, search: Make, fit: Make) -> None:
     images = DataLoader(TensorDataset(torch.randn(8, 3, 32, 32)), batch_size=8)
-    with pytest.raises(ConfigError, match="batches \\(x, y\\)"):
-        fit(foreign(), search(), (images, random_loader()))
+    with pytest.raises(ConfigError, match=r"validation loader gives a list of \(float32 .*batches \(x, y\)"):
+        fit(foreign(), search(), (random_loader(), images))
+
+
+class OfDicts(ForeignModule):
+    """Whose loaders give what those of Hugging Face do."""
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return super().training_step((batch["pixel_values"], batch["labels"]), index)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step((batch["pixel_values"], batch["labels"]), index)
+
+
+def test_batches_may_be_dicts(tmp_path: Path, search: Make, fit: Make, made_up_device: FakeDevice) -> None:
+    x, y = random_loader().dataset.tensors
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(x, y, strict=True)]
+    loader = DataLoader(rows, batch_size=32)
+    fit(OfDicts(), search(measure_on=made_up_device, trials=1, n_initial=1), (loader, loader))
+    assert [e["state"] for e in summary_of(tmp_path / "run")["trials"]] == ["complete"]
+
+
+class Normalising(ForeignModule):
+    """Bytes are scaled on their way to the device, and turned in training alone."""
+
+    def on_after_batch_transfer(self, batch: Any, index: int) -> Any:
+        x, y = batch
+        x = x.float() / 255
+        assert self.training == self.trainer.training
+        return (x.flip(-1) if self.trainer.training else x), y
+
+
+def test_batches_are_what_the_hooks_make_of_them(search: Make, fit: Make, made_up_device: FakeDevice) -> None:
+    images = torch.randint(0, 256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    loader = DataLoader(TensorDataset(images, torch.arange(64) % 10), batch_size=32)
+    callback, module = search(measure_on=made_up_device, trials=1, n_initial=1), Normalising()
+    fit(module, callback, (loader, loader))
+    context = callback.loop.context
+    assert torch.equal(context.calibration[0], images[:32].flip(-1) / 255)
+    modes = {name: part.training for name, part in module.named_modules()}
+    assert torch.equal(torch.cat([x for x, _ in context.validation]), images / 255)
+    assert {name: part.training for name, part in module.named_modules()} == modes
+
+
+class TestRefusedBeforeTraining:
+    """Each within a moment, with no step of training."""
+
+    @staticmethod
+    def refused(match: str, foreign: Make, search: BayesianSearch, options: dict[str, Any], *more: pl.Callback) -> None:
+        def never(step: int) -> bool:
+            raise AssertionError("trained")
+
+        module, plain = foreign(poison=never), {"logger": False, "accelerator": "cpu", "max_epochs": -1}
+        trainer = pl.Trainer(**{**plain, **options}, callbacks=[search, *more], enable_checkpointing=False)
+        with pytest.raises(ConfigError, match=match):
+            trainer.fit(module, random_loader(), random_loader())
+
+    @pytest.mark.parametrize(
+        ("callback", "advice"),
+        [
+            (lambda: pl.callbacks.EMAWeightAveraging(), "in a fit of the float network before the search"),
+            (lambda: pl.callbacks.WeightAveraging(), "in a fit of the float network before the search"),
+            (lambda: pl.callbacks.StochasticWeightAveraging(1e-2), "in a fit of the float network before the search"),
+            (lambda: pl.callbacks.BackboneFinetuning(), "fine-tune before the search"),
+            (lambda: pl.callbacks.ModelPruning("l1_unstructured", amount=0.5), "prune before the search"),
+            (lambda: pl.callbacks.EarlyStopping("val/loss"), "prune=True"),
+        ],
+    )
+    def test_callbacks_that_hold_on(self, callback: Make, advice: str, foreign: Make, search: Make) -> None:
+        other = callback()
+        self.refused(f"{type(other).__name__} stands beside BayesianSearch.*{advice}", foreign, search(), {}, other)
+
+    def test_another_search(self, foreign: Make, search: Make) -> None:
+        self.refused("several BayesianSearch", foreign, search(), {}, search(network="body"))
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+    def test_weights_of_another_type(self, precision: str, foreign: Make, search: Make) -> None:
+        self.refused(rf"precision='{precision}'.*or 'bf16-mixed'", foreign, search(), {"precision": precision})
+
+    def test_a_network_of_another_type(self, foreign: Make, search: Make) -> None:
+        self.refused(r"is bfloat16.*call \.float\(\)", lambda **more: foreign(**more).bfloat16(), search(), {})
+
+    def test_run_folders(self, tmp_path: Path, foreign: Make, search: Make) -> None:
+        (tmp_path / "file").write_text("x")
+        for folder in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/none")):
+            message = rf"run_dir={folder} cannot be made or written.*give another run_dir"
+            self.refused(message, foreign, search(run_dir=folder), {})
+
+    def test_what_is_no_study(self, tmp_path: Path, foreign: Make, search: Make) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "study.db").write_text("this is no database " * 100)
+        self.refused(r"study\.db cannot be opened.*another run_dir or storage", foreign, search(), {})
+        storage = f"sqlite:///{tmp_path}/none/study.db"
+        self.refused("cannot be opened.*another run_dir or storage", foreign, search(storage=storage), {})
+
+    def test_records(self, foreign: Make, search: Make) -> None:
+        self.refused("records=/proc/none cannot be made", foreign, search(records="/proc/none/records.db"), {})
 
 
 def test_another_space_or_network_in_the_same_folder(foreign: Make, search: Make, fit: Make, digits: Any) -> None:
@@ -351,7 +447,8 @@ class Pairwise(FakeDevice):
     """Twice as fast where sums of two products fit into 16 bits."""
 
     def kernel_us(self, kernel: Kernel) -> float:
-        return 1.0 if getattr(kernel.spec, "dot", None) == "maddubs" else 2.0
+        sums = getattr(kernel.spec, "dot", None) == "maddubs" and kernel.knobs["intrinsic"] == "on"
+        return 1.0 if sums else 2.0
 
 
 def test_auto_bits_are_what_the_device_rewards(

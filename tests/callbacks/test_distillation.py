@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from foreign_module import ForeignModule, SmallResNet, random_loader
 from torch import Tensor, nn
+from torch.distributions import Bernoulli, kl_divergence
 from torch.nn import functional
 
 import lightning_baqe as baqe
@@ -79,6 +80,14 @@ def test_maps_of_classes_count_by_place() -> None:
     student, teacher = torch.randn(2, 2, 5, 3, 4).unbind()
     rows = [logits.movedim(1, -1).reshape(-1, 5) for logits in (student, teacher)]
     assert torch.allclose(distillation_loss(student, teacher, 2.0), distillation_loss(rows[0], rows[1], 2.0))
+
+
+def test_one_output_and_labels_have_probabilities_of_their_own() -> None:
+    student, teacher = torch.randn(2, 6, 3).unbind()
+    for logits, of, independent in ((student, teacher, True), (student[:, :1], teacher[:, :1], False)):
+        truth, model = (Bernoulli(logits=x / 2) for x in (of, logits))
+        wanted = 4 * kl_divergence(truth, model).sum(1).mean()
+        assert torch.allclose(distillation_loss(logits, of, 2.0, independent), wanted)
 
 
 class Dictionary(ForeignModule):

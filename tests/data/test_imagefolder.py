@@ -81,8 +81,9 @@ def test_evaluation_takes_the_centre(tmp_path: Path) -> None:
     pixels[..., 0] = 255
     pixels[14:50, 46:82] = (0, 255, 0)
     for split in ("train", "val", "test"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / split / "a" / "0.png")
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / split / name / "0.png")
     data = module(tmp_path, image_size=16, resize=32)
     x, _ = data.dataset("test")[0]
     green = (torch.tensor([0.0, 1.0, 0.0]) - torch.tensor(data.mean)) / torch.tensor(data.std)
@@ -119,6 +120,13 @@ def test_split_without_class_folders(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "0.png")
     with pytest.raises(DataError, match=r"train holds no class folder.*move them so"):
         module(tmp_path).setup()
+
+
+def test_one_class(tmp_path: Path) -> None:
+    """As when the classes lie a folder too deep."""
+    fill(tmp_path, "train", {"images/cat": 1, "images/dog": 1})
+    with pytest.raises(DataError, match=r"train holds one class folder, 'images', and a classifier needs two or more"):
+        _ = module(tmp_path).num_classes
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from small_graphs import FLOAT_TOLERANCE, float_errors, lowered
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import GRAPH, MANIFEST, MODULE, TENSORS, Artifact
-from lightning_baqe.errors import BuildError
+from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 
@@ -132,3 +133,41 @@ def test_imagenet_networks(name: str, floats: tuple[str, ...]) -> None:
         assert max(float_errors(artifact, x[:1]).values()) <= FLOAT_TOLERANCE
     else:
         assert torch.equal(artifact.run(x[:1]), graph.run(x[:1]))
+
+
+def test_pixels_that_are_not_finite(resnet: Sample, resnet_artifact: Artifact) -> None:
+    x = resnet[1].repeat(3, 1, 1, 1)[:3].clone()
+    assert torch.equal(resnet_artifact.run(x, check=True), resnet_artifact.run(x))
+    x[1, 2, 3, 4], x[1, 0, 0, 0], x[2, 0, 0, 1] = float("nan"), float("inf"), -float("inf")
+    said = r"3 values that are not finite \(1 nan, 2 infinite\) in 2 of 3 images, the first at \(1, 0, 0, 0\)"
+    with pytest.raises(ConfigError, match=said):
+        resnet_artifact.run(x, check=True)
+    resnet_artifact.run(x)  # asked for alone: it costs a look at every pixel
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda x: x.to(torch.uint8), r"x is uint8, the {} wants a float tensor of shape \(n, 3, 32, 32\).*scale"),
+        (lambda x: x > 0, "x is bool"),
+        (lambda x: x.to(torch.complex64), "x is complex64"),
+        (lambda x: x.numpy(), r"x is a numpy\.ndarray, the {} wants .*torch\.from_numpy\(x\)"),
+        (lambda x: list(x), "x is a builtins.list, the {} wants"),
+        (lambda x: x[0], r"shape \(3, 32, 32\), the {} wants .*give x\[None\] for one image"),
+        (lambda x: x[:, :1], r"shape \(1, 1, 32, 32\), the {} wants"),
+        (lambda x: x.to("meta"), "x is on device meta.*the {} wants .* that holds values"),
+    ],
+)
+def test_wrong_inputs_are_refused_alike(spoil: Any, said: str, resnet: Sample, resnet_artifact: Artifact) -> None:
+    graph, x = resnet
+    for run, reader in ((graph.run, "graph"), (resnet_artifact.run, "artifact")):
+        with pytest.raises(ConfigError, match=said.format(reader)):
+            run(spoil(x[:1]))
+
+
+def test_other_floats_and_gradients_will_do(resnet: Sample, resnet_artifact: Artifact) -> None:
+    graph, x = resnet
+    wanted = graph.run(x[:1])
+    for same in (x[:1].double(), x[:1].clone().requires_grad_(), x[:1].to(memory_format=torch.channels_last)):
+        assert torch.equal(graph.run(same), wanted)
+        assert torch.equal(resnet_artifact.run(same), wanted)

@@ -15,6 +15,7 @@ from lightning_baqe.deploy.artifact import MANIFEST, Artifact
 from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.verify import verify
+from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
@@ -24,7 +25,6 @@ from lightning_baqe.kernels.x86.pixels import PixelSpec
 from lightning_baqe.measurement.build import build_with
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
-from lightning_baqe.quantization.convert import quantize
 from lightning_baqe.runs.evaluation import evaluate
 from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.tuner import tunable_layers
@@ -85,5 +85,5 @@ def test_evaluation_hands_it_on(tmp_path: Path) -> None:
     network, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), torch.randn(1, 3, 2, 2)
     model = calibrate(quantize(network, BitConfig.uniform(network, 8, 8), x), [x])
     options, device = BuildOptions(threads=3, fuse_residual=False), FakeDevice(tmp_path / "records.db")
-    evaluate(model.eval(), [(x, torch.zeros(1))], tmp_path / "artifact", options, device=device)
+    evaluate(model.eval(), [(x, torch.zeros(1, dtype=torch.int64))], tmp_path / "artifact", options, device=device)
     assert [artifact.plan.options for artifact in device.networks] == [options]

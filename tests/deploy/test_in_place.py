@@ -141,7 +141,7 @@ def test_other_halos(target: CpuTarget) -> None:
     artifact = check(maker, target)
     assert {name for name in (same, other, both, none) if name in artifact.plan.buffers} == {same, none}
     layouts = artifact.plan.layouts
-    assert layouts[same].halo == layouts[none].halo == layouts[joined].halo == 3
+    assert layouts[same].halo == layouts[none].halo == layouts[joined].halo == (3, 3)
 
 
 def test_a_reader_of_a_part_decides_on_the_halo(target: CpuTarget) -> None:

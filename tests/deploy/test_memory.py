@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
+from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.quantization.convert import quantize
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps is Linux's")

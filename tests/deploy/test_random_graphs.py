@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+import torch
 import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -79,7 +80,9 @@ def test_integer_networks_compute_with_integers_only(path: str) -> None:
     product = maker.mul(grouped, gate)
     total = maker.requantize(maker.add(product, stem, (-500, 500)), (0, 255))
     joined = maker.concat(maker.gather(total, [3, -1, 2]), maker.max_pool(total, 3, 1, 1), maker.clip(total, (0, 9)))
-    maker.linear(maker.flatten(maker.avg_pool(joined, 2, 2)), 5)
+    pooled = maker.max_windows(maker.avg_pool(joined, 2, 2), [(0, 2), (1, 3)], [(0, 3)])
+    turned = maker.move(maker.prelu(maker.add(pooled, maker.literal((1, 2, 1)))), torch.arange(60).reshape(5, 3, 4))
+    maker.linear(maker.flatten(turned), 5)
     graph = maker.graph()
     plan = make_plan(graph, BuildOptions(get_target(path)))
     assert {type(node) for node in graph} >= set(INTEGER_NODES)

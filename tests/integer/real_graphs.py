@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from expressions import chain
 from torch.nn import functional
 
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.integer.folding import add_factors
-from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.quantization.pointwise import Pointwise
+from lightning_baqe.integer.graph import IntegerGraph, evaluate
+from lightning_baqe.quantization.pointwise import Expression
 
 
 class RealMaker:
@@ -38,8 +39,7 @@ class RealMaker:
     def add_node(self, node: ir.Node) -> str:
         """Append any node."""
         self.nodes.append(node)
-        inputs = [self.data[name] for name in node.inputs] or [self.images]
-        self.data[node.name] = node.run(*inputs)
+        self.data[node.name] = evaluate(node, [self.data[name] for name in node.inputs], self.images)
         return node.name
 
     def grid(
@@ -195,14 +195,50 @@ class RealMaker:
             )
         )  # fmt: skip
 
+    def prelu(self, source: str, signs: int = 1, bits: int = 8, by_channel: bool = True) -> str:
+        """A PReLU times a factor; ``signs`` -1: of any sign."""
+        read = self[source].type
+        size = (read.shape[0],) if by_channel else ()
+        factors = torch.rand(size, generator=self.rng, dtype=torch.float64) + 0.5
+        factors = factors * torch.where(torch.rand(size, generator=self.rng) < 0.5, signs, 1)
+        slopes = torch.randn(size, generator=self.rng, dtype=torch.float64) * 0.3
+        real, shape = self.real(source), (-1, *[1] * (len(read.shape) - 1))
+        kind = self.grid(real * torch.where(real < 0, slopes.reshape(shape), factors.reshape(shape)), bits)
+        return self.add_node(
+            ir.PRelu(
+                name=self.rename("prelu"), inputs=(source,), type=kind, input_zero_point=read.zero_point,
+                positive=Dyadic.from_real(factors * read.scale / kind.scale),
+                negative=Dyadic.from_real(slopes * read.scale / kind.scale),
+            )
+        )  # fmt: skip
+
+    def literal(self, *shape: int) -> str:
+        """Random numbers on a grid."""
+        real = torch.randn(1, *shape, generator=self.rng)
+        kind = self.grid(real)
+        value = kind.clip(torch.round(real[0] / kind.scale).to(torch.int64))
+        return self.add_node(ir.Literal(name=self.rename("literal"), inputs=(), type=kind, value=value))
+
+    def move(self, source: str, index: torch.Tensor) -> str:
+        kind = replace(self[source].type, shape=tuple(index.shape))
+        return self.add_node(ir.Move(name=self.rename("move"), inputs=(source,), type=kind, index=index))
+
+    def max_windows(self, source: str, rows: Sequence[tuple[int, int]], columns: Sequence[tuple[int, int]]) -> str:
+        read = self[source].type
+        return self.add_node(
+            ir.MaxWindows(
+                name=self.rename("max_windows"), inputs=(source,), rows=torch.tensor(rows),
+                columns=torch.tensor(columns), type=replace(read, shape=(read.shape[0], len(rows), len(columns))),
+            )
+        )  # fmt: skip
+
     def table(
         self, source: str, *functions: tuple[Any, ...], bits: int = 8, shuffled: bool = False, onto: str | None = None
     ) -> str:
         """A table of functions, onto the grid of ``onto`` or one of its own; ``shuffled``, of nothing."""
         read = self[source].type
         real = (torch.arange(read.low, read.high + 1) - read.zero_point).double() * read.scale
-        for name, *parameters in functions:
-            real = Pointwise(name, tuple(parameters))(real)
+        real = Expression(chain(*functions))(real) if functions else real
         kind = self.grid(real.reshape(1, -1), bits) if onto is None else self[onto].type
         table = torch.round(real / kind.scale).to(torch.int64) + kind.zero_point
         if shuffled:
@@ -210,7 +246,7 @@ class RealMaker:
         return self.add_node(
             ir.Table(
                 name=self.rename("table"), inputs=(source,), type=replace(kind, shape=read.shape),
-                table=table.clamp(kind.low, kind.high), input_low=read.low, functions=functions,
+                table=table.clamp(kind.low, kind.high), input_low=read.low, steps=chain(*functions),
             )
         )  # fmt: skip
 

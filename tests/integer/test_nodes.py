@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ from hypothesis import strategies as st
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
 from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.integer.graph import IntegerGraph
-from lightning_baqe.integer.nodes import Conv, Input, TensorType, check_accumulator
+from lightning_baqe.integer.nodes import (
+    Conv,
+    FloatPRelu,
+    Input,
+    MaxWindows,
+    Move,
+    PRelu,
+    TensorType,
+    check_accumulator,
+)
 
 
 def naive_conv(node: Conv, values: torch.Tensor) -> list[int]:
@@ -61,6 +72,71 @@ def test_conv_equals_integer_loops(seed: int, requantized: bool, groups: int, st
     values = integers(0, 15, (2, 4, 6, 6))
     out = node.run(values)
     assert [out[0].flatten().tolist(), out[1].flatten().tolist()] == [naive_conv(node, v) for v in values]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_prelu_equals_python_integers(data: st.DataObject) -> None:
+    channels, zero_point = data.draw(st.integers(1, 3)), data.draw(st.integers(-9, 9))
+    factors = []
+    for _ in range(2):
+        size = 1 if data.draw(st.booleans()) else channels
+        exponent = data.draw(st.integers(-20, 3))
+        reals = [data.draw(st.floats(-1, 1)) * 2.0**exponent for _ in range(size)]
+        factors.append(Dyadic.from_real(reals[0] if size == 1 else reals))
+    kind = TensorType((channels, 1, 2), -300, 500, 1.0, 40)
+    node = PRelu(
+        name="p", inputs=("x",), type=kind, positive=factors[0], negative=factors[1], input_zero_point=zero_point
+    )
+    values = torch.tensor(
+        data.draw(st.lists(st.integers(-(2**15), 2**15), min_size=channels * 4, max_size=channels * 4))
+    )
+    values = values.reshape(2, channels, 1, 2)
+    out = node.run(values)
+    for n, c, x in itertools.product(range(2), range(channels), range(2)):
+        steps = int(values[n, c, 0, x]) - zero_point
+        part = factors[1] if steps < 0 else factors[0]
+        multiplier = int(part.multiplier.expand(channels)[c])
+        rounded = math.floor(Fraction(steps * multiplier, 2**part.shift) + Fraction(1, 2))
+        assert out[n, c, 0, x] == min(max(rounded + 40, -300), 500)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 6), st.integers(1, 6))
+def test_max_windows_are_adaptive_pooling(height: int, width: int, rows: int, columns: int) -> None:
+    values = torch.randint(-999, 999, (2, 3, height, width))
+    bounds = [
+        torch.tensor([(i * size // out, -(-(i + 1) * size // out)) for i in range(out)])
+        for size, out in ((height, rows), (width, columns))
+    ]
+    node = MaxWindows(name="m", inputs=("x",), type=TensorType((3, rows, columns)), rows=bounds[0], columns=bounds[1])
+    wanted = torch.nn.functional.adaptive_max_pool2d(values.double(), (rows, columns))
+    assert torch.equal(node.run(values), wanted.to(torch.int64))
+    assert torch.equal(node.run(values.float()), wanted.float())
+
+
+def test_float_prelu_is_torch_s() -> None:
+    values, slope = torch.randn(4, 3, 5, 6), torch.randn(3)
+    node = FloatPRelu(name="p", inputs=("x",), type=TensorType((3, 5, 6)), slope=slope)
+    assert torch.equal(node.run(values), torch.nn.functional.prelu(values, slope))
+
+
+def test_moves_are_torch_s() -> None:
+    """Any chain of views and permutations is one move: the number of every element goes the same way."""
+    values = torch.randint(-999, 999, (3, 8, 6, 4))
+    numbers = torch.arange(8 * 6 * 4).reshape(1, 8, 6, 4)
+    for change in (
+        lambda x: torch.nn.functional.pixel_shuffle(x, 2),
+        lambda x: torch.nn.functional.pixel_unshuffle(x, 2),
+        lambda x: x.permute(0, 3, 1, 2),
+        lambda x: x.roll((1, 2), (2, 3)).flatten(1),
+        lambda x: x.reshape(len(x), 2, 4, 24).transpose(1, 2).reshape(len(x), 24, 8, 1),
+    ):
+        index = change(numbers.double())[0].to(torch.int64)
+        node = Move(name="m", inputs=("x",), type=TensorType(tuple(index.shape)), index=index)
+        assert torch.equal(node.run(values), change(values))
+    absent = Move(name="m", inputs=("x",), type=TensorType((2,), 0, 9, 1.0, 7), index=torch.tensor([-1, 5]))
+    assert absent.run(values)[0].tolist() == [7, int(values[0].flatten()[5])]
 
 
 def test_accumulator_beyond_32_bits_is_refused() -> None:

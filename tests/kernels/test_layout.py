@@ -18,21 +18,30 @@ from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.conv_weights import pack_weights, weight_quads
 from lightning_baqe.kernels.x86.layout import SLACK, VECTOR, Layout, storage_dtype, stored_channels
 
+HALO = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3))
-def test_unpack_finds_every_value(channels: int, height: int, width: int, halo: int) -> None:
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 6), HALO)
+def test_unpack_finds_every_value(channels: int, height: int, width: int, halo: tuple[int, int]) -> None:
     layout = Layout(channels, height, width, stored_channels(channels), halo, "int32")
     buffer = np.full(layout.length, -1, np.int32)
     values = np.arange(channels * height * width, dtype=np.int32).reshape(channels, height, width)
     for (c, y, x), value in np.ndenumerate(values):
         buffer[layout.origin() + y * layout.row + x * layout.stored + c] = value
     assert (layout.unpack(buffer) == values).all()
-    assert layout.origin(halo, halo) == 0
-    assert layout.length == (height + 2 * halo) * (width + 2 * halo) * layout.stored + SLACK
+    assert layout.origin(*halo) == 0
+    assert layout.full == (height + 2 * halo[0], width + 2 * halo[1])
+    assert layout.length == (height + 2 * halo[0]) * (width + 2 * halo[1]) * layout.stored + SLACK
+    packed = layout.pack(values, 7)
+    assert (layout.unpack(packed) == values).all()
+    assert packed.shape == buffer.shape
+    outside = np.ones((*layout.full, layout.stored), bool)
+    outside[halo[0] : halo[0] + height, halo[1] : halo[1] + width] = False
+    assert (packed[: -SLACK or None].reshape(outside.shape)[outside][:channels] == 7).all()
 
 
-@given(st.integers(0, 2), st.sampled_from([(0, 16), (16, 5), (32, 48)]))
-def test_a_part_is_found_in_the_whole(halo: int, part: tuple[int, int]) -> None:
+@given(HALO, st.sampled_from([(0, 16), (16, 5), (32, 48)]))
+def test_a_part_is_found_in_the_whole(halo: tuple[int, int], part: tuple[int, int]) -> None:
     whole = Layout(96, 3, 2, 96, halo, "int32")
     values = np.arange(whole.length, dtype=np.int32)
     first, count = part

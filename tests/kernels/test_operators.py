@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Any
 
 import pytest
 import torch
+from expressions import chain
 from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images
 
 from lightning_baqe.deploy.plan import make_plan
@@ -14,9 +15,9 @@ from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import CpuTarget, get_target
 from lightning_baqe.integer import nodes as ir
+from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.kernels.x86 import float_functions
 from lightning_baqe.kernels.x86.moves import MoveSpec
-from lightning_baqe.quantization.pointwise import FUNCTIONS
 
 PATHS = ("vnni512", "avx2", "portable")
 CHANNELS = (1, 3, 17, 40)
@@ -34,8 +35,9 @@ def test_elementwise(channels: int, target: CpuTarget) -> None:
     for limits in (UINT8, INT8, WIDE):
         value = maker.conv(out=channels, padding=1, limits=limits)
         narrow = maker.requantize(value, (-300, 500), 0.02)
-        for wanted in (UINT8, INT8, WIDE):
+        for wanted, by_channel in ((UINT8, (False, True)), (INT8, (False, False)), (WIDE, (True, True))):
             maker.affine(value, wanted)
+            maker.prelu(value, wanted, by_channel)
             maker.table(narrow if limits == WIDE else value, wanted)
     for a in ("x", maker.conv(out=channels, padding=1)):
         gate = maker.avg_windows(a, [(0, 5)], [(0, 7)])
@@ -44,6 +46,22 @@ def test_elementwise(channels: int, target: CpuTarget) -> None:
                 maker.conv(maker.mul(a, b, wanted), out=2, padding=1) if wanted == UINT8 else maker.mul(a, b, wanted)
     stream = maker.conv(out=channels, padding=1, limits=WIDE)
     maker.mul(stream, "x", WIDE)
+    graph = maker.graph()
+    assert_exact(compiled(graph, target), images(graph))
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**-7, 1.0, 2.0**11])
+def test_prelu_of_any_factors(size: float, target: CpuTarget) -> None:
+    """Shifts on both sides of 32, alike and not, whose products need 32 bits and more."""
+    maker = Maker(19, (3, 5), seed=3)
+    for value in ("x", maker.conv(out=19, padding=1, limits=WIDE), maker.conv(out=19, padding=1, limits=None)):
+        for limits in (UINT8, WIDE):
+            maker.prelu(value, limits, (False, True), size)
+            maker.prelu(value, limits, (False, False), size)
+            node = maker.nodes[-1]
+            assert isinstance(node, ir.PRelu)
+            steep = Dyadic.from_real(float(node.positive.real()) * 2.0**12)
+            maker.nodes[-1] = dataclasses.replace(node, negative=steep)
     graph = maker.graph()
     assert_exact(compiled(graph, target), images(graph))
 
@@ -61,6 +79,7 @@ def test_pools(channels: int, target: CpuTarget) -> None:
         maker.max_pool(value, (3, 2), (2, 1), (1, 0), dilation=(1, 2))
         maker.max_pool(value, 3, 1, 1, dilation=2)
         maker.max_pool(value, (2, 3), 2, (1, 1), ceil_mode=True)
+        maker.max_windows(value, *uneven)
     pooled = maker.avg_windows("x", *uneven)
     maker.conv(pooled, out=5, padding=2)
     graph = maker.graph()
@@ -184,29 +203,39 @@ def test_a_table_that_does_not_fit_its_input_is_refused() -> None:
 
 # -- floats -----------------------------------------------------------------------------------------------------------
 
-PARAMETERS: dict[str, list[tuple[float, ...]]] = {
+ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "leaky_relu": [(0.01,), (-0.5,)],
-    "elu": [(1.0,), (0.3,)],
+    "elu": [(1.0,), (0.3, 1.5, 0.5)],
+    "celu": [(0.7,)],
     "softplus": [(1.0, 20.0), (0.2, 5.0), (-3.0, 50.0)],
-    "gelu": [(0.0,), (1.0,)],
-    "clamp": [(-1.0, 2.0), (-math.inf, 0.5), (0.1, math.inf)],
-    "pow": [(2.0,), (3.0,), (0.0,)],
-    **{name: [(0.7,), (-3.0,)] for name in ("add", "sub", "mul", "div", "rsub", "rdiv")},
+    "gelu": [("none",), ("tanh",)],
+    "clamp": [(-1.0, 2.0), (None, 0.5), (0.1, None)],
+    "clip": [(-1.0, 2.0)],
+    "hardtanh": [(-2.0, 0.5)],
+    "clamp_min": [(0.2,)],
+    "clamp_max": [(0.2,)],
+    "hardshrink": [(0.5,)],
+    "softshrink": [(0.5,)],
+    "threshold": [(0.1, 7.0)],
+    "pow": [(2.0,), (3.0,), (0.5,), (1.7,), (0.0,)],
+    **{name: [(0.7,), (-3.0,)] for name in ("add", "sub", "mul", "div", "rsub")},
 }
+POSITIVE = ("sqrt", "rsqrt", "log", "log2", "log10", "log1p", "pow")
+SMALL = ("exp", "exp2", "expm1", "sin", "cos", "tan")  # of large numbers they are infinite, or PyTorch rounds otherwise
+OF_TWO = ("maximum", "minimum", "where", "gt", "ge", "lt", "le", "eq")
 
 
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("name", sorted(float_functions.NAMES - {*OF_TWO}))
 def test_float_functions(name: str) -> None:
-    assert name in float_functions.NAMES
     maker = Maker(19, (4, 37))
-    for parameters in PARAMETERS.get(name, [()]):
-        maker.float_node(ir.FloatFunction, "input", function=name, parameters=parameters)
+    for arguments in ARGUMENTS.get(name, [()]):
+        maker.float_node(ir.FloatFunction, "input", steps=chain((name, *arguments)))
     graph = maker.graph()
     artifact = compiled(graph, get_target())
     count = 19 * 4 * 37 // 4
-    small, large = torch.logspace(-6, 0, count), torch.logspace(0, 2.2 if name != "exp" else 1.9, count)
+    small, large = torch.logspace(-6, 0, count), torch.logspace(0, 0.1 if name in SMALL else 2.2, count)
     x = torch.cat([small, -small, large, -large]).reshape(1, 19, 4, 37)
-    x = x.abs() if name == "sqrt" else x
+    x = x.abs() if name in POSITIVE else x
     values = artifact.run_all(x)
     for node in graph.nodes[2:]:
         got, want = values.get(node.name, values.get(f"{node.name}.output")), node.run(x)
@@ -217,14 +246,30 @@ def test_float_functions(name: str) -> None:
         torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-5, atol=near)
 
 
+@pytest.mark.parametrize("comparison", ["gt", "ge", "lt", "le", "eq"])
+def test_float_expressions_of_several_steps(comparison: str) -> None:
+    steps = (
+        ("mul.Tensor", "%0", 0.1),
+        ("maximum", "%0", "%1"),
+        ("minimum", "%2", "%0"),
+        (f"{comparison}.Scalar", "%0", 1.0),
+        ("where.self", "%4", "%3", "%1"),
+    )
+    maker = Maker(5, (4, 8))
+    maker.float_node(ir.FloatFunction, "input", steps=steps)
+    graph, generator = maker.graph(), torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 4, 8, generator=generator).round(decimals=1)
+    torch.testing.assert_close(compiled(graph, get_target()).run(x), graph.run(x))
+
+
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_float_operators(channels: int, target: CpuTarget) -> None:
     maker = Maker(channels, (6, 5), seed=channels)
     every = list(range(channels))
     image = maker.float_conv("input", channels, padding=1)
-    rdiv = maker.float_node(ir.FloatFunction, image, function="rdiv", parameters=(1.0,))
+    rdiv = maker.float_node(ir.FloatFunction, image, steps=chain(("reciprocal",)))
     maker.float_conv(rdiv, 7, padding=1)  # spare channels would be infinite
-    powered = maker.float_node(ir.FloatFunction, "input", function="exp", parameters=())
+    powered = maker.float_node(ir.FloatFunction, "input", steps=chain(("exp",)))
     affine = maker.float_node(ir.FloatAffine, powered, gain=maker.floats(channels), shift=maker.floats(channels))
     bounds = {"rows": torch.tensor([[0, 3], [2, 6]]), "columns": torch.tensor([[0, 5], [1, 2], [4, 5]])}
     maker.float_node(ir.FloatAvgPool, affine, factors=torch.rand(6), **bounds)
@@ -241,11 +286,14 @@ def test_float_operators(channels: int, target: CpuTarget) -> None:
     maker.float_conv(picked, 3, kernel=1)
     half = {"channels": torch.tensor(every[channels // 2 :]), "rows": None, "columns": None}
     maker.float_conv(maker.float_node(ir.Gather, image, **half), 3, padding=1)
-    flat = maker.float_node(ir.FloatFunction, maker.flatten(image), function="tanh", parameters=())
+    flat = maker.float_node(ir.FloatFunction, maker.flatten(image), steps=chain(("tanh",)))
     maker.float_linear(flat, 9)
     integers = maker.quantize(product)
     maker.conv(integers, out=6, padding=1)
     maker.dequantize(integers, maker.floats(channels))
     maker.max_pool(affine, 3, 1, 1, dilation=2)
+    maker.float_conv(maker.float_node(ir.MaxWindows, affine, **bounds), 3, 1)
+    for slope in (maker.floats(channels), torch.tensor(-0.3)):
+        maker.float_conv(maker.float_node(ir.FloatPRelu, image, slope=slope), 3, padding=1)
     graph = maker.graph()
     assert_exact(compiled(graph, target), images(graph))

@@ -100,7 +100,7 @@ from lightning_baqe.measurement.database import KernelRecord, Records
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.layout import Layout
-layout = Layout(16, 4, 4, 16, 0, "uint8")
+layout = Layout(16, 4, 4, 16, (0, 0), "uint8")
 spec = ConvSpec("vnni", 16, 32, layout, layout, (1, 1), (1, 1), (1, 1), 0, 0, "requant", chain=1)
 records, me = Records(sys.argv[1]), sys.argv[2]
 for i in range(1, 31):

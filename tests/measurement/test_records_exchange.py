@@ -20,7 +20,7 @@ from lightning_baqe.kernels.x86.layout import Layout
 from lightning_baqe.measurement.database import KernelRecord, Records
 from lightning_baqe.measurement.records_exchange import Imported, export_records, import_records
 
-LAYOUT = Layout(16, 4, 4, 16, 0, "uint8")
+LAYOUT = Layout(16, 4, 4, 16, (0, 0), "uint8")
 SPEC = ConvSpec("vnni", 16, 32, LAYOUT, LAYOUT, (1, 1), (1, 1), (1, 1), 0, 0, "requant", chain=1)
 TARGET = get_target("vnni512")
 KNOBS = {"tile": "1x1x1"}

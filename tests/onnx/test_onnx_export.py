@@ -20,6 +20,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from expressions import chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer.real_graphs import RealMaker
@@ -115,6 +116,27 @@ OPERATORS: dict[str, Build] = {
     "flatten and back": lambda m: m.conv(
         m.flatten(m.linear(m.flatten(image(m)), 12), (12, 1, 1)), 5, kernel=1
     ),
+    "any order": lambda m: m.move(image(m), torch.randperm(256, generator=m.rng).reshape(2, 16, 8)),
+    "other dimensions": lambda m: m.move(image(m), torch.arange(256).reshape(4, 8, 8).permute(2, 0, 1)),
+    "another shape": lambda m: m.move(image(m), torch.arange(256).reshape(16, 4, 4)),
+    "vectors to images": lambda m: m.conv(
+        m.move(m.linear(m.flatten(image(m)), 24), torch.arange(24).reshape(2, 3, 4)), 4
+    ),
+    "order with zeros": lambda m: m.move(image(m), torch.arange(-9, 247).clamp(min=-1).reshape(4, 8, 8).flip(0)),
+    "prelu": lambda m: m.prelu(image(m)),
+    "prelu of any sign": lambda m: m.prelu(image(m), -1),
+    "prelu of features": lambda m: m.prelu(m.flatten(image(m)), by_channel=False, bits=6),
+    "uneven max_pool": lambda m: m.max_windows(image(m), [(0, 2), (1, 5), (6, 8)], [(0, 2), (1, 4), (3, 5), (4, 8)]),
+    "adaptive max_pool": lambda m: m.max_windows(image(m), [(0, 3), (2, 6), (5, 8)], [(0, 4), (4, 8)]),
+    "add a literal": lambda m: m.add(image(m), m.literal(4, 8, 8)),
+    "add a row": lambda m: m.add(image(m), m.literal(4, 1, 8)),
+    "mul by pixel": lambda m: m.mul(m.literal(1, 8, 8), image(m)),
+    "mul of row and column": lambda m: m.mul(m.gather(x := image(m), None, [0]), m.gather(x, None, None, [3])),
+    "add one channel": lambda m: m.add(m.gather(x := image(m), [2]), x),
+    "concat of literals": lambda m: m.concat(
+        x := image(m), m.table(m.concat(a := m.literal(2, 8, 8), a), ("tanh",), onto=x)
+    ),
+    "literal alone": lambda m: (image(m), m.conv(m.literal(4, 8, 8), 3)),
     "shuffled table": lambda m: m.table(image(m), ("relu",), shuffled=True),
     "shuffled table of signed": lambda m: m.table(image(m, 6, True), ("relu",), shuffled=True),
     "float layers": lambda m: m.float_linear(m.flatten(m.float_conv("image", 4, True)), 10, True),
@@ -128,6 +150,13 @@ def test_operators(name: str, tmp_path: Path) -> None:
     graph = maker.graph()
     # Means of few integers are ties now and then where the two grids are nearly the same.
     check(graph, graph.to_onnx(tmp_path / "model.onnx"), mean=0.2 if "avg_pool" in name else 0.02)
+
+
+def test_a_vector_as_input(tmp_path: Path) -> None:
+    m = RealMaker((30,))
+    m.linear(m.prelu(m.linear(image(m), 20)), 6)
+    graph = m.graph()
+    check(graph, graph.to_onnx(tmp_path / "model.onnx"), steps=2.01)
 
 
 def test_float_layers_between_integers(tmp_path: Path) -> None:
@@ -157,9 +186,9 @@ def test_images_are_quantized_alike_at_every_tie(bits: int, tmp_path: Path) -> N
 FUNCTIONS: list[tuple[tuple[Any, ...], ...]] = [
     *(((name,),) for name in ("relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "mish", "tanh", "neg")),
     *(((name,),) for name in ("abs", "exp")),
-    (("leaky_relu", 0.1),), (("elu", 0.7),), (("softplus", 2.0, 1.0),), (("gelu", 0.0),), (("gelu", 1.0),),
+    (("leaky_relu", 0.1),), (("elu", 0.7),), (("softplus", 2.0, 1.0),), (("gelu", "none"),), (("gelu", "tanh"),),
     (("clamp", -0.5, 0.8),), (("clamp", -math.inf, 0.5),), (("add", 3.0), ("mul", 0.5), ("sub", 1.0), ("div", 2.0)),
-    (("abs",), ("add", 1.0), ("sqrt",), ("rdiv", 1.0)), (("rsub", 1.0), ("pow", 2.0)), (),
+    (("abs",), ("add", 1.0), ("sqrt",), ("reciprocal",)), (("rsub", 1.0), ("pow", 2.0)), (),
 ]  # fmt: skip
 
 
@@ -177,10 +206,8 @@ def test_tables_are_functions(functions: tuple[tuple[Any, ...], ...], bits: int,
 @pytest.mark.parametrize("functions", [f for f in FUNCTIONS if len(f) == 1], ids=str)
 def test_float_functions(functions: tuple[tuple[Any, ...], ...], tmp_path: Path) -> None:
     maker = RealMaker((4, 8, 8))
-    (name, *parameters), kind = functions[0], ir.TensorType((4, 8, 8))
-    maker.add_node(
-        ir.FloatFunction(name="f", inputs=("image",), type=kind, function=name, parameters=tuple(parameters))
-    )
+    kind = ir.TensorType((4, 8, 8))
+    maker.add_node(ir.FloatFunction(name="f", inputs=("image",), type=kind, steps=chain(*functions)))
     graph = maker.graph()
     path = graph.to_onnx(tmp_path / "model.onnx")
     torch.testing.assert_close(run(path, maker.images, "plain"), graph.run(maker.images), rtol=1e-5, atol=1e-5)
@@ -193,7 +220,15 @@ def test_float_operators(tmp_path: Path) -> None:
     maker.add_node(ir.FloatAdd(name="b", inputs=("a", "image"), type=kind, relu=True))
     pooled = maker.avg_pool("b", [(0, 8)], [(0, 8)])
     maker.add_node(ir.FloatMul(name="c", inputs=("b", pooled), type=kind))
-    maker.avg_pool("c", [(0, 3), (2, 6), (5, 8)], [(0, 8)])
+    for slope in (torch.tensor(-0.4), torch.randn(4, generator=maker.rng)):
+        maker.add_node(ir.FloatPRelu(name=maker.rename("p"), inputs=(maker.nodes[-1].name,), type=kind, slope=slope))
+    value = torch.randn(4, 1, 1, generator=maker.rng)
+    maker.add_node(ir.Literal(name="e", inputs=(), type=ir.TensorType((4, 1, 1)), value=value))
+    maker.add_node(ir.FloatAdd(name="f", inputs=(maker.nodes[-2].name, "e"), type=kind, relu=False))
+    index = torch.randperm(256, generator=maker.rng).reshape(4, 8, 8)
+    maker.max_windows(maker.move("f", index), [(0, 3), (2, 7), (7, 8)], [(0, 8)])
+    c = maker.nodes[-1].name
+    maker.avg_pool(c, [(0, 1), (0, 3)], [(0, 1)])
     maker.max_pool(maker.gather(maker.concat(maker.nodes[-1].name, maker.nodes[-1].name), rows=[1, -1, 0]), 2, 1, 1)
     graph = maker.graph()
     path = graph.to_onnx(tmp_path / "model.onnx")

@@ -41,7 +41,8 @@ def ready(
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and gain is not None:
             nn.init.constant_(module.weight[1], gain)
     config = BitConfig.uniform(model, bits, bits) if isinstance(bits, int) else bits
-    return calibrate(quantize(model, config, images()), [images().to(dtype)]).eval()
+    quantized = quantize(model.float(), config, images()).to(dtype)
+    return calibrate(quantized, [images().to(dtype)]).eval()
 
 
 def outputs(model: nn.Module, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -72,8 +73,9 @@ def test_the_function_stays_what_it_was(data: st.DataObject, name: str, seed: in
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float_layers_fold_plainly(name: str) -> None:
-    model = settled(name).double()
-    folded = fold_batch_norm(quantize(model, BitConfig.uniform(model, 32, 32)))
+    model = settled(name)
+    folded = fold_batch_norm(quantize(model, BitConfig.uniform(model, 32, 32), images()).double())
+    model.double()
     torch.testing.assert_close(outputs(folded), outputs(model), rtol=1e-9, atol=1e-9)
     assert is_folded(folded)
 
@@ -106,7 +108,7 @@ def test_integers_stay_and_scales_take_the_gain_up(bits: int, dtype: torch.dtype
 def test_a_negative_gain_keeps_the_asymmetric_end_of_the_range() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
     nn.init.constant_(model[1].weight, -2.0)
-    quantized = quantize(model, BitConfig.uniform(model, 4, 4, first_last=None))
+    quantized = quantize(model, BitConfig.uniform(model, 4, 4, first_last=None), torch.randn(4, 1, 2, 2))
     conv = quantized.get_submodule("0")
     assert isinstance(conv, QuantConv2d)
     with torch.no_grad():
@@ -288,12 +290,13 @@ class _Shared(nn.Module):
 def test_what_is_shared_folds_only_where_one_set_of_weights_does_for_all() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _Shared().double()
+        model = _Shared()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight)
-        model(images().double())
-    quantized = calibrate(quantize(model.eval(), BitConfig.uniform(model, 4, 4)), [images().double()]).eval()
+        model(images())
+    quantized = quantize(model.eval(), BitConfig.uniform(model, 4, 4), images()).double()
+    calibrate(quantized, [images().double()]).eval()
     before = outputs(quantized)
     fold_batch_norm(quantized)
     torch.testing.assert_close(outputs(quantized), before, rtol=1e-9, atol=1e-9)
@@ -312,7 +315,7 @@ def test_a_batch_norm_that_others_bypass_stays() -> None:
             return self.bn(x) + x
 
     model = Bypass().eval()
-    quantized = fold_batch_norm(quantize(model, BitConfig.uniform(model)))
+    quantized = fold_batch_norm(quantize(model, BitConfig.uniform(model), images()))
     assert isinstance(quantized.get_submodule("bn"), nn.BatchNorm2d)
     assert not is_folded(quantized)
 
@@ -320,7 +323,7 @@ def test_a_batch_norm_that_others_bypass_stays() -> None:
 @pytest.mark.parametrize("act", [fold_batch_norm, freeze_batch_norm])
 def test_without_running_statistics_nothing_is_changed(act: Any) -> None:
     model = settled("residual")
-    quantized = quantize(model, BitConfig.uniform(model))
+    quantized = quantize(model, BitConfig.uniform(model), images())
     last = quantized.get_submodule("block2.bn2")
     last.running_mean = last.running_var = None  # type: ignore[assignment]
     before = copy.deepcopy(quantized.state_dict())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -95,8 +96,49 @@ def test_check_names_what_is_wrong() -> None:
         json.dumps({"version": 99, "layers": {"a": [8, 8]}}),
         json.dumps({"version": 1, "layers": {"a": [8]}}),
         json.dumps({"version": 1, "layers": {}}),
+        json.dumps({"version": 1, "layers": {"a": [8, "8"]}}),
+        json.dumps({"version": 1, "layers": {"a": [8, 8]}, "ties": 5}),
+        json.dumps({"version": 1, "layers": {"a": [8, 8]}, "ties": ["ab"]}),
+        json.dumps({"version": 1, "layers": {"a": [8, 8]}, "ties": None}),
+        json.dumps({"version": 1, "layers": {"a": [8, 8]}, "signature": []}),
+        "[" * 100_000,
     ],
 )
 def test_bad_json(text: str) -> None:
     with pytest.raises(ConfigError):
         BitConfig.from_json(text)
+
+
+CONFIG = BitConfig({"stem": LayerBits(8, 8), "été": LayerBits(4, 4)})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "bits.json"
+    path.write_text(CONFIG.to_json(), encoding=encoding)
+    assert BitConfig.from_json(path) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read .*No such file"),
+        (b"{", "not a bit-config"),
+        (CONFIG.to_json().encode("utf-16"), "no text in UTF-8"),
+        (b'{"version": 1, "layers": {"stem": [9, 8]}}', "layer 'stem': weight bits must be .*got 9"),
+        (b'{"version": 1, "layers": {"stem": 8}}', "layer 'stem' must be"),
+    ],
+)
+def test_a_bad_file_is_named(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "bits.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{path}.*{said}"):
+        BitConfig.from_json(path)
+
+
+def test_what_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path} cannot be read.*give the file of a bit-config"):
+        BitConfig.from_json(tmp_path)
+    with pytest.raises(ConfigError, match="got a dict; a bit-config is given as its JSON text, or its file's Path"):
+        BitConfig.from_json({"version": 1})  # type: ignore[arg-type]

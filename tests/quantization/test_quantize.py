@@ -17,7 +17,7 @@ from quantization.small_networks import INPUT_SHAPE, NETWORKS, ManyReaders, Resi
 @pytest.mark.parametrize("name", NETWORKS)
 def test_uniform_32_computes_what_the_float_model_does(name: str) -> None:
     model = settled(name)
-    quantized = quantize(model, BitConfig.uniform(model, 32, 32))
+    quantized = quantize(model, BitConfig.uniform(model, 32, 32), images())
     assert not quantized.quantizers()
     assert torch.equal(quantized(images()), model(images()))
 
@@ -26,7 +26,7 @@ def test_uniform_32_computes_what_the_float_model_does(name: str) -> None:
 def test_8_bits_come_close_and_leave_the_original_alone(name: str) -> None:
     model = settled(name)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    quantized = calibrate(quantize(model, BitConfig.uniform(model)), [images()])
+    quantized = calibrate(quantize(model, BitConfig.uniform(model), images()), [images()])
     assert torch.equal(random, torch.get_rng_state())
     out, wanted = quantized(images()), model(images())
     assert torch.cosine_similarity(out.flatten(), wanted.flatten(), 0) > 0.99
@@ -39,14 +39,14 @@ def test_8_bits_come_close_and_leave_the_original_alone(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_trains(name: str) -> None:
     model = settled(name)
-    quantized = calibrate(quantize(model, BitConfig.uniform(model, 4, 4)), [images()]).train()
+    quantized = calibrate(quantize(model, BitConfig.uniform(model, 4, 4), images()), [images()]).train()
     quantized(images()).square().sum().backward()
     assert [name for name, parameter in quantized.named_parameters() if parameter.grad is None] == []
 
 
 def test_mode_follows_train_and_eval() -> None:
     model = settled("functional")
-    quantized = calibrate(quantize(model, BitConfig.uniform(model)), [images()])
+    quantized = calibrate(quantize(model, BitConfig.uniform(model), images()), [images()])
     assert not any(module.training for module in quantized.modules())
     assert torch.equal(quantized(images()), quantized(images()))
     before = quantized.get_submodule("b1").running_mean.clone()  # type: ignore[union-attr,operator]
@@ -57,15 +57,15 @@ def test_mode_follows_train_and_eval() -> None:
 
 def test_readers_of_one_tensor_at_the_same_bits_share_its_quantizer() -> None:
     model = settled("many_readers")
-    names = quantize(model, BitConfig.uniform(model)).quantizers()
+    names = quantize(model, BitConfig.uniform(model), images()).quantizers()
     assert len(names) == 8  # input; bn; relu, once for b and c; b; c; b + c; (b + c) + bn; mean
     with_4 = BitConfig.uniform(model).replace(c=LayerBits(4, 4))
-    assert len(quantize(model, with_4).quantizers()) == 9
+    assert len(quantize(model, with_4, images()).quantizers()) == 9
 
 
 def test_narrow_quantizers_are_chained_behind_the_widest() -> None:
     model = settled("many_readers")
-    quantized = quantize(model, BitConfig.uniform(model).replace(c=LayerBits(4, 3)))
+    quantized = quantize(model, BitConfig.uniform(model).replace(c=LayerBits(4, 3)), images())
     calibrate(quantized, [images()])
     chained = quantized.get_submodule("activation_quantizers.relu_3bit")
     seen = []
@@ -78,7 +78,7 @@ def test_narrow_quantizers_are_chained_behind_the_widest() -> None:
 def test_other_bits() -> None:
     model = settled("residual")
     bits = BitConfig.uniform(model, other=6)
-    widths = {name: q.bits for name, q in quantize(model, bits).quantizers().items()}
+    widths = {name: q.bits for name, q in quantize(model, bits, images()).quantizers().items()}
     assert widths["activation_quantizers.block1_bn2"] == 6
     assert widths["activation_quantizers.x"] == 8
 
@@ -87,9 +87,9 @@ def test_other_bits() -> None:
 def test_checkpoint_round_trip(tmp_path, options) -> None:
     model = settled("residual")
     bits = BitConfig.uniform(model, 4, 4)
-    first = calibrate(quantize(model, bits, **options), [images()])
+    first = calibrate(quantize(model, bits, images(), **options), [images()])
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = quantize(settled("residual", seed=7), bits, **options)
+    second = quantize(settled("residual", seed=7), bits, images(), **options)
     with pytest.raises(CalibrationError):
         second(images())
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -113,13 +113,13 @@ def test_resnets_from_elsewhere(make) -> None:
     model = make().eval()
     bits = BitConfig.uniform(model, 32, 32)
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(quantize(model, bits)(x), model(x))
-    assert len(quantize(model, BitConfig.uniform(model, 4, 4)).quantizers()) > 20
+    assert torch.equal(quantize(model, bits, x)(x), model(x))
+    assert len(quantize(model, BitConfig.uniform(model, 4, 4), x).quantizers()) > 20
 
 
 def test_calibrate_restores_modes_and_takes_pairs_and_limits() -> None:
     model = settled("residual").train()
-    quantized = quantize(model, BitConfig.uniform(model))
+    quantized = quantize(model, BitConfig.uniform(model), images())
     running = quantized.get_submodule("bn").running_mean.clone()  # type: ignore[union-attr,operator]
     never = iter([(images(), torch.zeros(8)), "not reached"])
     calibrate(quantized, never, max_batches=1)
@@ -130,7 +130,7 @@ def test_calibrate_restores_modes_and_takes_pairs_and_limits() -> None:
 
 def test_calibrate_refuses_no_data_and_bad_data() -> None:
     model = settled("residual")
-    quantized = quantize(model, BitConfig.uniform(model))
+    quantized = quantize(model, BitConfig.uniform(model), images())
     with pytest.raises(CalibrationError, match="no batches"):
         calibrate(quantized, [])
     bad = images()
@@ -140,15 +140,15 @@ def test_calibrate_refuses_no_data_and_bad_data() -> None:
     with pytest.raises(CalibrationError, match=r"call lightning_baqe\.calibrate"):
         quantized(images())
     with pytest.raises(ConfigError, match="must be one of"):
-        quantize(model, BitConfig.uniform(model), activation_quantizer="pact")
+        quantize(model, BitConfig.uniform(model), images(), activation_quantizer="pact")
     with pytest.raises(ConfigError, match="quantized already"):
-        quantize(quantized, BitConfig.uniform(model))
+        quantize(quantized, BitConfig.uniform(model), images())
 
 
 def test_bits_by_channel_are_refused_for_now() -> None:
     model = ManyReaders()
     with pytest.raises(ConfigError, match="by channel are not supported yet"):
-        quantize(model, BitConfig.uniform(model).replace(b=LayerBits((4, 4, 4, 8, 8, 8), 8)))
+        quantize(model, BitConfig.uniform(model).replace(b=LayerBits((4, 4, 4, 8, 8, 8), 8)), images())
 
 
 class _Branches(nn.Module):
@@ -169,10 +169,12 @@ class _FunctionalNorm(nn.Module):
         return nn.functional.batch_norm(self.conv(x), None, None, training=True)
 
 
-@pytest.mark.parametrize(("model", "reason"), [(_Branches(), "cannot be traced"), (_FunctionalNorm(), "fixes train")])
+@pytest.mark.parametrize(
+    ("model", "reason"), [(_Branches(), "cannot be traced"), (_FunctionalNorm(), "statistics of the batch")]
+)
 def test_models_that_cannot_be_traced(model: nn.Module, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
-        quantize(model, BitConfig.uniform(model))
+        quantize(model, BitConfig.uniform(model), images())
 
 
 class _InPlace(nn.Module):
@@ -190,5 +192,5 @@ class _InPlace(nn.Module):
 def test_in_place_operators_keep_their_meaning() -> None:
     model = _InPlace().eval()
     for bits, tolerance in ((32, 0.0), (8, 0.1)):
-        quantized = calibrate(quantize(model, BitConfig.uniform(model, bits, bits)), [images()])
+        quantized = calibrate(quantize(model, BitConfig.uniform(model, bits, bits), images()), [images()])
         assert (quantized(images()) - model(images())).abs().max() <= tolerance

@@ -126,7 +126,14 @@ def test_what_is_no_range_is_refused(method: Any, wanted: str) -> None:
 def test_calibration_follows_the_option(method: str) -> None:
     model, batches = settled("residual"), [images(8, seed) * (1 + seed) for seed in range(3)]
     quantized = calibrate(
-        quantize(model, BitConfig.uniform(model, 4, 4), activation_quantizer="static", activation_range=method), batches
+        quantize(
+            model,
+            BitConfig.uniform(model, 4, 4),
+            batches[0],
+            activation_quantizer="static",
+            activation_range=method,
+        ),
+        batches,
     )
     quantizer = quantized.get_submodule("activation_quantizers.x")
     assert isinstance(quantizer, StaticActivation)

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Bernoulli, kl_divergence
 
+from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import CalibrationError
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.quantization.convert import quantize
-from lightning_baqe.quantization.sensitivity import layer_scores
+from lightning_baqe.quantization.sensitivity import layer_scores, output_divergence
 
 
 @pytest.fixture
@@ -67,3 +68,34 @@ def test_the_model_is_left_as_it_was(network: nn.Module, images: torch.Tensor) -
 def test_an_uncalibrated_model_is_refused(network: nn.Module, images: torch.Tensor) -> None:
     with pytest.raises(CalibrationError):
         layer_scores(quantize(network, BitConfig.uniform(network, 4, 4), images), images)
+
+
+def test_one_output_and_labels_diverge_as_bernoulli_variables() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((8, 1), (8,), (8, 5), (8, 3, 2, 2)):
+        reference, found = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        truth, model = (Bernoulli(logits=logits) for logits in (reference, found))
+        each = kl_divergence(truth, model)
+        wanted = each.flatten(1).sum(1).mean() / (4 if len(shape) == 4 else 1) if len(shape) > 1 else each.mean()
+        assert float(output_divergence(reference, found, "labels")) == pytest.approx(float(wanted), rel=1e-5)
+        if len(shape) == 1 or shape[1] == 1:  # the softmax of one output tells nothing
+            assert float(output_divergence(reference, found)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_classes_of_pixels_diverge_pixel_by_pixel() -> None:
+    reference, found = torch.randn(2, 4, 3, 5, 6, generator=torch.Generator().manual_seed(0)).unbind()
+    rows = [x.movedim(1, -1).reshape(-1, 3) for x in (reference, found)]
+    assert float(output_divergence(reference, found)) == pytest.approx(float(output_divergence(*rows)), rel=1e-5)
+
+
+def test_values_diverge_in_units_of_their_spread() -> None:
+    values = torch.arange(8.0)[:, None] + 1000  # whose sigmoids are all 1
+    assert float(output_divergence(values, values + 1, "values")) == pytest.approx(1 / 5.25)
+    assert float(output_divergence(values * 9, (values + 1) * 9, "values")) == pytest.approx(1 / 5.25)
+
+
+def test_a_network_of_one_output_has_scores(images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 1)).eval()
+    model = calibrate(quantize(network, BitConfig.uniform(network, 3, 3, first_last=3), images), [images])
+    assert all(score > 0 for score in layer_scores(model, images).values())

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeDevice
+from sklearn.metrics import jaccard_score
 from torch import nn
+from torchmetrics.classification import MulticlassJaccardIndex
 
 import lightning_baqe as baqe
 from lightning_baqe.errors import BuildError, ConfigError
@@ -22,6 +24,8 @@ from lightning_baqe.runs.evaluation import (
     deployed_accuracy,
     evaluate,
     measure_quietly,
+    module_accuracy,
+    module_scorer,
 )
 
 
@@ -95,6 +99,33 @@ def test_evaluate_takes_all_figures(quantized: baqe.QuantizedModel, tmp_path: Pa
     artifact = baqe.Artifact.load(tmp_path / "a")
     assert not any(baqe.verify(artifact, x).values())
     assert torch.equal(artifact.run(x).argmax(1), baqe.lower(quantized).run(x).argmax(1))
+
+
+def test_pixels_of_a_compiled_network_are_counted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    x = torch.randn(8, 3, 6, 6)
+    model = baqe.calibrate(baqe.quantize(net, baqe.BitConfig.uniform(net, 8, 8), x), [x]).eval()
+    y = baqe.lower(model).run(x).argmax(1)
+    y[:2] = (y[:2] + 1) % 4
+    options, batches = MeasureOptions(repeats=5, warmup=1, attempts=1), [(x[:4], y[:4]), (x[4:], y[4:])]
+    scorer = module_scorer(net, batches, torch.device("cpu"))
+    assert scorer.name == "PixelAccuracy(num_classes=4)"
+    found = evaluate(model, batches, tmp_path / "a", BuildOptions(), "default", options=options, scorer=scorer)
+    assert found.accuracy == 6 / 8
+    jaccard = module_scorer(net, batches, torch.device("cpu"), MulticlassJaccardIndex(num_classes=4))
+    found_again = deployed_accuracy(baqe.Artifact.load(tmp_path / "a"), batches, scorer=jaccard)
+    outputs = baqe.lower(model).run(x).argmax(1)
+    assert found_again == pytest.approx(jaccard_score(y.flatten(), outputs.flatten(), average="macro"))
+
+
+def test_modes_are_given_back(quantized: baqe.QuantizedModel) -> None:
+    quantized.train()
+    next(part for part in quantized.modules() if isinstance(part, nn.ReLU | nn.Linear)).eval()  # frozen by somebody
+    before = {name: part.training for name, part in quantized.named_modules()}
+    batches = [(torch.randn(4, 3, 12, 12), torch.arange(4))]
+    assert 0 <= module_accuracy(quantized, batches, torch.device("cpu")) <= 1
+    assert {name: part.training for name, part in quantized.named_modules()} == before
 
 
 def test_accuracy_needs_images(artifact: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from sklearn.metrics import f1_score
 from tiny import TinyData, TinyNet, tiny_net
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassF1Score
 
 import lightning_baqe as baqe
 from lightning_baqe.errors import CalibrationError, ConfigError
 from lightning_baqe.tasks import ImageClassifier
-from lightning_baqe.tasks.classifier import CHECKPOINT_KEY
+from lightning_baqe.tasks.classifier import CHECKPOINT_KEY, loss_of
 
 WIDTHS = [None, 8, 4]  # None: float
 
@@ -64,6 +70,27 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ImageClassi
     path = tmp_path / "trained.ckpt"
     fitted.save_checkpoint(path)
     return task, path
+
+
+class DictData(TinyData):
+    """Batches as Hugging Face's loaders give them; to predict on, images alone."""
+
+    def train_dataloader(self) -> Any:
+        rows = [{"pixel_values": x, "labels": y} for x, y in zip(self.x, self.y, strict=True)]
+        return DataLoader(rows, batch_size=8)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(self.x, batch_size=8)
+
+
+def test_batches_may_be_dicts_or_images_alone() -> None:
+    task, other = make_task(), make_task()
+    trainer().fit(task, DictData())
+    trainer().fit(other, TinyData())
+    predictions = torch.cat(trainer().predict(task, DictData()))
+    assert torch.equal(predictions, torch.cat(trainer().predict(other, TinyData())))
 
 
 @pytest.mark.parametrize("trained", WIDTHS, indirect=True)
@@ -201,6 +228,88 @@ def test_metrics_are_logged() -> None:
     assert logged["test/loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(outputs(module), data.y)))
 
 
+class Targets(TinyData):
+    """The tiny images with other targets."""
+
+    def __init__(self, targets: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.targets = targets(self.y)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.x, self.targets), batch_size=8)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def headed(outputs: int) -> nn.Module:
+    net = tiny_net()
+    net.fc = nn.Linear(8, outputs)
+    return net
+
+
+def per_pixel() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("net", "outputs", "targets", "right"),
+    [
+        (headed(1), 1, lambda y: y // 2, lambda o, y: (o[:, 0] > 0) == y),
+        (headed(1), 1, lambda y: (y // 2)[:, None].float(), lambda o, y: (o > 0) == y),
+        (headed(3), 3, lambda y: torch.stack([y > 0, y > 1, y > 2], 1).float(), lambda o, y: (o > 0) == y),
+        (per_pixel(), 4, lambda y: y.view(-1, 1, 1).expand(-1, 8, 8).clone(), lambda o, y: o.argmax(1) == y),
+    ],
+    ids=["one logit", "float targets", "labels", "pixels"],
+)
+def test_loss_and_accuracy_follow_the_shapes(
+    net: nn.Module,
+    outputs: int,
+    targets: Callable[[Tensor], Tensor],
+    right: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    module, data = ImageClassifier(net, outputs, learning_rate=3e-2), Targets(targets)
+    fitted = trainer(10)
+    fitted.fit(module, data)
+    with torch.no_grad():
+        logits = module.eval()(data.x)
+    counted = float(right(logits, data.targets).double().mean())
+    assert counted > 0.7
+    logged = fitted.test(module, data, verbose=False)[0]
+    assert logged["test/acc"] == pytest.approx(counted)
+    assert logged["test/loss"] == pytest.approx(float(loss_of(logits, data.targets)), rel=1e-4)
+
+
+def test_losses() -> None:
+    logits, indices = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    wanted = functional.cross_entropy(logits, indices, label_smoothing=0.2)
+    assert torch.equal(loss_of(logits, indices, 0.2), wanted)
+    binary = (indices > 0).float()
+    assert torch.allclose(loss_of(logits[:, :1], binary), functional.soft_margin_loss(logits[:, 0], 2 * binary - 1))
+    # Smoothing one logit is smoothing two classes of which one has the logit 0.
+    two = functional.pad(logits[:, :1], (1, 0))
+    smooth = functional.cross_entropy(two, binary.long(), label_smoothing=0.2)
+    assert torch.allclose(loss_of(logits[:, :1], binary, 0.2), smooth)
+    with pytest.raises(ConfigError, match=r"no loss for outputs \(6, 3\) and targets torch.float32 \(6,\)"):
+        loss_of(logits, torch.randn(6))
+
+
+def test_a_metric_of_the_users(tmp_path: Path) -> None:
+    metric = MulticlassF1Score(num_classes=4)
+    module, data = ImageClassifier(tiny_net(), 4, learning_rate=3e-2, metric=metric), TinyData()
+    fitted = trainer(3)
+    fitted.fit(module, data)
+    logged = fitted.test(module, data, verbose=False)[0]
+    assert logged["test/acc"] == pytest.approx(f1_score(data.y, outputs(module).argmax(1), average="macro"))
+    assert metric.update_count == 0
+    assert module.metric is metric
+    fitted.save_checkpoint(tmp_path / "f1.ckpt")
+    assert set(torch.load(tmp_path / "f1.ckpt", weights_only=True)["hyper_parameters"]) & {"net", "metric"} == set()
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "f1.ckpt", net=tiny_net(seed=1))
+    assert torch.equal(outputs(loaded), outputs(module))
+    with pytest.raises(ConfigError, match="MeanSquaredError"):
+        ImageClassifier(tiny_net(), 4, metric=MeanSquaredError())
+
+
 def test_log_prefix() -> None:
     fitted = trainer()
     fitted.fit(ImageClassifier(tiny_net(), 4, log_prefix="float/"), TinyData())
@@ -238,7 +347,7 @@ def test_a_scheduler_needs_an_end() -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        {"num_classes": 1},
+        {"num_classes": 0},
         {"num_classes": True},
         {"learning_rate": 0.0},
         {"weight_decay": -1.0},

@@ -80,33 +80,35 @@ def prefetch(buffer: Any, index: Any) -> None:
 
 def fill_halo(layout: Layout, buffer: Any, value: Any) -> None:
     """Emit the loops that fill a buffer's halo."""
-    if layout.halo == 0:
+    if not any(layout.halo):
         return
     pad = T.Cast(layout.dtype, value)
     if layout.shared:
         _fill_slice_halo(layout, buffer, pad)
         return
-    edge = layout.halo * layout.row + layout.halo * layout.stored
+    sides = layout.halo[1] * layout.stored
+    edge = layout.halo[0] * layout.row + sides
     # Top rows with the first left edge; then right edge plus next left edge, row by row; the last right edge and below.
     with B.serial(edge) as i:
         B.buffer_store(buffer, pad, [i])
-    with B.serial(layout.height - 1) as y, B.serial(2 * layout.halo * layout.stored) as i:
-        B.buffer_store(buffer, pad, [edge + layout.width * layout.stored + y * layout.row + i])
+    if sides:
+        with B.serial(layout.height - 1) as y, B.serial(2 * sides) as i:
+            B.buffer_store(buffer, pad, [edge + layout.width * layout.stored + y * layout.row + i])
     with B.serial(edge) as i:
-        B.buffer_store(buffer, pad, [(layout.height + layout.halo) * layout.row - layout.halo * layout.stored + i])
+        B.buffer_store(buffer, pad, [(layout.height + layout.halo[0]) * layout.row - sides + i])
 
 
 def _fill_slice_halo(layout: Layout, buffer: Any, pad: Any) -> None:
     """Pixel by pixel, because the channels between belong to others."""
-    start = layout.origin(layout.halo, layout.halo)
-    right = (layout.width + layout.halo) * layout.pitch
+    (above, left), (_, width), start = layout.halo, layout.full, layout.origin(*layout.halo)
+    right = (layout.width + left) * layout.pitch
     areas = [  # first pixel, rows, columns
-        (start, layout.halo, layout.width + 2 * layout.halo),
-        (start + layout.halo * layout.row, layout.height, layout.halo),
-        (start + layout.halo * layout.row + right, layout.height, layout.halo),
-        (start + (layout.height + layout.halo) * layout.row, layout.halo, layout.width + 2 * layout.halo),
+        (start, above, width),
+        (start + above * layout.row, layout.height, left),
+        (start + above * layout.row + right, layout.height, left),
+        (start + (layout.height + above) * layout.row, above, width),
     ]
-    for first, rows, columns in areas:
+    for first, rows, columns in [area for area in areas if area[1] * area[2]]:
         with B.serial(rows) as y, B.serial(columns) as x, B.serial(layout.stored // VECTOR) as v:
             pixel = first + y * layout.row + x * layout.pitch
             put(buffer, splat(pad, VECTOR), pixel + v * VECTOR, VECTOR)

@@ -25,7 +25,7 @@ class Layout:
     Args:
         channels, height, width: its logical shape.
         stored: channels in memory, at least ``channels``.
-        halo: rows and columns around it.
+        halo: rows above and below it, columns on its left and right.
         dtype: ``uint8``, ``int8``, ``int32`` or ``float32``.
         shared: stored channels of the buffer that it is a slice of; 0: it has a buffer of its own.
         first: its first channel in that buffer.
@@ -35,7 +35,7 @@ class Layout:
     height: int
     width: int
     stored: int
-    halo: int
+    halo: tuple[int, int]
     dtype: str
     shared: int = 0
     first: int = 0
@@ -46,18 +46,23 @@ class Layout:
         return self.shared or self.stored
 
     @property
+    def full(self) -> tuple[int, int]:
+        """Height and width with the halo."""
+        return self.height + 2 * self.halo[0], self.width + 2 * self.halo[1]
+
+    @property
     def row(self) -> int:
         """Values from one row to the next."""
-        return (self.width + 2 * self.halo) * self.pitch
+        return self.full[1] * self.pitch
 
     @property
     def length(self) -> int:
         """Values in the buffer."""
-        return (self.height + 2 * self.halo) * self.row + SLACK
+        return self.full[0] * self.row + SLACK
 
     def origin(self, top: int = 0, left: int = 0) -> int:
         """Index of the value ``top`` rows and ``left`` columns before the first."""
-        return (self.halo - top) * self.row + (self.halo - left) * self.pitch + self.first
+        return (self.halo[0] - top) * self.row + (self.halo[1] - left) * self.pitch + self.first
 
     def part(self, first: int, channels: int) -> Layout:
         """The layout of so many of its channels, from ``first`` on, in the same buffer."""
@@ -69,13 +74,30 @@ class Layout:
         """The same in a buffer of its own."""
         return replace(self, shared=0, first=0)
 
+    def places(self) -> np.ndarray:
+        """Index of every value in the buffer, int64, shape ``(channels, height, width)``."""
+        channels, rows, columns = np.ogrid[: self.channels, : self.height, : self.width]
+        return np.asarray(self.origin() + rows * self.row + columns * self.pitch + channels, np.int64)
+
+    def pack(self, values: np.ndarray, pad: int) -> np.ndarray:
+        """A buffer of its own that holds values of shape ``(channels, height, width)``; ``pad`` fills the halo."""
+        full = np.full((*self.full, self.stored), pad, self.dtype)
+        full[..., self.channels :] = 0
+        buffer = np.concatenate([full.ravel(), np.zeros(SLACK, self.dtype)])
+        buffer[self.places()] = values
+        return buffer
+
     def unpack(self, buffer: np.ndarray) -> np.ndarray:
         """A buffer's values, shape ``(channels, height, width)``."""
-        h, w = self.height + 2 * self.halo, self.width + 2 * self.halo
-        full = buffer[: h * w * self.pitch].reshape(h, w, self.pitch)
-        channels = slice(self.first, self.first + self.channels)
-        inner = full[self.halo : h - self.halo, self.halo : w - self.halo, channels]
-        return np.ascontiguousarray(inner.transpose(2, 0, 1))
+        return np.ascontiguousarray(buffer[self.places()])
+
+
+def as_image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """``(features,)`` as ``(features, 1, 1)``, ``(channels, length)`` as ``(channels, 1, length)``; images stay."""
+    if len(shape) == 2:
+        return shape[0], 1, shape[1]
+    channels, height, width = shape if len(shape) == 3 else (*shape, 1, 1)
+    return channels, height, width
 
 
 def storage_dtype(low: int, high: int) -> str:

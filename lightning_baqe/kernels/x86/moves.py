@@ -1,4 +1,5 @@
-"""Kernels that move values and compute none: concatenation, selection, flattening, copies with another halo.
+"""Kernels that move values and compute none: concatenation, selection, flattening, copies with another halo, and any
+other rearrangement by a table.
 
 Stored channels beyond the logical ones are never taken for data: they hold anything in integers, 0 in floats.
 """
@@ -22,12 +23,14 @@ class MoveSpec:
     """Everything that the code of such a kernel depends on.
 
     Args:
-        op: ``concat``, ``gather``, ``flatten``, ``copy``.
+        op: ``concat``, ``gather``, ``flatten``, ``copy``, ``move``.
         sources: layouts; one but for ``concat``.
         result: layout.
         channels: of ``gather``: ``runs``, or ``index``, by a table.
         firsts: the first channels of runs that take turns: one is a slice, two or more are shuffled together.
         pixels: of ``gather``: rows and columns are given by tables, too.
+        run: of ``move``: so many channels are neighbours in the source, too, wherever they are taken from.
+        absent: of ``move``: some values are not in the source.
     """
 
     op: str
@@ -36,17 +39,22 @@ class MoveSpec:
     channels: str = "runs"
     firsts: tuple[int, ...] = (0,)
     pixels: bool = False
+    run: int = 1
+    absent: bool = False
 
 
 def emit_move(spec: MoveSpec) -> None:
     """Emit the kernel.
 
     Its arguments are the sources, for ``gather`` the int32 tables of channels (where by index), rows and columns (where
-    by pixel), then params and result.
+    by pixel), for ``move`` one of the places in the source's buffer where runs begin, pixel by pixel (-1: absent); then
+    params and result.
     """
-    emit = {"concat": _concat, "gather": _gather, "copy": _gather, "flatten": _flatten}[spec.op]
+    emit = {"concat": _concat, "gather": _gather, "copy": _gather, "flatten": _flatten, "move": _move}[spec.op]
     result = spec.result
     sizes = [result.channels] * (spec.channels == "index") + [result.height, result.width] * spec.pixels
+    if spec.op == "move":
+        sizes = [result.height * result.width * result.channels // spec.run]
     indices = [(size, "int32") for size in sizes]
     *values, params, out = arguments("move", *spec.sources, *indices, (MOVE_PARAMS, "int64"), result)
     sources, tables = values[: len(spec.sources)], values[len(spec.sources) :]
@@ -133,3 +141,17 @@ def _flatten(spec: MoveSpec, sources: list[Any], tables: list[Any], params: Any,
         value = buffer[source.origin() + y * source.row + x * source.pitch + c]
         put(out, cast(result.dtype, 1, value), result.origin() + (c * source.height + y) * source.width + x, 1)
     fill_spare(result, out, result.origin())
+
+
+def _move(spec: MoveSpec, sources: list[Any], tables: list[Any], params: Any, out: Any) -> None:
+    result, run, absent = spec.result, spec.run, T.Cast(spec.result.dtype, params[0])
+    steps = result.channels // run
+    with B.serial(result.height) as y, B.serial(result.width) as x:
+        pixel = result.origin() + y * result.row + x * result.pitch
+        with B.serial(steps) as step:
+            place = tables[0][(y * result.width + x) * steps + step]
+            value = cast(result.dtype, run, at(sources[0], T.max(place, 0) if spec.absent else place, run))
+            if spec.absent:
+                value = T.Select(splat(place >= 0, run), value, splat(absent, run))
+            put(out, value, pixel + step * run, run)
+        fill_spare(result, out, pixel)

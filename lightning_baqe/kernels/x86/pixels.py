@@ -11,14 +11,16 @@ Every kernel takes its values first, then the constants of its operator, then ``
 | add | | multiplier a, multiplier b, offset, shift, zero point, low, high |
 | mul | | zero point a, zero point b, multiplier, shift, zero point, low, high |
 | affine | int32 multipliers, int64 offsets by stored channel (below) | input zero point, shift, zero point, low, high |
+| prelu | int32 multipliers by stored channel, of positive and of negative values | input zero point, shifts of \
+both, zero point, low, high |
 | table | entries of the result's type (below) | lowest input |
 | clip | | low, high |
 | pack, quantize | float32 inverse scale (where the result is an integer) | zero point, low, high |
 | dequantize | float32 scales by stored channel | zero point |
 | logits | float32 scales by channel | zero point |
-| float_function | float32 parameters, 2 | |
 | float_affine | float32 gains, then shifts by stored channel | |
-| float_add, float_mul, unpack | | |
+| float_prelu | float32 slopes by stored channel | |
+| float_function, float_add, float_mul, unpack | | |
 
 Of each 16 offsets of an affine operator the even ones come first. A table has an entry for each integer of its input's
 range; but 256 in the order of the byte's value where its input is stored in one.
@@ -26,6 +28,7 @@ range; but 256 in the order of the byte's value where its input is stored in one
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +53,15 @@ class PixelSpec:
     Args:
         op: a name of the table above.
         source, result: layouts.
-        other: layout of the second operand of a sum or a product; one pixel is taken for all.
+        other: layout of the second operand of a sum or a product; one row, column or channel of an operand is taken for
+            all of the result's.
         narrow: products and sums fit 32 bits.
-        high: what is requantized fits 32 bits, and the shift is 32 or more.
+        high: what is requantized fits 32 bits, and every shift is 32 or more.
         relu: of float sums.
         entries: of a table.
-        function: name of a float function.
+        function: a float function as text; see :func:`float_functions.encode`.
         vbmi: of a table from bytes to bytes, with these instructions.
+        flat: what is packed has the shape ``(1, values)``, as islands leave it.
     """
 
     op: str
@@ -69,6 +74,7 @@ class PixelSpec:
     entries: int = 0
     function: str = ""
     vbmi: bool = False
+    flat: bool = False
 
 
 def _limits(params: Any, first: int) -> tuple[Any, Any, Any]:
@@ -122,6 +128,21 @@ def _affine(spec: PixelSpec, value: Any, constants: list[Any], channel: Any, par
     return cast(spec.result.dtype, lanes, clipped(scaled, *_limits(params, 2), wide, lanes))
 
 
+def _prelu(spec: PixelSpec, value: Any, constants: list[Any], channel: Any, params: Any, lanes: int) -> Any:
+    """Both products, and the one of the value's sign."""
+    wide = "int32" if spec.high else "int64"
+    shifted = cast(wide, lanes, value) - param(params, 0, wide, lanes)
+    parts = []
+    for factors, shift in zip(constants, (params[1], params[2]), strict=True):
+        factor = at(factors, channel, lanes)
+        if spec.high:
+            parts.append(requantized_high(shifted, factor, None, shift, lanes))
+        else:
+            parts.append(rounding_shift(shifted * cast(wide, lanes, factor), shift, wide, lanes))
+    scaled = T.Select(shifted >= splat(T.int32(0) if spec.high else T.int64(0), lanes), *parts)
+    return cast(spec.result.dtype, lanes, clipped(scaled, *_limits(params, 3), wide, lanes))
+
+
 def _quantized(spec: PixelSpec, value: Any, factor: Any, params: Any, lanes: int) -> Any:
     """Rounds half to even, clips before the cast."""
     low = splat(T.Cast("float32", params[1] - params[0]), lanes)
@@ -137,14 +158,20 @@ def _looked_up(spec: PixelSpec, value: Any, table: Any, params: Any) -> Any:
     return table[T.Cast("int32", T.reinterpret(value, dtype="uint8"))]
 
 
+def _rounded(value: Any, lanes: int) -> Any:
+    """The float32 product as torch rounds it: LLVM must not join it with the sum that follows."""
+    name = T.llvm_lookup_intrinsic_id("llvm.arithmetic.fence")
+    return T.call_llvm_pure_intrin(name, value, dtype=f"float32x{lanes}" if lanes > 1 else "float32")
+
+
 def _constants(spec: PixelSpec) -> list[tuple[int, str]]:
     """Lengths and types of the operator's constant arguments."""
     stored = spec.result.stored
-    if spec.op == "affine":
-        return [(stored, "int32"), (stored, "int64")]
+    if spec.op in ("affine", "prelu"):
+        return [(stored, "int32"), (stored, "int64" if spec.op == "affine" else "int32")]
     if spec.op == "table":
         return [(spec.entries, spec.result.dtype)]
-    sizes = {"quantize": 1, "dequantize": stored, "float_function": 2, "float_affine": 2 * stored}
+    sizes = {"quantize": 1, "dequantize": stored, "float_affine": 2 * stored, "float_prelu": stored}
     return [(sizes[spec.op], "float32")] if spec.op in sizes else []
 
 
@@ -160,6 +187,8 @@ def _value(spec: PixelSpec, values: list[Any], constants: list[Any], params: Any
             return _multiplied(spec, a, b, params, lanes)
         case "affine":
             return _affine(spec, a, constants, channel, params, lanes)
+        case "prelu":
+            return _prelu(spec, a, constants, channel, params, lanes)
         case "table":
             return _looked_up(spec, a, constants[0], params)
         case "clip":
@@ -170,9 +199,13 @@ def _value(spec: PixelSpec, values: list[Any], constants: list[Any], params: Any
             shifted = cast("int32", lanes, a) - param(params, 0, "int32", lanes)
             return cast("float32", lanes, shifted) * at(constants[0], channel, lanes)
         case "float_function":
-            return float_functions.apply(spec.function, a, constants[0], lanes)
+            return float_functions.apply(spec.function, a, lanes)
         case "float_affine":
-            return a * at(constants[0], channel, lanes) + at(constants[0], spec.result.stored + channel, lanes)
+            product = _rounded(a * at(constants[0], channel, lanes), lanes)
+            return product + at(constants[0], spec.result.stored + channel, lanes)
+        case "float_prelu":
+            zero = splat(T.float32(0), lanes)
+            return T.Select(a < zero, a * at(constants[0], channel, lanes), a)
         case "float_mul":
             return a * b
         case "float_add":
@@ -196,9 +229,10 @@ def emit_pointwise(spec: PixelSpec) -> None:
         with B.serial(steps) as v:
             values = []
             for layout, buffer in operands:
-                one = layout.height == layout.width == 1
-                pixel = layout.origin() + (0 if one else y * layout.row + x * layout.pitch)
-                values.append(at(buffer, pixel + v * lanes, lanes))
+                pixel = layout.origin()  # of one row or column there is no other
+                pixel += (y * layout.row if layout.height > 1 else 0) + (x * layout.pitch if layout.width > 1 else 0)
+                one = layout.channels == 1 < result.channels
+                values.append(splat(buffer[pixel], lanes) if one else at(buffer, pixel + v * lanes, lanes))
             put(Y, _value(spec, values, constants, P, v * lanes, lanes), to + v * lanes, lanes)
         fill_spare(result, Y, to)
 
@@ -233,60 +267,86 @@ def emit_byte_table(spec: PixelSpec) -> None:
 
 
 def emit_pack(spec: PixelSpec) -> None:
-    """The network's input, ``(1, channels, height, width)`` float32, into our layout; quantized if the layout is.
+    """The network's input, ``(1, channels, height, width)`` float32, or a flat value into our layout; quantized if the
+    layout is.
 
-    An image of few channels, stored without spare ones, is shuffled together in vectors; of any other, one row of one
-    channel at a time is converted, then spread over the pixels.
+    An image of few channels, stored without spare ones, is shuffled together in vectors; a single pixel lies as it is
+    wanted; of any other image, one row of one channel at a time is converted, then spread over the pixels.
     """
     result = spec.result
     is_float = result.dtype == "float32"
 
-    image = (1, result.channels, result.height, result.width), "float32"
+    shape = (result.channels, result.height, result.width)
+    image = (1, math.prod(shape)) if spec.flat else (1, *shape)
     X, *factor, P, Y = arguments(
-        "pack", image, *([] if is_float else [(1, "float32")]), (PIXEL_PARAMS, "int64"), result
+        "pack", (image, "float32"), *([] if is_float else [(1, "float32")]), (PIXEL_PARAMS, "int64"), result
     )
+
+    def read(channel: Any, row: Any, column: Any) -> Any:
+        if spec.flat:
+            return X[0, (channel * result.height + row) * result.width + column]
+        return X[0, channel, row, column]
 
     def convert(value: Any, lanes: int) -> Any:
         return _quantized(spec, value, factor[0][0], P, lanes) if factor else value
 
     if result.stored == result.channels <= MOST_SHUFFLED:
         fill_halo(result, Y, P[PAD])
-        _pack_dense(result, X, Y, convert)
+        _pack_dense(result, read, Y, convert)
     else:
-        _pack_spread(result, X, Y, P, convert)
+        _pack_spread(result, read, Y, P, convert)
 
 
-def _pack_dense(result: Layout, image: Any, out: Any, convert: Any) -> None:
+def _pack_dense(result: Layout, read: Any, out: Any, convert: Any) -> None:
     channels, width, lanes = result.channels, result.width, VECTOR
     with B.serial(result.height) as y:
         to = result.origin() + y * result.row
         if width >= lanes:
             with B.serial(-(-width // lanes)) as v:
                 first = tile_start(v, width, lanes)
-                parts = [B.Bind(convert(image[0, c, y, T.ramp(first, 1, lanes)], lanes)) for c in range(channels)]
+                parts = [B.Bind(convert(read(c, y, T.ramp(first, 1, lanes)), lanes)) for c in range(channels)]
                 for turn in range(channels):
                     order = [i % channels * lanes + i // channels for i in range(turn * lanes, (turn + 1) * lanes)]
                     value = T.Shuffle(parts, order) if channels > 1 else parts[0]
                     put(out, value, to + first * channels + turn * lanes, lanes)
         else:
             with B.serial(width) as x, B.serial(channels) as c:
-                put(out, convert(image[0, c, y, x], 1), to + x * channels + c, 1)
+                put(out, convert(read(c, y, x), 1), to + x * channels + c, 1)
 
 
-def _pack_spread(result: Layout, image: Any, out: Any, params: Any, convert: Any) -> None:
+def _pack_spread(result: Layout, read: Any, out: Any, params: Any, convert: Any) -> None:
     line = B.alloc_buffer((-(-result.width // VECTOR) * VECTOR,), result.dtype)
     # Everything outside the image and every channel beyond the logical ones holds the pad value: one fill for all.
     with B.serial(result.length) as i:
         B.buffer_store(out, T.Cast(result.dtype, params[PAD]), [i])
+    if result.height == result.width == 1:
+        _pack_pixel(result, read, out, convert)
+        return
     with B.serial(result.height) as y, B.serial(result.channels) as c:
-        with B.serial(result.width) as x:
-            B.buffer_store(line, convert(image[0, c, y, x], 1), [x])
+        if result.width >= VECTOR:
+            with B.serial(-(-result.width // VECTOR)) as v:
+                first = tile_start(v, result.width, VECTOR)
+                put(line, convert(read(c, y, T.ramp(first, 1, VECTOR)), VECTOR), first, VECTOR)
+        else:
+            with B.serial(result.width) as x:
+                B.buffer_store(line, convert(read(c, y, x), 1), [x])
         with B.serial(result.width) as x:
             B.buffer_store(out, line[x], [result.origin() + y * result.row + x * result.pitch + c])
 
 
+def _pack_pixel(result: Layout, read: Any, out: Any, convert: Any) -> None:
+    """A vector, whose values already lie side by side."""
+    whole = result.channels // VECTOR
+    with B.serial(whole) as v, B.vectorized(VECTOR) as lane:
+        c = v * VECTOR + lane
+        put(out, convert(read(c, 0, 0), 1), result.origin() + c, 1)
+    with B.serial(result.channels - whole * VECTOR) as i:
+        c = whole * VECTOR + i
+        put(out, convert(read(c, 0, 0), 1), result.origin() + c, 1)
+
+
 def emit_unpack(spec: PixelSpec) -> None:
-    """A network's output as float32 ``(1, values)``.
+    """A network's output, or what an island reads, as float32 ``(1, values)``.
 
     ``logits``: integers minus the zero point times one factor by channel; ``unpack``: floats as are.
     """

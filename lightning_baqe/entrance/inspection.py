@@ -1,0 +1,109 @@
+"""What becomes of each operator of a network, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from lightning_baqe.errors import UnsupportedModelError
+from lightning_baqe.integer.lowering import lower_all
+from lightning_baqe.quantization.aten import name_of, origin
+from lightning_baqe.quantization.calibration import calibrate
+from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.quantization.convert import fake_quantize
+from lightning_baqe.quantization.ops import OpReader
+
+INTEGER, FLOAT, REFUSED = "integer", "float", "refused"
+_STAYS_FLOAT = 'no integer meaning: it stays float with fallback="float"'
+_NO_OPERATORS = ("input", "output", "constant", "value", "part", "quantizer", "literal")
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """What becomes of one operator.
+
+    Args:
+        operator: its name.
+        path: of the module whose forward calls it; ``""`` for the network itself.
+        module: that module's class.
+        becomes: ``"integer"``; ``"float"``: it has no integer meaning, and can stay float by ``fallback="float"``; or
+            ``"refused"``.
+        advice: why it is no integer and what to do; ``""`` where it is one.
+    """
+
+    operator: str
+    path: str
+    module: str
+    becomes: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What becomes of a network's operators, in its order."""
+
+    operators: tuple[OperatorReport, ...]
+
+    @property
+    def refused(self) -> tuple[OperatorReport, ...]:
+        return tuple(operator for operator in self.operators if operator.becomes == REFUSED)
+
+    @property
+    def floats(self) -> tuple[OperatorReport, ...]:
+        """What stays float where ``fallback="float"``, and is refused without."""
+        return tuple(operator for operator in self.operators if operator.becomes == FLOAT)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is refused."""
+        return not self.refused
+
+    def __str__(self) -> str:
+        table = Table("operator", "module", "class", "becomes", "why, and what to do")
+        for row in self.operators:
+            table.add_row(row.operator, row.path, row.module, row.becomes, row.advice)
+        text = StringIO()
+        Console(file=text, width=160).print(table)
+        return text.getvalue()
+
+
+def inspect(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Any, ...], fallback: str) -> Report:
+    """Every operator of a traced network, lowered at 8 bits with ranges from these inputs.
+
+    Args:
+        model: the user's module.
+        graph: its trace.
+        inputs: batches of two.
+        fallback: of operators without an integer meaning: ``"refuse"`` or ``"float"``.
+    """
+    shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+    quantized = fake_quantize(graph, BitConfig.uniform(model), shapes, activation_range="minmax", fallback=fallback)
+    calibrate(quantized.eval(), [inputs if len(inputs) > 1 else inputs[0]])
+    refused: dict[str, str] = {}
+    lower_all(quantized, refused=refused)
+    rows = []
+    for node, op in OpReader(quantized, quantized.graph).ops.items():
+        if op.kind in _NO_OPERATORS and node.name not in refused:
+            continue
+        found = origin(node)
+        what = type(op.module).__name__ if op.module is not None else name_of(node)
+        advice = refused.get(node.name, "")
+        kind = found.kind.rpartition(".")[2]
+        becomes = REFUSED if advice else FLOAT if op.kind == "other" else INTEGER
+        rows.append(
+            OperatorReport(what, found.path, kind, becomes, advice or (_STAYS_FLOAT if op.kind == "other" else ""))
+        )
+    return Report(tuple(rows))
+
+
+def refuse_all(report: Report) -> None:
+    """Raise UnsupportedModelError with all refusals of a report, if there are any."""
+    reasons = list(dict.fromkeys(row.advice for row in report.refused))
+    if reasons:
+        more = f" ({len(report.refused)} operators in all)" if len(report.refused) > 1 else ""
+        raise UnsupportedModelError("; ".join(reasons) + more)
