@@ -145,7 +145,7 @@ def searched_kernels(
     specs = {bits: make_plan(graphs[bits], options).tunable() for bits in widths}
     groups: dict[tuple[TunableSpec, ...], list[str]] = {}
     for layer in specs[REFERENCE]:
-        if all(layer in specs[b] and graphs[b].bits[layer][0] == b for b in widths):
+        if all(layer in specs[b] and graphs[b].bits.get(layer, (0, 0))[0] == b for b in widths):
             groups.setdefault(tuple(specs[b][layer] for b in widths), []).append(layer)
     return [(tuple(layers), dict(zip(widths, key, strict=True))) for key, layers in groups.items()]
 

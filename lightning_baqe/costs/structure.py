@@ -50,7 +50,7 @@ class Structure:
         dequantized: set[fx.Node] = set()
         for node, op in reader.ops.items():
             if op.kind == "layer":
-                if bits[origin(node).label].is_float and op.inputs[0] not in in_float:
+                if bits.of(origin(node).label).is_float and op.inputs[0] not in in_float:
                     dequantized.add(op.inputs[0])
             elif op.kind == "add":
                 if node in in_float:
@@ -91,7 +91,7 @@ class Structure:
             op = self.reader[node]
             if op.kind == "layer":
                 path = origin(node).label
-                return not bits[path].is_float and self.groups.get(path) == 1
+                return not bits.of(path).is_float and self.groups.get(path) == 1
             if not (self.reader.is_attached(node) or op.kind in ("relu", "relu6", "identity", "dropout")):
                 return False
             node = op.inputs[0]
@@ -134,7 +134,7 @@ class SizeTable:
         layers: dict[str, dict[int, int]] = {}
         for graph in graphs.values():
             for node in graph:
-                if isinstance(node, _LAYERS):
+                if isinstance(node, _LAYERS) and node.layer in graph.bits:
                     layers.setdefault(node.layer, {})[graph.bits[node.layer][0]] = node_bytes(node)
         by_name = {node.name: node_bytes(node) for node in graphs[8] if not isinstance(node, _LAYERS)}
         operators = {name: by_name[label] for name, label in labels.items() if by_name.get(label)}

@@ -20,7 +20,7 @@ from lightning_baqe.tasks.networks import network, settle
 
 BATCH = 4
 CLASSES = 1000
-SIZES = (64, 96, 128, 224, 256)
+SIZES = (64, 96, 128, 160, 224, 256)
 
 
 def settled_network(
@@ -30,7 +30,7 @@ def settled_network(
 
     Args:
         name, library: see :func:`lightning_baqe.tasks.network`.
-        size: of the image; where the network does not run on it, the next of :data:`SIZES` that it runs on.
+        size: of the image; where the network does not run on it, the next that it runs on.
         seed: of weights and images.
 
     Returns:
@@ -40,15 +40,25 @@ def settled_network(
         ConfigError: no such network, or no size fits.
     """
     torch.manual_seed(seed)
-    module = network(name, num_classes, library)
+    return settled(network(name, num_classes, library), size, default_size(name))
+
+
+def settled(module: nn.Module, size: int = 64, last_size: int = 0) -> tuple[nn.Module, torch.Tensor]:
+    """As :func:`settled_network`, of a network of one's own.
+
+    Args:
+        module: changed in place.
+        size: of the image; where the network does not run on it, the next of :data:`SIZES` that it runs on.
+        last_size: tried after these; 0 for none.
+    """
     failure: ConfigError | None = None
-    for candidate in (size, *(larger for larger in SIZES if larger > size)):
+    for candidate in (size, *(larger for larger in SIZES if larger > size), *((last_size,) if last_size else ())):
         images = torch.randn(BATCH, 3, candidate, candidate)
         try:
             return settle(module, images), images
         except ConfigError as error:
             failure = failure or error
-    raise ConfigError(f"{name} runs on no image of {size} to {SIZES[-1]} pixels: {failure}") from failure
+    raise ConfigError(f"{type(module).__name__} runs on no image of {size} to {SIZES[-1]} pixels: {failure}") from failure
 
 
 def random_bits(module: nn.Module, seed: int, low: int = 2, high: int = 8) -> BitConfig:

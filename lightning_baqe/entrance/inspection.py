@@ -10,16 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
-from lightning_baqe.errors import UnsupportedModelError
-from lightning_baqe.integer.lowering import lower_all
+from lightning_baqe.errors import BuildError, UnsupportedModelError
+from lightning_baqe.integer.float_operators import FloatOperator
+from lightning_baqe.integer.lowering import Lowered, lower_all
+from lightning_baqe.integer.values import named
 from lightning_baqe.quantization.aten import name_of, origin
 from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
-from lightning_baqe.quantization.convert import fake_quantize
+from lightning_baqe.quantization.convert import QuantizedModel, fake_quantize
 from lightning_baqe.quantization.ops import OpReader
 
 INTEGER, FLOAT, REFUSED = "integer", "float", "refused"
-_STAYS_FLOAT = 'no integer meaning: it stays float with fallback="float"'
+_STAYS_FLOAT = 'With fallback="float" it stays float'
 _NO_OPERATORS = ("input", "output", "constant", "value", "part", "quantizer", "literal")
 
 
@@ -82,23 +84,46 @@ def inspect(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Any, ...], fa
         fallback: of operators without an integer meaning: ``"refuse"`` or ``"float"``.
     """
     shapes = tuple(tuple(x.shape[1:]) for x in inputs)
-    quantized = fake_quantize(graph, BitConfig.uniform(model), shapes, activation_range="minmax", fallback=fallback)
+    bits = BitConfig.uniform(model)  # with the scales that cost least: how good they are does not matter here
+    quantized = fake_quantize(
+        graph, bits, shapes, weight_init="lsq", activation_range="minmax", fallback=fallback
+    )
     calibrate(quantized.eval(), [inputs if len(inputs) > 1 else inputs[0]])
-    refused: dict[str, str] = {}
-    lower_all(quantized, refused=refused)
+    lowered = lower_all(quantized, collect=True)
+    refused = dict(lowered.refused) | _not_compiled(lowered, quantized)
     rows = []
     for node, op in OpReader(quantized, quantized.graph).ops.items():
         if op.kind in _NO_OPERATORS and node.name not in refused:
             continue
         found = origin(node)
         what = type(op.module).__name__ if op.module is not None else name_of(node)
-        advice = refused.get(node.name, "")
         kind = found.kind.rpartition(".")[2]
-        becomes = REFUSED if advice else FLOAT if op.kind == "other" else INTEGER
-        rows.append(
-            OperatorReport(what, found.path, kind, becomes, advice or (_STAYS_FLOAT if op.kind == "other" else ""))
-        )
+        if node.name in refused:
+            becomes, advice = REFUSED, refused[node.name]
+        elif node.name in lowered.floats:
+            becomes, advice = FLOAT, f"{lowered.floats[node.name]}. {_STAYS_FLOAT}"
+        else:
+            becomes, advice = INTEGER, ""
+        rows.append(OperatorReport(what, found.path, kind, becomes, advice))
     return Report(tuple(rows))
+
+
+def _not_compiled(lowered: Lowered, quantized: QuantizedModel) -> dict[str, str]:
+    """The float operators that the compiler does not know, by the names of their nodes."""
+    if not lowered.floats:
+        return {}
+    from lightning_baqe.kernels.islands import check_compiles  # TVM, which most networks need later alone
+
+    operators = {node.name: node for node in lowered.graph if isinstance(node, FloatOperator)}
+    found = {}
+    for node in quantized.graph.nodes:
+        operator = operators.get(lowered.values[node.name].name) if node.name in lowered.floats else None
+        if operator is not None:
+            try:
+                check_compiles(operator)
+            except BuildError as error:
+                found[node.name] = f"{named(node, quantized)}: {error}"
+    return found
 
 
 def refuse_all(report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,30 +49,44 @@ def float_operator(build: Builder, node: fx.Node, op: Op) -> Value:
     name = step_name(node.target)
     name = name if "." in name else f"{name}.default"
     arguments = encode_arguments(name, node.args, node.kwargs, encode)
-    values = [build.in_place(build.as_float(build.values[source]), node) for source in inputs]
-    shape, full = _of_one(build, node), build.python.values[node].shape
+    values = [_image_by_image(build, source, node) for source in inputs]
+    shape = tuple(alone[node].shape)
     kind = ir.TensorType(canonical_shape(shape))
+    first, second = movement.start(kind.shape).reshape(2, *shape)
     return build.emit(
         FloatOperator,
         build.label(node),
         values,
         kind,
         None,
-        movement.start(kind.shape).reshape(full),
+        torch.cat([first, second], _batch_dim(build, node)),
         operator=name,
         arguments=arguments,
         constants=constants,
-        shapes=tuple(_of_one(build, source) for source in inputs),
+        shapes=tuple(tuple(alone[source].shape) for source in inputs),
         shape=shape,
     )
 
 
-def _of_one(build: Builder, node: fx.Node) -> tuple[int, ...]:
-    """The shape of a tensor for a batch of one image."""
-    first, *rest = build.python.values[node].shape
-    if first % 2:
-        raise UnsupportedModelError(f"{build.label(node)!r}: the batch must stay the outermost dimension")
-    return (first // 2, *rest)
+def _image_by_image(build: Builder, source: fx.Node, node: fx.Node) -> Value:
+    """The float value that an operator reads, its elements in their order for one image."""
+    value = build.as_float(build.values[source])
+    if not isinstance(value.index, torch.Tensor):
+        return build.in_place(value, node)
+    images = torch.stack(value.index.chunk(2, _batch_dim(build, source)))
+    return build.in_place(replace(value, index=images.reshape(2, *canonical_shape(images.shape[1:]))), node)
+
+
+def _batch_dim(build: Builder, node: fx.Node) -> int:
+    """The dimension that the batch lies in, perhaps outside of another."""
+    two, one = build.python.values[node].shape, _for_one(build)[node].shape
+    found = [dim for dim, (a, b) in enumerate(zip(two, one, strict=True)) if a != b]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{build.label(node)!r}: its shape is {tuple(one)} for one image and {tuple(two)} for two; let one "
+            "dimension alone depend on the batch"
+        )
+    return found[0]
 
 
 def _for_one(build: Builder) -> dict[fx.Node, Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.shapes import padding_of, pair
 from lightning_baqe.integer.values import Builder, Target, Value
 from lightning_baqe.quantization.activation import ActivationQuantizer
-from lightning_baqe.quantization.aten import name_of, origin
+from lightning_baqe.quantization.aten import LAYERS, name_of, origin
 from lightning_baqe.quantization.config import LAYER_TYPES
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.layers import QuantLayer, outputs_first
@@ -59,7 +59,8 @@ def lower_with_sources(
     Returns:
         the graph, and ``{node of model.graph whose output it is: integer node}`` for every quantizer's output.
     """
-    graph, values = lower_all(model, example_input)
+    lowered = lower_all(model, example_input)
+    graph, values = lowered.graph, lowered.values
     reader = OpReader(model, model.graph)
     kept = {node.name for node in graph}
     kinds = {node.name: op.kind for node, op in reader.ops.items()}
@@ -74,15 +75,33 @@ def lower_with_sources(
     return graph, sources
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """A graph, and what became of each node of the fake-quantized network, by its name.
+
+    Args:
+        graph: where an operator is refused, it computes something else than the network.
+        values: what stands for the nodes.
+        floats: nodes that have no integer meaning and stay float, with the reason.
+        refused: nodes that do not lower, with the reason; zeros stand for their results.
+    """
+
+    graph: IntegerGraph
+    values: Mapping[str, Value]
+    floats: Mapping[str, str]
+    refused: Mapping[str, str]
+
+
 def lower_all(
     model: QuantizedModel,
     example_input: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
-    refused: dict[str, str] | None = None,
-) -> tuple[IntegerGraph, dict[str, Value]]:
-    """As :func:`lower`, and what became of each node of the fake-quantized network, by its name.
+    collect: bool = False,
+) -> Lowered:
+    """As :func:`lower`, with what became of each node.
 
-    Where ``refused`` is given, operators that do not lower are put into it with the reason, by their nodes' names, and
-    zeros stand for their results: the graph computes something else then.
+    Args:
+        model, example_input: as for :func:`lower`.
+        collect: go on after an operator that does not lower, to find all of them; else it is raised.
     """
     if not isinstance(model, QuantizedModel):
         raise ConfigError(f"lower wants what lightning_baqe.quantize returned, got a {type(model).__name__}")
@@ -93,31 +112,46 @@ def lower_all(
         given = (example_input,) if isinstance(example_input, torch.Tensor) else example_input
         shapes = tuple(tuple(x.shape[1:]) for x in given)
     build = Builder(copy.deepcopy(model).cpu().eval(), shapes)
+    floats: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for node, op in build.reader.ops.items():
         if op.kind in ("value", "constant", "part"):
             continue
+        before = build.state()
         try:
-            build.values[node] = value = _lowered(build, node, op)
+            value = _lowered(build, node, op)
         except UnsupportedModelError as error:
-            if refused is None or op.kind in ("input", "output"):
-                raise
-            refused[node.name] = str(error)
-            build.values[node] = value = _zeros(build, node)
+            build.reset(before)
+            try:
+                value = _stays_float(build, node, op, error)
+                floats[node.name] = str(error)
+            except UnsupportedModelError as last:
+                if not collect or op.kind in ("input", "output"):
+                    raise
+                refused[node.name] = str(last)
+                value = _zeros(build, node)
+        build.values[node] = value
     graph = build.graph(value.name, build.shape_of(node))  # the output stands last
-    return graph, {node.name: value for node, value in build.values.items()}
+    return Lowered(graph, {node.name: value for node, value in build.values.items()}, floats, refused)
 
 
 def _lowered(build: Builder, node: fx.Node, op: Op) -> Value:
     if node in build.done:
         return build.source(op)
-    if build.model.record.fallback == "float" and op.kind == "other":
-        return float_operator(build, node, op)
     if op.kind not in _OPERATORS or not (op.inputs or op.kind in ("input", "literal")):
         raise build.refuse(node, _ADVICE.get(name_of(node), "it has no integer meaning here; replace it"))
     value = _OPERATORS[op.kind](build, node, op)
     if op.kind not in _CARRY and not isinstance(value.index, tuple) and value.shape != build.shape_of(node):
         raise build.refuse(node, f"lowered to shape {value.shape} instead of {build.shape_of(node)}; report this")
     return value
+
+
+def _stays_float(build: Builder, node: fx.Node, op: Op, refusal: UnsupportedModelError) -> Value:
+    """A float operator in place of what has no integer meaning, where the model allows it; else the refusal."""
+    is_alone = op.options.get("parts", (node,)) == (node,)
+    if build.model.record.fallback != "float" or node.op != "call_function" or not op.inputs or not is_alone:
+        raise refusal
+    return float_operator(build, node, op)
 
 
 def _zeros(build: Builder, node: fx.Node) -> Value:
@@ -138,7 +172,9 @@ def _zeros(build: Builder, node: fx.Node) -> Value:
 _CARRY = frozenset({"literal", "movement", "quantizer", "relu", "relu6", "dropout", "identity", "output"})
 _NORM = "it has no integer meaning: its statistics depend on the input; use batch norms instead"
 _PROBABILITY = "it has no integer meaning; leave it out of the network: the order of the outputs is the same without it"
+_WEIGHT = "it has no integer meaning: its weight is computed from the input"
 _ADVICE = {
+    **dict.fromkeys(LAYERS, _WEIGHT),
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "native_layer_norm", "native_group_norm"), _NORM),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _PROBABILITY),
 }
@@ -198,7 +234,7 @@ def _layer(build: Builder, node: fx.Node, op: Op) -> Value:
         last = build.reader.consumers[last][0]
         factor, term, _ = build.gain_and_shift(last)
         gain, shift = gain * factor, shift * factor + term
-        build.done.add(last)
+        build.done[last] = None
     is_integer = isinstance(layer, QuantLayer)
     value = value if is_integer else build.as_float(value)
     value, weight, conv, shape, index = _as_convolution(build, node, layer, value)
@@ -259,9 +295,14 @@ def _as_convolution(
     if isinstance(layer, nn.Linear):
         if len(full) == 2 and full[0] == 2:
             return build.in_place(value, node), weight, {}, tuple(full[1:]), None
-        value = build.in_place(replace(value, index=movement.features_first(value.elements)), node)
+        order = movement.rows_by_image(value.elements, value.type.shape)
+        found = value.elements if order is None else value.elements.flatten(0, -2)[order]
+        value = build.in_place(replace(value, index=movement.features_first(found)), node)
         shape = (len(weight), *value.type.shape[1:])
-        index = movement.features_last(shape, tuple(full))
+        wanted = tuple(full) if order is None else (2, order.shape[1], len(weight))
+        index = movement.features_last(shape, wanted)
+        if order is not None:
+            index = index.flatten(0, 1)[order.flatten().argsort()].reshape(full)
         return value, weight[:, :, None, None], _window(), shape, index
     if isinstance(layer, nn.Conv1d):
         index = value.elements.unsqueeze(2)
@@ -274,7 +315,7 @@ def _as_convolution(
     assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
     shape = tuple(full[1:])
     if isinstance(layer, nn.ConvTranspose2d):
-        value = replace(value, index=movement.spread(value.elements, layer))
+        value = replace(value, index=movement.dilate(value.elements, layer))
         window = _window((0, 0, 0, 0), (1, 1), pair(layer.dilation), layer.groups)
         return build.in_place(value, node), weight.flip((2, 3)), window, shape, None
     value, padding = _padded(value, padding_of(layer))

@@ -64,6 +64,17 @@ def features_first(index: torch.Tensor) -> torch.Tensor:
     return moved.movedim(-1, 1)
 
 
+def rows_by_image(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The numbers of each image's rows, ``(2, rows)``, of a map ``(..., features)`` whose batch may lie anywhere; None
+    where it is the outermost dimension, or rows belong to no single image.
+    """
+    owners = (index.flatten(0, -2).amax(-1) > math.prod(shape)).to(torch.int64)
+    order = owners.argsort(stable=True)
+    if len(order) % 2 or int(owners.sum()) * 2 != len(order) or torch.equal(order, torch.arange(len(order))):
+        return None
+    return order.reshape(2, -1)
+
+
 def features_last(shape: tuple[int, ...], wanted: tuple[int, ...]) -> torch.Tensor:
     """The index map of a base value ``(features, rows, columns)`` that is read as ``wanted``, for a batch of two, whose
     last dimension are the features.
@@ -76,6 +87,18 @@ def is_bijection(index: torch.Tensor, shape: tuple[int, ...]) -> bool:
     return index.numel() == 2 * math.prod(shape) and bool(
         torch.equal(index.flatten().sort()[0], start(shape).flatten())
     )
+
+
+def spread(index: torch.Tensor, full: torch.Size) -> torch.Tensor:
+    """A map, broadcast to the shape ``full`` of a batch of two.
+
+    Args:
+        index: of as many dimensions, or ``(2, *shape)`` where ``shape`` broadcasts to what one image has of ``full``, as
+            constants have it.
+    """
+    if len(index) != 2 or (index.ndim == len(full) and full[0] == 2):
+        return index.expand(full)
+    return torch.cat([image.expand(full[0] // 2, *full[1:]) for image in index])
 
 
 def in_frame(index: torch.Tensor, leader: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -160,7 +183,7 @@ def padding(index: Index | None, shape: tuple[int, ...]) -> tuple[int, int, int,
     return found[0], found[1], found[2], found[3]
 
 
-def spread(index: torch.Tensor, layer: nn.ConvTranspose2d) -> torch.Tensor:
+def dilate(index: torch.Tensor, layer: nn.ConvTranspose2d) -> torch.Tensor:
     """The map of what a convolution of stride 1 with the turned kernel reads to compute a transposed one: zeros between
     the pixels, and as many around them as the kernel reaches; ``(2, channels, height, width)``.
     """

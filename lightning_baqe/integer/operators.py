@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +66,7 @@ def _frame(build: Builder, node: fx.Node, op: Op) -> _Frame:
         index = None if len(full) - 1 == len(shape) and full[0] == 2 else leader
     framed = []
     for value, found in zip(values, maps, strict=True):
-        inside = movement.in_frame(found.expand(full), leader, shape)
+        inside = movement.in_frame(movement.spread(found, full), leader, shape)
         if (
             len(shape) == 3
             and math.prod(value.shape) < math.prod(shape)
@@ -104,7 +105,7 @@ def fuse_relu(build: Builder, node: fx.Node) -> bool:
         consumers = build.reader.consumers[consumers[0]]
     fused = len(consumers) == 1 and build.reader[consumers[0]].kind == "relu"
     if fused:
-        build.done.add(consumers[0])
+        build.done[consumers[0]] = None
     return fused
 
 
@@ -220,7 +221,7 @@ def affine(build: Builder, node: fx.Node, op: Op) -> Value:
         last = build.reader.consumers[last][0]
         factor, term, _ = build.gain_and_shift(last)
         gain, shift = gain * factor, shift * factor + term
-        build.done.add(last)
+        build.done[last] = None
     value, places = _by_base_channel(build, value, node, dim)
     gain, shift, label = gain[places], shift[places], build.label(node)
     if not value.type.is_integer:
@@ -294,7 +295,10 @@ def relu(build: Builder, node: fx.Node, op: Op) -> Value:
 def max_pool(build: Builder, node: fx.Node, op: Op) -> Value:
     """The largest value of each window."""
     label, shape = build.label(node), build.python.values[node].shape
-    value, options = _image(build, node, op), as_image(build.python.resolve(op.options), len(shape) == 3)
+    options = as_image(build.python.resolve(op.options), len(shape) == 3)
+    if isinstance(build.source(op).index, torch.Tensor) and bool(build.source(op).elements.isneginf().any()):
+        return _max_inside(build, node, op, options)
+    value = _image(build, node, op)
     if op.kind == "adaptive_max_pool":
         full, wanted = value.type.shape[1:], adaptive_sizes(options, value.type.shape)
         if any(size % out for size, out in zip(full, wanted, strict=True)):
@@ -317,6 +321,27 @@ def max_pool(build: Builder, node: fx.Node, op: Op) -> Value:
         ceil_mode=bool(options.get("ceil_mode", False)),
     )
     return _as_pooled(made, shape)
+
+
+def _max_inside(build: Builder, node: fx.Node, op: Op, options: Mapping[str, Any]) -> Value:
+    """Max pooling of an image in a frame of negative infinity, which no maximum is taken of."""
+    value, shape = build.source(op), build.python.values[node].shape
+    outside = value.elements[0, 0].isneginf()
+    dilation, padding = pair(options.get("dilation", 1)), pair(options.get("padding", 0))
+    kernel = pair(options["kernel_size"])
+    steps, found, cut = stride_of(options, kernel), [], value.elements
+    for dim in (0, 1):
+        inside = (~outside).any(1 - dim).nonzero().flatten()
+        first, size = int(inside[0]), len(inside)
+        cut = cut.narrow(dim + 2, first, size)
+        starts = [place * steps[dim] - padding[dim] - first for place in range(shape[dim + 2])]
+        found.append([(max(start, 0), min(start + kernel[dim], size)) for start in starts])
+    if len(shape) != 4 or dilation != (1, 1) or bool(cut.isneginf().any()) or any(a >= b for f in found for a, b in f):
+        raise build.refuse(node, "its windows of negative infinity have no integer meaning; pad less")
+    inner = build.in_place(replace(value, index=cut), node)
+    kind = replace(inner.type, shape=(inner.type.shape[0], *_pooled_size(shape)))
+    rows, columns = map(torch.tensor, found)
+    return build.emit(ir.MaxWindows, build.label(node), [inner], kind, inner.grid, rows=rows, columns=columns)
 
 
 def _image(build: Builder, node: fx.Node, op: Op) -> Value:

@@ -94,12 +94,23 @@ class Builder:
         self.python = GraphValues(model, shapes, constants)
         self.for_one: dict[fx.Node, Any] = {}  # what nodes evaluate to for one image, where float operators ask
         self.nodes: list[ir.Node] = []
-        self.names: set[str] = set()
+        self.names: dict[str, None] = {}
         self.values: dict[fx.Node, Value] = {}
         self.floats: dict[str, Value] = {}  # dequantized integer values by the integer node's name
         self.moved: dict[tuple[str, bytes, tuple[int, ...]], Value] = {}  # values whose elements were moved already
-        self.done: set[fx.Node] = set()  # what their producer has done besides
+        self.done: dict[fx.Node, None] = {}  # what their producer has done besides
         self.bits: dict[str, tuple[int, int]] = {}
+
+    def state(self) -> tuple[int, ...]:
+        """What :meth:`reset` returns to."""
+        return tuple(map(len, (self.nodes, self.names, self.floats, self.moved, self.done)))
+
+    def reset(self, state: tuple[int, ...]) -> None:
+        """Forget what was added since ``state``."""
+        del self.nodes[state[0] :]
+        for found, size in zip((self.names, self.floats, self.moved, self.done), state[1:], strict=True):
+            while len(found) > size:
+                found.popitem()
 
     def label(self, node: fx.Node) -> str:
         """A node's readable name."""
@@ -122,7 +133,7 @@ class Builder:
         name, count = wish, 1
         while name in self.names:
             name, count = f"{wish}_{count}", count + 1
-        self.names.add(name)
+        self.names[name] = None
         self.nodes.append(make(name=name, inputs=tuple(value.name for value in inputs), type=kind, **constants))
         return Value(name, kind, grid, index)
 
@@ -196,6 +207,9 @@ class Builder:
         if not isinstance(value.index, torch.Tensor):
             where = named(node, self.model) if node is not None else value.name
             raise UnsupportedModelError(f"{where} reads several tensors as one; take one of them by its number")
+        if bool(value.index.isinf().any()):
+            where = named(node, self.model) if node is not None else value.name
+            raise UnsupportedModelError(f"{where} reads padding of negative infinity, which has no integer meaning")
         index = value.index.reshape(2, *movement.stored(value.shape))
         key = (value.name, index.numpy().tobytes(), tuple(index.shape))
         if key not in self.moved:

@@ -123,6 +123,14 @@ class BitConfig(Mapping[str, LayerBits]):
             if len(set(different.values())) > 1:
                 raise ConfigError(f"tied layers must have the same bits, got {different}; change all of them together")
 
+    def of(self, name: str) -> LayerBits:
+        """Bits of any layer of a traced network. One whose weight no module of the network's holds (fixed filters, raw
+        parameters) is not listed: it has :attr:`other` bits, or is float where all layers are.
+        """
+        if name in self.layers:
+            return self.layers[name]
+        return LayerBits(*[FLOAT_BITS if all(bits.is_float for bits in self.layers.values()) else self.other] * 2)
+
     def __getitem__(self, name: str) -> LayerBits:
         return self.layers[name]
 

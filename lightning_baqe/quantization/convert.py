@@ -129,8 +129,8 @@ def fake_quantize(
     layers = {node: origin(node).label for node, op in reader.ops.items() if op.kind == "layer"}
     _insert_quantizers(root, reader, plan(reader, bits), make)
     for node, name in layers.items():
-        if not bits[name].is_float:
-            _swap(root, str(node.target), bits[name], weight_init)
+        if not bits.of(name).is_float:
+            _swap(root, str(node.target), bits.of(name), weight_init)
     quantized = QuantizedModel(root, graph, class_name=f"Quantized{type(network).__name__}")
     modes = {name: module.training for name, module in root.named_modules()}
     for name, module in quantized.named_modules():
@@ -162,7 +162,7 @@ def float_domain(reader: OpReader, bits: BitConfig) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node, op in reader.ops.items():
         if op.kind == "layer":
-            if bits[origin(node).label].is_float:
+            if bits.of(origin(node).label).is_float:
                 found.add(node)
         elif op.kind == "other":
             found.add(node)  # it stays float, whatever it reads
@@ -191,7 +191,7 @@ def _wanted(reader: OpReader, bits: BitConfig, in_float: set[fx.Node], source: f
     """The bits that ``node`` reads ``source`` at; 32: as it is."""
     op = reader[node]
     if op.kind == "layer":
-        width = bits[origin(node).label].activation
+        width = bits.of(origin(node).label).activation
         return bits.other if width == FLOAT_BITS and source not in in_float else width
     if op.kind in ("output", "other"):
         return FLOAT_BITS if source in in_float or _is_accumulator(reader, source) else bits.other

@@ -138,7 +138,7 @@ class OpReader:
         if kind in ("add", "mul", "div") or is_pointwise(node.target):
             return self._pointwise(node, kind, name, tensors, options)
         if kind == "movement":
-            return Op("other" if _fills(name, options) else kind, tensors[:1], {})
+            return Op("other" if _fills(node, name, options) else kind, tensors[:1], {})
         if kind in ("mean", "sum", "amax"):
             dims = options.get("dim")
             dims = [dims] if isinstance(dims, int) else list(dims or ())
@@ -290,13 +290,12 @@ def _in_order(node: fx.Node, values: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(values[argument.name] for argument in schema)
 
 
-def _fills(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether padding puts in something else than 0 or what is there."""
-    return (
-        name in ("pad", "constant_pad_nd")
-        and options.get("mode", "constant") == "constant"
-        and bool(options.get("value"))
-    )
+def _fills(node: fx.Node, name: str, options: Mapping[str, Any]) -> bool:
+    """Whether padding puts in something else than 0, what is there, or what no maximum is taken of."""
+    if name not in ("pad", "constant_pad_nd") or options.get("mode", "constant") != "constant":
+        return False
+    pooled = len(node.users) == 1 and KINDS.get(name_of(next(iter(node.users)))) == "max_pool"
+    return bool(options.get("value")) and not (options["value"] == float("-inf") and pooled)
 
 
 def _shape(modules: nn.Module, node: fx.Node) -> tuple[int | None, ...]:

@@ -354,9 +354,9 @@ class _Rebuilder:
         name, options = name_of(node), bound(node)
         if name.startswith(_IGNORED):
             return
-        if name in LAYERS:
+        if name in LAYERS and options["weight"] not in self.varying:
             self._layer(node, name, options)
-        elif name in NORMS:
+        elif name in NORMS and node in self.varying:
             self._batch_norm(node, options)
         elif name in DROPOUTS or name == "dropped":
             path, kind = scope(node)
@@ -445,7 +445,27 @@ class _Rebuilder:
         else:
             self._take(node, joined, label_of(node))
 
+    def _softmax_of_two(self, node: fx.Node, dim: int) -> None:
+        """As the logistic function of the difference, which has an integer meaning."""
+        source, shape = self._node(cast(fx.Node, node.args[0])), _shape(node)
+        label = label_of(node)
+
+        def add(name: str, target: Any, args: tuple[Any, ...], size: int = 1) -> fx.Node:
+            found = self.graph.call_function(target, args)
+            found.meta[ORIGIN] = Origin(f"{label}.{name}", *scope(node), _with(shape, dim, size))
+            return found
+
+        first, second = (add("slice", aten.slice.Tensor, (source, dim, place, place + 1)) for place in (0, 1))
+        one = add("sigmoid", aten.sigmoid.default, (add("sub", aten.sub.Tensor, (first, second)),))
+        other = add("rsub", aten.rsub.Scalar, (one, 1.0))
+        self._take(node, add("cat", aten.cat.default, ([one, other], dim), 2), label)
+
     def _function(self, node: fx.Node) -> None:
+        if name_of(node) in ("softmax", "_softmax"):
+            dim = bound(node)["dim"] % len(_shape(node))
+            if _shape(node)[dim] == 2 and isinstance(node.meta["val"], torch.Tensor) and bound(node).get("dtype") is None:
+                self._softmax_of_two(node, dim)
+                return
         target, args, kwargs = node.target, self._argument(node.args), self._argument(node.kwargs)
         source = node.args[0] if node.args else None
         if target is operator.getitem and isinstance(source, fx.Node) and source.target in FIRST_OF:
@@ -489,23 +509,14 @@ class _Rebuilder:
         self._module(node, name, (_CONVS[operator], weight, bias, window), _conv)
 
     def _owner(self, node: fx.Node, weight: fx.Node) -> str:
-        """The layer whose weight it is."""
-        around = scopes(node)
+        """The layer whose weight it is; a name like that of the weight where no module is such a layer."""
         found = self.names.get(weight, "")
         owner, _, leaf = found.rpartition(".")
-        if weight in self.varying:
-            raise self._refuse(node, "computes a layer's weight from the input; such layers stay float")
-        inside = next((path for path, _ in reversed(around) if path in self.layers), None)
+        inside = next((path for path, _ in reversed(scopes(node)) if path in self.layers), None)
         if leaf == "weight" and owner in self.layers:
             shared = inside is not None and self.model.get_submodule(inside).weight is self.tensors[found]
             return cast(str, inside) if shared else owner
-        if inside is None:
-            raise self._refuse(
-                node,
-                f"calls {node.target} with a weight ({found or 'computed'}) that no nn.Conv2d, nn.Linear, nn.Conv1d or "
-                "nn.ConvTranspose2d holds; let one of these hold it",
-            )
-        return inside
+        return inside or (f"{found}_{name_of(node)}" if found else label_of(node).replace(name_of(node), node.name))
 
     def _batch_norm(self, node: fx.Node, options: Mapping[str, Any]) -> None:
         path, mean = scope(node)[0], options["running_mean"]
@@ -592,7 +603,7 @@ class _Rebuilder:
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    layer.weight, layer.bias = _as_parameter(weight), _as_parameter(bias)  # type: ignore[assignment]
     return layer
 
 
@@ -603,7 +614,7 @@ def _conv(
     groups, (first, second) = options.get("groups", 1), weight.shape[:2]
     channels = (first, second * groups) if kind is nn.ConvTranspose2d else (second * groups, first)
     layer = kind(*channels, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options)
-    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    layer.weight, layer.bias = _as_parameter(weight), _as_parameter(bias)  # type: ignore[assignment]
     return layer
 
 

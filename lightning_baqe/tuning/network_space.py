@@ -66,6 +66,8 @@ class NetworkSpace:
         for graph in graphs.values():
             plan = make_plan(graph, options, None, best)
             for layer, spec in plan.tunable().items():
+                if layer not in defaults:
+                    continue  # its weight is no layer's: it has bits of its own, and its best known knobs
                 bits = graph.bits[layer][1]
                 if layer not in choices and layer not in followers and bits != base[layer].activation:
                     continue  # the first or the last layer, at bits that it never gets

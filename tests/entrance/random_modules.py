@@ -259,7 +259,7 @@ FUNCTIONS: list[Callable[..., Any]] = [
     lambda x: F.glu(torch.cat([x, x.flip(1)], 1), 1),
 ]  # fmt: skip
 MOVES: list[Callable[..., Any]] = [
-    lambda x: x.flip(1), lambda x: x.flip(3), lambda x: x[:, torch.tensor([1, 0, 3, 2])], lambda x: x.transpose(2, 3),
+    lambda x: x.flip(1), lambda x: x.flip(3), lambda x: x[:, torch.tensor([1, 0, 3, 2, 7, 6, 5, 4])], lambda x: x.transpose(2, 3),
     lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), lambda x: F.channel_shuffle(x, 2), lambda x: x.roll(1, 2),
     lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
     lambda x: x.view(x.size(0), 2, -1, *x.shape[2:]).flatten(1, 2),
@@ -338,10 +338,21 @@ def _piece(channels: int, size: tuple[int, int], rng: random.Random, depth: int)
         lambda: nn.Upsample(scale_factor=2, mode=rng.choice(["nearest", "bilinear"])),
     ]  # fmt: skip
     if depth and rng.random() < 0.15:
-        return nn.Sequential(*(_piece(channels, size, rng, depth - 1) for _ in range(2)))
+        return nn.Sequential(*_pieces(2, torch.zeros(2, channels, *size), rng, depth - 1)[0])
     if rng.random() < 0.06:
         return rng.choice([Counting, Buffered, lambda: Function(rng.choice(UNFIT))])()
     return rng.choice(kinds)()
+
+
+def _pieces(
+    count: int, x: torch.Tensor, rng: random.Random, depth: int
+) -> tuple[list[nn.Module], torch.Tensor]:
+    """Pieces one after the other, and what they make of ``x``."""
+    pieces: list[nn.Module] = []
+    for _ in range(count):
+        pieces.append(_piece(x.shape[1], (x.shape[2], x.shape[3]), rng, depth).eval())
+        x = pieces[-1](x)
+    return pieces, x
 
 
 class Network(nn.Module):
@@ -352,12 +363,7 @@ class Network(nn.Module):
         rng = random.Random(seed)
         self.channels = channels = 8
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
-        pieces: list[nn.Module] = []
-        x = torch.zeros(2, channels, SIZE, SIZE)
-        for _ in range(rng.randint(1, 4)):
-            piece = _piece(channels, (x.shape[2], x.shape[3]), rng, 1).eval()
-            pieces.append(piece)
-            x = piece(x)
+        pieces, _ = _pieces(rng.randint(1, 4), torch.zeros(2, channels, SIZE, SIZE), rng, 1)
         if rng.random() < 0.5:
             pieces.append(Function(rng.choice(POOLS)))
         self.pieces = nn.ModuleList(pieces)
