@@ -9,7 +9,7 @@ import tempfile
 import threading
 import weakref
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,11 @@ class Artifact:
             self._library = library
         return self._library
 
-    def run(self, x: torch.Tensor, check: bool = False) -> torch.Tensor:
+    def run(self, x: torch.Tensor | Sequence[torch.Tensor], check: bool = False) -> torch.Tensor:
         """Logits of a batch, one image after the other.
 
         Args:
-            x: float, shape ``(n, *graph.input_shape)``, on any device; computed on the CPU.
+            x: float, shape ``(n, *graph.input_shape)``, on any device; computed on the CPU. A tuple for several inputs.
             check: refuse values that are not finite, which integers cannot stand for.
 
         Returns:
@@ -154,7 +154,7 @@ class Artifact:
             vm.invoke_stateful(MAIN)
             return np.asarray(vm.get_outputs(MAIN).numpy())
 
-    def run_all(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def run_all(self, x: torch.Tensor | Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every value that the compiled module holds, by node: integers as int64, floats as float32, ``(n, *shape)``.
 
         A residual sum that is computed inside a convolution's kernel stands for both, and of the operators of an island
@@ -181,7 +181,7 @@ class Artifact:
             values[name] = stacked.reshape(len(images), *shapes[name]) if name in shapes else stacked
         return values
 
-    def _images(self, x: torch.Tensor) -> np.ndarray:
+    def _images(self, x: torch.Tensor | Sequence[torch.Tensor]) -> np.ndarray:
         return np.ascontiguousarray(as_images(x, self.graph, "artifact").numpy())
 
     def save(self, folder: Path | str) -> Path:

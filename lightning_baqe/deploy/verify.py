@@ -4,17 +4,19 @@ interpreter, given the artifact's own inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.float_operators import FloatOperator
-from lightning_baqe.integer.graph import evaluate
+from lightning_baqe.integer.graph import as_images, evaluate
 
 TOLERANCE = 1e-3  # of the largest value: many operators may follow each other in an island
 
 
-def verify(artifact: Artifact, x: torch.Tensor) -> dict[str, int]:
+def verify(artifact: Artifact, x: torch.Tensor | Sequence[torch.Tensor]) -> dict[str, int]:
     """Count wrong elements node by node.
 
     Each integer node is computed again by the interpreter from the values that the compiled module itself produced, so
@@ -24,12 +26,13 @@ def verify(artifact: Artifact, x: torch.Tensor) -> dict[str, int]:
 
     Args:
         artifact: what was compiled.
-        x: float images, shape ``(n, *input_shape)``.
+        x: float images, shape ``(n, *input_shape)``, or a tuple for several inputs.
 
     Returns:
         ``{integer node or result of an island: elements that differ}``; all 0 in a correct artifact. A residual sum
         inside a convolution's kernel is checked with it, and both names stand.
     """
+    x = as_images(x, artifact.graph, "artifact")
     values = artifact.run_all(x)
     by_name = {node.name: node for node in artifact.graph}
     computed_in = {name: by_name[call.result] for call in artifact.plan.calls for name in call.nodes[:-1]}

@@ -78,15 +78,17 @@ class Node(ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Input(Node):
-    """The network's float32 input.
+    """The network's float32 input; of several inputs all elements, one input after the other.
 
     Args:
         given: its shape as the caller gives it, elements in the same order; None: the type's.
         integers: whether integers are taken, too: the network casts them.
+        parts: shapes of several inputs; ``()`` for one.
     """
 
     given: tuple[int, ...] | None = None
     integers: bool = False
+    parts: tuple[tuple[int, ...], ...] = ()
 
     def run(self, *values: torch.Tensor) -> torch.Tensor:
         return values[0].to(torch.float32).reshape(len(values[0]), *self.type.shape)

@@ -80,7 +80,7 @@ class IntegerGraph:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one image, as the caller gives it."""
+        """Of one image, as the caller gives it; of several inputs the number of all their elements."""
         first = self.nodes[0]
         assert isinstance(first, Input)
         return first.given or first.type.shape
@@ -95,11 +95,11 @@ class IntegerGraph:
         return self.nodes[-1]
 
     @torch.no_grad()
-    def run(self, x: torch.Tensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Logits of a batch.
 
         Args:
-            x: float, shape ``(n, *input_shape)``, on any device; computed on the CPU.
+            x: float, shape ``(n, *input_shape)``, on any device; computed on the CPU. A tuple for several inputs.
 
         Returns:
             float32, shape ``(n, *output_shape)``.
@@ -107,10 +107,11 @@ class IntegerGraph:
         Raises:
             ConfigError: no tensor, or its shape or type does not fit.
         """
-        return self.run_all(x, keep=False)[self.output.name].reshape(len(x), *self.output_shape)
+        found = self.run_all(x, keep=False)[self.output.name]
+        return found.reshape(len(found), *self.output_shape)
 
     @torch.no_grad()
-    def run_all(self, x: torch.Tensor, keep: bool = True) -> dict[str, torch.Tensor]:
+    def run_all(self, x: torch.Tensor | Sequence[torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
         """Every node's value by name: integers as int64, floats as float32.
 
         Args:
@@ -276,11 +277,12 @@ def _check_shapes(node: Node, inputs: Sequence[tuple[int, ...]]) -> None:
             )
 
 
-def as_images(x: torch.Tensor, graph: IntegerGraph, reader: str) -> torch.Tensor:
+def as_images(x: torch.Tensor | Sequence[torch.Tensor], graph: IntegerGraph, reader: str) -> torch.Tensor:
     """A network's input as it is computed on: float32, on the CPU, without a gradient.
 
     Args:
-        x: float, ``(n, *graph.input_shape)``; integers where the network itself casts them.
+        x: float, ``(n, *graph.input_shape)``; integers where the network itself casts them. For several inputs a tuple
+            of them, or all as this function returns them: ``(n, elements)``.
         graph: whose input it is.
         reader: ``"graph"`` or ``"artifact"``, for the message.
 
@@ -290,6 +292,8 @@ def as_images(x: torch.Tensor, graph: IntegerGraph, reader: str) -> torch.Tensor
     first, shape = graph.nodes[0], graph.input_shape
     assert isinstance(first, Input)
     wanted = f"the {reader} wants a float tensor of shape (n, {', '.join(map(str, shape))})"
+    if first.parts and isinstance(x, tuple | list):
+        return _packed(x, first, reader)
     if not isinstance(x, torch.Tensor):
         kind = type(x)
         advice = "torch.from_numpy(x)" if kind.__name__ == "ndarray" else "a tensor"
@@ -303,7 +307,24 @@ def as_images(x: torch.Tensor, graph: IntegerGraph, reader: str) -> torch.Tensor
             f"x is {str(x.dtype).removeprefix('torch.')}, {wanted} as the network was trained on: scale and normalise "
             "x as in training, or give x.float() if it was trained on such numbers"
         )
+    if tuple(x.shape[1:]) != tuple(shape) and first.parts:
+        raise ConfigError(f"x is one tensor of shape {tuple(x.shape)}, {_tuple_of(first, reader)}")
     if tuple(x.shape[1:]) != tuple(shape):
         advice = ": give x[None] for one image" if tuple(x.shape) == tuple(shape) else ""
         raise ConfigError(f"input has shape {tuple(x.shape)}, {wanted}{advice}")
     return x.detach().to("cpu", torch.float32)
+
+
+def _packed(given: Sequence[torch.Tensor], first: Input, reader: str) -> torch.Tensor:
+    """Several inputs as the rows of one tensor."""
+    tensors = [x for x in given if isinstance(x, torch.Tensor) and not x.is_meta and x.layout == torch.strided]
+    shapes = [tuple(x.shape) for x in tensors]
+    fits = len(tensors) == len(given) and [shape[1:] for shape in shapes] == list(first.parts)
+    if not fits or len({shape[0] for shape in shapes}) != 1:
+        raise ConfigError(f"x is a tuple of {shapes}, {_tuple_of(first, reader)}")
+    return torch.cat([x.detach().to("cpu", torch.float32).flatten(1) for x in tensors], 1)
+
+
+def _tuple_of(first: Input, reader: str) -> str:
+    shapes = ", ".join(f"(n, {', '.join(map(str, shape))})" for shape in first.parts)
+    return f"the {reader} wants a tuple of {len(first.parts)} tensors with as many images each: {shapes}"

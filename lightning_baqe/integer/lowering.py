@@ -9,6 +9,7 @@ do. Operators that only move elements are remembered as an index map and become 
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -181,13 +182,30 @@ _ADVICE = {
 
 
 def _input(build: Builder, node: fx.Node, op: Op) -> Value:
-    if build.nodes:
-        raise build.refuse(node, "a network has one input; give the others constant values")
+    inputs = [source for source, found in build.reader.ops.items() if found.kind == "input"]
+    if len(inputs) > 1:
+        return _one_of(build, node, inputs)
     shape = build.shape_of(node)
     stored = movement.stored(shape)
     given, integers = None if stored == shape else shape, not getattr(torch, origin(node).dtype).is_floating_point
     made = build.emit(ir.Input, "input", [], ir.TensorType(stored), given=given, integers=integers)
     return made if stored == shape else replace(made, index=movement.start(stored).reshape(2, *shape))
+
+
+def _one_of(build: Builder, node: fx.Node, inputs: list[fx.Node]) -> Value:
+    """One of several inputs, which lie in the graph's one after the other."""
+    shapes = tuple(map(build.shape_of, inputs))
+    sizes, at = [math.prod(shape) for shape in shapes], inputs.index(node)
+    base = (sum(sizes),)
+    if at:
+        first = build.nodes[0]
+        made = Value(first.name, first.type)
+    else:
+        integers = all(not getattr(torch, origin(source).dtype).is_floating_point for source in inputs)
+        made = build.emit(ir.Input, "input", [], ir.TensorType(base), integers=integers, parts=shapes)
+    index = movement.start(base).split(sizes, 1)[at].reshape(2, *shapes[at])
+    value = build.in_place(replace(made, index=index), node)
+    return value if value.shape == shapes[at] else replace(value, index=movement.start(value.shape).reshape(index.shape))
 
 
 def _output(build: Builder, node: fx.Node, op: Op) -> Value:

@@ -18,7 +18,7 @@ from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.nodes import NODE_TYPES, Layer, Node, TensorType
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def pack_bits(values: torch.Tensor, bits: int) -> np.ndarray:

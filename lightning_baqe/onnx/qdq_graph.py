@@ -46,12 +46,10 @@ def make_model(graph: IntegerGraph, opset: int, pack_int4: bool) -> onnx.ModelPr
     """The graph as a checked model; arguments and errors as for :func:`~lightning_baqe.onnx.export.export_onnx`."""
     exporter = Exporter(graph, pack_int4)
     exporter.export()
-    ends = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", *node.type.shape])
-        for name, node in ((INPUT, graph.nodes[0]), (OUTPUT, graph.output))
-    ]
+    shapes = {**exporter.inputs, OUTPUT: graph.output_shape}
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", *s]) for name, s in shapes.items()]
     writer = exporter.writer
-    body = helper.make_graph(writer.nodes, "lightning_baqe", ends[:1], ends[1:], writer.initializers)
+    body = helper.make_graph(writer.nodes, "lightning_baqe", ends[:-1], ends[-1:], writer.initializers)
     imports = [helper.make_opsetid("", opset)]
     model = helper.make_model(
         body,
@@ -74,7 +72,11 @@ class Exporter:
 
     def __init__(self, graph: IntegerGraph, pack_int4: bool) -> None:
         self.graph, self.pack_int4 = graph, pack_int4
-        self.writer = Writer((INPUT, OUTPUT))
+        first = graph.nodes[0]
+        assert isinstance(first, ir.Input)
+        names = [f"{INPUT}_{number}" if number else INPUT for number in range(max(1, len(first.parts)))]
+        self.inputs = dict(zip(names, first.parts or (graph.input_shape,), strict=True))
+        self.writer = Writer((*names, OUTPUT))
         self.reals: dict[str, str] = {}  # names of nodes' real values
         self.integers: dict[str, str] = {}  # names of the 8-bit integers that real values come from, by these
         self.scaled: set[str] = set()  # accumulators that already carry the scale of the Dequantize that reads them
@@ -93,9 +95,22 @@ class Exporter:
         if output.type.is_integer:
             raise UnsupportedModelError(f"the graph ends in the integers of {output.name!r}; end it with a Dequantize")
         real = self._batched(output)
-        if real == INPUT:
-            real = self.writer.node("Identity", [INPUT], output.name)
+        if self.graph.output_shape != output.type.shape:
+            real = self._reshaped(real, output.name, self.graph.output_shape)
+        if real in self.inputs:
+            real = self.writer.node("Identity", [real], output.name)
         self.writer.rename(real, OUTPUT)
+
+    def _input(self, node: ir.Input) -> str:
+        """All inputs in the shape that the graph has them in."""
+        if not node.parts:
+            return INPUT if node.given is None else self._reshaped(INPUT, node.name, node.type.shape)
+        flat = [self.writer.node("Flatten", [name], f"{name}.flat", axis=1) for name in self.inputs]
+        return self.writer.node("Concat", flat, f"{node.name}.all", axis=1)
+
+    def _reshaped(self, real: str, wish: str, shape: tuple[int, ...]) -> str:
+        sizes = self.writer.shape(f"{wish}.sizes", [0, *shape])  # 0: as many images as there are
+        return self.writer.node("Reshape", [real, sizes], f"{wish}.reshaped")
 
     # -- tensors ------------------------------------------------------------------------------------------------------
 
@@ -173,7 +188,7 @@ class Exporter:
         result = f"{wish}.out" if relu else wish
         match node:
             case ir.Input():
-                self.reals[wish] = INPUT
+                self.reals[wish] = self._input(node)
             case ir.Literal():
                 self._literal(node)
             case ir.Quantize():

@@ -12,7 +12,7 @@ Names are compared in lower case. Whatever else there is has no certain meaning 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,32 @@ def network_input(batch: Any, source: str, error: type[BaqeError] = CalibrationE
     if len(tensors) != 1:
         raise error(f"{source} gives {describe(batch)}; {_WANTED.format(names=', '.join(INPUTS))}")
     return tensors[0]
+
+
+def network_inputs(batch: Any, names: Sequence[str], source: str) -> tuple[torch.Tensor, ...]:
+    """The inputs of a network that has several.
+
+    Args:
+        batch: a mapping with the names of forward's arguments, ``(x1, x2, ...)`` or ``((x1, x2), ...)``; what follows
+            is not read.
+        names: of forward's arguments.
+        source: as of :func:`network_input`.
+
+    Raises:
+        CalibrationError: it is none of these.
+    """
+    fields, found = _fields(batch), []
+    if fields is not None:
+        found = [fields[name] for name in names if name in fields]
+    elif isinstance(batch, tuple | list) and batch:
+        found = list(batch[0] if isinstance(batch[0], tuple | list) else batch)[: len(names)]
+    tensors = [tensor for tensor in map(_tensor, found) if tensor is not None]
+    if len(tensors) != len(names):
+        raise CalibrationError(
+            f"{source} gives {describe(batch)}; wanted are the network's {len(names)} inputs {', '.join(names)}, as a "
+            "tuple or by these names"
+        )
+    return tuple(tensors)
 
 
 def input_and_labels(

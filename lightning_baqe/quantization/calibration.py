@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_baqe.errors import BaqeError, CalibrationError
-from lightning_baqe.quantization.batches import describe, network_input
+from lightning_baqe.quantization.batches import describe, network_input, network_inputs
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.observer import RangeObserver
 from lightning_baqe.quantization.train_modes import evaluating
@@ -26,7 +26,8 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
     Args:
         model: what :func:`quantize` returned.
         batches: of ``x``, ``(x, y, ...)`` or ``{"image": x, ...}``, x a tensor or array of shape ``(n, ...)``; see
-            :mod:`lightning_baqe.quantization.batches`. Moved to the model's device, floats to its type. One tensor or
+            :mod:`lightning_baqe.quantization.batches`. For several inputs ``(x1, x2, ...)``, ``((x1, x2), ...)`` or a
+            mapping with the names of forward's arguments. Moved to the model's device, floats to its type. One tensor or
             array is one batch.
         max_batches: stop after so many.
 
@@ -42,9 +43,9 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
         for quantizer, observer in observers.items():
             quantizer.observer = observer
         with evaluating(model):
-            for x in _inputs(model, batches, max_batches):
+            for inputs in _inputs(model, batches, max_batches):
                 count += 1
-                _run(model, x, count)
+                _run(model, inputs, count)
     finally:
         for quantizer in observers:
             quantizer.observer = None
@@ -57,36 +58,40 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
     return model
 
 
-def _inputs(model: QuantizedModel, batches: Iterable[Any], max_batches: int | None) -> Iterator[torch.Tensor]:
+def _inputs(model: QuantizedModel, batches: Iterable[Any], max_batches: int | None) -> Iterator[tuple[torch.Tensor, ...]]:
     """What the network is shown: its inputs, where and as it wants them."""
     if isinstance(batches, Mapping):
         raise CalibrationError(f"batches is {describe(batches)}; wanted is an iterable of such batches: give [batch]")
-    parameter, shape = next(model.parameters(), None), model.record.input_shape
+    parameter, shapes = next(model.parameters(), None), model.record.input_shapes
+    names = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
     whole = [batches] if isinstance(batches, torch.Tensor | np.ndarray) else batches
     for number, batch in enumerate(islice(whole, max_batches), 1):
-        x = network_input(batch, f"batch {number} of calibrate")
-        if shape is not None and x.ndim != len(shape) + 1:
-            raise CalibrationError(
-                f"batch {number} of calibrate gives {describe(batch)}, of which {describe(x)} was taken; wanted is the "
-                f"network's input, (n, {', '.join(map(str, shape))}) as in quantize's example_input"
-            )
-        if len(x) == 0:
-            raise CalibrationError(f"batch {number} of calibrate is empty, {describe(x)}; leave such batches out")
-        if parameter is not None:
-            is_float = x.is_floating_point() and parameter.is_floating_point()
-            x = x.to(parameter.device, parameter.dtype if is_float else x.dtype)
-        yield x
+        source = f"batch {number} of calibrate"
+        given = (network_input(batch, source),) if len(names) == 1 else network_inputs(batch, names, source)
+        found = []
+        for x, shape in zip(given, shapes, strict=True):
+            if x.ndim != len(shape) + 1:
+                raise CalibrationError(
+                    f"{source} gives {describe(batch)}, of which {describe(x)} was taken; wanted is the network's "
+                    f"input, (n, {', '.join(map(str, shape))}) as in quantize's example_input"
+                )
+            if len(x) == 0:
+                raise CalibrationError(f"{source} is empty, {describe(x)}; leave such batches out")
+            if parameter is not None:
+                is_float = x.is_floating_point() and parameter.is_floating_point()
+                x = x.to(parameter.device, parameter.dtype if is_float else x.dtype)
+            found.append(x)
+        yield tuple(found)
 
 
-def _run(model: QuantizedModel, x: torch.Tensor, number: int) -> None:
+def _run(model: QuantizedModel, inputs: tuple[torch.Tensor, ...], number: int) -> None:
     try:
-        model(x)
+        model(*inputs)
     except BaqeError:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # torch's complaints about shapes and types
-        shape = model.record.input_shape
-        wanted = "" if shape is None else f" of shape (n, {', '.join(map(str, shape))})"
+        shapes = " and ".join(f"(n, {', '.join(map(str, shape))})" for shape in model.record.input_shapes)
         raise CalibrationError(
-            f"batch {number} of calibrate, {describe(x)}, does not go through the network; wanted is its input{wanted}"
-            f", scaled as in training: {error}"
+            f"batch {number} of calibrate, {' and '.join(map(describe, inputs))}, does not go through the network; "
+            f"wanted is its input of shape {shapes}, scaled as in training: {error}"
         ) from error

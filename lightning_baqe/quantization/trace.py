@@ -447,25 +447,50 @@ class _Rebuilder:
 
     def _softmax_of_two(self, node: fx.Node, dim: int) -> None:
         """As the logistic function of the difference, which has an integer meaning."""
-        source, shape = self._node(cast(fx.Node, node.args[0])), _shape(node)
-        label = label_of(node)
+        source, half = self._node(cast(fx.Node, node.args[0])), _with(_shape(node), dim, 1)
+        first, second = (
+            self._step(node, "slice", aten.slice.Tensor, (source, dim, place, place + 1), half) for place in (0, 1)
+        )
+        difference = self._step(node, "sub", aten.sub.Tensor, (first, second), half)
+        one = self._step(node, "sigmoid", aten.sigmoid.default, (difference,), half)
+        other = self._step(node, "rsub", aten.rsub.Scalar, (one, 1.0), half)
+        self._take(node, self.graph.call_function(aten.cat.default, ([one, other], dim)), label_of(node))
 
-        def add(name: str, target: Any, args: tuple[Any, ...], size: int = 1) -> fx.Node:
-            found = self.graph.call_function(target, args)
-            found.meta[ORIGIN] = Origin(f"{label}.{name}", *scope(node), _with(shape, dim, size))
-            return found
+    def _extreme(self, node: fx.Node, is_max: bool) -> None:
+        """The larger of two tensors as one of them and how much the other is above it; the smaller likewise."""
+        first, second = self._argument(tuple(bound(node).values()))
+        shape = _with(_shape(node), 1, cast(int, _shape(node)[1]))
+        above = self._step(node, "sub", aten.sub.Tensor, (second, first) if is_max else (first, second), shape)
+        more = self._step(node, "relu", aten.relu.default, (above,), shape)
+        target = aten.add.Tensor if is_max else aten.sub.Tensor
+        self._take(node, self.graph.call_function(target, (first, more)), label_of(node))
 
-        first, second = (add("slice", aten.slice.Tensor, (source, dim, place, place + 1)) for place in (0, 1))
-        one = add("sigmoid", aten.sigmoid.default, (add("sub", aten.sub.Tensor, (first, second)),))
-        other = add("rsub", aten.rsub.Scalar, (one, 1.0))
-        self._take(node, add("cat", aten.cat.default, ([one, other], dim), 2), label)
+    def _step(
+        self, node: fx.Node, name: str, target: Any, args: tuple[Any, ...], shape: tuple[int | None, ...]
+    ) -> fx.Node:
+        """One of several operators that stand for a recorded one."""
+        found = self.graph.call_function(target, args)
+        found.meta[ORIGIN] = Origin(f"{label_of(node)}.{name}", *scope(node), shape)
+        return found
+
+    def _rewrite(self, node: fx.Node) -> bool:
+        """Whether other operators, which have an integer meaning, were taken for one that has none."""
+        name, shape = name_of(node), _shape(node)
+        if name in ("softmax", "_softmax") and bound(node).get("dtype") is None:
+            dim = bound(node)["dim"] % len(shape)
+            if shape[dim] == 2:
+                self._softmax_of_two(node, dim)
+                return True
+        of_two = name in ("maximum", "minimum") or node.target in (aten.max.other, aten.min.other)
+        if of_two and len(shape) > 1:
+            if all(isinstance(operand, fx.Node) and operand in self.varying for operand in bound(node).values()):
+                self._extreme(node, name.startswith("max"))
+                return True
+        return False
 
     def _function(self, node: fx.Node) -> None:
-        if name_of(node) in ("softmax", "_softmax"):
-            dim = bound(node)["dim"] % len(_shape(node))
-            if _shape(node)[dim] == 2 and isinstance(node.meta["val"], torch.Tensor) and bound(node).get("dtype") is None:
-                self._softmax_of_two(node, dim)
-                return
+        if self._rewrite(node):
+            return
         target, args, kwargs = node.target, self._argument(node.args), self._argument(node.kwargs)
         source = node.args[0] if node.args else None
         if target is operator.getitem and isinstance(source, fx.Node) and source.target in FIRST_OF:
