@@ -1,7 +1,7 @@
 """Integer graphs as ONNX models of the QDQ form: the way to devices that TVM does not reach.
 
 Every integer tensor becomes a pair of QuantizeLinear and DequantizeLinear, every operator the standard float operator
-between them, every layer's weights int8 (or int4) by channel with positive scales, its bias int32 of scale
+between them, every layer's weights int8 (or uint8, or int4) by channel with positive scales, its bias int32 of scale
 ``s_x * s_w``. Engines fuse such a group into one integer kernel; ONNX Runtime does so for convolutions, matrix
 products, sums, products, concatenations, poolings and whatever only moves elements.
 
@@ -14,8 +14,10 @@ What differs from :meth:`~lightning_baqe.integer.graph.IntegerGraph.run`:
 - ONNX Runtime rounds once where a tensor is brought onto a second 8-bit grid that alone reads it.
 - A tensor of more than 8 bits (a residual stream in int32) stays float between its operators: ONNX dequantizes int32
   but has nothing that quantizes to it. What reads it quantizes it.
-- On x86 CPUs without VNNI, ONNX Runtime by default adds pairs of 8-bit products in 16 bits, which saturate: values may
-  be far off. ``options.add_session_config_entry("session.x64quantprecision", "1")`` makes its sums exact.
+- On x86 CPUs without VNNI, ONNX Runtime by default adds pairs of products of uint8 and int8 in 16 bits, which saturate.
+  So weights that could do that are stored as uint8 with the zero point 128, which it adds exactly everywhere (on CPUs
+  with VNNI more slowly). With ``signed_weights`` they are int8, and
+  ``options.add_session_config_entry("session.x64quantprecision", "1")`` makes its sums exact.
 - Tables are the functions that they were made of, in float between the pairs. A table that holds anything else stays
   one, looked up exactly.
 
@@ -36,11 +38,13 @@ MIN_OPSET = 21  # the first with 4-bit integers
 INSTALL = "pip install 'lightning-baqe[onnx]'"
 
 
-def export_onnx(graph: IntegerGraph, path: str | Path, opset: int = OPSET, pack_int4: bool = False) -> Path:
+def export_onnx(
+    graph: IntegerGraph, path: str | Path, opset: int = OPSET, pack_int4: bool = False, signed_weights: bool = False
+) -> Path:
     """Write a graph as an ONNX model.
 
-    Its input is ``input``, float32 ``(n, *graph.input_shape)``, its output ``logits``, float32 ``(n, classes)``, for
-    any n. The metadata hold the bits of every layer as JSON, ``lightning_baqe.bits``: ``{layer: [weight, activation]}``
+    Its input is ``input``, float32 ``(n, *graph.input_shape)`` (of several inputs ``input``, ``input_1``, ... each in
+    its shape), its output ``logits``, float32 ``(n, *graph.output_shape)``, for any n. The metadata hold the bits of every layer as JSON, ``lightning_baqe.bits``: ``{layer: [weight, activation]}``
     with 32 for float, and the layers that are stored as INT4, ``lightning_baqe.int4``.
 
     Args:
@@ -49,6 +53,7 @@ def export_onnx(graph: IntegerGraph, path: str | Path, opset: int = OPSET, pack_
         opset: 21 to the newest that the installed onnx knows.
         pack_int4: store weights of at most 4 bits as INT4, half the size; few engines compute with them. A layer where
             the flipped sign of a channel makes an 8 of a -8 stays int8.
+        signed_weights: no uint8 weights, for engines that take none.
 
     Returns:
         ``path``.
@@ -71,5 +76,5 @@ def export_onnx(graph: IntegerGraph, path: str | Path, opset: int = OPSET, pack_
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(make_model(graph, opset, pack_int4).SerializeToString(deterministic=True))
+    path.write_bytes(make_model(graph, opset, pack_int4, signed_weights).SerializeToString(deterministic=True))
     return path

@@ -42,9 +42,9 @@ def newest_opset() -> int:
     return int(onnx.defs.onnx_opset_version())
 
 
-def make_model(graph: IntegerGraph, opset: int, pack_int4: bool) -> onnx.ModelProto:
+def make_model(graph: IntegerGraph, opset: int, pack_int4: bool, signed_weights: bool) -> onnx.ModelProto:
     """The graph as a checked model; arguments and errors as for :func:`~lightning_baqe.onnx.export.export_onnx`."""
-    exporter = Exporter(graph, pack_int4)
+    exporter = Exporter(graph, pack_int4, signed_weights)
     exporter.export()
     shapes = {**exporter.inputs, OUTPUT: graph.output_shape}
     ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", *s]) for name, s in shapes.items()]
@@ -68,10 +68,10 @@ def make_model(graph: IntegerGraph, opset: int, pack_int4: bool) -> onnx.ModelPr
 
 
 class Exporter:
-    """Adds a graph's operators to a writer; ``pack_int4`` as for :func:`~lightning_baqe.onnx.export.export_onnx`."""
+    """Adds a graph's operators to a writer; options as for :func:`~lightning_baqe.onnx.export.export_onnx`."""
 
-    def __init__(self, graph: IntegerGraph, pack_int4: bool) -> None:
-        self.graph, self.pack_int4 = graph, pack_int4
+    def __init__(self, graph: IntegerGraph, pack_int4: bool, signed_weights: bool) -> None:
+        self.graph, self.pack_int4, self.signed_weights = graph, pack_int4, signed_weights
         first = graph.nodes[0]
         assert isinstance(first, ir.Input)
         names = [f"{INPUT}_{number}" if number else INPUT for number in range(max(1, len(first.parts)))]
@@ -325,7 +325,8 @@ class Exporter:
             scale = torch.tensor(step(node.type), dtype=torch.float64) if found is None else found
             if found is not None:
                 self.scaled.add(node.name)
-        constants, packed = write_weights(self.writer, node, scale.expand(node.type.shape[0]), source, self.pack_int4)
+        options = source, self.pack_int4, self.signed_weights
+        constants, packed = write_weights(self.writer, node, scale.expand(node.type.shape[0]), *options)
         if packed:
             self.int4.append(node.layer)
         out = self._product(node, [self._real(node), *constants], f"{node.name}.out")

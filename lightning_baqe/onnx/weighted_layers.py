@@ -8,14 +8,16 @@ import torch
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.nodes import INT32_MAX, TensorType
+from lightning_baqe.onnx.ranges import storage_of
 from lightning_baqe.onnx.writer import Writer
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 LARGEST = 64
+INT16_MAX = 2**15 - 1
 
 
 def write_weights(
-    writer: Writer, node: ir.Layer, scale: torch.Tensor, source: TensorType, pack_int4: bool
+    writer: Writer, node: ir.Layer, scale: torch.Tensor, source: TensorType, pack_int4: bool, signed: bool
 ) -> tuple[list[str], bool]:
     """Add the constants of a layer and what dequantizes them.
 
@@ -24,12 +26,13 @@ def write_weights(
     not hold is 0. Where a channel's weights are small they are multiplied by a power of two, up to 7 bits and a sign,
     and the scale divided by it: that changes no weight, but makes the steps finer in which the bias is counted, and so
     saves what rounding took from it. (7 bits, because two products of 8 bits by 8 overflow the 16 that some CPUs add
-    them in.)
+    them in. Where the weights themselves are that large, they are stored as uint8 with the zero point 128.)
 
     Args:
         scale: float64, ``(channels,)``, what a step of the accumulator is worth, of any sign.
         source: of the layer's input; its zero point leaves the bias, where it was folded in.
         pack_int4: store weights of at most 4 bits as they are but for their sign, as INT4 if they fit it.
+        signed: no uint8.
 
     Returns:
         the names of the real weight and bias, and whether the weights are INT4.
@@ -65,10 +68,13 @@ def write_weights(
     # ONNX Runtime's exact mode makes copies of weights and their zero points, and stumbles over shared ones.
     scale_name = writer.own_constant(f"{node.name}.weight_scale", stored)
     write = writer.int4 if packed else writer.own_constant
+    largest = max(0, source.limits[1]) * 2 * int(weight.abs().max())
+    is_unsigned = not signed and storage_of(source) is np.uint8 and largest > INT16_MAX
+    middle, kind = (128, torch.uint8) if is_unsigned else (0, torch.int8)
     weights = [
-        write(f"{node.name}.weight", weight.to(torch.int8).numpy()),
+        write(f"{node.name}.weight", (weight + middle).to(kind).numpy()),
         scale_name,
-        write(f"{node.name}.weight_zero_point", np.zeros(stored.shape, np.int8)),
+        write(f"{node.name}.weight_zero_point", torch.full(stored.shape, middle, dtype=kind).numpy()),
     ]
     biases = [
         writer.own_constant(f"{node.name}.bias", bias.to(torch.int32).numpy()),

@@ -116,6 +116,8 @@ class OpReader:
         tensors = self._tensors(node)
         if node.op == "output":
             return Op("output", tensors, {})
+        if node.op == "call_module" and not tensors:
+            return Op("constant", (), {})  # a layer of constants
         if node.op == "call_module":
             module = self.modules.get_submodule(str(node.target))
             kind = next((_MODULES[cls] for cls in type(module).__mro__ if cls in _MODULES), "other")

@@ -55,7 +55,11 @@ _DROPOUTS: dict[str, Callable[[float], nn.Module]] = {
 }
 _MODULES = (*LAYER_TYPES, nn.modules.batchnorm._BatchNorm)
 # A view of what lies otherwise in memory (channels last) is an error, a reshape is not.
-_LENIENT: dict[Any, Any] = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_LENIENT: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten._unsafe_index.Tensor: aten.index.Tensor,
+}
 _IGNORED = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "_check")
 Output = TypeVar("Output")
 _TAKEN = frozenset({
@@ -354,7 +358,7 @@ class _Rebuilder:
         name, options = name_of(node), bound(node)
         if name.startswith(_IGNORED):
             return
-        if name in LAYERS and options["weight"] not in self.varying:
+        if name in LAYERS and node in self.varying and options["weight"] not in self.varying:
             self._layer(node, name, options)
         elif name in NORMS and node in self.varying:
             self._batch_norm(node, options)
