@@ -21,6 +21,7 @@ from lightning_baqe.quantization.train_modes import evaluating
 
 EXACT = 1e-6  # of the largest value, float64 against float64; weights that a layer computes are rounded to float32
 LOWERED = 1e-4  # of the largest value, float32 against float64; more where float32 alone is further away
+ROUNDED = 4.0  # times the network's own distance between float32 and float64, where its constants are float32
 NOISE = 30.0  # times the network's own distance between float32 and float64
 MOST = 1e-2  # whatever the noise: a network that is further from itself changes from call to call
 
@@ -58,12 +59,19 @@ def refuse_different(
     exact = plain.double() if doubled is None else doubled
     precise = doubled is not None
     network = copy.deepcopy(graph).double() if precise else graph
-    found = _values(network, tuple(x.double() for x in inputs) if precise else inputs)
-    if _distance(found[_last(network)], exact) > (EXACT if precise else LOWERED):
-        raise _traced_otherwise(model, network, inputs, found, precise)
+    try:
+        found = _values(network, tuple(x.double() for x in inputs) if precise else inputs)
+    except RuntimeError:
+        if not precise:
+            raise
+        exact, precise, network = plain, False, graph  # the trace has types of its own: float32 decides
+        found = _values(network, inputs)
     noise = _distance(plain, exact)
     if noise > MOST:
         raise _changes(model)
+    # Constants that the network computes as it runs are float32 in the trace: their rounding counts like its own.
+    if _distance(found[_last(network)], exact) > (min(max(EXACT, ROUNDED * noise), LOWERED) if precise else LOWERED):
+        raise _traced_otherwise(model, network, inputs, found, precise)
     limit = min(max(LOWERED, NOISE * noise), MOST)
     bits, shapes = BitConfig.uniform(model, FLOAT_BITS, FLOAT_BITS), tuple(tuple(x.shape[1:]) for x in inputs)
     quantized = fake_quantize(graph, bits, shapes, fallback=fallback)
@@ -145,10 +153,13 @@ def _traced_otherwise(
     except (RuntimeError, TypeError):
         running = model
     outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, out: Any) -> None:
+        if isinstance(out, torch.Tensor):
+            outputs[name] = out
+
     hooks = [
-        module.register_forward_hook(
-            lambda m, args, out, name=name: outputs.setdefault(name, out) if isinstance(out, torch.Tensor) else None
-        )
+        module.register_forward_hook(lambda m, args, out, name=name: keep(name, out))
         for name, module in running.named_modules()
     ]
     try:

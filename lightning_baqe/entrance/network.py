@@ -63,7 +63,9 @@ def refuse_unfit(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{name!r} has the dtype {tensor.dtype}, but float32 is wanted: call .float() on the network first"
             )
-        bad = int((~torch.isfinite(tensor)).sum())
+        # Masks and limits may be infinite; weights and statistics may not.
+        is_number = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+        bad = int((~torch.isfinite(tensor)).sum() if is_number else tensor.isnan().sum())
         if bad:
             raise UnsupportedModelError(
                 f"{name!r} has {bad} of {tensor.numel()} values that are not finite; train or load the network again"

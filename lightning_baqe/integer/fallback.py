@@ -39,7 +39,7 @@ def float_operator(build: Builder, node: fx.Node, op: Op) -> Value:
         if kind == "value":
             return alone[value]
         if kind in ("constant", "literal"):
-            tensor = build.python.values[value].detach().cpu()
+            tensor = alone[value].detach().cpu()
             constants[value.name] = tensor.float() if tensor.is_floating_point() else tensor
             return f"@{value.name}"
         if value not in inputs:
@@ -70,11 +70,11 @@ def float_operator(build: Builder, node: fx.Node, op: Op) -> Value:
 
 def _image_by_image(build: Builder, source: fx.Node, node: fx.Node) -> Value:
     """The float value that an operator reads, its elements in their order for one image."""
-    value = build.as_float(build.values[source])
-    if not isinstance(value.index, torch.Tensor):
-        return build.in_place(value, node)
-    images = torch.stack(value.index.chunk(2, _batch_dim(build, source)))
-    return build.in_place(replace(value, index=images.reshape(2, *canonical_shape(images.shape[1:]))), node)
+    value = build.values[source]
+    if isinstance(value.index, torch.Tensor):
+        images = torch.stack(value.index.chunk(2, _batch_dim(build, source)))
+        value = replace(value, index=images.reshape(2, *canonical_shape(images.shape[1:])))
+    return build.in_place(build.as_float(value), node)
 
 
 def _batch_dim(build: Builder, node: fx.Node) -> int:
@@ -92,5 +92,5 @@ def _batch_dim(build: Builder, node: fx.Node) -> int:
 def _for_one(build: Builder) -> dict[fx.Node, Any]:
     """The Python values of the network for a batch of one image."""
     if not build.for_one:
-        build.for_one = GraphValues(build.model, build.shapes, (), 1).values
+        build.for_one = GraphValues(build.model, build.shapes, build.constants, 1).values
     return build.for_one

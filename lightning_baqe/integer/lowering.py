@@ -142,8 +142,15 @@ def _lowered(build: Builder, node: fx.Node, op: Op) -> Value:
     if op.kind not in _OPERATORS or not (op.inputs or op.kind in ("input", "literal")):
         raise build.refuse(node, _ADVICE.get(name_of(node), "it has no integer meaning here; replace it"))
     value = _OPERATORS[op.kind](build, node, op)
-    if op.kind not in _CARRY and not isinstance(value.index, tuple) and value.shape != build.shape_of(node):
-        raise build.refuse(node, f"lowered to shape {value.shape} instead of {build.shape_of(node)}; report this")
+    if op.kind in _CARRY or isinstance(value.index, tuple):
+        return value
+    found, wanted = tuple(value.elements.shape), tuple(build.python.values[node].shape)
+    if found != wanted:
+        raise build.refuse(
+            node,
+            f"lowered to shape {found} instead of {wanted} for a batch of two: it runs on a batch that was merged with "
+            "another dimension; let the batch alone be the first dimension of what a layer reads",
+        )
     return value
 
 

@@ -60,7 +60,10 @@ def features_first(index: torch.Tensor) -> torch.Tensor:
     """``(2, ..., features)`` as ``(2, features, rows, columns)``: what a matrix product over the last dimension reads
     as a 1x1 convolution.
     """
-    moved = index.reshape(2, -1, *index.shape[-2:]) if index.ndim > 2 else index.reshape(2, 1, 1, -1)
+    if index.ndim > 2 and len(index) % 2 == 0:
+        moved = index.reshape(2, -1, *index.shape[-2:])
+    else:
+        moved = index.reshape(2, 1, -1, index.shape[-1])
     return moved.movedim(-1, 1)
 
 

@@ -148,6 +148,8 @@ def concat(build: Builder, node: fx.Node, op: Op) -> Value:
     full = build.python.values[node].shape
     values = [build.values[source] for source in op.inputs]
     plain = dim == 1 and len(full) in (2, 4) and full[0] == 2
+    if full[0] % 2:
+        raise build.refuse(node, "the batch must stay the outermost dimension")
     if not plain:
         values = [replace(value, index=_channels_first(value.elements, dim)) for value in values]
     values = [build.in_place(value, node) for value in values]
@@ -165,16 +167,18 @@ def concat(build: Builder, node: fx.Node, op: Op) -> Value:
 
 
 def _channels_first(index: torch.Tensor, dim: int) -> torch.Tensor:
-    """A map with one dimension brought to the front: ``(2, size of it, ..., ...)``."""
-    moved = index.movedim(dim, 1)
-    size, rest = moved.shape[1], moved.shape[2:]
+    """A map with one dimension brought to the front: ``(2, size of it, ..., ...)``; the batch may be merged with its
+    first dimension.
+    """
+    moved = index.reshape(2, -1, *index.shape[1:]).movedim(dim + 1, 1)
+    size, rest = moved.shape[1], moved.shape[3:] if moved.shape[2] == 1 else moved.shape[2:]
     return moved.reshape(2, size, *(rest if len(rest) == 2 else (1, math.prod(rest))))
 
 
 def _channels_back(shape: tuple[int, ...], dim: int, full: torch.Size) -> torch.Tensor:
     """The map of a base value whose channels are dimension ``dim`` of a tensor of the shape ``full``."""
-    moved = [full[0], full[dim], *(size for place, size in enumerate(full) if place not in (0, dim))]
-    return movement.start(shape).reshape(moved).movedim(1, dim)
+    moved = [2, full[dim], full[0] // 2, *(size for place, size in enumerate(full) if place not in (0, dim))]
+    return movement.start(shape).reshape(moved).movedim(1, dim + 1).reshape(full)
 
 
 def pointwise(build: Builder, node: fx.Node, op: Op) -> Value:

@@ -89,9 +89,9 @@ class Builder:
     def __init__(self, model: QuantizedModel, shapes: Sequence[tuple[int, ...]]) -> None:
         self.model = model
         self.reader = OpReader(model, model.graph)
-        constants = {node for node, op in self.reader.ops.items() if op.kind in ("constant", "literal")}
+        self.constants = {node for node, op in self.reader.ops.items() if op.kind in ("constant", "literal")}
         self.shapes = tuple(shapes)
-        self.python = GraphValues(model, shapes, constants)
+        self.python = GraphValues(model, shapes, self.constants)
         self.for_one: dict[fx.Node, Any] = {}  # what nodes evaluate to for one image, where float operators ask
         self.nodes: list[ir.Node] = []
         self.names: dict[str, None] = {}
@@ -213,7 +213,10 @@ class Builder:
         index = value.index.reshape(2, *movement.stored(value.shape))
         key = (value.name, index.numpy().tobytes(), tuple(index.shape))
         if key not in self.moved:
-            self.moved[key] = self._move(replace(value, index=None), index)
+            try:
+                self.moved[key] = self._move(replace(value, index=None), index)
+            except UnsupportedModelError as error:
+                raise self.refuse(node, str(error)) if node is not None else error from error
         return self.moved[key]
 
     def _move(self, value: Value, index: torch.Tensor) -> Value:

@@ -206,7 +206,14 @@ class _Program(torch.nn.Module):
         values = list(sources)
         for step in self.spec.steps:
             operands = {f"%{k}": values[at].reshape(shape) for k, (at, shape) in enumerate(step.operands)}
-            values.append(call_operator(step.operator, json.loads(step.arguments), operands))
+            arguments = json.loads(step.arguments)
+            if step.operator == "group_norm.default":  # the translator wants gain and shift
+                channels = operands["%0"].shape[1]
+                for place, number in ((2, 1.0), (3, 0.0)):
+                    if arguments[place] is None:
+                        arguments[place] = f"%{len(operands)}"
+                        operands[arguments[place]] = torch.full((channels,), number)
+            values.append(call_operator(step.operator, arguments, operands))
         return tuple(values[len(sources) + at].reshape(1, -1) * 1.0 for at in self.spec.results)
 
 

@@ -87,6 +87,10 @@ WHOLE = frozenset({
 })  # fmt: skip
 
 
+# Others are written in their place when the graph is built.
+REWRITTEN = frozenset({"stack"})
+
+
 def adaptive_max_pool2d(input: torch.Tensor, output_size: Any) -> torch.Tensor:
     """The values alone of PyTorch's operator of this name."""
     return aten.adaptive_max_pool2d.default(input, output_size)[0]
@@ -122,7 +126,7 @@ def is_known(node: fx.Node) -> bool:
     name = name_of(node).removesuffix("_")
     if name == "rrelu" or name in WRITES or name in FILLS or not node.all_input_nodes:
         return True
-    known = name in KINDS or name in LAYERS or name in NORMS or name in DROPOUTS or name in WHOLE
+    known = name in KINDS or name in LAYERS or name in NORMS or name in DROPOUTS or name in WHOLE | REWRITTEN
     return known or node.target in FIRST_OF or is_pointwise(node.target) or node.target._schema.is_mutable
 
 

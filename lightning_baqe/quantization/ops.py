@@ -174,7 +174,8 @@ class OpReader:
             if common:
                 self._roots[node] = common
                 return Op("function", tensors, {})
-        plain = options.get("alpha", 1) == 1 and options.get("rounding_mode") is None
+        finite = all(_is_finite(self.modules, n) for n in constants)  # a mask of -inf is nothing that a grid holds
+        plain = options.get("alpha", 1) == 1 and options.get("rounding_mode") is None and finite
         if kind not in ("add", "mul", "div") or not plain:
             return Op("other", tensors, {})
         operands = (options["self"], options["other"])
@@ -304,6 +305,10 @@ def _shape(modules: nn.Module, node: fx.Node) -> tuple[int | None, ...]:
     if node.op == "get_attr":
         return tuple(operator.attrgetter(str(node.target))(modules).shape)
     return origin(node).shape
+
+
+def _is_finite(modules: nn.Module, node: fx.Node) -> bool:
+    return node.op != "get_attr" or bool(torch.isfinite(operator.attrgetter(str(node.target))(modules)).all())
 
 
 def _numel(modules: nn.Module, node: fx.Node) -> int:

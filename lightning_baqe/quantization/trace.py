@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import keyword
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -397,8 +398,15 @@ class _Rebuilder:
         self.root.register_buffer(attribute, constant)
         found = self.graph.get_attr(attribute)
         if not alone and shape != _shape(node):
-            batch = self.graph.call_function(aten.sym_size.int, (self.graph.find_nodes(op="placeholder")[0], 0))
-            sizes = [size if isinstance(size, int) else batch for size in _shape(node)]
+            like = options.get("size") is None  # zeros_like and its kind
+            sizes = [
+                size
+                if isinstance(size, int)
+                else self.graph.call_function(aten.sym_size.int, (self._node(options["self"]), dim))
+                if like
+                else self._argument(options["size"][dim])
+                for dim, size in enumerate(_shape(node))
+            ]
             self._take(node, found, label_of(node))
             found = self.graph.call_function(aten.expand.default, (found, sizes))
         self._take(node, found, label_of(node))
@@ -460,6 +468,21 @@ class _Rebuilder:
         other = self._step(node, "rsub", aten.rsub.Scalar, (one, 1.0), half)
         self._take(node, self.graph.call_function(aten.cat.default, ([one, other], dim)), label_of(node))
 
+    def _clamp(self, node: fx.Node) -> bool:
+        """Limits that are tensors of one number, as numbers."""
+        options, limits = bound(node), []
+        for limit in (options["min"], options["max"]):
+            if isinstance(limit, fx.Node) and (limit in self.varying or limit.meta["val"].numel() != 1):
+                return False
+            number = None if limit is None else float(self._evaluate(limit))
+            limits.append(None if number is None or math.isinf(number) else number)
+        if limits == [None, None]:
+            self.new[node] = self._node(options["self"])
+        else:
+            call = self.graph.call_function(aten.clamp.default, (self._node(options["self"]), *limits))
+            self._take(node, call, label_of(node))
+        return True
+
     def _extreme(self, node: fx.Node, is_max: bool) -> None:
         """The larger of two tensors as one of them and how much the other is above it; the smaller likewise."""
         first, second = self._argument(tuple(bound(node).values()))
@@ -480,11 +503,21 @@ class _Rebuilder:
     def _rewrite(self, node: fx.Node) -> bool:
         """Whether other operators, which have an integer meaning, were taken for one that has none."""
         name, shape = name_of(node), _shape(node)
+        if name == "stack":
+            dim = bound(node)["dim"] % len(shape)
+            parts = [
+                self._step(node, "unsqueeze", aten.unsqueeze.default, (self._node(part), dim), _with(shape, dim, 1))
+                for part in bound(node)["tensors"]
+            ]
+            self._take(node, self.graph.call_function(aten.cat.default, (parts, dim)), label_of(node))
+            return True
         if name in ("softmax", "_softmax") and bound(node).get("dtype") is None:
             dim = bound(node)["dim"] % len(shape)
-            if shape[dim] == 2:
+            if isinstance(shape[dim], int) and shape[dim] == 2:
                 self._softmax_of_two(node, dim)
                 return True
+        if node.target is aten.clamp.Tensor:
+            return self._clamp(node)
         of_two = name in ("maximum", "minimum") or node.target in (aten.max.other, aten.min.other)
         if of_two and len(shape) > 1:
             if all(isinstance(operand, fx.Node) and operand in self.varying for operand in bound(node).values()):
