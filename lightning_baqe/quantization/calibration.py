@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -10,10 +13,15 @@ import numpy as np
 import torch
 
 from lightning_baqe.errors import BaqeError, CalibrationError
+from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.batches import describe, network_input, network_inputs
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.observer import RangeObserver
 from lightning_baqe.quantization.train_modes import evaluating
+
+FAR_DB, POOR_DB = 12.0, 12.0  # below what was before, and in itself
+SHOWN = 3
+NOISE_IMAGES = 16
 
 
 @torch.no_grad()
@@ -32,7 +40,8 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
         max_batches: stop after so many.
 
     Returns:
-        The same model.
+        The same model. Where all tensors have 8 bits, a warning names those that are far noisier than what is before
+        them.
 
     Raises:
         CalibrationError: no data, batches that are not the network's input, or values that are not finite.
@@ -55,7 +64,69 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
         observer.check(quantizer.name)
     for quantizer, observer in observers.items():
         quantizer.initialize(observer)
+    _warn_of_noise(model, inputs)
     return model
+
+
+def _warn_of_noise(model: QuantizedModel, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Warn of tensors that the 8-bit network computes far worse than those before them.
+
+    What each quantizer reads is compared with and without quantization. Noise grows slowly from layer to layer; a
+    sudden loss is a layer whose 8 bits do not hold what it computes.
+    """
+    quantizers = list(model.quantizers().values())
+    if not quantizers or any(quantizer.bits != 8 for quantizer in quantizers):
+        return  # fewer bits are noisy because they were asked for
+    inputs = tuple(x[:NOISE_IMAGES] for x in inputs)
+    exact, found = _read(model, inputs, observed=True), _read(model, inputs, observed=False)
+    ratios = {q.name: _decibels(exact[q], found[q]) for q in quantizers if q in exact}
+    usual = statistics.median(ratios.values())
+    bad, best_so_far = [], usual
+    for name, ratio in ratios.items():
+        if ratio < min(best_so_far - FAR_DB, POOR_DB):
+            bad.append(f"{name!r} {ratio:.0f} dB")
+        best_so_far = min(best_so_far, max(ratio, POOR_DB))
+    if bad:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        warnings.warn(
+            f"8 bits lose what the network computes: signal to noise falls to {', '.join(bad[:SHOWN])}{more}, where "
+            f"the median tensor has {usual:.0f} dB. Look at what is added, joined or scaled right before: values of "
+            "very different size share a grid there. Scale them alike, keep that layer float (32 bits), or clip by "
+            "activation_range='percentile:99.9'",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _read(
+    model: QuantizedModel, inputs: tuple[torch.Tensor, ...], observed: bool
+) -> dict[ActivationQuantizer, torch.Tensor]:
+    """Samples of what each quantizer reads; observed: while all pass on what they read."""
+    quantizers, found = list(model.quantizers().values()), dict[ActivationQuantizer, torch.Tensor]()
+
+    def keep(quantizer: Any, args: tuple[torch.Tensor, ...]) -> None:
+        sample = RangeObserver()
+        sample.update(args[0])
+        found[quantizer] = sample.samples
+
+    hooks = [quantizer.register_forward_pre_hook(keep) for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            quantizer.observer = RangeObserver() if observed else None
+        with evaluating(model):
+            model(*inputs)
+    finally:
+        for hook, quantizer in zip(hooks, quantizers, strict=True):
+            hook.remove()
+            quantizer.observer = None
+    return found
+
+
+def _decibels(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """Power of a signal without its mean over that of its noise."""
+    noise = float((found - exact).double().square().mean())
+    signal = float(exact.double().var(correction=0))
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
 def _inputs(model: QuantizedModel, batches: Iterable[Any], max_batches: int | None) -> Iterator[tuple[torch.Tensor, ...]]:

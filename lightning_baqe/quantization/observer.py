@@ -79,6 +79,11 @@ class RangeObserver:
         if sum(sample.numel() for sample in self._samples) > SAMPLE_LIMIT:
             self._samples = [torch.cat(self._samples)[::2].clone()]
 
+    @property
+    def samples(self) -> torch.Tensor:
+        """The subsample, float32, flat."""
+        return torch.cat(self._samples)
+
     def check(self, name: str) -> None:
         """Raises CalibrationError if there is nothing to derive a range from."""
         if self.batches == 0:
@@ -123,7 +128,7 @@ class RangeObserver:
             low, high = -step * (qmax + 1) / 2, step * (qmax - 1) / 2
         if name != "mse":
             return low, high
-        values = torch.cat(self._samples)
+        values = self.samples
         if symmetric and low < 0:
             best = min(FRACTIONS, key=lambda f: _squared_error(values, low * f, high * f, qmax))
             return low * best, high * best
@@ -138,7 +143,7 @@ class RangeObserver:
         if name == "ema":
             return min(self.mean_low, 0.0), max(self.mean_high, 0.0)
         if name == "percentile":
-            values = torch.cat(self._samples).double()
+            values = self.samples.double()
             share = percentile / 100.0
             low, high = torch.quantile(values, values.new_tensor([1.0 - share, share])).tolist()
             return min(low, 0.0), max(high, 0.0)

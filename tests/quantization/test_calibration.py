@@ -1,0 +1,40 @@
+"""What calibration says about a network's tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_baqe import BitConfig, calibrate, quantize
+
+
+class Spread(nn.Module):
+    """Of the features of one layer the small ones count, and a large one takes the grid."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(5))
+        self.register_buffer("gain", torch.cat([torch.full((1,), gain), torch.ones(15)]))
+        with torch.no_grad():
+            self.layers[2].weight[:, 0] /= gain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x * self.gain if number == 2 else x))
+        return x
+
+
+def calibrated(gain: float) -> None:
+    torch.manual_seed(0)
+    model, x = Spread(gain).eval(), torch.randn(64, 16)
+    calibrate(quantize(model, BitConfig.uniform(model), x, activation_range="minmax").eval(), [x])
+
+
+def test_where_eight_bits_lose_the_signal_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"signal to noise falls to 'layers_2' .* keep that layer float"):
+        calibrated(500.0)
+
+
+def test_usual_networks_are_quiet() -> None:
+    calibrated(1.0)  # warnings are errors here
