@@ -10,7 +10,7 @@ so that nothing that it does goes unnoticed. A row is kept as soon as it is ther
 | quantize | fake-quantized, calibrated |
 | lower | a graph of integers, with islands of float operators |
 | build | compiled by TVM for this machine |
-| match | compiled and interpreted outputs equal on every element, every integer node alone, too; each island alone close |
+| match | compiled and interpreted outputs equal on every element, every integer node alone, too; each island close |
 
 A family is a module of the library's ``models``; of torchvision segmentation networks and backbones of detectors, too.
 It counts as a CNN if what mixes pixels in all of its members is convolution and pooling; ``families.json`` has these
@@ -166,7 +166,9 @@ def _send(entry: tuple[str, str, str], writer: Connection) -> None:
     try:
         writer.send(try_network(*entry))
     except Exception as error:  # whatever is no refusal counts as a crash, with its text
-        writer.send(Row(*entry, _name(FAMILIES[entry[0]][entry[1]][entry[2]]), "", f"CRASH, {type(error).__name__}: {error}"))
+        writer.send(
+            Row(*entry, _name(FAMILIES[entry[0]][entry[1]][entry[2]]), "", f"CRASH, {type(error).__name__}: {error}")
+        )
 
 
 def run(wanted: list[tuple[str, str, str]], folder: Path, jobs: int, timeout_s: float, console: Console) -> list[Row]:
@@ -208,7 +210,9 @@ def report(rows: list[Row], console: Console) -> bool:
         unexplained = [row.member for row in mine if "CRASH" in row.error]
         share = _say_share(f"{library}: families that pass", [row.passes for row in mine], WANTED[library], console)
         integers = [row.passes and not row.floats for row in mine if row.kind == "cnns"]
-        share &= _say_share(f"{library}: CNN families that pass as integers only", integers, INTEGER_ONLY[library], console)
+        share &= _say_share(
+            f"{library}: CNN families that pass as integers only", integers, INTEGER_ONLY[library], console
+        )
         console.print(f"{library}: without an explanation: {unexplained or 'none'}\n")
         fine = fine and share and not unexplained
     return fine

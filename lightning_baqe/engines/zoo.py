@@ -58,7 +58,9 @@ def settled(module: nn.Module, size: int = 64, last_size: int = 0) -> tuple[nn.M
             return settle(module, images), images
         except ConfigError as error:
             failure = failure or error
-    raise ConfigError(f"{type(module).__name__} runs on no image of {size} to {SIZES[-1]} pixels: {failure}") from failure
+    raise ConfigError(
+        f"{type(module).__name__} runs on no image of {size} to {SIZES[-1]} pixels: {failure}"
+    ) from failure
 
 
 def random_bits(module: nn.Module, seed: int, low: int = 2, high: int = 8) -> BitConfig:

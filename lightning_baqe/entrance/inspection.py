@@ -85,9 +85,7 @@ def inspect(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Any, ...], fa
     """
     shapes = tuple(tuple(x.shape[1:]) for x in inputs)
     bits = BitConfig.uniform(model)  # with the scales that cost least: how good they are does not matter here
-    quantized = fake_quantize(
-        graph, bits, shapes, weight_init="lsq", activation_range="minmax", fallback=fallback
-    )
+    quantized = fake_quantize(graph, bits, shapes, weight_init="lsq", activation_range="minmax", fallback=fallback)
     calibrate(quantized.eval(), [inputs if len(inputs) > 1 else inputs[0]])
     lowered = lower_all(quantized, collect=True)
     refused = dict(lowered.refused) | _not_compiled(lowered, quantized)

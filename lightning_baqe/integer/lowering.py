@@ -212,7 +212,9 @@ def _one_of(build: Builder, node: fx.Node, inputs: list[fx.Node]) -> Value:
         made = build.emit(ir.Input, "input", [], ir.TensorType(base), integers=integers, parts=shapes)
     index = movement.start(base).split(sizes, 1)[at].reshape(2, *shapes[at])
     value = build.in_place(replace(made, index=index), node)
-    return value if value.shape == shapes[at] else replace(value, index=movement.start(value.shape).reshape(index.shape))
+    return (
+        value if value.shape == shapes[at] else replace(value, index=movement.start(value.shape).reshape(index.shape))
+    )
 
 
 def _output(build: Builder, node: fx.Node, op: Op) -> Value:

@@ -96,8 +96,8 @@ def spread(index: torch.Tensor, full: torch.Size) -> torch.Tensor:
     """A map, broadcast to the shape ``full`` of a batch of two.
 
     Args:
-        index: of as many dimensions, or ``(2, *shape)`` where ``shape`` broadcasts to what one image has of ``full``, as
-            constants have it.
+        index: of as many dimensions, or ``(2, *shape)`` where ``shape`` broadcasts to what one image has of ``full``,
+            as constants have it.
     """
     if len(index) != 2 or (index.ndim == len(full) and full[0] == 2):
         return index.expand(full)

@@ -103,12 +103,13 @@ class Builder:
 
     def state(self) -> tuple[int, ...]:
         """What :meth:`reset` returns to."""
-        return tuple(map(len, (self.nodes, self.names, self.floats, self.moved, self.done)))
+        return len(self.nodes), len(self.names), len(self.floats), len(self.moved), len(self.done)
 
     def reset(self, state: tuple[int, ...]) -> None:
         """Forget what was added since ``state``."""
         del self.nodes[state[0] :]
-        for found, size in zip((self.names, self.floats, self.moved, self.done), state[1:], strict=True):
+        added: tuple[dict[Any, Any], ...] = (self.names, self.floats, self.moved, self.done)
+        for found, size in zip(added, state[1:], strict=True):
             while len(found) > size:
                 found.popitem()
 

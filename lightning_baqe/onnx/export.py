@@ -44,8 +44,9 @@ def export_onnx(
     """Write a graph as an ONNX model.
 
     Its input is ``input``, float32 ``(n, *graph.input_shape)`` (of several inputs ``input``, ``input_1``, ... each in
-    its shape), its output ``logits``, float32 ``(n, *graph.output_shape)``, for any n. The metadata hold the bits of every layer as JSON, ``lightning_baqe.bits``: ``{layer: [weight, activation]}``
-    with 32 for float, and the layers that are stored as INT4, ``lightning_baqe.int4``.
+    its shape), its output ``logits``, float32 ``(n, *graph.output_shape)``, for any n. The metadata hold the bits of
+    every layer as JSON, ``lightning_baqe.bits``: ``{layer: [weight, activation]}`` with 32 for float, and the layers
+    that are stored as INT4, ``lightning_baqe.int4``.
 
     Args:
         graph: what :func:`lightning_baqe.lower` returned.

@@ -35,8 +35,8 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
         model: what :func:`quantize` returned.
         batches: of ``x``, ``(x, y, ...)`` or ``{"image": x, ...}``, x a tensor or array of shape ``(n, ...)``; see
             :mod:`lightning_baqe.quantization.batches`. For several inputs ``(x1, x2, ...)``, ``((x1, x2), ...)`` or a
-            mapping with the names of forward's arguments. Moved to the model's device, floats to its type. One tensor or
-            array is one batch.
+            mapping with the names of forward's arguments. Moved to the model's device, floats to its type. One tensor
+            or array is one batch.
         max_batches: stop after so many.
 
     Returns:
@@ -129,7 +129,9 @@ def _decibels(exact: torch.Tensor, found: torch.Tensor) -> float:
     return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
-def _inputs(model: QuantizedModel, batches: Iterable[Any], max_batches: int | None) -> Iterator[tuple[torch.Tensor, ...]]:
+def _inputs(
+    model: QuantizedModel, batches: Iterable[Any], max_batches: int | None
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """What the network is shown: its inputs, where and as it wants them."""
     if isinstance(batches, Mapping):
         raise CalibrationError(f"batches is {describe(batches)}; wanted is an iterable of such batches: give [batch]")

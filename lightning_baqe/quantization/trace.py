@@ -12,13 +12,12 @@ import copy
 import keyword
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram, default_decompositions
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree
 
@@ -31,16 +30,16 @@ from lightning_baqe.quantization.aten import (
     LAYERS,
     NORMS,
     ORIGIN,
-    STOCHASTIC,
     WRITES,
     Origin,
     bound,
-    is_known,
     name_of,
 )
 from lightning_baqe.quantization.config import LAYER_TYPES, layers
+from lightning_baqe.quantization.layer_makers import make_batch_norm, make_conv, make_linear
 from lightning_baqe.quantization.pointwise import is_pointwise
-from lightning_baqe.quantization.train_modes import evaluating, freeze_statistics, is_frozen
+from lightning_baqe.quantization.recording import label_of, record, scope, scopes, tensor_shape
+from lightning_baqe.quantization.train_modes import is_frozen
 
 aten = torch.ops.aten
 _CONVS: dict[str, type[nn.Module]] = {
@@ -88,193 +87,7 @@ def trace(model: nn.Module, example: Sequence[torch.Tensor], output: str | int |
         UnsupportedModelError: it cannot be traced; names the module and the reason.
         ConfigError: it has several outputs and ``output`` names none of them.
     """
-    program = _functional(_export(model, example), model)
-    return _Rebuilder(model, program).graph_module(output)
-
-
-# -- what torch.export records ------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("lightning_baqe::by_chance", mutates_args=())
-def _by_chance(x: torch.Tensor, path: str) -> torch.Tensor:
-    """Stands for a module that drops branches or regions in training and is the identity in eval mode."""
-    return x.clone()
-
-
-@_by_chance.register_fake
-def _(x: torch.Tensor, path: str) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("lightning_baqe::dropped", mutates_args=())
-def _dropped(x: torch.Tensor, kind: str, p: float) -> torch.Tensor:
-    """Stands for a dropout, which torch.export takes for nothing in eval mode where it takes a graph apart."""
-    return x.clone()
-
-
-@_dropped.register_fake
-def _(x: torch.Tensor, kind: str, p: float) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@contextmanager
-def _marked(model: nn.Module) -> Iterator[None]:
-    """Let modules that drop by chance leave a trace; only those that are exactly what their libraries wrote."""
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            if _full_name(type(module)) in STOCHASTIC and not hooked:
-                module.forward = lambda x, name=name: _by_chance(x, name)
-                stack.callback(delattr, module, "forward")
-        yield
-
-
-@contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Let modules run as they were before ``module.compile()``."""
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
-    try:
-        for module in compiled:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
-
-
-class _Whereabouts:
-    """The path of the module that is running, for messages about what goes wrong in it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.paths = {module: name for name, module in model.named_modules()}
-        self.stack: list[nn.Module] = []
-
-    def __enter__(self) -> _Whereabouts:
-        self.hooks = (
-            nn.modules.module.register_module_forward_pre_hook(self._enter),
-            nn.modules.module.register_module_forward_hook(self._leave),
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self.stack.append(module)
-
-    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.stack.pop()
-
-    def text(self) -> str:
-        named = [module for module in self.stack if module in self.paths]
-        if not named or not self.paths[named[-1]]:
-            return "its forward"
-        return f"module {self.paths[named[-1]]!r} ({type(named[-1]).__name__})"
-
-
-def _export(model: nn.Module, example: Sequence[torch.Tensor]) -> ExportedProgram:
-    shapes = tuple({0: Dim.AUTO} for _ in example)
-    with evaluating(model), _marked(model), _uncompiled(model), _Whereabouts(model) as where:
-        try:
-            program = torch.export.export(model, tuple(example), dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # of torch's many kinds, or of the network's own code; always raised again
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be traced: in {where.text()}: {_first_line(error)}. Let forward be "
-                "free of control flow that depends on values of tensors, and of code that leaves PyTorch (numpy, "
-                "lists of numbers), or move such code out of the network"
-            ) from error
-    for node in program.graph.find_nodes(op="placeholder"):
-        if node.name in program.graph_signature.user_inputs and not isinstance(_shape(node)[0], torch.SymInt):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} takes batches of {_shape(node)[0]} alone: its forward fixes the batch size, "
-                "for instance by view(1, ...) or reshape(-1, n) where n does not divide what one input gives; use "
-                "x.size(0), flatten(1) or unflatten"
-            )
-    return program
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400].rstrip(".")
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    value = node.meta.get("val")
-    if isinstance(value, tuple | list) and value:  # of several outputs the first has a meaning here
-        value = value[0]
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-# -- without side effects -----------------------------------------------------------------------------------------
-
-
-def _functional(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
-    """Without in-place operators, and with what :mod:`lightning_baqe.quantization.ops` does not know taken apart."""
-    unknown = {n.target for n in program.graph.nodes if n.op == "call_function" and not is_known(n)}
-    for node in program.graph.nodes:
-        _replace_plain_write(node)
-    writes = any(_writes(node) for node in program.graph.nodes)
-    table = default_decompositions() if unknown else {}
-    table = {target: table[target] for target in unknown if target in table}
-    if not writes and not table:
-        return program
-    for node in program.graph.nodes:
-        if node.op == "call_function" and name_of(node) in DROPOUTS:
-            options = bound(node)
-            node.args = (node.args[0], name_of(node), float(options.get("p", 0.5)))
-            node.kwargs, node.target = {}, torch.ops.lightning_baqe.dropped.default
-    program = program.run_decompositions(table)
-    changed = program.graph_signature.buffers_to_mutate
-    if changed:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} changes its buffer {sorted(changed.values())[0]!r} in eval mode: what it computes "
-            "depends on what it has computed before; let forward leave buffers alone in eval mode"
-        )
-    return program
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether an operator's output is memory of its own, that no view of shows anywhere else."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return False
-    name = name_of(node)
-    if name == "by_chance":  # what it stands for returns its argument itself
-        source = cast(fx.Node, node.args[0])
-        return len(source.users) == 1 and _is_fresh(source)
-    makes = is_pointwise(target) or name in LAYERS or name in NORMS or "pool" in KINDS.get(name, "") or name == "cat"
-    return makes and not target.is_view
-
-
-def _replace_plain_write(node: fx.Node) -> None:
-    """Replace an in-place operator by the plain one where nothing shares its operand's memory."""
-    if not _writes(node) or not isinstance(node.target, torch._ops.OpOverload):
-        return
-    name, source = node.target._schema.name.removeprefix("aten::"), node.args[0]
-    packet = getattr(aten, name.removesuffix("_"), None)
-    if not name.endswith("_") or packet is None or node.target._overloadname not in packet.overloads():
-        return
-    if not isinstance(source, fx.Node) or not _is_fresh(source):
-        return
-    order = {other: place for place, other in enumerate(node.graph.nodes)}
-    before = [user for user in source.users if order[user] < order[node]]
-    if not all(_is_fresh(user) for user in before):
-        return
-    node.target = getattr(packet, node.target._overloadname)
-    for user in [user for user in source.users if order[user] > order[node]]:
-        user.replace_input_with(source, node)
-
-
-# -- a graph that can be trained ----------------------------------------------------------------------------------
+    return _Rebuilder(model, record(model, example)).graph_module(output)
 
 
 class _Rebuilder:
@@ -332,7 +145,7 @@ class _Rebuilder:
     # -- nodes ------------------------------------------------------------------------------------------------------
 
     def _take(self, node: fx.Node, new: fx.Node, label: str) -> None:
-        shape = tuple(size if isinstance(size, int) else None for size in _shape(node))
+        shape = tuple(size if isinstance(size, int) else None for size in tensor_shape(node))
         kind = str(getattr(node.meta.get("val"), "dtype", torch.float32)).removeprefix("torch.")
         new.meta[ORIGIN] = Origin(label, *scope(node), shape, kind)
         self.new[node] = new
@@ -392,12 +205,12 @@ class _Rebuilder:
         """One number in the shape of a tensor: a constant."""
         number = options.get("fill_value", {"zeros": 0.0, "ones": 1.0}.get(name.split("_")[0], 0.0))
         alone = all(is_pointwise(user.target) for user in node.users)  # they spread it by themselves
-        shape = tuple(size if isinstance(size, int) else 1 for size in _shape(node))
+        shape = tuple(size if isinstance(size, int) else 1 for size in tensor_shape(node))
         constant = torch.full(() if alone else shape, number, dtype=node.meta["val"].dtype)
         attribute = f"constant_{node.name}"
         self.root.register_buffer(attribute, constant)
         found = self.graph.get_attr(attribute)
-        if not alone and shape != _shape(node):
+        if not alone and shape != tensor_shape(node):
             like = options.get("size") is None  # zeros_like and its kind
             sizes = [
                 size
@@ -405,7 +218,7 @@ class _Rebuilder:
                 else self.graph.call_function(aten.sym_size.int, (self._node(options["self"]), dim))
                 if like
                 else self._argument(options["size"][dim])
-                for dim, size in enumerate(_shape(node))
+                for dim, size in enumerate(tensor_shape(node))
             ]
             self._take(node, found, label_of(node))
             found = self.graph.call_function(aten.expand.default, (found, sizes))
@@ -415,11 +228,11 @@ class _Rebuilder:
         """What is left of an assignment to a part of a tensor: the parts before and after it, and what was assigned."""
         source, whole = options["src"], options["self"]
         if name == "copy":
-            if _shape(source) != _shape(whole):
+            if tensor_shape(source) != tensor_shape(whole):
                 raise self._refuse(node, "assigns a tensor of another shape in place; write it as an expression")
             self.new[node] = self._node(source)
             return
-        dim, size = options["dim"] % len(_shape(whole)), _shape(whole)[options["dim"]]
+        dim, size = options["dim"] % len(tensor_shape(whole)), tensor_shape(whole)[options["dim"]]
         start, end, step = options.get("start") or 0, options.get("end"), options.get("step", 1)
         part = self._node(source)
         if name == "select_scatter":
@@ -446,7 +259,7 @@ class _Rebuilder:
             if first < last:
                 piece = self.graph.call_function(aten.slice.Tensor, (self._node(whole), dim, first, last))
                 piece.meta[ORIGIN] = Origin(
-                    f"{label_of(node)}.slice", *scope(node), _with(_shape(whole), dim, last - first)
+                    f"{label_of(node)}.slice", *scope(node), _with(tensor_shape(whole), dim, last - first)
                 )
                 pieces.append(piece)
             if first == 0:
@@ -459,7 +272,7 @@ class _Rebuilder:
 
     def _softmax_of_two(self, node: fx.Node, dim: int) -> None:
         """As the logistic function of the difference, which has an integer meaning."""
-        source, half = self._node(cast(fx.Node, node.args[0])), _with(_shape(node), dim, 1)
+        source, half = self._node(cast(fx.Node, node.args[0])), _with(tensor_shape(node), dim, 1)
         first, second = (
             self._step(node, "slice", aten.slice.Tensor, (source, dim, place, place + 1), half) for place in (0, 1)
         )
@@ -486,7 +299,7 @@ class _Rebuilder:
     def _extreme(self, node: fx.Node, is_max: bool) -> None:
         """The larger of two tensors as one of them and how much the other is above it; the smaller likewise."""
         first, second = self._argument(tuple(bound(node).values()))
-        shape = _with(_shape(node), 1, cast(int, _shape(node)[1]))
+        shape = _with(tensor_shape(node), 1, cast(int, tensor_shape(node)[1]))
         above = self._step(node, "sub", aten.sub.Tensor, (second, first) if is_max else (first, second), shape)
         more = self._step(node, "relu", aten.relu.default, (above,), shape)
         target = aten.add.Tensor if is_max else aten.sub.Tensor
@@ -502,7 +315,7 @@ class _Rebuilder:
 
     def _rewrite(self, node: fx.Node) -> bool:
         """Whether other operators, which have an integer meaning, were taken for one that has none."""
-        name, shape = name_of(node), _shape(node)
+        name, shape = name_of(node), tensor_shape(node)
         if name == "stack":
             dim = bound(node)["dim"] % len(shape)
             parts = [
@@ -519,10 +332,10 @@ class _Rebuilder:
         if node.target is aten.clamp.Tensor:
             return self._clamp(node)
         of_two = name in ("maximum", "minimum") or node.target in (aten.max.other, aten.min.other)
-        if of_two and len(shape) > 1:
-            if all(isinstance(operand, fx.Node) and operand in self.varying for operand in bound(node).values()):
-                self._extreme(node, name.startswith("max"))
-                return True
+        operands = bound(node).values() if of_two and len(shape) > 1 else ()
+        if operands and all(isinstance(operand, fx.Node) and operand in self.varying for operand in operands):
+            self._extreme(node, name.startswith("max"))
+            return True
         return False
 
     def _function(self, node: fx.Node) -> None:
@@ -565,10 +378,10 @@ class _Rebuilder:
         name = self._owner(node, options["weight"])
         weight, bias = (self._parameter(options[key], node) for key in ("weight", "bias"))
         if operator == "linear":
-            self._module(node, name, (weight, bias), _linear)
+            self._module(node, name, (weight, bias), make_linear)
             return
         window = {key: options.get(key) for key in ("stride", "padding", "dilation", "groups", "output_padding")}
-        self._module(node, name, (_CONVS[operator], weight, bias, window), _conv)
+        self._module(node, name, (_CONVS[operator], weight, bias, window), make_conv)
 
     def _owner(self, node: fx.Node, weight: fx.Node) -> str:
         """The layer whose weight it is; a name like that of the weight where no module is such a layer."""
@@ -593,9 +406,9 @@ class _Rebuilder:
         tensors = [self._parameter(options[key], node) for key in ("weight", "bias", "running_mean", "running_var")]
         frozen = not is_own or is_frozen(cast(nn.Module, source))
         momentum = source.momentum if is_own else options["momentum"]  # type: ignore[union-attr]
-        dims = len(_shape(cast(fx.Node, node.args[0])))
+        dims = len(tensor_shape(cast(fx.Node, node.args[0])))
         make = nn.BatchNorm2d if dims == 4 else nn.BatchNorm1d
-        self._module(node, name, (make, *tensors, counter, momentum, options["eps"], frozen), _batch_norm)
+        self._module(node, name, (make, *tensors, counter, momentum, options["eps"], frozen), make_batch_norm)
         if name_of(node) != "batch_norm":  # its output is a tuple, of which the first is read
             self.new |= dict.fromkeys(node.users, self.new[node])
 
@@ -661,51 +474,6 @@ class _Rebuilder:
             f"module {path!r} ({kind.rpartition('.')[2]})" if path else f"the forward of {type(self.model).__name__}"
         )
         return UnsupportedModelError(f"{where} {reason}")
-
-
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight, layer.bias = _as_parameter(weight), _as_parameter(bias)  # type: ignore[assignment]
-    return layer
-
-
-def _conv(
-    kind: type[nn.Module], weight: nn.Parameter, bias: nn.Parameter | None, window: Mapping[str, Any]
-) -> nn.Module:
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in window.items() if v is not None}
-    groups, (first, second) = options.get("groups", 1), weight.shape[:2]
-    channels = (first, second * groups) if kind is nn.ConvTranspose2d else (second * groups, first)
-    layer = kind(*channels, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options)
-    layer.weight, layer.bias = _as_parameter(weight), _as_parameter(bias)  # type: ignore[assignment]
-    return layer
-
-
-def _batch_norm(
-    make: type[nn.BatchNorm2d],
-    weight: nn.Parameter | None,
-    bias: nn.Parameter | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    counter: torch.Tensor | None,
-    momentum: float,
-    eps: float,
-    frozen: bool,
-) -> nn.Module:
-    norm = make(len(mean), eps, momentum, affine=False)
-    norm.running_mean, norm.running_var = mean.detach(), variance.detach()
-    norm.register_parameter("weight", _as_parameter(weight))
-    norm.register_parameter("bias", _as_parameter(bias))
-    norm.affine = weight is not None or bias is not None
-    if counter is not None:
-        norm.num_batches_tracked = counter.clone()
-    if frozen:
-        freeze_statistics(norm)
-    return norm
-
-
-def _as_parameter(tensor: torch.Tensor | None) -> nn.Parameter | None:
-    is_parameter = tensor is None or isinstance(tensor, nn.Parameter)
-    return cast("nn.Parameter | None", tensor) if is_parameter else nn.Parameter(cast(torch.Tensor, tensor), False)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -774,34 +542,6 @@ def _with(shape: tuple[Any, ...], dim: int, size: int) -> tuple[int | None, ...]
     """A shape with another size in one dimension; None stands for what depends on the batch."""
     sizes = [size if place == dim else found for place, found in enumerate(shape)]
     return tuple(found if isinstance(found, int) else None for found in sizes)
-
-
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
-def scopes(node: fx.Node) -> list[tuple[str, str]]:
-    """``(path, class)`` of the modules around a recorded operator, the innermost last."""
-    stack = node.meta.get("nn_module_stack") or {}
-    found = []
-    for path, kind in stack.values():
-        name = kind if isinstance(kind, str) else _full_name(kind)
-        if name != "_empty_nn_module_stack_from_metadata_hook":
-            found.append((str(path).split("@")[0], name))
-    return found
-
-
-def scope(node: fx.Node) -> tuple[str, str]:
-    """Path and class of the module whose forward called an operator."""
-    return (scopes(node) or [("", "")])[-1]
-
-
-def label_of(node: fx.Node) -> str:
-    """The path of torch's own module that an operator is, or the path of the module around it and its name."""
-    path, kind = scope(node)
-    if path and kind.startswith("torch.nn.modules.") and not kind.startswith("torch.nn.modules.container"):
-        return path
-    short = name_of(node).removesuffix("_")
-    return f"{path}.{short}" if path else short
 
 
 def safe_path(path: str) -> str:

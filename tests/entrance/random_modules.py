@@ -259,7 +259,8 @@ FUNCTIONS: list[Callable[..., Any]] = [
     lambda x: F.glu(torch.cat([x, x.flip(1)], 1), 1),
 ]  # fmt: skip
 MOVES: list[Callable[..., Any]] = [
-    lambda x: x.flip(1), lambda x: x.flip(3), lambda x: x[:, torch.tensor([1, 0, 3, 2, 7, 6, 5, 4])], lambda x: x.transpose(2, 3),
+    lambda x: x.flip(1), lambda x: x.flip(3), lambda x: x[:, torch.tensor([1, 0, 3, 2, 7, 6, 5, 4])],
+    lambda x: x.transpose(2, 3),
     lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), lambda x: F.channel_shuffle(x, 2), lambda x: x.roll(1, 2),
     lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
     lambda x: x.view(x.size(0), 2, -1, *x.shape[2:]).flatten(1, 2),
@@ -344,9 +345,7 @@ def _piece(channels: int, size: tuple[int, int], rng: random.Random, depth: int)
     return rng.choice(kinds)()
 
 
-def _pieces(
-    count: int, x: torch.Tensor, rng: random.Random, depth: int
-) -> tuple[list[nn.Module], torch.Tensor]:
+def _pieces(count: int, x: torch.Tensor, rng: random.Random, depth: int) -> tuple[list[nn.Module], torch.Tensor]:
     """Pieces one after the other, and what they make of ``x``."""
     pieces: list[nn.Module] = []
     for _ in range(count):

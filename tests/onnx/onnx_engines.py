@@ -13,8 +13,9 @@ from onnx import helper, numpy_helper
 
 from lightning_baqe.hardware.target import VNNI_PATHS, can_run
 
-# Without VNNI, ONNX Runtime's default mode adds pairs of 8-bit products in 16 bits, which saturate.
-MODES = ("plain", "default", "exact") if any(map(can_run, VNNI_PATHS)) else ("plain", "exact")
+MODES = ("plain", "default", "exact")
+# Without VNNI, ONNX Runtime's default mode adds pairs of products of two signed tensors in 16 bits, which saturate.
+SIGNED_MODES = MODES if any(map(can_run, VNNI_PATHS)) else ("plain", "exact")
 
 
 def session(path: Path, mode: str = "exact") -> onnxruntime.InferenceSession:
