@@ -25,36 +25,33 @@ def test_coverage_knows_every_family() -> None:
         "timm": set(timm.list_modules()),
     }
     for library, found in families.items():
-        known = set(coverage.CNNS[library]) | coverage.OTHERS[library]
-        assert not set(coverage.CNNS[library]) & coverage.OTHERS[library]
-        assert set(coverage.CNNS[library]) <= found
-        assert found == known, f"{library} has other families: sort {sorted(found ^ known)} into CNNS or OTHERS"
-    for family, member in coverage.CNNS["timm"].items():
-        assert member in timm.list_models(module=family)
+        cnns, others = (set(coverage.FAMILIES[library][kind]) for kind in ("cnns", "others"))
+        assert not cnns & others
+        assert found == cnns | others, f"{library} has other families: sort {sorted(found ^ (cnns | others))} into them"
+    for kind in ("cnns", "others"):
+        for family, member in coverage.FAMILIES["timm"][kind].items():
+            name = member["name"] if isinstance(member, dict) else member
+            assert name in timm.list_models(module=family)
 
 
-def test_coverage_row_and_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage, "CNNS", {"torchvision": {"squeezenet": "squeezenet1_1"}, "timm": {}})
+def test_coverage_row_and_share(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
-    rows = coverage.run(["torchvision"], tmp_path, 1, 550.0, console)  # over 170 s on a busy machine
-    assert [row.reached for row in rows] == ["match"]
+    wanted = [("torchvision", "cnns", "squeezenet")]
+    rows = coverage.run(wanted, tmp_path, 1, 550.0, console)  # over 170 s on a busy machine
+    assert [(row.member, row.reached, row.floats) for row in rows] == [("squeezenet1_1", "match", 0)]
     assert coverage.report(rows, console)
     kept = (tmp_path / "rows.jsonl").read_text()
-    assert coverage.run(["torchvision"], tmp_path, 1, 0.0, console) == rows  # nothing is tried again
+    assert coverage.run(wanted, tmp_path, 1, 0.0, console) == rows  # nothing is tried again
     assert (tmp_path / "rows.jsonl").read_text() == kept
     failed = dataclasses.replace(rows[0], reached="quantize", error="an error")
     assert not coverage.report([failed], console)
-    assert not coverage.report(
-        [rows[0]] * 9 + [dataclasses.replace(failed, error="CRASH, exit status -11: x")], console
-    )
+    assert not coverage.report([dataclasses.replace(rows[0], floats=1)], console)
+    assert not coverage.report([rows[0]] * 99 + [dataclasses.replace(failed, error="CRASH, exit status -11")], console)
 
 
-def test_coverage_explains_what_does_not_work() -> None:
-    row = coverage.try_network("timm", "convnext", "convnext_atto")
-    assert row.reached == ""
-    assert "'stem.1'" in row.error
-    assert "LayerNorm2d" in row.error
-    assert "use batch norms instead" in row.error
+def test_coverage_says_what_took_too_long(tmp_path: Path) -> None:
+    (row,) = coverage.run([("timm", "cnns", "vgg")], tmp_path, 1, 0.1, Console(record=True))
+    assert (row.reached, row.error) == ("", "took more than 0 s")
 
 
 def test_exactness_of_a_small_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
