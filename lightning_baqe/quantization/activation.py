@@ -11,6 +11,7 @@ from torch import nn
 from lightning_baqe.errors import CalibrationError
 from lightning_baqe.quantization.functional import MIN_SCALE, quantize_activation, scale_gradient
 from lightning_baqe.quantization.observer import RangeObserver
+from lightning_baqe.quantization.pointwise import Expression
 
 STREAM_BITS = 31  # a residual stream in int32: integers within 2^30 of 0
 
@@ -26,6 +27,7 @@ class ActivationQuantizer(nn.Module, ABC):
     Attributes:
         learns: whether the scale does.
         symmetric: whether the zero point of a range with negative values is the middle one.
+        through: the function that alone reads the tensor, if one does; see :meth:`RangeObserver.range`.
 
     Args:
         bits: 2 to 8.
@@ -46,6 +48,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.name = name
         self.range_method = range_method
         self.observer: RangeObserver | None = None
+        self.through: Expression | None = None
         self.scale = nn.Parameter(torch.ones((), device=device), requires_grad=self.learns)
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
 
@@ -69,7 +72,7 @@ class ActivationQuantizer(nn.Module, ABC):
             CalibrationError: nothing was observed, or values that are not finite.
         """
         observer.check(self.name)
-        self._set_range(*observer.range(self.qmax, self.range_method, self.symmetric))
+        self._set_range(*observer.range(self.qmax, self.range_method, self.symmetric, self.through))
         self.initialized.fill_(True)
 
     def step(self) -> float:

@@ -35,6 +35,7 @@ from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.layers import QUANT_LAYERS, outputs_first
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.quantization.ops import TRANSPARENT, OpReader
+from lightning_baqe.quantization.pointwise import Expression
 from lightning_baqe.quantization.weight import WEIGHT_INITS, WeightQuantizer
 
 QUANTIZERS = "activation_quantizers"
@@ -235,7 +236,10 @@ def _insert_quantizers(
         made: dict[int, fx.Node] = {}
         for width in sorted(set(consumers.values()), reverse=True):
             name = source.name if not made else f"{source.name}_{width}bit"
-            container.add_module(name, make(name, width))
+            quantizer = make(name, width)
+            if len(consumers) == 1:
+                quantizer.through = _function_alone(reader, next(iter(consumers)))
+            container.add_module(name, quantizer)
             if last is source:
                 root.add_module(QUANTIZERS, container)
                 primary = source
@@ -247,6 +251,12 @@ def _insert_quantizers(
         for consumer, width in consumers.items():
             for reading in reader[consumer].options.get("parts", (consumer,)):
                 reading.replace_input_with(source, made[width])
+
+
+def _function_alone(reader: OpReader, consumer: fx.Node) -> Expression | None:
+    """What a consumer does to each value, if it is a function without constants of the network."""
+    steps = reader[consumer].options.get("steps", ())
+    return Expression(steps) if steps and not any(isinstance(v, fx.Node) for step in steps for v in step) else None
 
 
 def _swap(root: nn.Module, path: str, bits: LayerBits, init: str) -> None:

@@ -7,13 +7,16 @@ import math
 import torch
 
 from lightning_baqe.errors import CalibrationError, ConfigError
+from lightning_baqe.quantization.pointwise import Expression
 
 RANGE_METHODS = ("mse", "minmax", "ema", "percentile")
 DEFAULT_PERCENTILE = 99.99
 MOMENTUM = 0.99
 SAMPLE_PER_BATCH = 4096
 SAMPLE_LIMIT = 32768
+SPARED = 4  # of so many samples one goes through a function
 FRACTIONS = tuple(torch.linspace(1.0, 0.15, 35).tolist())
+SMALL_FRACTIONS = (0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # where a function alone reads the tensor: a sign wants no range
 
 
 def parse_range(method: str) -> tuple[str, float]:
@@ -94,7 +97,9 @@ class RangeObserver:
                 "and the float model's outputs"
             )
 
-    def range(self, qmax: int, method: str, symmetric: bool = False) -> tuple[float, float]:
+    def range(
+        self, qmax: int, method: str, symmetric: bool = False, through: Expression | None = None
+    ) -> tuple[float, float]:
         """The clipping range ``low <= 0 <= high``, ``low < high``.
 
         | method | the ends |
@@ -112,6 +117,8 @@ class RangeObserver:
             qmax: the range is cut into ``qmax`` steps.
             method: as in the table.
             symmetric: ``low = -high * (qmax + 1) / (qmax - 1)`` (fixed middle zero point) if the low end is negative.
+            through: what alone reads the tensor: ``"mse"`` counts the error after it, so that values which it maps to
+                one (all below a sigmoid's reach, all of one sign) take no part of the grid.
 
         Raises:
             ConfigError: unknown method.
@@ -128,14 +135,23 @@ class RangeObserver:
             low, high = -step * (qmax + 1) / 2, step * (qmax - 1) / 2
         if name != "mse":
             return low, high
-        values = self.samples
+        values = self.samples if through is None else self.samples[::SPARED]
+        wanted = values if through is None else through(values)
+        if not bool(torch.isfinite(wanted).all()):
+            through, wanted = None, values
+
+        def error(low: float, high: float) -> float:
+            found = _quantized(values, low, high, qmax)
+            return float((found if through is None else through(found)).sub(wanted).square_().sum())
+
+        fractions = FRACTIONS if through is None else FRACTIONS + SMALL_FRACTIONS
         if symmetric and low < 0:
-            best = min(FRACTIONS, key=lambda f: _squared_error(values, low * f, high * f, qmax))
+            best = min(fractions, key=lambda f: error(low * f, high * f))
             return low * best, high * best
-        best_low = best_high = best = min(FRACTIONS, key=lambda f: _squared_error(values, low * f, high * f, qmax))
+        best_low = best_high = min(fractions, key=lambda f: error(low * f, high * f))
         if low < 0 < high:
-            best_low = min(FRACTIONS, key=lambda f: _squared_error(values, low * f, high * best_high, qmax))
-            best_high = min(FRACTIONS, key=lambda f: _squared_error(values, low * best_low, high * f, qmax))
+            best_low = min(fractions, key=lambda f: error(low * f, high * best_high))
+            best_high = min(fractions, key=lambda f: error(low * best_low, high * f))
         return low * best_low, high * best_high
 
     def _ends(self, name: str, percentile: float) -> tuple[float, float]:
@@ -150,8 +166,7 @@ class RangeObserver:
         return self.low, self.high
 
 
-def _squared_error(values: torch.Tensor, low: float, high: float, qmax: int) -> float:
+def _quantized(values: torch.Tensor, low: float, high: float, qmax: int) -> torch.Tensor:
     step = (high - low) / qmax
     zero_point = round(-low / step)
-    quantized = torch.round(values / step).clamp_(-zero_point, qmax - zero_point).mul_(step)
-    return float(quantized.sub_(values).square_().sum())
+    return torch.round(values / step).clamp_(-zero_point, qmax - zero_point).mul_(step)

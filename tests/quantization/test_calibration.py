@@ -38,3 +38,28 @@ def test_where_eight_bits_lose_the_signal_is_said() -> None:
 
 def test_usual_networks_are_quiet() -> None:
     calibrated(1.0)  # warnings are errors here
+
+
+def test_ranges_are_those_that_a_function_needs() -> None:
+    """The grid before a function alone is as fine as its values need it: of a sign hardly any value is 0."""
+
+    class Signs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 64), nn.Linear(64, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.sign(self.first(x)))
+
+    torch.manual_seed(0)
+    model, x = Signs().eval(), torch.randn(256, 16)
+    quantized = calibrate(quantize(model, BitConfig.uniform(model), x).eval(), [x])
+    grid = quantized.activation_quantizers.first
+
+    def zeros() -> float:
+        with torch.no_grad():
+            return float((grid(model.first(x)) == 0).float().mean())
+
+    few, grid.through = zeros(), None
+    calibrate(quantized, [x])
+    assert few < 0.1 * zeros()
