@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_baqe.callbacks.host import Host, network_of
 from lightning_baqe.deploy.plan import Schedules
+from lightning_baqe.entrance.network import named_network, refuse_unfit
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.files import make_folder
 from lightning_baqe.quantization.config import BitConfig
@@ -92,8 +93,9 @@ class SearchLoop:
         dry = is_dry_run(trainer)  # one epoch: one trial, nothing else
         self._planned = {} if dry else {f"w{bits}a{bits}": bits for bits in arguments.baselines}
         run_dir = make_folder(run_folder(arguments, trainer), "run_dir")
-        self.host.restore_float(run_dir / "checkpoints" / "float.pt")
         self._original = network_of(module, arguments.network)
+        refuse_unfit(named_network(self._original))  # before anything saves or copies it
+        self.host.restore_float(run_dir / "checkpoints" / "float.pt")
         images = self.host.training_images(arguments.calibration_batches)
         network = copy.deepcopy(self._original).cpu()
         self.context = SearchContext(arguments, network, images, run_dir, self.host.dataset_name, dry)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from fake_device import FakeDevice
 from foreign_module import ForeignModule, random_loader
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_baqe as baqe
@@ -386,8 +387,38 @@ class TestRefusedBeforeTraining:
 
         module, plain = foreign(poison=never), {"logger": False, "accelerator": "cpu", "max_epochs": -1}
         trainer = pl.Trainer(**{**plain, **options}, callbacks=[search, *more], enable_checkpointing=False)
-        with pytest.raises(ConfigError, match=match):
+        with pytest.raises(BaqeError, match=match):
             trainer.fit(module, random_loader(), random_loader())
+
+    @pytest.mark.parametrize(
+        ("spoil", "advice"),
+        [
+            (lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.3), r"prune\.remove"),
+            (lambda conv: nn.utils.weight_norm(conv), "remove_weight_norm"),
+            (lambda conv: nn.utils.spectral_norm(conv), "remove_spectral_norm"),
+            (lambda conv: nn.utils.parametrizations.weight_norm(conv), "remove_parametrizations"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+    def test_weights_that_change_at_each_call(
+        self, spoil: Callable[[nn.Module], Any], advice: str, foreign: Make, search: Make
+    ) -> None:
+        def spoilt(**more: Any) -> pl.LightningModule:
+            module = foreign(**more)
+            spoil(next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d)))
+            return module
+
+        self.refused(advice, spoilt, search(), {})
+
+    @pytest.mark.filterwarnings("ignore:.*UninitializedParameter")
+    @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+    def test_lazy_layers(self, foreign: Make, search: Make) -> None:
+        def lazy(**more: Any) -> pl.LightningModule:
+            module = foreign(**more)
+            module.network = nn.Sequential(nn.LazyConv2d(4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+            return module
+
+        self.refused("is not initialised: a lazy module", lazy, search(network="network"), {})
 
     @pytest.mark.parametrize(
         ("callback", "advice"),
