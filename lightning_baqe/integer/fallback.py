@@ -25,9 +25,7 @@ def float_operator(build: Builder, node: fx.Node, op: Op) -> Value:
         UnsupportedModelError: it has several outputs, or no float operator may be it.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(build.python.values[node], torch.Tensor):
-        raise build.refuse(
-            node, "it is no operator of PyTorch with one output: it cannot stay float either; replace it"
-        )
+        raise UnsupportedModelError("it is no operator of PyTorch with one output; replace it")
     alone = _for_one(build)
     inputs: list[fx.Node] = []
     constants: dict[str, torch.Tensor] = {}
@@ -83,8 +81,8 @@ def _batch_dim(build: Builder, node: fx.Node) -> int:
     found = [dim for dim, (a, b) in enumerate(zip(two, one, strict=True)) if a != b]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{build.label(node)!r}: its shape is {tuple(one)} for one image and {tuple(two)} for two; let one "
-            "dimension alone depend on the batch"
+            f"{build.label(node)!r} has the shape {tuple(one)} for one image and {tuple(two)} for two: it mixes "
+            "the images of a batch; let one dimension alone depend on the batch"
         )
     return found[0]
 

@@ -159,7 +159,10 @@ def _stays_float(build: Builder, node: fx.Node, op: Op, refusal: UnsupportedMode
     is_alone = op.options.get("parts", (node,)) == (node,)
     if build.model.record.fallback != "float" or node.op != "call_function" or not op.inputs or not is_alone:
         raise refusal
-    return float_operator(build, node, op)
+    try:
+        return float_operator(build, node, op)
+    except UnsupportedModelError as error:
+        raise build.refuse(node, f"it cannot stay float either: {error}") from error
 
 
 def _zeros(build: Builder, node: fx.Node) -> Value:
