@@ -170,7 +170,7 @@ def _channels_first(index: torch.Tensor, dim: int) -> torch.Tensor:
     """A map with one dimension brought to the front: ``(2, size of it, ..., ...)``; the batch may be merged with its
     first dimension.
     """
-    moved = index.reshape(2, -1, *index.shape[1:]).movedim(dim + 1, 1)
+    moved = index.reshape(2, len(index) // 2, *index.shape[1:]).movedim(dim + 1, 1)
     size, rest = moved.shape[1], moved.shape[3:] if moved.shape[2] == 1 else moved.shape[2:]
     return moved.reshape(2, size, *(rest if len(rest) == 2 else (1, math.prod(rest))))
 

@@ -49,6 +49,7 @@ INTEGER = {
     "softmax of two": lambda x: (F.softmax(x.view(-1, 2, 4, 8, 8), 1) * x.view(-1, 2, 4, 8, 8)).sum(1),
     "stacked": lambda x: torch.stack([x, torch.relu(x)], 2).flatten(1, 2),
     "fixed filter": lambda x: F.conv2d(x, torch.ones(8, 1, 3, 3) / 9, groups=8, padding=1),
+    "an empty part": lambda x: torch.cat([x[:, :, :0], x.flip(2)], 2),
     "clamp by tensors": lambda x: torch.clamp(x, torch.tensor(-0.5), torch.tensor(float("inf"))),
     **FRAMED,
 }  # fmt: skip
