@@ -146,7 +146,7 @@ def concat(build: Builder, node: fx.Node, op: Op) -> Value:
     """A concatenation, its parts rescaled to one grid; of other dimensions than channels as if these were channels."""
     label, dim = build.label(node), op.options["dim"]
     full = build.python.values[node].shape
-    values = [build.values[source] for source in op.inputs]
+    values = [build.values[source] for source in op.inputs if build.python.values[source].numel()]
     plain = dim == 1 and len(full) in (2, 4) and full[0] == 2
     if full[0] % 2:
         raise build.refuse(node, "the batch must stay the outermost dimension")
