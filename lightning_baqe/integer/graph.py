@@ -322,6 +322,9 @@ def _packed(given: Sequence[torch.Tensor], first: Input, reader: str) -> torch.T
     fits = len(tensors) == len(given) and [shape[1:] for shape in shapes] == list(first.parts)
     if not fits or len({shape[0] for shape in shapes}) != 1:
         raise ConfigError(f"x is a tuple of {shapes}, {_tuple_of(first, reader)}")
+    if not first.integers and not all(x.is_floating_point() for x in tensors):
+        kinds = [str(x.dtype).removeprefix("torch.") for x in tensors]
+        raise ConfigError(f"x is a tuple of {kinds}, the {reader} wants floats: scale and normalise as in training")
     return torch.cat([x.detach().to("cpu", torch.float32).flatten(1) for x in tensors], 1)
 
 

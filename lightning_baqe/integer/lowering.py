@@ -211,7 +211,7 @@ def _one_of(build: Builder, node: fx.Node, inputs: list[fx.Node]) -> Value:
         first = build.nodes[0]
         made = Value(first.name, first.type)
     else:
-        integers = all(not getattr(torch, origin(source).dtype).is_floating_point for source in inputs)
+        integers = any(not getattr(torch, origin(source).dtype).is_floating_point for source in inputs)
         made = build.emit(ir.Input, "input", [], ir.TensorType(base), integers=integers, parts=shapes)
     index = movement.start(base).split(sizes, 1)[at].reshape(2, *shapes[at])
     value = build.in_place(replace(made, index=index), node)

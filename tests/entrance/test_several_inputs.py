@@ -90,3 +90,5 @@ def test_what_does_not_fit_says_what_is_wanted() -> None:
         graph.run(INPUTS[0])
     with pytest.raises(ConfigError, match="tuple of 3 tensors"):
         graph.run(INPUTS[::-1])
+    with pytest.raises(ConfigError, match=r"uint8.*wants floats: scale and normalise"):
+        graph.run((INPUTS[0].to(torch.uint8), *INPUTS[1:]))
