@@ -92,7 +92,7 @@ def _warn_of_noise(model: QuantizedModel, inputs: tuple[torch.Tensor, ...]) -> N
             f"8 bits lose what the network computes: signal to noise falls to {', '.join(bad[:SHOWN])}{more}, where "
             f"the median tensor has {usual:.0f} dB. Look at what is added, joined or scaled right before: values of "
             "very different size share a grid there. Scale them alike, keep that layer float (32 bits), or clip by "
-            "activation_range='percentile:99.9'",
+            "activation_range='percentile:99.9'. A network that is not trained yet may do so everywhere",
             UserWarning,
             stacklevel=3,
         )

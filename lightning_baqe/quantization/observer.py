@@ -14,7 +14,7 @@ DEFAULT_PERCENTILE = 99.99
 MOMENTUM = 0.99
 SAMPLE_PER_BATCH = 4096
 SAMPLE_LIMIT = 32768
-SPARED = 4  # of so many samples one goes through a function
+THROUGH_LIMIT = 8192  # of samples that go through a function
 FRACTIONS = tuple(torch.linspace(1.0, 0.15, 35).tolist())
 SMALL_FRACTIONS = (0.1, 0.07, 0.05, 0.03, 0.02, 0.01)  # where a function alone reads the tensor: a sign wants no range
 
@@ -76,11 +76,9 @@ class RangeObserver:
         self.mean_low = momentum * self.mean_low + (1.0 - momentum) * low
         self.mean_high = momentum * self.mean_high + (1.0 - momentum) * high
         self.batches += 1
-        # An odd stride walks over all columns and channels of the usual even shapes.
-        stride = max(x.numel() // SAMPLE_PER_BATCH, 1) | 1
-        self._samples.append(x.flatten()[::stride].float().clone())
+        self._samples.append(_spread(x.flatten(), SAMPLE_PER_BATCH).float().clone())
         if sum(sample.numel() for sample in self._samples) > SAMPLE_LIMIT:
-            self._samples = [torch.cat(self._samples)[::2].clone()]
+            self._samples = [torch.cat(self._samples)[::3].clone()]
 
     @property
     def samples(self) -> torch.Tensor:
@@ -135,7 +133,7 @@ class RangeObserver:
             low, high = -step * (qmax + 1) / 2, step * (qmax - 1) / 2
         if name != "mse":
             return low, high
-        values = self.samples if through is None else self.samples[::SPARED]
+        values = self.samples if through is None else _spread(self.samples, THROUGH_LIMIT)
         wanted = values if through is None else through(values)
         if not bool(torch.isfinite(wanted).all()):
             through, wanted = None, values
@@ -164,6 +162,11 @@ class RangeObserver:
             low, high = torch.quantile(values, values.new_tensor([1.0 - share, share])).tolist()
             return min(low, 0.0), max(high, 0.0)
         return self.low, self.high
+
+
+def _spread(values: torch.Tensor, limit: int) -> torch.Tensor:
+    """About ``limit`` of many values. The odd stride walks over all columns, channels and classes of even counts."""
+    return values[:: max(len(values) // limit, 1) | 1]
 
 
 def _quantized(values: torch.Tensor, low: float, high: float, qmax: int) -> torch.Tensor:

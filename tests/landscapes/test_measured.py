@@ -75,6 +75,7 @@ def test_samplers_that_breed_find_their_way(landscape: Landscape) -> None:
     assert len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) == 8
 
 
+@pytest.mark.filterwarnings("ignore:8 bits lose")  # random weights let signals vanish
 def test_sizes_are_those_of_lowered_networks(landscape: Landscape) -> None:
     record = read_record(landscape.name)
     torch.manual_seed(0)

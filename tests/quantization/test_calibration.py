@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from lightning_baqe import BitConfig, calibrate, quantize
+from lightning_baqe.quantization.observer import RangeObserver
+from lightning_baqe.quantization.pointwise import function
 
 
 class Spread(nn.Module):
@@ -63,3 +65,23 @@ def test_ranges_are_those_that_a_function_needs() -> None:
     few, grid.through = zeros(), None
     calibrate(quantized, [x])
     assert few < 0.1 * zeros()
+
+
+def test_ranges_before_a_function_hold_for_all_classes_however_batches_are_sorted() -> None:
+    """Samples that came in a period were once counted by one class alone, and the grid lost all others."""
+    observer = RangeObserver()
+    logits = torch.tensor([-7.0, -6.0, 5.0, 6.0]).repeat(16)
+    observer.update(logits)
+    sigmoid = function("sigmoid")
+    low, high = observer.range(255, "mse", through=sigmoid)
+    found = sigmoid(logits.clamp(low, high))
+    assert torch.allclose(found, torch.sigmoid(logits), atol=0.01)
+
+
+@pytest.mark.parametrize("period", [2, 4, 8, 64, 1024])
+def test_samples_are_of_all_positions_of_a_period(period: int) -> None:
+    observer = RangeObserver()
+    for _ in range(40):
+        observer.update(torch.arange(period, dtype=torch.float32).repeat(16384 // period))
+    counts = torch.bincount(observer.samples.long(), minlength=period)
+    assert counts.min() > 0.8 * counts.float().mean()
