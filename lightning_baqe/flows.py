@@ -65,6 +65,15 @@ def _ignore_known_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def _network(cfg: DictConfig, num_classes: int) -> nn.Module:
+    """The recipe's network, without what it is wrapped in."""
+    from lightning_baqe.entrance.network import named_network, refuse_unfit
+
+    net = named_network(make(cfg.model, num_classes=num_classes))
+    refuse_unfit(net)
+    return net
+
+
 def _prepare(
     cfg: DictConfig, run_dir: Path, check: Callable[[nn.Module], None], metric: Metric | None
 ) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
@@ -79,12 +88,12 @@ def _prepare(
     _ignore_known_warnings()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = make(cfg.data)
-    net = make(cfg.model, num_classes=datamodule.num_classes)
+    net = _network(cfg, datamodule.num_classes)
     check(net)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    check_module(net, datamodule.val_dataloader(), metric)
     admit(net, datamodule.example_input)
+    check_module(net, datamodule.val_dataloader(), metric)
     task = make(cfg.task, net=net, num_classes=datamodule.num_classes, **({} if metric is None else {"metric": metric}))
     trainer = make(cfg.trainer, logger=make(cfg.logger) if cfg.logger else False)
     check_precision(str(trainer(enable_checkpointing=False, max_epochs=1).precision))
@@ -263,7 +272,7 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     console = Console(stderr=True, highlight=False)
     torch.manual_seed(cfg.seed)
     images = torch.randn(4, 3, cfg.image_size, cfg.image_size)
-    net = make(cfg.model, num_classes=cfg.num_classes)
+    net = _network(cfg, cfg.num_classes)
     bits = _bits(cfg, net)
     device.check_bits(net, bits)
     quantized = calibrate(quantize(settle(net, images), bits, example_input=images).eval(), [images])

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -15,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.train_modes import evaluating
-from lightning_baqe.quantization.wrappers import unwrapped
+from lightning_baqe.quantization.wrappers import refuse_lazy, unwrapped
 
 BATCH = 2  # a batch of one is a special case to torch.export, and to what squeezes
 
@@ -50,11 +49,7 @@ def refuse_unfit(model: nn.Module) -> None:
     for name, module in model.named_modules():
         _refuse_changed_weights(name or type(model).__name__, module)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            raise UnsupportedModelError(
-                f"{name!r} is not initialised: a lazy module gets its shape from the first batch; run the network on "
-                "one before"
-            )
+        refuse_lazy(name, tensor)
         if tensor.is_meta:
             raise UnsupportedModelError(f"{name!r} is on the meta device: it has no values; load the weights first")
         if not tensor.is_floating_point():

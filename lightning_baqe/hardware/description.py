@@ -28,6 +28,7 @@ from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import can_run, cpu_flags, get_target, usable_cores
 from lightning_baqe.quantization.config import FLOAT_BITS, MAX_BITS, MIN_BITS, BitConfig, layers
+from lightning_baqe.quantization.wrappers import unwrapped
 
 VERSION = 1
 Operator = Literal["convolution", "depthwise", "linear"]
@@ -210,7 +211,7 @@ def layer_operators(network: nn.Module) -> dict[str, Operator]:
     """``{layer: operator}`` of a float network, in the order of :func:`lightning_baqe.quantization.config.layers`."""
     found: dict[str, Operator] = {}
     for name in layers(network):
-        module = network.get_submodule(name)
+        module = unwrapped(network).get_submodule(name)
         depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
         found[name] = "depthwise" if depthwise else "linear" if isinstance(module, nn.Linear) else "convolution"
     return found

@@ -88,7 +88,7 @@ WHOLE = frozenset({
 
 
 # Others are written in their place when the graph is built.
-REWRITTEN = frozenset({"stack"})
+REWRITTEN = frozenset({"stack", "col2im"})
 
 
 def adaptive_max_pool2d(input: torch.Tensor, output_size: Any) -> torch.Tensor:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.quantization.wrappers import unwrapped
+from lightning_baqe.quantization.wrappers import refuse_lazy, unwrapped
 
 FLOAT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
@@ -75,11 +75,16 @@ def layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def architecture_signature(model: nn.Module) -> str:
-    """SHA-256 (hexadecimal) over the names and weight shapes of all layers."""
+    """SHA-256 (hexadecimal) over the names and weight shapes of all layers.
+
+    Raises:
+        UnsupportedModelError: a lazy layer that has no shape yet.
+    """
     digest = hashlib.sha256()
     for name in layers(model):
-        shape = tuple(unwrapped(model).get_submodule(name).weight.shape)  # type: ignore[arg-type]
-        digest.update(f"{name}:{shape};".encode())
+        weight = cast(nn.Parameter, unwrapped(model).get_submodule(name).weight)
+        refuse_lazy(f"{name}.weight", weight)
+        digest.update(f"{name}:{tuple(weight.shape)};".encode())
     return digest.hexdigest()
 
 

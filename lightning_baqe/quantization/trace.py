@@ -305,6 +305,24 @@ class _Rebuilder:
         target = aten.add.Tensor if is_max else aten.sub.Tensor
         self._take(node, self.graph.call_function(target, (first, more)), label_of(node))
 
+    def _fold(self, node: fx.Node) -> None:
+        """Sums of overlapping blocks: a transposed convolution whose kernel puts each value into its place."""
+        options = bound(node)
+        source, size, kernel = (options[key] for key in ("self", "output_size", "kernel_size"))
+        window = {key: options[key] for key in ("dilation", "padding", "stride")}
+        spans = [
+            (full + 2 * padding - dilation * (side - 1) - 1, stride)
+            for full, side, dilation, padding, stride in zip(size, kernel, *window.values(), strict=True)
+        ]
+        places, area = [span // stride + 1 for span, stride in spans], math.prod(kernel)
+        channels = tensor_shape(node)[1]
+        shape = (None, channels * area, *places)
+        blocks = self._step(node, "unflatten", aten.unflatten.int, (self._node(source), 2, places), shape)
+        weight = torch.eye(area).reshape(area, 1, *kernel).repeat(channels, 1, 1, 1)
+        window |= {"groups": channels, "output_padding": [span % stride for span, stride in spans]}
+        how = (nn.ConvTranspose2d, weight.to(node.meta["val"].dtype), None, window)
+        self._module(node, label_of(node), how, make_conv, blocks)
+
     def _step(
         self, node: fx.Node, name: str, target: Any, args: tuple[Any, ...], shape: tuple[int | None, ...]
     ) -> fx.Node:
@@ -329,6 +347,9 @@ class _Rebuilder:
             if isinstance(shape[dim], int) and shape[dim] == 2:
                 self._softmax_of_two(node, dim)
                 return True
+        if name == "col2im" and len(shape) == 4:
+            self._fold(node)
+            return True
         if node.target is aten.clamp.Tensor:
             return self._clamp(node)
         of_two = name in ("maximum", "minimum") or node.target in (aten.max.other, aten.min.other)
@@ -360,8 +381,15 @@ class _Rebuilder:
 
     # -- modules ----------------------------------------------------------------------------------------------------
 
-    def _module(self, node: fx.Node, name: str, how: tuple[Any, ...], make: Callable[..., nn.Module]) -> None:
-        """Call the module ``make(*how)`` at the path ``name``, with the first argument of ``node``."""
+    def _module(
+        self,
+        node: fx.Node,
+        name: str,
+        how: tuple[Any, ...],
+        make: Callable[..., nn.Module],
+        source: fx.Node | None = None,
+    ) -> None:
+        """Call the module ``make(*how)`` at the path ``name``; ``source`` stands for the first argument of ``node``."""
         path = safe_path(name)
         if path in self.made:
             if not _equal(self.made[path], how):
@@ -369,9 +397,8 @@ class _Rebuilder:
         else:
             self.made[path] = how
             self._install(path, make(*how))
-        call = self.graph.create_node(
-            "call_module", path, (self._node(cast(fx.Node, node.args[0])),), name=name.replace(".", "_")
-        )
+        source = self._node(cast(fx.Node, node.args[0])) if source is None else source
+        call = self.graph.create_node("call_module", path, (source,), name=name.replace(".", "_"))
         self._take(node, call, name)
 
     def _layer(self, node: fx.Node, operator: str, options: Mapping[str, Any]) -> None:

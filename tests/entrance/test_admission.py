@@ -97,6 +97,11 @@ def test_refusals_name_the_module_and_what_to_do(make: Callable[[], nn.Module], 
     assert not report.ok or "softmax" in reason or "sort" in reason
 
 
+def test_bits_of_a_lazy_network_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'0\.weight' is not initialised.*run the network"):
+        BitConfig.uniform(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
 def test_all_refusals_come_at_once() -> None:
     model = small(nn.LayerNorm([8, 8, 8]), nn.Softmax(1))
     with pytest.raises(UnsupportedModelError, match=r"(?s)LayerNorm.*Softmax|'2' .*'3' "):

@@ -51,6 +51,9 @@ INTEGER = {
     "fixed filter": lambda x: F.conv2d(x, torch.ones(8, 1, 3, 3) / 9, groups=8, padding=1),
     "an empty part": lambda x: torch.cat([x[:, :, :0], x.flip(2)], 2),
     "clamp by tensors": lambda x: torch.clamp(x, torch.tensor(-0.5), torch.tensor(float("inf"))),
+    "blocks that overlap": lambda x: F.fold(F.unfold(x, 3, 1, 1, 2).relu(), (8, 8), 3, 1, 1, 2),
+    "dilated blocks": lambda x: F.fold(F.unfold(x, (3, 2), 2, 1).relu(), (8, 8), (3, 2), 2, 1),
+    "blocks that leave a rest": lambda x: F.fold(F.unfold(x, 3, stride=3).relu(), (8, 8), 3, stride=3),
     **FRAMED,
 }  # fmt: skip
 
