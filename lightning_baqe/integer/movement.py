@@ -20,7 +20,6 @@ from torch import fx, nn
 from torch.nn import functional
 
 from lightning_baqe.errors import UnsupportedModelError
-from lightning_baqe.integer.nodes import select_elements
 
 Index = torch.Tensor | tuple[Any, ...]
 # Channels, rows and columns, as in lightning_baqe.integer.nodes.Gather.
@@ -159,11 +158,15 @@ def select(index: torch.Tensor, shape: tuple[int, ...]) -> Selection | None:
     if index.ndim != len(shape) + 1:
         return None
     numbers = index[0].to(torch.int64) - 1
-    found = []
+    found, wanted, outside = [], torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.bool)
     for dim, coordinate in enumerate(torch.unravel_index(numbers.clamp(min=0), shape)):
         along = coordinate.masked_fill(numbers < 0, -1).movedim(dim, 0).unsqueeze(-1).flatten(1)
-        found.append(along.amax(1) if along.shape[1] else along.new_zeros(len(along)))
-    if not torch.equal(select_elements(start(shape), found, 0), index):
+        places = along.amax(1) if along.shape[1] else along.new_zeros(len(along))
+        found.append(places)
+        across = places.reshape([-1 if other == dim else 1 for other in range(len(shape))])
+        wanted, outside = wanted + across * math.prod(shape[dim + 1 :]), outside | (across < 0)
+    both = torch.stack([wanted, wanted + math.prod(shape)]).masked_fill(outside, -1)
+    if not torch.equal(both + 1, index.to(torch.int64)):
         return None
     parts = [None if p.tolist() == list(range(size)) else p for p, size in zip(found, shape, strict=True)]
     channels, rows, columns = [*parts, None, None][:3]

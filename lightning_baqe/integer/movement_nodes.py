@@ -80,6 +80,7 @@ def select_elements(values: torch.Tensor, indices: Sequence[torch.Tensor | None]
     """Elements of ``(n, ...)`` by one index for each further dimension, as :class:`Gather`; -1 gives ``absent``."""
     for dim, index in enumerate(indices, 1):
         if index is not None:
-            outside = (index < 0).reshape([-1 if i == dim else 1 for i in range(values.ndim)])
-            values = values.index_select(dim, index.clamp(min=0)).masked_fill(outside, absent)
+            values, outside = values.index_select(dim, index.clamp(min=0)), index < 0
+            if bool(outside.any()):
+                values.masked_fill_(outside.reshape([-1 if i == dim else 1 for i in range(values.ndim)]), absent)
     return values
