@@ -27,9 +27,17 @@ from rich.progress import track
 from torch import Tensor
 
 from lightning_baqe.benchmarks.replays import fill
-from lightning_baqe.benchmarks.search_figures import draw_curves, draw_points
 from lightning_baqe.benchmarks.search_runs import KEY, SAMPLERS, proposing_seconds, replay
-from lightning_baqe.benchmarks.search_tables import Runs, curves_of, front_of, print_summary, runs_of, summarise
+from lightning_baqe.benchmarks.search_tables import (
+    Runs,
+    curves_of,
+    draw_curves,
+    draw_points,
+    front_of,
+    print_summary,
+    runs_of,
+    summarise,
+)
 from lightning_baqe.benchmarks.setups import begin, check_positive, console_of, parser_of
 from lightning_baqe.benchmarks.synthetic import problem_named
 from lightning_baqe.files import Rows, replace_file

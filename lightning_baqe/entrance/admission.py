@@ -53,7 +53,7 @@ def admit(model: nn.Module, example_input: Any, output: str | int | None = None,
         UnsupportedModelError: the network cannot be traced or lowered, or numbers in it are not finite.
     """
     network, report = admit_all(model, example_input, output, fallback)
-    refuse_all(report)
+    refuse_all(report, fallback)
     return network
 
 

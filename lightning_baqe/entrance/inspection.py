@@ -15,7 +15,7 @@ from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.lowering import Lowered, lower_all
 from lightning_baqe.integer.values import named
 from lightning_baqe.quantization.aten import name_of, origin
-from lightning_baqe.quantization.calibration import calibrate
+from lightning_baqe.quantization.calibration import set_ranges
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, fake_quantize
 from lightning_baqe.quantization.ops import OpReader
@@ -86,7 +86,7 @@ def inspect(model: nn.Module, graph: fx.GraphModule, inputs: tuple[Any, ...], fa
     shapes = tuple(tuple(x.shape[1:]) for x in inputs)
     bits = BitConfig.uniform(model)  # with the scales that cost least: how good they are does not matter here
     quantized = fake_quantize(graph, bits, shapes, weight_init="lsq", activation_range="minmax", fallback=fallback)
-    calibrate(quantized.eval(), [inputs if len(inputs) > 1 else inputs[0]])
+    set_ranges(quantized.eval(), [inputs if len(inputs) > 1 else inputs[0]])
     lowered = lower_all(quantized, collect=True)
     refused = dict(lowered.refused) | _not_compiled(lowered, quantized)
     rows = []
@@ -124,9 +124,11 @@ def _not_compiled(lowered: Lowered, quantized: QuantizedModel) -> dict[str, str]
     return found
 
 
-def refuse_all(report: Report) -> None:
+def refuse_all(report: Report, fallback: str) -> None:
     """Raise UnsupportedModelError with all refusals of a report, if there are any."""
     reasons = list(dict.fromkeys(row.advice for row in report.refused))
     if reasons:
         more = f" ({len(report.refused)} operators in all)" if len(report.refused) > 1 else ""
+        if fallback == "refuse":
+            more += '. lightning_baqe.check tells which of them quantize(..., fallback="float") keeps float'
         raise UnsupportedModelError("; ".join(reasons) + more)

@@ -12,7 +12,6 @@ from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer import movement
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.float_operators import FloatOperator, canonical_shape, encode_arguments
-from lightning_baqe.integer.shapes import GraphValues
 from lightning_baqe.integer.values import Builder, Value
 from lightning_baqe.quantization.ops import Op
 from lightning_baqe.quantization.pointwise import step_name
@@ -26,7 +25,7 @@ def float_operator(build: Builder, node: fx.Node, op: Op) -> Value:
     """
     if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(build.python.values[node], torch.Tensor):
         raise UnsupportedModelError("it is no operator of PyTorch with one output; replace it")
-    alone = _for_one(build)
+    alone = build.alone
     inputs: list[fx.Node] = []
     constants: dict[str, torch.Tensor] = {}
 
@@ -57,7 +56,7 @@ def float_operator(build: Builder, node: fx.Node, op: Op) -> Value:
         values,
         kind,
         None,
-        torch.cat([first, second], _batch_dim(build, node)),
+        torch.cat([first, second], build.batch_dim(node)),
         operator=name,
         arguments=arguments,
         constants=constants,
@@ -70,25 +69,6 @@ def _image_by_image(build: Builder, source: fx.Node, node: fx.Node) -> Value:
     """The float value that an operator reads, its elements in their order for one image."""
     value = build.values[source]
     if isinstance(value.index, torch.Tensor):
-        images = torch.stack(value.index.chunk(2, _batch_dim(build, source)))
+        images = torch.stack(value.index.chunk(2, build.batch_dim(source)))
         value = replace(value, index=images.reshape(2, *canonical_shape(images.shape[1:])))
     return build.in_place(build.as_float(value), node)
-
-
-def _batch_dim(build: Builder, node: fx.Node) -> int:
-    """The dimension that the batch lies in, perhaps outside of another."""
-    two, one = build.python.values[node].shape, _for_one(build)[node].shape
-    found = [dim for dim, (a, b) in enumerate(zip(two, one, strict=True)) if a != b]
-    if len(found) != 1:
-        raise UnsupportedModelError(
-            f"{build.label(node)!r} has the shape {tuple(one)} for one image and {tuple(two)} for two: it mixes "
-            "the images of a batch; let one dimension alone depend on the batch"
-        )
-    return found[0]
-
-
-def _for_one(build: Builder) -> dict[fx.Node, Any]:
-    """The Python values of the network for a batch of one image."""
-    if not build.for_one:
-        build.for_one = GraphValues(build.model, build.shapes, build.constants, 1).values
-    return build.for_one

@@ -25,7 +25,7 @@ from lightning_baqe.integer.fallback import float_operator
 from lightning_baqe.integer.folding import integer_weights, requant
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.shapes import padding_of, pair
-from lightning_baqe.integer.values import Builder, Target, Value
+from lightning_baqe.integer.values import Builder, Target, Value, named
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.aten import LAYERS, name_of, origin
 from lightning_baqe.quantization.config import LAYER_TYPES
@@ -141,7 +141,12 @@ def _lowered(build: Builder, node: fx.Node, op: Op) -> Value:
         return build.source(op)
     if op.kind not in _OPERATORS or not (op.inputs or op.kind in ("input", "literal")):
         raise build.refuse(node, _ADVICE.get(name_of(node), "it has no integer meaning here; replace it"))
-    value = _OPERATORS[op.kind](build, node, op)
+    try:
+        value = _OPERATORS[op.kind](build, node, op)
+    except UnsupportedModelError as error:
+        if named(node, build.model) in str(error):
+            raise
+        raise build.refuse(node, str(error)) from error
     if op.kind in _CARRY or isinstance(value.index, tuple):
         return value
     found, wanted = tuple(value.elements.shape), tuple(build.python.values[node].shape)
@@ -162,7 +167,8 @@ def _stays_float(build: Builder, node: fx.Node, op: Op, refusal: UnsupportedMode
     try:
         return float_operator(build, node, op)
     except UnsupportedModelError as error:
-        raise build.refuse(node, f"it cannot stay float either: {error}") from error
+        reason = str(error).removeprefix(f"{named(node, build.model)}: ")
+        raise build.refuse(node, f"it cannot stay float either: {reason}") from error
 
 
 def _zeros(build: Builder, node: fx.Node) -> Value:

@@ -51,7 +51,10 @@ def from_one(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """
     first, second = index[0].to(torch.int64) - 1, index[1].to(torch.int64) - 1
     if not torch.equal(torch.where(first < 0, first, first + math.prod(shape)), second):
-        raise UnsupportedModelError("the network mixes the images of a batch, which no compiled network does")
+        raise UnsupportedModelError(
+            "it mixes the images of a batch, which no compiled network does; let one dimension alone hold the batch, "
+            "and no operator join or add along it"
+        )
     return first
 
 

@@ -149,7 +149,9 @@ def concat(build: Builder, node: fx.Node, op: Op) -> Value:
     values = [build.values[source] for source in op.inputs if build.python.values[source].numel()]
     plain = dim == 1 and len(full) in (2, 4) and full[0] == 2
     if full[0] % 2:
-        raise build.refuse(node, "the batch must stay the outermost dimension")
+        raise build.refuse(
+            node, f"the batch must stay the outermost dimension of tensors, got {tuple(full)}: move it there"
+        )
     if not plain:
         values = [replace(value, index=_channels_first(value.elements, dim)) for value in values]
     values = [build.in_place(value, node) for value in values]
@@ -269,18 +271,28 @@ def prelu(build: Builder, node: fx.Node, op: Op) -> Value:
 
 
 def literal(build: Builder, node: fx.Node, op: Op) -> Value:
-    """A constant that is an operand like any tensor."""
-    constant = build.python.values[node].detach().float()
+    """A constant that is an operand like any tensor; perhaps spread over the batch."""
+    constant, alone = (found[node].detach().float() for found in (build.python.values, build.alone))
+    if constant.shape != alone.shape:
+        dim = build.batch_dim(node)
+        if not torch.equal(constant, torch.cat([alone, alone], dim)):
+            raise build.refuse(node, "it is a constant that differs from image to image; let all images have the same")
+        if dim or len(alone) != 1:
+            made = _literal(build, node, alone)
+            return replace(made, index=torch.cat([*movement.start(made.type.shape).reshape(2, *alone.shape)], dim))
+        constant = alone
     if constant.ndim == 0:
         constant = constant.reshape(1, 1)
-    if constant.shape[0] == 2 and torch.equal(constant[:1], constant[1:]):
-        constant = constant[:1]  # it was spread over the batch
     if constant.shape[0] != 1:
         constant = constant[None]  # it has no dimension for the batch
-    shape = movement.stored(tuple(constant.shape[1:])) or (1,)
-    made = build.emit(ir.Literal, build.label(node), [], ir.TensorType(shape), value=constant.reshape(shape))
-    index = movement.start(shape).reshape(2, *constant.shape[1:])
-    return made if shape == tuple(constant.shape[1:]) else replace(made, index=index)
+    made = _literal(build, node, constant[0])
+    index = movement.start(made.type.shape).reshape(2, *constant.shape[1:])
+    return made if made.type.shape == tuple(constant.shape[1:]) else replace(made, index=index)
+
+
+def _literal(build: Builder, node: fx.Node, constant: torch.Tensor) -> Value:
+    shape = movement.stored(tuple(constant.shape)) or (1,)
+    return build.emit(ir.Literal, build.label(node), [], ir.TensorType(shape), value=constant.reshape(shape))
 
 
 def relu(build: Builder, node: fx.Node, op: Op) -> Value:

@@ -57,12 +57,13 @@ class GraphValues(fx.Interpreter):
         self.values[n] = torch.zeros(()).expand(out.shape) if is_activation else out
         return out
 
-    def shape(self, node: fx.Node, label: str) -> tuple[int, ...]:
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a tensor without the batch dimension."""
         shape = tuple(self.values[node].shape)
         if not shape or shape[0] % _BATCH:
             raise UnsupportedModelError(
-                f"{label!r}: the batch must stay the outermost dimension; for a batch of {_BATCH} its output is {shape}"
+                "the batch must stay the outermost dimension of tensors, but for a batch of "
+                f"{_BATCH} its output is {shape}: move it there"
             )
         return of_one(shape)
 

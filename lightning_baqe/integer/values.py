@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,6 @@ class Builder:
         self.constants = {node for node, op in self.reader.ops.items() if op.kind in ("constant", "literal")}
         self.shapes = tuple(shapes)
         self.python = GraphValues(model, shapes, self.constants)
-        self.for_one: dict[fx.Node, Any] = {}  # what nodes evaluate to for one image, where float operators ask
         self.nodes: list[ir.Node] = []
         self.names: dict[str, None] = {}
         self.values: dict[fx.Node, Value] = {}
@@ -112,6 +112,22 @@ class Builder:
         for found, size in zip(added, state[1:], strict=True):
             while len(found) > size:
                 found.popitem()
+
+    @cached_property
+    def alone(self) -> dict[fx.Node, Any]:
+        """What nodes evaluate to for a batch of one image."""
+        return GraphValues(self.model, self.shapes, self.constants, 1).values
+
+    def batch_dim(self, node: fx.Node) -> int:
+        """The dimension that the batch lies in, perhaps outside of another."""
+        two, one = self.python.values[node].shape, self.alone[node].shape
+        found = [dim for dim, (a, b) in enumerate(zip(two, one, strict=True)) if a != b]
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"{self.label(node)!r} has the shape {tuple(one)} for one image and {tuple(two)} for two: it mixes "
+                "the images of a batch; let one dimension alone depend on the batch"
+            )
+        return found[0]
 
     def label(self, node: fx.Node) -> str:
         """A node's readable name."""
@@ -144,7 +160,7 @@ class Builder:
 
     def shape_of(self, node: fx.Node) -> tuple[int, ...]:
         """Without the batch dimension."""
-        return self.python.shape(node, self.label(node))
+        return self.python.shape(node)
 
     def refuse(self, node: fx.Node, reason: str) -> UnsupportedModelError:
         """The error for an operator that does not lower."""

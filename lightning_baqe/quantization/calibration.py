@@ -46,6 +46,15 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
     Raises:
         CalibrationError: no data, batches that are not the network's input, or values that are not finite.
     """
+    _warn_of_noise(model, set_ranges(model, batches, max_batches))
+    return model
+
+
+@torch.no_grad()
+def set_ranges(
+    model: QuantizedModel, batches: Iterable[Any], max_batches: int | None = None
+) -> tuple[torch.Tensor, ...]:
+    """As :func:`calibrate`, without a look at the noise; returns the last batch."""
     observers = {quantizer: RangeObserver() for quantizer in model.quantizers().values()}
     count = 0
     try:
@@ -64,8 +73,7 @@ def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | 
         observer.check(quantizer.name)
     for quantizer, observer in observers.items():
         quantizer.initialize(observer)
-    _warn_of_noise(model, inputs)
-    return model
+    return inputs
 
 
 def _warn_of_noise(model: QuantizedModel, inputs: tuple[torch.Tensor, ...]) -> None:

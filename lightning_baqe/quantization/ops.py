@@ -111,22 +111,23 @@ class OpReader:
             return Op("input", (), {})
         if node.op == "get_attr":
             return Op("constant", (), {})
-        if node.op == "call_module" and isinstance(self.modules.get_submodule(str(node.target)), ActivationQuantizer):
+        module = self.modules.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ActivationQuantizer):
             self._make_literal(node.all_input_nodes[0])
         tensors = self._tensors(node)
         if node.op == "output":
             return Op("output", tensors, {})
-        if node.op == "call_module" and not tensors:
+        fixed = all(self.ops[source].kind == "literal" for source in tensors)
+        if module is not None and fixed and not isinstance(module, ActivationQuantizer):
             return Op("constant", (), {})  # a layer of constants
-        if node.op == "call_module":
-            module = self.modules.get_submodule(str(node.target))
+        if module is not None:
             kind = next((_MODULES[cls] for cls in type(module).__mro__ if cls in _MODULES), "other")
             by_chance = f"{type(module).__module__}.{type(module).__qualname__}" in STOCHASTIC
             return Op("dropout" if by_chance else kind, tensors, {}, module)
         if is_python(node):
             return Op("value", (), {})
-        if not tensors:
-            constant = any(self.ops[source].kind == "constant" for source in node.all_input_nodes)
+        if fixed:
+            constant = any(self.ops[source].kind in ("constant", "literal") for source in node.all_input_nodes)
             return Op("constant" if constant or not node.all_input_nodes else "value", (), {})
         return self._read_call(node, tensors)
 

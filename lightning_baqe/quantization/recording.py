@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -124,7 +125,9 @@ class _Whereabouts:
 
 def _export(model: nn.Module, example: Sequence[torch.Tensor]) -> ExportedProgram:
     shapes = tuple({0: Dim.AUTO} for _ in example)
-    with evaluating(model), _marked(model), _uncompiled(model), _Whereabouts(model) as where:
+    with evaluating(model), _marked(model), _uncompiled(model), _Whereabouts(model) as where, warnings.catch_warnings():
+        # Lists of a recurrent layer's weights, caches of masks: what they are for is in the trace.
+        warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
         try:
             program = torch.export.export(model, tuple(example), dynamic_shapes=shapes, strict=False)
         except Exception as error:  # of torch's many kinds, or of the network's own code; always raised again
