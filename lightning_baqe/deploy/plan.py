@@ -41,7 +41,7 @@ from lightning_baqe.kernels.x86.conv import PARAMS
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.conv_weights import pack_weights, weight_quads
 from lightning_baqe.kernels.x86.depthwise import DEPTHWISE_PARAMS, DepthwiseSpec, pack_depthwise
-from lightning_baqe.kernels.x86.layout import Layout
+from lightning_baqe.kernels.x86.layout import Layout, as_image
 from lightning_baqe.kernels.x86.requantize import requant_numbers
 
 Schedules = Mapping[str, Mapping[str, Any]]
@@ -228,8 +228,8 @@ class _Planner:
         if not wanted:  # nobody reads them
             return
         image = self.graph.nodes[0].name
-        buffers = {
-            name: (1, *self.graph.input_shape)
+        buffers: dict[str, tuple[int, ...]] = {
+            name: (1, *as_image(self.graph.input_shape))
             for node in nodes
             for name in node.inputs
             if self.values.root(name) == image

@@ -86,8 +86,15 @@ def _last(graph: fx.GraphModule) -> str:
 
 
 def wanted_output(model: nn.Module, returned: Any, output: str | int | None) -> torch.Tensor:
-    """The output that is meant of what a network returned; UnsupportedModelError where it is not finite."""
+    """The output that is meant of what a network returned; UnsupportedModelError where it is not finite, or one number
+    for the whole batch.
+    """
     plain = chosen(returned, output, type(model).__name__, torch.Tensor).detach()
+    if plain.ndim == 0:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns one number for a whole batch; wanted is a result for each image, "
+            "(n, ...): leave the loss out of forward"
+        )
     if not bool(torch.isfinite(plain).all()):
         raise UnsupportedModelError(
             f"{type(model).__name__} returns values that are not finite for example_input: "

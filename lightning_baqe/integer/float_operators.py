@@ -144,8 +144,11 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+_TRUTHS = {("aten::where", "condition"), ("aten::masked_fill", "mask")}
+
+
 def call_operator(name: str, arguments: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Apply an operator.
+    """Apply an operator; truth values are 0 and 1.
 
     Args:
         name: of the operator.
@@ -165,12 +168,14 @@ def call_operator(name: str, arguments: Sequence[Any], tensors: Mapping[str, tor
     for argument, value in zip(operator._schema.arguments, arguments, strict=True):
         decoded = _mapped(value, decode)
         decoded = list(decoded) if isinstance(decoded, tuple) else decoded
+        if (operator._schema.name, argument.name) in _TRUTHS:
+            decoded = decoded != 0  # values between operators are float32
         if argument.kwarg_only:
             kwargs[argument.name] = decoded
         else:
             args.append(decoded)
     result: torch.Tensor = operator(*args, **kwargs)
-    return result
+    return result.float() if result.dtype == torch.bool else result
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -88,7 +88,7 @@ class IntegerGraph:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Of one image's output, as the network returns it."""
-        return self.returned or self.output.type.shape
+        return self.output.type.shape if self.returned is None else self.returned
 
     @property
     def output(self) -> Node:

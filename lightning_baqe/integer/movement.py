@@ -40,7 +40,7 @@ def stored(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in which an IR node holds a tensor of one image: one dimension or three, elements in the same order."""
     if len(shape) == 2:
         return shape[0], 1, shape[1]
-    return shape if len(shape) < 3 else (math.prod(shape[:-2]), *shape[-2:])
+    return shape or (1,) if len(shape) < 3 else (math.prod(shape[:-2]), *shape[-2:])
 
 
 def from_one(index: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lightning_baqe.errors import UnsupportedModelError
 from lightning_baqe.integer.movement import of_one
+from lightning_baqe.quantization.aten import origin
 
 _BATCH = 2  # a batch size that was fixed somewhere (view(1, -1)) shows as a wrong first dimension
 
@@ -41,9 +42,11 @@ class GraphValues(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
+        inputs = [getattr(torch, origin(node).dtype) for node in model.graph.find_nodes(op="placeholder")]
+        dtypes = [dtype if given.is_floating_point else given for given in inputs]
         try:
             with torch.no_grad():
-                self.run(*(torch.zeros(batch, *shape, dtype=dtype) for shape in shapes))
+                self.run(*(torch.zeros(batch, *shape, dtype=kind) for shape, kind in zip(shapes, dtypes, strict=True)))
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"the network does not run on batches of {_BATCH} inputs of shapes {list(shapes)}: {error}; give the "

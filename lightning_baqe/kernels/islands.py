@@ -244,9 +244,14 @@ def _import(spec: IslandSpec) -> PrimFunc:
     except Exception as error:  # the translator asserts, and raises whatever its look-ups raise
         raise _cannot_import(what, error) from error
     try:
-        return _joined(module)
+        function = _joined(module)
     except (RuntimeError, ValueError) as error:
         raise _cannot_import(what, error) from error
+    wanted = [tuple(node.meta["val"].shape) for node in next(iter(program.graph.find_nodes(op="output"))).args[0]]
+    found = [tuple(map(int, buffer.shape)) for buffer in function.params[-len(wanted) :]]
+    if found != wanted:
+        raise _cannot_import(what, ValueError(f"its results have the shapes {found} there, {wanted} in PyTorch"))
+    return function
 
 
 def _cannot_import(what: str, error: Exception) -> BuildError:

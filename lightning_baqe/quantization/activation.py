@@ -117,7 +117,7 @@ class ActivationQuantizer(nn.Module, ABC):
             return x
         if not self._is_finite():
             return x * math.nan  # training diverged: the loss must show it, whoever computes it
-        factor = 1.0 / math.sqrt(max(x[0].numel(), 1) * self.qmax)
+        factor = 1.0 / math.sqrt(max(x[:1].numel() if x.ndim else 1, 1) * self.qmax)
         scale, offset = scale_gradient(self.scale, factor), scale_gradient(self._offset(), factor)
         return quantize_activation(x, scale, offset, self.zero_point(), self.qmax)
 

@@ -130,6 +130,14 @@ def is_known(node: fx.Node) -> bool:
     return known or node.target in FIRST_OF or is_pointwise(node.target) or node.target._schema.is_mutable
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a recorded call draws random numbers in eval mode."""
+    name = name_of(node).removesuffix("_")
+    spared = name in DROPOUTS or name in WHOLE or name in KINDS or name == "rrelu"
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags and not spared
+
+
 def bound(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by the names of its schema, defaults included."""
     target = node.target

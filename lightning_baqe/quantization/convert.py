@@ -191,6 +191,8 @@ def plan(reader: OpReader, bits: BitConfig) -> dict[tuple[fx.Node, fx.Node], int
 def _wanted(reader: OpReader, bits: BitConfig, in_float: set[fx.Node], source: fx.Node, node: fx.Node) -> int:
     """The bits that ``node`` reads ``source`` at; 32: as it is."""
     op = reader[node]
+    if origin(source).dtype == "bool":
+        return FLOAT_BITS  # there is nothing to round
     if op.kind == "layer":
         width = bits.of(origin(node).label).activation
         return bits.other if width == FLOAT_BITS and source not in in_float else width
@@ -236,6 +238,8 @@ def _insert_quantizers(
         made: dict[int, fx.Node] = {}
         for width in sorted(set(consumers.values()), reverse=True):
             name = source.name if not made else f"{source.name}_{width}bit"
+            while hasattr(container, name):  # 'to', 'float' and whatever else a module has
+                name += "_"
             quantizer = make(name, width)
             if len(consumers) == 1:
                 quantizer.through = _function_alone(reader, next(iter(consumers)))

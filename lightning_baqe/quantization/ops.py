@@ -219,7 +219,9 @@ class OpReader:
             if op.kind != "function":
                 needed.update(op.inputs)
             elif node in needed:
-                self.ops[node] = found = self._expression(node, readers)
+                is_truth = origin(node).dtype == "bool"  # which no grid holds
+                found = Op("other", self._tensors(node), {}) if is_truth else self._expression(node, readers)
+                self.ops[node] = found
                 needed.update(found.inputs)
         for node, op in self.ops.items():
             if op.kind == "function" and node not in needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -124,7 +125,11 @@ class _Whereabouts:
 
 
 def _export(model: nn.Module, example: Sequence[torch.Tensor]) -> ExportedProgram:
-    shapes = tuple({0: Dim.AUTO} for _ in example)
+    shapes: tuple[Any, ...] = tuple({0: Dim.AUTO} for _ in example)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # *args are one argument to torch.export
+        first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        shapes = (*shapes[:first], shapes[first:])
     with evaluating(model), _marked(model), _uncompiled(model), _Whereabouts(model) as where, warnings.catch_warnings():
         # Lists of a recurrent layer's weights, caches of masks: what they are for is in the trace.
         warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")

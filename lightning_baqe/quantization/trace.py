@@ -33,6 +33,7 @@ from lightning_baqe.quantization.aten import (
     WRITES,
     Origin,
     bound,
+    is_random,
     name_of,
 )
 from lightning_baqe.quantization.config import LAYER_TYPES, layers
@@ -172,6 +173,8 @@ class _Rebuilder:
         name, options = name_of(node), bound(node)
         if name.startswith(_IGNORED):
             return
+        if is_random(node):
+            raise self._refuse(node, f"draws random numbers in eval mode ({name}); let it do so in training alone")
         if name in LAYERS and node in self.varying and options["weight"] not in self.varying:
             self._layer(node, name, options)
         elif name in NORMS and node in self.varying:
