@@ -127,9 +127,9 @@ class _Whereabouts:
 def _export(model: nn.Module, example: Sequence[torch.Tensor]) -> ExportedProgram:
     shapes: tuple[Any, ...] = tuple({0: Dim.AUTO} for _ in example)
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:  # *args are one argument to torch.export
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
         first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        shapes = (*shapes[:first], shapes[first:])
+        shapes = (*shapes[:first], *filter(None, [shapes[first:]]))  # to torch.export *args are one argument, or none
     with evaluating(model), _marked(model), _uncompiled(model), _Whereabouts(model) as where, warnings.catch_warnings():
         # Lists of a recurrent layer's weights, caches of masks: what they are for is in the trace.
         warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")

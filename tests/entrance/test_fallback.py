@@ -39,13 +39,13 @@ class OfTokens(nn.Module):
 
 
 class OneNumber(nn.Module):
-    """A binary classifier whose output has no dimension of its own."""
+    """A binary classifier whose output has no dimension of its own; it gets arguments that it does not read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         return self.head(self.body(x).mean((2, 3))).squeeze(1)
 
 
