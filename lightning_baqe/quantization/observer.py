@@ -12,6 +12,7 @@ from lightning_baqe.quantization.pointwise import Expression
 RANGE_METHODS = ("mse", "minmax", "ema", "percentile")
 DEFAULT_PERCENTILE = 99.99
 MOMENTUM = 0.99
+SAMPLE_PER_BATCH = 4096
 SAMPLE_LIMIT = 32768
 THROUGH_LIMIT = 8192  # of samples that go through a function
 FRACTIONS = tuple(torch.linspace(1.0, 0.15, 35).tolist())
@@ -53,10 +54,7 @@ def parse_range(method: str) -> tuple[str, float]:
 
 
 class RangeObserver:
-    """Extremes, their running means, and a sample: of all batches the same share, the same values each time.
-
-    A stride would meet the same channels, columns or classes again and again wherever it divides their number.
-    """
+    """Extremes, their running means, and a strided subsample: deterministic, no random numbers."""
 
     def __init__(self) -> None:
         self.low = 0.0
@@ -65,9 +63,7 @@ class RangeObserver:
         self.mean_high = 0.0
         self.batches = 0
         self.finite = True
-        self._samples: list[torch.Tensor] = []  # each in random order
-        self._every = 1  # of so many values one is kept
-        self._generator = torch.Generator().manual_seed(0)
+        self._samples: list[torch.Tensor] = []
 
     def update(self, x: torch.Tensor) -> None:
         """Take in a batch, any shape."""
@@ -80,18 +76,9 @@ class RangeObserver:
         self.mean_low = momentum * self.mean_low + (1.0 - momentum) * low
         self.mean_high = momentum * self.mean_high + (1.0 - momentum) * high
         self.batches += 1
-        while sum(map(len, self._samples)) + x.numel() // self._every > SAMPLE_LIMIT:
-            self._every *= 2
-            self._samples = [sample[: -(-len(sample) // 2)].clone() for sample in self._samples]
-        self._samples.append(self._drawn(x.flatten(), -(-x.numel() // self._every)).float())
-
-    def _drawn(self, values: torch.Tensor, count: int) -> torch.Tensor:
-        """So many of the values, in random order."""
-        if count == len(values):
-            places = torch.randperm(count, generator=self._generator)
-        else:
-            places = torch.randint(len(values), (count,), generator=self._generator)
-        return values[places.to(values.device)]
+        self._samples.append(_spread(x.flatten(), SAMPLE_PER_BATCH).float().clone())
+        if sum(sample.numel() for sample in self._samples) > SAMPLE_LIMIT:
+            self._samples = [torch.cat(self._samples)[::3].clone()]
 
     @property
     def samples(self) -> torch.Tensor:
@@ -146,7 +133,7 @@ class RangeObserver:
             low, high = -step * (qmax + 1) / 2, step * (qmax - 1) / 2
         if name != "mse":
             return low, high
-        values = self.samples if through is None else self._drawn(self.samples, min(len(self.samples), THROUGH_LIMIT))
+        values = self.samples if through is None else _spread(self.samples, THROUGH_LIMIT)
         wanted = values if through is None else through(values)
         if not bool(torch.isfinite(wanted).all()):
             through, wanted = None, values
@@ -175,6 +162,11 @@ class RangeObserver:
             low, high = torch.quantile(values, values.new_tensor([1.0 - share, share])).tolist()
             return min(low, 0.0), max(high, 0.0)
         return self.low, self.high
+
+
+def _spread(values: torch.Tensor, limit: int) -> torch.Tensor:
+    """About ``limit`` of many values. The odd stride walks over all columns, channels and classes of even counts."""
+    return values[:: max(len(values) // limit, 1) | 1]
 
 
 def _quantized(values: torch.Tensor, low: float, high: float, qmax: int) -> torch.Tensor:

@@ -78,11 +78,10 @@ def test_ranges_before_a_function_hold_for_all_classes_however_batches_are_sorte
     assert torch.allclose(found, torch.sigmoid(logits), atol=0.01)
 
 
-@pytest.mark.parametrize("period", [2, 4, 8, 64, 96])
+@pytest.mark.parametrize("period", [2, 4, 8, 64, 1024])
 def test_samples_are_of_all_positions_of_a_period(period: int) -> None:
     observer = RangeObserver()
     for _ in range(40):
         observer.update(torch.arange(period, dtype=torch.float32).repeat(16384 // period))
     counts = torch.bincount(observer.samples.long(), minlength=period)
-    mean = counts.float().mean()
-    assert (counts - mean).abs().max() < 5 * mean.sqrt() < 0.5 * mean
+    assert counts.min() > 0.8 * counts.float().mean()
