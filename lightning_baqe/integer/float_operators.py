@@ -168,8 +168,9 @@ def call_operator(name: str, arguments: Sequence[Any], tensors: Mapping[str, tor
     for argument, value in zip(operator._schema.arguments, arguments, strict=True):
         decoded = _mapped(value, decode)
         decoded = list(decoded) if isinstance(decoded, tuple) else decoded
-        if (operator._schema.name, argument.name) in _TRUTHS and decoded.dtype != torch.bool:
-            decoded = decoded != 0  # values between operators are float32, constants may be bool
+        if (operator._schema.name, argument.name) in _TRUTHS and isinstance(decoded, torch.Tensor):
+            # Values between operators are float32, constants may be bool.
+            decoded = decoded if decoded.dtype == torch.bool else decoded != 0
         if argument.kwarg_only:
             kwargs[argument.name] = decoded
         else:
