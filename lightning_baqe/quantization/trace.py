@@ -324,7 +324,7 @@ class _Rebuilder:
         weight = torch.eye(area).reshape(area, 1, *kernel).repeat(channels, 1, 1, 1)
         window |= {"groups": channels, "output_padding": [span % stride for span, stride in spans]}
         how = (nn.ConvTranspose2d, weight.to(node.meta["val"].dtype), None, window)
-        self._module(node, label_of(node), how, make_conv, blocks)
+        self._module(node, _path_of_its_own(node), how, make_conv, blocks)
 
     def _step(
         self, node: fx.Node, name: str, target: Any, args: tuple[Any, ...], shape: tuple[int | None, ...]
@@ -421,7 +421,7 @@ class _Rebuilder:
         if leaf == "weight" and owner in self.layers:
             shared = inside is not None and self.model.get_submodule(inside).weight is self.tensors[found]
             return cast(str, inside) if shared else owner
-        return inside or (f"{found}_{name_of(node)}" if found else label_of(node).replace(name_of(node), node.name))
+        return inside or (f"{found}_{name_of(node)}" if found else _path_of_its_own(node))
 
     def _batch_norm(self, node: fx.Node, options: Mapping[str, Any]) -> None:
         path, mean = scope(node)[0], options["running_mean"]
@@ -504,6 +504,11 @@ class _Rebuilder:
             f"module {path!r} ({kind.rpartition('.')[2]})" if path else f"the forward of {type(self.model).__name__}"
         )
         return UnsupportedModelError(f"{where} {reason}")
+
+
+def _path_of_its_own(node: fx.Node) -> str:
+    """For a layer that no module of the network is."""
+    return label_of(node).replace(name_of(node), node.name)
 
 
 def _equal(a: Any, b: Any) -> bool:

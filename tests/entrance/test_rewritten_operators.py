@@ -53,6 +53,9 @@ INTEGER = {
     "clamp by tensors": lambda x: torch.clamp(x, torch.tensor(-0.5), torch.tensor(float("inf"))),
     "blocks that overlap": lambda x: F.fold(F.unfold(x, 3, 1, 1, 2).relu(), (8, 8), 3, 1, 1, 2),
     "dilated blocks": lambda x: F.fold(F.unfold(x, (3, 2), 2, 1).relu(), (8, 8), (3, 2), 2, 1),
+    "blocks of two sizes": lambda x: (
+        F.fold(F.unfold(x, 3, 1, 1, 2), (8, 8), 3, 1, 1, 2) + F.fold(F.unfold(x, 2, stride=2), (8, 8), 2, stride=2)
+    ),
     "blocks that leave a rest": lambda x: F.fold(F.unfold(x, 3, stride=3).relu(), (8, 8), 3, stride=3),
     **FRAMED,
 }  # fmt: skip
