@@ -53,6 +53,8 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
         limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them: constraints that
             steer the search. Those that no point can meet end it before the first trial.
+        recover: begin a damaged ``study.db`` of the run folder anew, from its backup and the summary; the damaged file
+            is kept beside it, and one that is whole stays.
         prune: give up trials whose accuracy before the tuning, or after an epoch of it, tells that they cannot reach
             the front; they do not count as ``trials``, and are at most as many. Mode ``beyond`` alone.
         tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,

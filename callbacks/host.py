@@ -19,9 +19,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, DataError
 from lightning_baqe.quantization.batches import input_and_labels, network_input
 from lightning_baqe.quantization.train_modes import evaluating
+from lightning_baqe.scratch import scratch_path
+from lightning_baqe.tasks.checkpoint import read_state
 
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -59,14 +61,17 @@ class Host:
         network = network_of(self.module, self.network)
         if self.trainer.is_global_zero and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(f".{os.getpid()}.tmp")
+            scratch = scratch_path(path)
             torch.save(network.state_dict(), scratch)
             # Of two workers that begin at once the first one's weights are the run's.
             with contextlib.suppress(FileExistsError):
                 os.link(scratch, path)
             scratch.unlink()
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                state = read_state(path)
+            except DataError as error:
+                raise ConfigError(f"{error}; use another run_dir, or put an undamaged copy there") from error
             before = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
             try:
                 network.load_state_dict(state)

@@ -26,14 +26,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from lightning_baqe.errors import BaqeError, ConfigError
-from lightning_baqe.files import make_folder, replace_file
+from lightning_baqe.errors import BaqeError, ConfigError, DataError
+from lightning_baqe.files import MIB, make_folder, read_file, replace_file
+from lightning_baqe.runs.interrupts import ending_in_order, interruption, status_of
+from lightning_baqe.runs.resources import shortage
+from lightning_baqe.scratch import remove_leftovers_of_run
 
 RECIPES = "lightning_baqe.recipes"
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE = 1, 2
 # What a run may be resumed with in another way than it was begun: none of it changes what a trial means.
+_DEEPEST = 50  # of a configuration's nesting
 MAY_CHANGE = (
-    *("run_dir", "logger", "trainer", "search.trials", "search.max_failures", "candidates", "budget_s"),
+    *(
+        "run_dir",
+        "logger",
+        "trainer",
+        "search.trials",
+        "search.max_failures",
+        "search.recover",
+        "candidates",
+        "budget_s",
+    ),
     "search.limits",  # checked by the search: not once a trial is complete
 )
 # Values that are paths: read as they are written, whatever their characters mean in Hydra's grammar.
@@ -52,9 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None: ``sys.argv``'s.
 
     Returns:
-        the exit status: 0, 1 after an error of the run, 2 for a wrong command line, 130 when interrupted.
+        the exit status: 0, 1 after an error of the run, 2 for a wrong command line, 130 or 143 when interrupted by
+        Ctrl-C or SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with ending_in_order():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     console = Console(stderr=True, highlight=False)
     run_dir: Path | None = None
     try:
@@ -72,14 +91,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
         return FAILED
     except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning turns Ctrl-C into an exit with status 1.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+        interrupted = interruption(error)
+        if interrupted is None:
             raise
         console.print("Interrupted.", style="yellow")
-        if run_dir is not None:
-            console.print(f"To go on: {resume_command(arguments, run_dir)}", markup=False, soft_wrap=True)
-        return INTERRUPTED
+        _say_how_to_go_on(console, arguments, run_dir)
+        return status_of(interrupted)
+    except Exception as error:
+        missing = shortage(error)
+        if missing is None:
+            raise
+        console.print(f"{type(error).__name__}: {error}\n{missing}.", style="red", markup=False, soft_wrap=True)
+        _say_how_to_go_on(console, arguments, run_dir)
+        return FAILED
     return 0
+
+
+def _say_how_to_go_on(console: Console, arguments: Sequence[str], run_dir: Path | None) -> None:
+    if run_dir is not None:
+        console.print(f"To go on: {resume_command(arguments, run_dir)}", markup=False, soft_wrap=True)
 
 
 @functools.cache
@@ -252,13 +282,13 @@ def open_run(cfg: DictConfig) -> Path:
     else:
         run_dir = make_folder(Path(str(cfg.run_dir)).expanduser().absolute(), "run_dir")
     cfg.run_dir = str(run_dir)
+    remove_leftovers_of_run(run_dir)
     path = run_dir / "config.yaml"
-    try:
-        old = OmegaConf.load(path) if path.exists() else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): remove it, or give another run_dir.") from error
-    if old is not None:
-        _check_same(old, cfg, path)
+    if path.exists():
+        try:
+            _check_same(_read_configuration(path), cfg, path)
+        except (DataError, UnicodeDecodeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): remove it, or give another run_dir.") from error
     replace_file(path, OmegaConf.to_yaml(cfg).encode())
     return run_dir
 
@@ -284,6 +314,17 @@ def _new_folder(path: Path) -> Path:
 def recipe_name(cfg: DictConfig) -> str:
     """The name of the recipe, that of its flow."""
     return str(cfg.flow._target_).rpartition(".")[2]
+
+
+def _read_configuration(path: Path) -> Any:
+    """What :func:`open_run` wrote. Anchors are refused: it writes none, and few bytes of them are gigabytes."""
+    text, depth = read_file(path, 4 * MIB).decode(), 0
+    for number, event in enumerate(yaml.parse(text, yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        is_no_mapping = number == 2 and not isinstance(event, yaml.MappingStartEvent)  # after stream and document
+        if is_no_mapping or isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+            raise DataError("it is no mapping, refers to parts of itself, or is nested too deeply")
+    return OmegaConf.create(text)
 
 
 def _check_same(old: Any, new: DictConfig, path: Path) -> None:

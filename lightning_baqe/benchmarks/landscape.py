@@ -41,7 +41,8 @@ from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import toolchain, versions
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.landscapes import latency_tables as latency
-from lightning_baqe.landscapes.measured import FORMAT, SUFFIX, Landscape, write_record
+from lightning_baqe.landscapes.measured import SUFFIX, Landscape
+from lightning_baqe.landscapes.record import FORMAT, write
 from lightning_baqe.measurement.device import Device
 from lightning_baqe.measurement.local import Local
 
@@ -306,7 +307,7 @@ def main(arguments: list[str] | None = None, device: Device | None = None, trial
         if "table" in options.stages:
             record = make_record(request)
             path = options.out or folder / f"{request.name}{SUFFIX}"
-            write_record(record, path)
+            write(record, path)
             print_record(record, console)
             console.print(f"Landscape: {path}", markup=False, soft_wrap=True)
     except BaqeError as error:

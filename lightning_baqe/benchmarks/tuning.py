@@ -19,7 +19,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -49,6 +48,7 @@ from lightning_baqe.measurement.device import Device
 from lightning_baqe.measurement.local import Local
 from lightning_baqe.measurement.measure import measure
 from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.scratch import temporary_folder
 from lightning_baqe.tuning.bench import KernelBench, interleaved, kernel_space
 from lightning_baqe.tuning.strategies import DeepKernel, Random, Ranked, SimulatedAnnealing, Strategy
 from lightning_baqe.tuning.tune_report import kernel_entry, knobs_text, tune_progress
@@ -134,7 +134,7 @@ class Bench:
         layers = tunable_layers(self.graph, self.setup.options)
         done = {row["kernel"]: row for row in rows.read()}  # the last row of a kernel is the newest
         found = []
-        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        with temporary_folder() as place:
             for spec, names in track(layers.items(), "compare kernels", console=self.console, total=len(layers)):
                 key = kernel_key(spec, {})
                 winners = {name: self.known(name).records.best_knobs(spec, target) for name in strategies}
@@ -180,7 +180,7 @@ class Bench:
         exact = {name: bool(torch.equal(device.run(built, image), reference)) for name, built in artifacts.items()}
         digest = artifacts["tuned"].plan.digest
         taken = [row["samples_us"] for row in rows.read() if row["tuned"] == digest]
-        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        with temporary_folder() as place:
             saved = {name: artifact.save(Path(place) / name) for name, artifact in artifacts.items()}
             while len(taken) < rounds:
                 found = {name: measure(path, device, *MODEL_SAMPLING) for name, path in saved.items()}
@@ -211,7 +211,7 @@ class Bench:
         Our tuned kernels are the winners of ``strategy``; MetaSchedule has so many trials for each.
         """
         target, records = self.setup.options.target, self.known(strategy).records
-        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        with temporary_folder() as place:
             kernels: dict[ConvSpec, tuple[tuple[str, ...], KernelBench, dict[str, Any]]] = {}
             for spec, layers in tunable_layers(self.graph, self.setup.options).items():
                 if isinstance(spec, ConvSpec) and spec.groups == 1 and spec.weight_bits < 32 and len(kernels) < count:

@@ -6,7 +6,6 @@ import json
 import os
 import string
 import warnings
-import zipfile
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +17,7 @@ from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
 from lightning_baqe.data.base import SPLITS, ImageDataModule, ImageTensorDataset, Split
 from lightning_baqe.errors import DataError, check_at_least
-from lightning_baqe.files import replace_file
+from lightning_baqe.files import MIB, read_arrays, read_file, replace_file
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
@@ -41,6 +40,7 @@ _SIDE = 32  # of an image, pixels
 _RASTER = 64  # of a glyph before the affine map, pixels
 _EM, _BASELINE = 48, 46  # in the raster, pixels: capitals and descenders both fit
 _CHUNK = 500  # images drawn at once
+_MOST_BYTES = 8192 * MIB
 _FORMAT = 1  # raise it when the drawing changes: cached files of another format are not read
 
 
@@ -222,11 +222,13 @@ def _compose(masks: Tensor, generator: torch.Generator) -> Tensor:
 def _read(path: Path, size: int) -> tuple[Tensor, Tensor] | None:
     """What ``_write`` left at ``path``; None where nothing, or nothing usable, lies there."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_arrays(read_file(path, _MOST_BYTES), str(path))
+        images, labels = (torch.from_numpy(arrays[name].copy()) for name in ("images", "labels"))
+    except (DataError, KeyError):
         return None
-    right = images.shape == (size, 3, _SIDE, _SIDE) and images.dtype == torch.uint8 and labels.shape == (size,)
+    right = images.shape == (size, 3, _SIDE, _SIDE) and images.dtype == torch.uint8
+    right = right and labels.shape == (size,) and labels.dtype == torch.int64
+    right = right and bool(((labels >= 0) & (labels < len(CHARACTERS))).all())
     return (images, labels) if right else None
 
 

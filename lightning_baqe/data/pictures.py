@@ -35,6 +35,8 @@ def read_image(path: Path) -> Image.Image:
         DataError: it is missing, broken, no picture, or one that could be shown in several ways; names the file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")  # a pipe has no end
         # Not Image.open(path): Pillow 13 then maps plain TIFFs into memory, and scrambles those that lie on their side.
         with path.open("rb") as file, Image.open(file) as image:
             return _as_seen(image)

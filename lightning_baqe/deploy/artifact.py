@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 import threading
-import weakref
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +16,24 @@ import tvm_ffi
 from tvm import relax
 
 from lightning_baqe.deploy.calls import Plan
-from lightning_baqe.deploy.compiler import ALL, MAIN, constants
+from lightning_baqe.deploy.compiler import ALL, MAIN, compile_plan, constants
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.errors import BuildError, ConfigError
+from lightning_baqe.deploy.storage import (
+    BITS,
+    MODULE,
+    check_file,
+    read_graph,
+    read_manifest,
+    write_parts,
+    write_signature,
+)
+from lightning_baqe.errors import BuildError, ConfigError, DataError
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import CpuTarget, can_run
+from lightning_baqe.hardware.target import CpuTarget, can_run, get_target
 from lightning_baqe.integer.graph import IntegerGraph, as_images
-from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
 from lightning_baqe.kernels.x86.layout import as_image
-
-FORMAT = 1
-MANIFEST, MODULE, GRAPH, TENSORS, BITS = "manifest.json", "module.so", "graph.json", "tensors.npz", "bits.json"
+from lightning_baqe.scratch import scratch_folder, scratch_path
 
 
 def load_library(path: Path | str) -> Any:
@@ -54,6 +56,7 @@ class Artifact:
     def __init__(self, graph: IntegerGraph, plan: Plan, executable: Any, library: Path | None = None) -> None:
         self.graph, self.plan, self._executable = graph, plan, executable
         self._library = library
+        self._folder = None if library is None else library.parent
         self._module: Any = None  # loaded by whoever runs it: the library may be another machine's
         self._vm: Any = None
         self._image: Any = None
@@ -113,9 +116,7 @@ class Artifact:
     def _linked(self) -> Path:
         """The linked module. Machine code is made once, here: running, saving and measuring all use this file."""
         if self._library is None:
-            folder = tempfile.mkdtemp(prefix="lightning_baqe-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            library = Path(folder) / MODULE
+            library = scratch_folder(self) / MODULE
             try:
                 self._executable.export_library(str(library))
             except RuntimeError as error:
@@ -192,15 +193,12 @@ class Artifact:
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        staging = scratch_path(folder)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         try:
             shutil.copyfile(self._linked(), staging / MODULE)
-            description, tensors = graph_to_parts(self.graph)
-            (staging / GRAPH).write_text(json.dumps(description))
-            np.savez(staging / TENSORS, **tensors)  # type: ignore[arg-type]
-            (staging / BITS).write_text(json.dumps({k: list(v) for k, v in self.bits.items()}, indent=1))
-            manifest = {
-                "format": FORMAT,
+            about = {
                 "target": vars(self.target),
                 "threads": self.threads,
                 "schedules": self.schedules,
@@ -210,41 +208,67 @@ class Artifact:
                 "versions": versions(),
                 "size_bytes": self.size_bytes,
             }
-            (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            write_parts(staging, self.graph, about)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(staging, folder)
-            folder.chmod(0o755)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+        self._folder = folder
         return folder
 
-    @classmethod
-    def load(cls, folder: Path | str) -> Artifact:
-        """Read an artifact's folder. Nothing in it is unpickled, but its module is native code: load what you trust.
+    def sign(self, key: Path | bytes) -> None:
+        """Sign the folder in which the artifact was saved, or from which it was loaded, last.
+
+        Args:
+            key: a secret of 16 to 4096 bytes, or a file that holds it. Whoever has it can sign and check.
 
         Raises:
-            BuildError: a file is missing, or another version wrote it.
+            BuildError: there is no such folder, it was changed since, or the key does not do.
+        """
+        if self._folder is None:
+            raise BuildError("this artifact lies in no folder yet: save it, then sign it")
+        try:
+            write_signature(self._folder, key)
+        except DataError as error:
+            raise BuildError(str(error)) from error
+
+    @classmethod
+    def load(cls, folder: Path | str, *, rebuild: bool = False, key: Path | bytes | None = None) -> Artifact:
+        """Read an artifact's folder.
+
+        Nothing in it is unpickled, all files are checked against their digests, and the graph is proven. But its module
+        is native code, which whoever made the folder chose: running it is running their program. Load what you trust,
+        ask for a signature, or build the graph again.
+
+        Args:
+            folder: that :meth:`save` wrote.
+            rebuild: use the graph alone and compile it here, for this machine; with the artifact's schedules if it was
+                compiled for the same target, else with the templates' defaults.
+            key: with which it must have been signed, see :meth:`sign`.
+
+        Raises:
+            BuildError: a file is missing, damaged or of another version, or the signature is not right.
         """
         folder = Path(folder)
-        missing = [name for name in (MANIFEST, MODULE, GRAPH, TENSORS) if not (folder / name).exists()]
-        if missing:
+        manifest = read_manifest(folder, key)
+        graph = read_graph(folder, manifest)
+        target, schedules = manifest.cpu_target, manifest.schedules
+        if rebuild:
+            here = get_target()
+            options = BuildOptions(here, manifest.threads, manifest.fuse_residual)
+            plan = make_plan(graph, options, schedules if target == here else None)
+            return cls(graph, plan, compile_plan(plan, graph.input_shape))
+        check_file(folder, MODULE, manifest)
+        check_file(folder, BITS, manifest)
+        try:
+            plan = make_plan(graph, BuildOptions(target, manifest.threads, manifest.fuse_residual), schedules)
+        except ConfigError as error:
+            raise BuildError(f"{folder}: its schedules are not of its graph: {error}") from error
+        if plan.digest != manifest.plan:
             raise BuildError(
-                f"{folder} is no artifact: it lacks {', '.join(missing)}; give a folder that Artifact.save wrote"
-            )
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest.get("format") != FORMAT:
-            raise BuildError(
-                f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; build it again"
-            )
-        graph = cls.load_graph(folder)
-        fuse_residual = bool(manifest.get("fuse_residual", True))
-        options = BuildOptions(CpuTarget(**manifest["target"]), manifest["threads"], fuse_residual)
-        plan = make_plan(graph, options, manifest["schedules"])
-        if plan.digest != manifest["plan"]:
-            raise BuildError(
-                f"{folder} was built by other templates (versions {manifest['versions']}); build its graph again: "
-                f"baqe.build(baqe.Artifact.load_graph({str(folder)!r}))"
+                f"{folder} was built by other templates (versions {manifest.versions}); build its graph again: "
+                f"baqe.Artifact.load({str(folder)!r}, rebuild=True)"
             )
         return cls(graph, plan, None, (folder / MODULE).resolve())
 
@@ -253,14 +277,9 @@ class Artifact:
         """The integer graph of an artifact's folder, whatever version compiled it.
 
         Raises:
-            BuildError: the files are missing or damaged.
+            BuildError: the files are missing or damaged, or the graph is not what it says.
         """
-        folder = Path(folder)
-        try:
-            with np.load(folder / TENSORS, allow_pickle=False) as tensors:
-                return graph_from_parts(json.loads((folder / GRAPH).read_text()), dict(tensors))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise BuildError(f"the graph in {folder} cannot be read ({type(error).__name__}: {error})") from error
+        return read_graph(Path(folder))
 
 
 def _check_finite(images: np.ndarray) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,10 @@ import tvm
 from tvm.target import Target
 
 from lightning_baqe.deploy.digest import code_digest
-from lightning_baqe.files import cache_folder
+from lightning_baqe.files import cache_folder, replace_file
 from lightning_baqe.hardware.identity import digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.scratch import temporary_folder
 
 LIMIT_BYTES = 256 * 2**20  # some ten thousand kernels
 _CHECK_BYTES = hashlib.sha256().digest_size
@@ -55,7 +55,7 @@ class KernelObjects:
         """
         path = self.path(key, target)
         content = self._read(path) if self._usable else None
-        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
+        with temporary_folder() as folder:
             file = Path(folder) / f"{key}.o"
             if content is None:
                 module = tvm.IRModule({key: function().with_attr("global_symbol", key)})
@@ -111,8 +111,6 @@ class KernelObjects:
         """Keep an object in one move; a full or read-only disk costs time only."""
         check = hashlib.sha256(code).digest()
         with contextlib.suppress(OSError):
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as scratch:
-                scratch.write(code + check)
-            os.replace(scratch.name, path)
+            replace_file(path, code + check)
         if check[0] < 8:  # one object in 32 is enough to look at them all
             self.prune()

@@ -23,6 +23,7 @@ from lightning_baqe.engines.zoo import default_size, export_onnx, random_network
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.hardware.target import get_target
 from lightning_baqe.measurement.peak import pinned_peak_gmacs
+from lightning_baqe.scratch import temporary_folder
 
 Report = Callable[[str], None]
 Ask = Callable[..., dict[str, Any]]
@@ -175,7 +176,7 @@ def run_model(model: str, options: RunOptions, report: Report = lambda text: Non
     if max(options.threads) > len(usable):
         raise ConfigError(f"{max(options.threads)} threads are asked for, but this process may use {len(usable)} cores")
     run = ModelRun(options.size or default_size(model))
-    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder, ExitStack() as stack:
+    with temporary_folder() as folder, ExitStack() as stack:
         weights, onnx = Path(folder) / "weights.pt", Path(folder) / "network.onnx"
         report(f"{model}: the float network")
         network = random_network(model, run.size)

@@ -24,13 +24,12 @@ from lightning_baqe.integer.nodes import (
     Input,
     Layer,
     Literal,
-    Move,
-    Mul,
     Node,
     Quantize,
     Table,
     TensorType,
 )
+from lightning_baqe.integer.proof import prove, prove_returned
 
 MULTIPLIER_BYTES, SHIFT_BYTES, BIAS_BYTES, OFFSET_BYTES = 4, 1, 4, 8
 _ELEMENTWISE = (FloatAdd, FloatAffine, FloatFunction, FloatMul)  # floats without weights
@@ -46,7 +45,8 @@ class IntegerGraph:
         returned: the shape in which the network returns the output, elements in the same order; None: as it is.
 
     Raises:
-        ConfigError: names are not unique, a node reads what is computed later or nowhere, or operands do not fit.
+        ConfigError: names are not unique, a node reads what is computed later or nowhere, or is not what it says, see
+            :mod:`lightning_baqe.integer.proof`.
     """
 
     nodes: tuple[Node, ...]
@@ -61,13 +61,11 @@ class IntegerGraph:
             missing = [name for name in node.inputs if name not in seen]
             if missing:
                 raise ConfigError(f"node {node.name!r} reads {missing}, which no earlier node computes")
-            kinds = [seen[name] for name in node.inputs]
-            _check_shapes(node, [kind.shape for kind in kinds])
-            if isinstance(node, FloatOperator):
-                _check_operands(node, kinds)
+            prove(node, [seen[name] for name in node.inputs])
             seen[node.name] = node.type
         if not self.nodes or not isinstance(self.nodes[0], Input) or any(isinstance(n, Input) for n in self.nodes[1:]):
             raise ConfigError("a graph begins with its one Input")
+        prove_returned(self.output, self.returned)
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -204,15 +202,6 @@ def evaluate(node: Node, inputs: Sequence[torch.Tensor], x: torch.Tensor) -> tor
     return node.run(*inputs) if inputs else node.run().expand(len(x), *node.type.shape)
 
 
-def _check_operands(node: FloatOperator, kinds: Sequence[TensorType]) -> None:
-    for kind, shape in zip(kinds, node.shapes, strict=True):
-        if kind.is_integer or math.prod(kind.shape) != math.prod(shape):
-            raise ConfigError(
-                f"node {node.name!r} reads {kind}, its operator wants floats of shape {shape}: dequantize the value, "
-                "and give the shape that it has in the float network"
-            )
-
-
 def node_bytes(node: Node) -> int:
     """Constants of one node, bytes; see :attr:`IntegerGraph.size_bytes`."""
     factors = [part for name in ("requant", "positive", "negative") if (part := getattr(node, name, None)) is not None]
@@ -254,27 +243,6 @@ def _bytes_of(kind: TensorType) -> int:
     low, high = kind.limits
     sign = low < 0
     return math.ceil((max((-low - 1) if sign else 0, high).bit_length() + sign) / 8)
-
-
-def _check_shapes(node: Node, inputs: Sequence[tuple[int, ...]]) -> None:
-    shape = node.type.shape
-    if len(shape) not in (1, 3):
-        raise ConfigError(
-            f"node {node.name!r} has values of shape {shape}; they are (channels, height, width) or (features,)"
-        )
-    if isinstance(node, Move) and node.index.numel():
-        (count,) = map(math.prod, inputs)
-        low, high = (int(end) for end in node.index.aminmax())
-        if low < -1 or high >= count:
-            raise ConfigError(f"node {node.name!r} takes elements {low}..{high} of {count}; 0..{count - 1}, -1 for 0")
-    if isinstance(node, Add | Mul | FloatAdd | FloatMul):
-        # torch would also align dimensions of another number, the batch with them.
-        alike = all(len(one) == len(shape) for one in inputs)
-        if not alike or any({1, out} != {1, *sizes} for out, *sizes in zip(shape, *inputs, strict=True)):
-            raise ConfigError(
-                f"node {node.name!r} has operands of shapes {list(inputs)} and a result of {shape}; give operands of "
-                "as many dimensions, each of the result's size or 1"
-            )
 
 
 def as_images(x: torch.Tensor | Sequence[torch.Tensor], graph: IntegerGraph, reader: str) -> torch.Tensor:

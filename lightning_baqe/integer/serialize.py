@@ -1,19 +1,26 @@
 """Integer graphs as a JSON-able description and plain arrays, weights packed to their bits. No pickle.
 
 A tensor field of a node is described by ``{"array": name, "form": ..., "bits": ..., "shape": ...}``; packed weights are
-two's complement, little endian within and across bytes: two 4-bit weights per byte, the first in the low nibble.
+two's complement, little endian within and across bytes: two 4-bit weights per byte, the first in the low nibble. The
+schema of a node follows from its class: :func:`_schema` reads the types of its fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import types
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, create_model
 
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import BaqeError, ConfigError, DataError
+from lightning_baqe.files import check_schema
 from lightning_baqe.integer.dyadic import Dyadic
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.nodes import NODE_TYPES, Layer, Node, TensorType
@@ -76,18 +83,96 @@ def graph_to_parts(graph: IntegerGraph) -> tuple[dict[str, Any], dict[str, np.nd
     return {"version": FORMAT_VERSION, "bits": bits, "nodes": nodes, "returned": returned}, arrays
 
 
-def graph_from_parts(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> IntegerGraph:
-    """The graph that :func:`graph_to_parts` described, equal in every number; ``arrays`` may be an opened ``.npz``.
+def graph_from_parts(
+    description: Any, arrays: Mapping[str, np.ndarray], name: str = "the integer graph"
+) -> IntegerGraph:
+    """The graph that :func:`graph_to_parts` described, equal in every number, and proven.
 
-    ConfigError for another version, an unknown kind of node, missing or damaged arrays.
+    Args:
+        description: as JSON has it.
+        arrays: an opened ``.npz`` will do.
+        name: what messages call it: the file.
+
+    Raises:
+        DataError: another version, a field of another type, missing or damaged arrays, or a graph that is not what it
+            says; names the node.
     """
-    version = description.get("version")
+    version = description.get("version") if isinstance(description, Mapping) else None
     if version != FORMAT_VERSION:
-        raise ConfigError(f"integer graph of version {version!r}, this release reads version {FORMAT_VERSION}")
-    nodes = tuple(_restore(entry, arrays) for entry in description["nodes"])
-    bits = {layer: (int(pair[0]), int(pair[1])) for layer, pair in description["bits"].items()}
-    returned = description["returned"]
-    return IntegerGraph(nodes, bits, None if returned is None else tuple(map(int, returned)))
+        raise DataError(f"{name} has version {version!r}, this release reads version {FORMAT_VERSION}")
+    parts = check_schema(_schema(), description, name, "take an undamaged copy, or the release that wrote it")
+    try:
+        return IntegerGraph(tuple(_restore(entry, arrays) for entry in parts.nodes), parts.bits, parts.returned)
+    except BaqeError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Plain(_Part):
+    array: str
+    form: Literal["float32", "int32", "int64", "bool"]
+
+
+class _Packed(_Part):
+    array: str
+    form: Literal["packed"]
+    bits: int = Field(ge=1, le=32)
+    shape: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Strict(False)]
+
+
+_Array = Annotated[_Plain | _Packed, Field(discriminator="form")]
+
+
+class _Factors(_Part):
+    multiplier: _Array
+    shift: int
+
+
+class _Tensors(_Part):
+    tensors: dict[str, _Array]
+
+
+_Bits = Annotated[tuple[Annotated[int, Field(ge=2, le=32)], Annotated[int, Field(ge=2, le=32)]], Strict(False)]
+
+
+class _Graph(_Part):
+    version: int
+    bits: dict[str, _Bits]
+    nodes: list[Any]
+    returned: Annotated[tuple[int, ...], Strict(False)] | None
+
+
+@functools.cache
+def _schema() -> TypeAdapter[_Graph]:
+    """Of a graph's description; every node has exactly the fields of its class, each of the type that it has there."""
+    type_fields: dict[str, Any] = {
+        name: (_stored(kind), ...) for name, kind in typing.get_type_hints(TensorType).items()
+    }
+    stored_type = create_model("_Type", __base__=_Part, **type_fields)
+    models = []
+    for kind, cls in NODE_TYPES.items():
+        hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name != "kind"}
+        fields = {name: (stored_type if hint is TensorType else _stored(hint), ...) for name, hint in hints.items()}
+        models.append(create_model(cls.__name__, __base__=_Part, kind=(Literal[kind], ...), **fields))  # type: ignore[call-overload]
+    node = Annotated[typing.Union[tuple(models)], Field(discriminator="kind")]  # noqa: UP007 (as many as there are)
+    graph = create_model("Graph", __base__=_Graph, nodes=(list[node], ...))  # type: ignore[valid-type]
+    return TypeAdapter(graph)
+
+
+def _stored(hint: Any) -> Any:
+    """How a field of a node is stored, by its type."""
+    replaced = {torch.Tensor: _Array, Dyadic: _Factors, Mapping[str, torch.Tensor]: _Tensors}
+    if hint in replaced:
+        return replaced[hint]
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(map(_stored, parts))]  # noqa: UP007 (as many as there are)
+    if origin is tuple:
+        return Annotated[tuple[tuple(part if part is ... else _stored(part) for part in parts)], Strict(False)]
+    return hint
 
 
 def _check_width(bits: int) -> None:
@@ -120,7 +205,7 @@ def _lists(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _store(value: torch.Tensor, bits: int, key: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -139,45 +224,32 @@ def _store(value: torch.Tensor, bits: int, key: str, arrays: dict[str, np.ndarra
     return {"array": key, "form": form}
 
 
-def _load(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
-    key, form = entry["array"], entry["form"]
+def _load(entry: _Plain | _Packed, arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
+    key = entry.array
     if key not in arrays:
         raise ConfigError(f"array {key!r} is missing; the file is damaged or of another graph")
-    if form == "packed":
-        shape = tuple(entry["shape"])
-        count = int(np.prod(shape, dtype=np.int64))
-        return unpack_bits(np.asarray(arrays[key]), entry["bits"], count).reshape(shape)
-    if form not in ("float32", "int32", "int64", "bool"):
-        raise ConfigError(f"array {key!r} has the unknown form {form!r}; this release may be too old for the file")
     array = np.asarray(arrays[key])
-    if array.dtype != form:
-        raise ConfigError(f"array {key!r} must be {form}, got {array.dtype}; the file is damaged or of another graph")
+    if isinstance(entry, _Packed):
+        return unpack_bits(array, entry.bits, math.prod(entry.shape)).reshape(entry.shape)
+    if array.dtype != entry.form:
+        raise ConfigError(f"array {key!r} must be {entry.form}, got {array.dtype}; the file is damaged")
     tensor = torch.from_numpy(array.copy())
-    return tensor if form in ("float32", "bool") else tensor.to(torch.int64)
+    return tensor if entry.form in ("float32", "bool") else tensor.to(torch.int64)
 
 
-def _restore(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Node:
-    kind = entry.get("kind")
-    if kind not in NODE_TYPES:
-        raise ConfigError(
-            f"unknown kind of node {kind!r}, known are {sorted(NODE_TYPES)}; is the file of a later release?"
-        )
-    cls = NODE_TYPES[kind]
-    names = {item.name for item in dataclasses.fields(cls)}
-    if (given := set(entry) - {"kind"}) != names:
-        raise ConfigError(f"a node of kind {kind!r} has the fields {sorted(names)}, got {sorted(given)}")
-    fields: dict[str, Any] = {}
-    for name in names:
-        value = entry[name]
-        if name == "type":
-            value = TensorType(**{**value, "shape": tuple(value["shape"])})
-        elif isinstance(value, Mapping) and "multiplier" in value:
-            value = Dyadic(_load(value["multiplier"], arrays), value["shift"])
-        elif isinstance(value, Mapping) and "tensors" in value:
-            value = {key: _load(part, arrays) for key, part in value["tensors"].items()}
-        elif isinstance(value, Mapping):
-            value = _load(value, arrays)
-        elif isinstance(value, list):
-            value = _tuples(value)
-        fields[name] = value
+def _restore(entry: Any, arrays: Mapping[str, np.ndarray]) -> Node:
+    cls = NODE_TYPES[entry.kind]
+    fields = {item.name: _value(getattr(entry, item.name), arrays) for item in dataclasses.fields(cls)}
+    fields["type"] = TensorType(**dict(entry.type))
     return cls(**fields)
+
+
+def _value(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    match value:
+        case _Plain() | _Packed():
+            return _load(value, arrays)
+        case _Factors():
+            return Dyadic(_load(value.multiplier, arrays), value.shift)
+        case _Tensors():
+            return {name: _load(part, arrays) for name, part in value.tensors.items()}
+    return _tuples(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +46,7 @@ from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.sensitivity import layer_scores
+from lightning_baqe.scratch import temporary_folder
 from lightning_baqe.tuning.bench import KernelBench, kernel_space, save_arguments
 from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.strategies import Ranked
@@ -219,7 +219,7 @@ class KernelTable:
         missing = [code for code in programs if code not in self._by_code]
         yield len(programs) - len(missing), len(programs)
         benches: dict[TunableSpec, KernelBench] = {}
-        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        with temporary_folder() as place:
             for index, code in enumerate(missing, 1):
                 spec, knobs = programs[code]
                 if spec not in benches:
@@ -341,7 +341,7 @@ def _measure_call(call: Call, arguments: Sequence[np.ndarray], target: CpuTarget
     import tvm
     from tvm.target import Target
 
-    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+    with temporary_folder() as place:
 
         def files() -> tuple[Path, Path]:
             library, stored = Path(place) / "kernel.so", Path(place) / "arguments.npz"
@@ -385,7 +385,7 @@ def measure_whole(
         give_back_memory()
         started = time.perf_counter()
         artifact = device.build(subject.graph(bits), BuildOptions(subject.target), schedules)
-        with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+        with temporary_folder() as place:
             artifact.save(Path(place) / "artifact")
             built = time.perf_counter()
             found = measure(Path(place) / "artifact", device, WHOLE_REPEATS, precision=0.01, limit_s=WHOLE_LIMIT_S)

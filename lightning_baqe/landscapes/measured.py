@@ -11,7 +11,6 @@ shipped lies in ``data``, packed JSON that names the CPU, the versions, the comm
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import zlib
@@ -30,6 +29,7 @@ from lightning_baqe.costs.network_knowledge import best_schedules, conversion_gr
 from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.landscapes.latency_tables import TUNED, Correction
+from lightning_baqe.landscapes.record import read
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig
 from lightning_baqe.quantization.sharing import shared_in
 from lightning_baqe.runs.objectives import OBJECTIVES, REFERENCE_POINT
@@ -37,7 +37,6 @@ from lightning_baqe.search.knowledge import Kind, Knowledge, Sum
 from lightning_baqe.tasks.networks import network
 from lightning_baqe.tuning.network_space import NetworkSpace
 
-FORMAT = 1
 FOLDER = resources.files("lightning_baqe.landscapes") / "data"
 SUFFIX = ".json.gz"
 
@@ -48,25 +47,16 @@ def shipped() -> tuple[str, ...]:
 
 
 def read_record(source: str | Path) -> dict[str, Any]:
-    """The record of a shipped landscape by its name, or of a file by its path; ConfigError where there is none, or
-    another version wrote it.
+    """The record of a shipped landscape by its name, or of a file by its path.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it is damaged, of another version or another schema; says where.
     """
-    path: Any = Path(source) if str(source).endswith(SUFFIX) else FOLDER / f"{source}{SUFFIX}"
+    path = Path(source) if str(source).endswith(SUFFIX) else Path(str(FOLDER / f"{source}{SUFFIX}"))
     if not path.is_file():
         raise ConfigError(f"there is no landscape {str(source)!r}: give a path, or one of {list(shipped())}")
-    record: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    if record.get("format") != FORMAT:
-        raise ConfigError(
-            f"the landscape {source} has format {record.get('format')}, this version reads {FORMAT}: measure it again "
-            "(python -m lightning_baqe.benchmarks.landscape), or use the version that wrote it"
-        )
-    return record
-
-
-def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a landscape; equal records give equal files. Keys keep their order, which tables of knobs follow."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
+    return read(path)
 
 
 class Landscape:
@@ -142,7 +132,7 @@ class Landscape:
         """A shipped landscape by its name, one of :func:`shipped`, or one of a file; the other arguments are the
         class's.
 
-        ConfigError where there is none, it is of another version, or for bits that were not measured.
+        ConfigError where there is none, or for bits that were not measured; DataError for a damaged file.
         """
         return cls(read_record(source), bit_choices, noise_seed)
 

@@ -6,6 +6,9 @@ template generates for them. So an edit of a template forgets the kernels whose 
 another machine measured is believed where the same versions generate the same code for the same device. What is in the
 database is never measured again.
 
+The database serves a run and never stops it: a damaged one is set aside, one that is locked or cannot be written is
+waited for no longer than a second, and then done without for a while. What could not be written is written later.
+
 | table | key | what else |
 | --- | --- | --- |
 | devices | id | ``info``: :func:`~lightning_baqe.hardware.identity.device_info` as JSON |
@@ -17,11 +20,15 @@ database is never measured again.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
+import os
 import sqlite3
 import time
 import warnings
@@ -29,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tvm
 
@@ -43,6 +50,12 @@ from lightning_baqe.kernels.specs import Spec
 
 Identity = Callable[[int], Mapping[str, Any]]
 VERSION = 2
+_RETRY_S = 30.0
+_HEADER = b"SQLite format 3\0"
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_FORMAT)
+_Write = tuple[str, Sequence[Any], str]  # kind of record, row, what SQLite does where its key is there
+_Found = TypeVar("_Found")
 _TEXT, _REAL = "TEXT NOT NULL", "REAL NOT NULL"
 _ORIGIN = {"device": f"{_TEXT} REFERENCES devices", "toolchain": f"{_TEXT} REFERENCES toolchains"}
 
@@ -149,35 +162,117 @@ class Records:
             machine.
 
     Raises:
-        ConfigError: the file cannot be written, is no records database, or a newer version wrote it.
+        ConfigError: the file is something else, or a newer version wrote it; a path that was given cannot be written.
+
+    Warns:
+        UserWarning: the database was damaged and set aside, or cannot be used now.
     """
 
     def __init__(self, path: Path | str | None = None, identity: Identity = device_info) -> None:
         self.identity = identity
         self.path = Path(path).expanduser() if path is not None else default_records_path()
-        make_folder(self.path.parent, "records")
+        self._is_own = path is None
+        self._pending: list[_Write] = []
+        self._is_tried_at_exit = False
+        self._not_before = 0.0  # when a database that could not be used is waited for again
+        self._said: set[str] = set()
         try:
-            with self.reading() as connection:
-                if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-                    connection.execute("PRAGMA journal_mode = WAL")
-            with self.transaction() as connection:
-                _prepare(connection, self.path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-                    raise ConfigError(f"records={self.path} cannot be written ({error}): give another file") from error
-                raise  # locked, full: not about what the file is
-            raise ConfigError(f"{self.path} is no SQLite database ({error}): move it away, or give another") from error
+            make_folder(self.path.parent, "records")
+            self._open()
+        except (ConfigError, sqlite3.OperationalError) as error:
+            if not self._is_own and not is_busy(error):
+                raise _unwritable(self.path, error) from error
+            self._do_without(error)
+
+    def _open(self) -> None:
+        """Make the tables; a damaged file is set aside first."""
+        for attempt in range(2):
+            try:
+                with self._connected() as connection:
+                    if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                        connection.execute("PRAGMA journal_mode = WAL")
+                with self._connected() as connection, connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    _prepare(connection, self.path)
+                return
+            except sqlite3.DatabaseError as error:
+                if attempt or not is_damage(error):
+                    raise
+                if not self._is_own and not _begins_like_sqlite(self.path):
+                    text = f"{self.path} is no SQLite database ({error}): move it away, or give another"
+                    raise ConfigError(text) from error
+                self._set_aside(error)
+
+    def _set_aside(self, error: Exception) -> None:
+        """Rename a damaged database, with what SQLite keeps beside it."""
+        number = next(n for n in itertools.count(1) if not _aside(self.path, n).exists())
+        for ending in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{self.path}{ending}", f"{_aside(self.path, number)}{ending}")
+        warnings.warn(
+            f"the records in {self.path} are damaged ({error}): they were set aside as "
+            f"{_aside(self.path, number).name}, and what is measured from now on is kept in a new file",
+            UserWarning,
+            stacklevel=4,
+        )
+
+    def _do_without(self, error: Exception) -> None:
+        """Say once why records are not used, and wait for none for a while."""
+        self._not_before = time.monotonic() + _RETRY_S
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            warnings.warn(
+                f"the records in {self.path} cannot be used now ({error}): what they know is measured again, and what "
+                "is measured is written later, if that becomes possible before this process ends",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    @contextmanager
+    def _connected(self, timeout_s: float = 1.0) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None)) as connection:
+            yield connection
+
+    def _serve(self, work: Callable[[sqlite3.Connection], _Found], otherwise: _Found) -> _Found:
+        """What work finds in the database; otherwise where that cannot be used now."""
+        patience_s = 1.0 if time.monotonic() >= self._not_before else 0.0
+        for attempt in range(2):
+            try:
+                with self._connected(patience_s) as connection:
+                    return work(connection)
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error) or attempt:
+                    self._do_without(error)
+                    break
+                self._set_aside(error)
+                self._open()
+        return otherwise
+
+    def _write_pending(self) -> None:
+        """Write what is not written yet, all or nothing, one process after the other."""
+
+        def write(connection: sqlite3.Connection) -> bool:
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                for kind, row, conflict in self._pending:
+                    KINDS[kind].insert(connection, row, conflict)
+            return True
+
+        if self._pending and self._serve(write, False):
+            self._pending.clear()
+        elif self._pending and not self._is_tried_at_exit:
+            self._is_tried_at_exit = True
+            atexit.register(self._write_pending)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection for queries."""
-        with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as connection:
+        """A connection for queries, whose errors are the caller's."""
+        with self._connected(30) as connection:
             yield connection
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection that writes all or nothing, one process after the other."""
+        """A connection that writes all or nothing, one process after the other; errors are the caller's."""
         with self.reading() as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
@@ -190,8 +285,8 @@ class Records:
         code = code_key(spec, knobs) or ""  # knobs that the template refuses have no code; their failure is kept
         exact = None if record.exact is None else int(record.exact)
         figures = (record.latency_us, json.dumps(record.samples_us), exact, record.error, time.time())
-        with self._adding(_threads(spec)) as (connection, origin):
-            KINDS["kernel"].insert(connection, (*origin, *kernel_text(spec, target), knobs, code, *figures))
+        origin = self._origin(_threads(spec))
+        self._keep("kernel", _threads(spec), (*origin, *kernel_text(spec, target), knobs, code, *figures))
 
     def kernel(self, spec: Spec, target: CpuTarget, knobs: Mapping[str, Any]) -> KernelRecord | None:
         """The record of a kernel as it would be compiled now, None if it was never measured."""
@@ -209,15 +304,15 @@ class Records:
     def add_model(self, plan_digest: str, threads: int, samples_us: list[float], latency_us: float) -> None:
         """Keep a whole model's latency."""
         check_latencies(latency_us, samples_us)
-        with self._adding(threads) as (connection, origin):
-            row = (*origin, plan_digest, latency_us, json.dumps(samples_us), time.time())
-            KINDS["model"].insert(connection, row)
+        row = (*self._origin(threads), plan_digest, latency_us, json.dumps(samples_us), time.time())
+        self._keep("model", threads, row)
 
     def model(self, plan_digest: str, threads: int) -> tuple[float, list[float]] | None:
         """``(latency_us, samples_us)`` of a whole model with this code, None if it was never measured."""
-        with self.reading() as connection:
-            row = KINDS["model"].find(connection, (*self._origin(threads), plan_digest))
-        return (row[0], json.loads(row[1])) if row else None
+        key = (*self._origin(threads), plan_digest)
+        row = self._serve(lambda connection: KINDS["model"].find(connection, key), None)
+        found = None if row is None else self._checked("models", _figures, *row[:2])
+        return None if found is None or found[0] is None else (found[0], found[1])
 
     def add_peak(self, target: CpuTarget, dot: str, chain: int, gmacs: float) -> None:
         """Keep what one core's arithmetic reaches in registers, 1e9 multiply-accumulates a second, if it is the most.
@@ -226,17 +321,16 @@ class Records:
         """
         if not (math.isfinite(gmacs) and gmacs > 0):
             raise ConfigError(f"a peak is a finite positive number of GMAC/s, got {gmacs}")
-        with self._adding(1) as (connection, _):
-            key = self._peak_key(target, dot, chain)
-            known = KINDS["peak"].find(connection, key)
-            if known is None or gmacs > known[0]:
-                KINDS["peak"].insert(connection, (*key, gmacs, time.time() if known is None else known[1]))
+        known = self.peak(target, dot, chain)
+        if known is None or gmacs > known:
+            self._keep("peak", 1, (*self._peak_key(target, dot, chain), gmacs, time.time()))
 
     def peak(self, target: CpuTarget, dot: str, chain: int) -> float | None:
         """The kept peak in GMAC/s, None if it was never measured with the code there is now."""
-        with self.reading() as connection:
-            row = KINDS["peak"].find(connection, self._peak_key(target, dot, chain))
-        return row[0] if row else None
+        key = self._peak_key(target, dot, chain)
+        row = self._serve(lambda connection: KINDS["peak"].find(connection, key), None)
+        found = None if row is None else self._checked("peaks", _figures, row[0], "[]")
+        return None if found is None else found[0]
 
     def _peak_key(self, target: CpuTarget, dot: str, chain: int) -> tuple[Any, ...]:
         return *self._origin(1), canonical(target.tvm), dot, chain, code_digest()
@@ -245,14 +339,23 @@ class Records:
         """The ids of the device and the toolchain."""
         return device_key(self.identity(threads)), digest(toolchain())
 
-    @contextmanager
-    def _adding(self, threads: int) -> Iterator[tuple[sqlite3.Connection, tuple[str, str]]]:
-        """A connection that writes, and the device and the toolchain of what is added, which are now kept."""
-        origin = self._origin(threads)
-        with self.transaction() as connection:
-            for kind, key, what in zip(_ORIGIN, origin, (self.identity(threads), toolchain()), strict=True):
-                KINDS[kind].insert(connection, (key, canonical(what)), "IGNORE")
-            yield connection, origin
+    def _keep(self, kind: str, threads: int, row: Sequence[Any]) -> None:
+        """Write a row, and before it those of the device and the toolchain."""
+        for about, key, what in zip(_ORIGIN, self._origin(threads), (self.identity(threads), toolchain()), strict=True):
+            self._pending.append((about, (key, canonical(what)), "IGNORE"))
+        self._pending.append((kind, row, "REPLACE"))
+        self._write_pending()
+
+    def _checked(self, table: str, read: Callable[..., _Found], *row: Any) -> _Found | None:
+        """What a row says; None, with a warning, where it says nothing that can be."""
+        try:
+            return read(*row)
+        except (ValueError, TypeError, RecursionError) as error:  # of JSON, of figures, and ConfigError
+            text = f"a row of {table} in {self.path} is damaged and not used ({error})"
+            if text not in self._said:
+                self._said.add(text)
+                warnings.warn(text, UserWarning, stacklevel=3)
+            return None
 
     def _current(
         self, spec: Spec, target: CpuTarget, condition: str = "1", values: tuple[Any, ...] = ()
@@ -264,12 +367,30 @@ class Records:
             "ORDER BY latency_us IS NULL, latency_us, knobs"
         )
         key = (*self._origin(_threads(spec)), *kernel_text(spec, target), *values)
-        with self.reading() as connection:
-            rows = connection.execute(query, key).fetchall()
-        for code, knobs, latency_us, samples_us, exact, error in rows:
-            if code == (code_key(spec, knobs) or ""):
-                checked = None if exact is None else bool(exact)
-                yield KernelRecord(json.loads(knobs), latency_us, json.loads(samples_us), checked, error)
+        rows: list[Any] = self._serve(lambda connection: connection.execute(query, key).fetchall(), [])
+        for code, knobs, *figures in rows:
+            record = self._checked("kernels", _kernel_record, knobs, *figures)
+            if record is not None and code == (code_key(spec, knobs) or ""):
+                yield record
+
+
+def _kernel_record(knobs: Any, latency_us: Any, samples_us: Any, exact: Any, error: Any) -> KernelRecord:
+    """A row's record; ValueError or TypeError where it holds something else."""
+    chosen = json.loads(knobs)
+    texts = isinstance(chosen, dict) and isinstance(error, str | None)
+    if not texts or exact not in (None, 0, 1):
+        raise ValueError(f"knobs {knobs!r}, exact {exact!r}, error {error!r}")
+    latency, samples = _figures(latency_us, samples_us)
+    return KernelRecord(chosen, latency, samples, None if exact is None else bool(exact), error)
+
+
+def _figures(latency: Any, samples: Any) -> tuple[float | None, list[float]]:
+    """A figure and its samples as a row holds them; ValueError or TypeError where they are something else."""
+    found = json.loads(samples)
+    if not isinstance(found, list) or not all(isinstance(value, int | float) for value in (*found, latency or 1)):
+        raise ValueError(f"{latency!r}, {samples!r} are no figures")
+    check_latencies(latency, found)
+    return latency, found
 
 
 @functools.lru_cache(maxsize=16384)
@@ -312,28 +433,58 @@ def _threads(spec: Spec) -> int:
     return int(getattr(spec, "threads", 1))  # kernels without that field are never parallel
 
 
+def is_busy(error: Exception) -> bool:
+    """Whether another connection holds the database."""
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _BUSY
+
+
+def is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file itself is not what it should be, rather than in use, out of reach or on a full disk."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    return code in _DAMAGE
+
+
+def _unwritable(path: Path, error: Exception) -> ConfigError:
+    if isinstance(error, ConfigError):
+        return error
+    return ConfigError(f"records={path} cannot be written ({error}): give another file")
+
+
+def _aside(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.damaged-{number}")
+
+
+def _begins_like_sqlite(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_HEADER)) == _HEADER
+
+
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Create the tables, or set those of version 1 aside."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if version == VERSION:
+        if lacking := sorted({kind.table for kind in KINDS.values()} - tables):
+            raise sqlite3.DatabaseError(f"it lacks the tables {', '.join(lacking)}")
         return
     if version > VERSION:
         raise ConfigError(
             f"{path} has version {version} of the records, this package reads {VERSION}: update the package, or give "
             "another database (LIGHTNING_BAQE_CACHE is the folder of the default one)"
         )
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if tables and not {"kernels", "models"} <= tables:
         raise ConfigError(f"{path} is a database of something else, with the tables {sorted(tables)}: give another")
     if tables:
-        _set_aside(connection, path)
+        _rename_old(connection, path)
     for kind in KINDS.values():
         columns = ", ".join(f"{name} {meaning}" for name, meaning in {**kind.key, **kind.figures}.items())
         connection.execute(f"CREATE TABLE {kind.table} ({columns}, PRIMARY KEY ({', '.join(kind.key)}))")
     connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
-def _set_aside(connection: sqlite3.Connection, path: Path) -> None:
+def _rename_old(connection: sqlite3.Connection, path: Path) -> None:
     """Rename the tables of version 1: their keys do not say which code was measured, nor in words on which device."""
     counts = []
     connection.execute("DROP INDEX IF EXISTS kernels_by_spec")

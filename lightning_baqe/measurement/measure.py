@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.measurement.database import Records
 from lightning_baqe.measurement.device import Device, Measurement, Sampling
 from lightning_baqe.measurement.local import reach
+from lightning_baqe.scratch import temporary_folder
 
 
 def measure(
@@ -47,7 +47,7 @@ def measure(
     known = records.model(key, loaded.threads) if records is not None else None
     if known is not None:
         return Measurement(known[0], tuple(known[1]), device.info(loaded.threads), cached=True)
-    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as place:
+    with temporary_folder() as place:
         folder = loaded.save(Path(place) / "artifact") if isinstance(artifact, Artifact) else Path(artifact)
         found = device.measure_artifact(loaded, folder, sampling)
     if records is not None:

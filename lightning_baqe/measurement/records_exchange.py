@@ -17,14 +17,15 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lightning_baqe.errors import ConfigError, DataError
-from lightning_baqe.files import replace_file
+from lightning_baqe.files import MIB, parse_json, replace_file
 from lightning_baqe.hardware.identity import device_key, digest
 from lightning_baqe.measurement.database import KINDS, VERSION, KernelRecord, Records, check_latencies
 
 _JSON_COLUMNS = ("info", "versions", "target", "spec", "knobs", "samples_us")
+_MOST_BYTES = 16 * MIB  # of a line
 _MEASURED = ("kernel", "model", "peak")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "device", "toolchain", "operator", "code", "plan", "dot"), (str,)),
@@ -97,6 +98,8 @@ def import_records(records: Records, path: Path) -> Imported:
         DataError: a line that is no record; the message names it.
         OSError: the file cannot be read.
     """
+    if not path.is_file():
+        raise DataError(f"{path} is no file: give one that export_records wrote")  # a pipe may have no end
     with path.open("rb") as file:
         rows = list(_parsed(file, path))
     done = Imported()
@@ -157,21 +160,22 @@ def _check_references(connection: sqlite3.Connection, row: Mapping[str, Any], wh
 # --- checks of one line -------------------------------------------------------------------------------------------
 
 
-def _parsed(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
+def _parsed(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    while line := file.readline(_MOST_BYTES + 1):
+        number += 1
+        name = f"{path}, line {number}"
         if not line.strip():
             continue
+        if len(line) > _MOST_BYTES:
+            raise DataError(f"{name}: more than {_MOST_BYTES} bytes, no record has that many; nothing was imported")
         try:
-            row = json.loads(line, parse_constant=_no_constant)
+            row = parse_json(line, name)
             _check(row)
-            json.dumps(row, allow_nan=False, ensure_ascii=False).encode()  # 1e999 and lone surrogates are refused
-        except (ValueError, OverflowError, RecursionError) as error:  # of JSON and its numbers, and ConfigError
-            raise DataError(f"{path}, line {number}: {error}; nothing was imported") from error
+        except (DataError, ConfigError) as error:
+            text = str(error) if isinstance(error, DataError) else f"{name}: {error}"
+            raise DataError(f"{text}; nothing was imported") from error
         yield number, row
-
-
-def _no_constant(name: str) -> None:
-    raise ConfigError(f"{name} is no JSON number")
 
 
 def _check(row: Any) -> None:

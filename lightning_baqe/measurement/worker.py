@@ -15,9 +15,11 @@ native code prints goes to standard error.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -28,6 +30,7 @@ from typing import Any
 from lightning_baqe.kernels.x86.layout import SLACK
 from lightning_baqe.measurement.confidence import relative_half_width
 
+_PR_SET_PDEATHSIG = 1
 BLOCK = 10  # samples between two of the reference
 _REFERENCE = bytes(64 * 1024)
 
@@ -122,8 +125,18 @@ def _kernel(request: dict[str, Any]) -> dict[str, Any]:
     return {"samples_us": [seconds * 1e6 for seconds in timer(*arguments, result).results], "exact": exact}
 
 
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that asks dies, in the middle of a measurement, too."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before
+            sys.exit(1)
+
+
 def main() -> None:
     """Serve requests until standard input ends."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     cores = [int(core) for core in sys.argv[1].split(",")]

@@ -13,12 +13,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, DataError
+from lightning_baqe.files import MIB, parse_json, read_file
 from lightning_baqe.quantization.wrappers import refuse_lazy, unwrapped
 
 FLOAT_BITS = 32
 MIN_BITS, MAX_BITS = 2, 8
 FORMAT_VERSION = 1
+MAX_BYTES = 64 * MIB  # of a file
 LAYER_TYPES = (nn.Conv2d, nn.Linear, nn.Conv1d, nn.ConvTranspose2d)
 
 
@@ -242,29 +244,24 @@ class BitConfig(Mapping[str, LayerBits]):
             ConfigError: a file that cannot be read, another format, or a version that this release does not know; names
                 the file.
         """
-        if not isinstance(source, Path):
-            return cls._parse(source)
+        if not isinstance(source, Path | str):
+            raise ConfigError(
+                f"got a {type(source).__name__}; a bit-config is given as its JSON text, or its file's Path"
+            )
+        name = str(source) if isinstance(source, Path) else "the text"
         try:
-            text = source.read_text(encoding="utf-8-sig")  # Windows writes a mark before UTF-8
-        except OSError as error:
-            raise ConfigError(f"{source} cannot be read ({error}): give the file of a bit-config.") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{source} is no text in UTF-8 ({error}): give the file of a bit-config.") from error
+            content = parse_json(read_file(source, MAX_BYTES) if isinstance(source, Path) else source, name)
+        except DataError as error:
+            raise ConfigError(
+                f"{error} This is not a bit-config; its file is given as a Path, its text as a str."
+            ) from error
         try:
-            return cls._parse(text)
+            return cls._parse(content)
         except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from error
+            raise ConfigError(f"{name}: {error}") from error
 
     @classmethod
-    def _parse(cls, text: str) -> BitConfig:
-        if not isinstance(text, str):
-            raise ConfigError(
-                f"got a {type(text).__name__}; a bit-config is given as its JSON text, or its file's Path"
-            )
-        try:
-            content = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"not a bit-config: {error}; a file is given as a Path, its text as a str") from error
+    def _parse(cls, content: Any) -> BitConfig:
         if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
             raise ConfigError('a bit-config is a JSON object with "layers": {name: [weight bits, activation bits]}')
         if content.get("version") != FORMAT_VERSION:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
 
 import optuna
 import psutil
+
+from lightning_baqe.scratch import process_table
 
 PREFIX = "worker:"  # of the study's user attributes, one for each worker, written by it alone
 BEAT_S = 10.0
@@ -93,15 +92,6 @@ class Worker:
                 self._write(count)
             except optuna.exceptions.StorageInternalError:
                 continue  # a busy or restarting database: the grace is there for that
-
-
-def process_table() -> str:
-    """Name of the process table that this process is in: equal for two that can see each other by their ids."""
-    found: list[Any] = [platform.node()]
-    if sys.platform == "linux":
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            found += [file.read().strip(), os.stat("/proc/self/ns/pid").st_ino]
-    return "/".join(map(str, found))
 
 
 def _runs(pid: int, started: float) -> bool:

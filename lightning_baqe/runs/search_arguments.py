@@ -23,7 +23,8 @@ from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, layers
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.runs.evaluation import MeasureOptions
 from lightning_baqe.runs.front import read_limits
-from lightning_baqe.runs.study import open_storage, storage_url
+from lightning_baqe.runs.recovery import restore
+from lightning_baqe.runs.study import open_storage, read_study, storage_url
 from lightning_baqe.search.sampler import Mode
 from lightning_baqe.tasks.scoring import check_metric
 
@@ -59,6 +60,7 @@ class SearchArguments:
     study_name: str | None = None
     max_failures: int = 20
     limits: Mapping[str, float | None] | None = None
+    recover: bool = False
     target: str = "native"
     threads: int = 1
     device: DeviceDescription | None = None
@@ -93,6 +95,11 @@ class SearchArguments:
             raise ConfigError(
                 f"prune=True with mode={self.mode!r} and sampler={type(self.sampler).__name__}; it weighs what mode "
                 "'beyond' knows of latency and size: give mode='beyond' and no sampler, or prune=False"
+            )
+        if self.recover and self.storage is not None:
+            raise ConfigError(
+                f"recover=True with storage={self.storage!r}; it is for the run folder's own study.db: recover a "
+                "database of your own by its own backups, and leave recover out"
             )
         if self.metric is not None:
             check_metric(self.metric)
@@ -132,5 +139,7 @@ class SearchArguments:
             ConfigError: run folder, storage or records cannot be opened and written.
         """
         make_folder(run_dir, "run_dir")
+        if self.recover:
+            restore(run_dir, read_study)
         open_storage(storage_url(run_dir, self.storage)).engine.dispose()
         _ = self.measured_on.records

@@ -139,7 +139,7 @@ class SearchContext:
             pool_size=max(given.pool_size, given.n_initial),
             reference_point=REFERENCE_POINT,
         )
-        study.open(space, sampler)
+        study.open(space, sampler, given.recover)
         reference = study.float_result
         if reference is None:
             bits = BitConfig.uniform(self.network, FLOAT_BITS, FLOAT_BITS)

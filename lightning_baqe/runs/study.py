@@ -15,6 +15,7 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
 
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.errors import ConfigError
@@ -25,12 +26,23 @@ from lightning_baqe.runs.evaluation import deployed_accuracy
 from lightning_baqe.runs.limits import violations
 from lightning_baqe.runs.liveness import Worker
 from lightning_baqe.runs.objectives import objectives, summarise
+from lightning_baqe.runs.recovery import (
+    ADVICE,
+    BACKUP_TRIALS,
+    DATABASE,
+    UNREADABLE,
+    add_trials,
+    back_up,
+    summary_of,
+)
 from lightning_baqe.runs.report import write_report
 from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, Width
+from lightning_baqe.scratch import remove_leftovers_of_run
+from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
 from lightning_baqe.tasks.scoring import Batches, Scorer
-from lightning_baqe.tuning.network_space import NetworkSpace
+from lightning_baqe.tuning.network_space import NetworkSpace, SpaceRecord
 
 # What is kept of the study, and of each trial.
 FLOAT_FIGURES, BASELINES, TEST, REWARDS, LIMITS = "float", "baselines", "test_accuracy", "rewards", "limits"
@@ -38,6 +50,15 @@ SPACE, CONDITIONS, KNOWLEDGE, CLAIMS = "space", "conditions", "knowledge", "base
 RESULT, OWNER, PHASE, ATTEMPTS, AGAIN = "result", "owner", "phase", "attempts", "again"
 REPEATS = 20  # proposals of another sampler that repeat a point, before one is taken all the same
 MAX_ATTEMPTS = 3  # of a point whose trials end with the process: perhaps because of it
+_SCHEMAS: tuple[tuple[TypeAdapter[Any], str], ...] = (
+    (TypeAdapter(Figures), FLOAT_FIGURES),
+    (TypeAdapter(list[Baseline]), BASELINES),
+    (TypeAdapter(dict[str, float]), LIMITS),
+    (TypeAdapter(dict[str, float]), TEST),
+    (TypeAdapter(dict[str, str]), CLAIMS),
+    (TypeAdapter(dict[str, Any]), CONDITIONS),
+    (TypeAdapter(dict[str, Any]), REWARDS),
+)
 INTERRUPTED = "interrupted: the process ended in the middle of this trial"
 _STATES: dict[TrialState, Literal["complete", "running", "failed", "pruned"]] = {
     TrialState.COMPLETE: "complete",
@@ -72,6 +93,7 @@ class SearchStudy:
     def __init__(self, run_dir: Path, storage: str | None, about: Mapping[str, Any], name: str | None = None) -> None:
         self.run_dir = run_dir
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        remove_leftovers_of_run(run_dir)
         name = name or ("search" if storage is None else run_dir.resolve().name)
         url = storage_url(run_dir, storage)
         self._storage = open_storage(url)
@@ -80,6 +102,9 @@ class SearchStudy:
             self._study = optuna.create_study(
                 study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
             )
+        self._own_file = storage is None
+        self._backed_up = -1  # trials at the last backup
+        check_study(self._study, ADVICE if self._own_file else "restore the database from a backup of your own")
         self._study_id = self._storage.get_study_id_from_name(name)
         self._worker = Worker(self._study)
         self._about = {"device": device_info(), **about, "versions": versions()}
@@ -115,15 +140,39 @@ class SearchStudy:
                 )
         return known
 
-    def open(self, space: NetworkSpace, sampler: optuna.samplers.BaseSampler) -> None:
-        """Begin, or go on; baselines that failed are forgotten, so that they are tried again."""
+    def open(self, space: NetworkSpace, sampler: optuna.samplers.BaseSampler, recover: bool = False) -> None:
+        """Begin, or go on; baselines that failed are forgotten, so that they are tried again.
+
+        Args:
+            space, sampler: of the search.
+            recover: take from the run folder's summary what the study lacks.
+        """
         self._space = space
         self._study.sampler = self._sampler = sampler
         with self.lock:
             if self.kept(SPACE) is None:
                 self.keep(SPACE, space.record())
+            if recover:
+                self._recover()
             self._reclaim()
             self.keep(BASELINES, [entry for entry in self.kept(BASELINES) or [] if entry["state"] == "complete"])
+
+    def _recover(self) -> None:
+        summary = summary_of(self.run_dir)
+        if summary is None or summary.reference is None:
+            return
+        if self.kept(FLOAT_FIGURES) is None:
+            self.keep(FLOAT_FIGURES, summary.reference.record())
+        if not self.kept(BASELINES):
+            self.keep(BASELINES, [entry.record() for entry in summary.baselines])
+        added, foreign = add_trials(self._study, self._space, summary, RESULT)
+        if foreign:
+            warnings.warn(
+                f"trials {foreign} of {self.run_dir / 'summary.json'} are not in the space that is searched now and "
+                f"were left out; {added} were taken over",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def close(self) -> None:
         """Leave the study: this process is no worker of it any more."""
@@ -167,7 +216,7 @@ class SearchStudy:
     def trials(self) -> list[Trial]:
         """The trials that were begun, by their numbers."""
         return [
-            Trial(**{**trial.user_attrs.get(RESULT, {}), "number": trial.number, "state": _STATES[trial.state]})
+            _trial_of(trial)
             for trial in self._in_state(*_STATES)
             # Without a result: a proposal that repeated another and was never begun.
             if trial.state != TrialState.PRUNED or RESULT in trial.user_attrs
@@ -290,6 +339,9 @@ class SearchStudy:
         with self.lock:  # an older summary must not replace a newer one
             summary = self.summary()
             summary.write(self.run_dir)
+            if self._own_file and not 0 <= len(summary.trials) - self._backed_up < BACKUP_TRIALS:
+                back_up(self.run_dir)
+                self._backed_up = len(summary.trials)
         if report:
             write_report(summary, self.run_dir / "report.html")
         return summary
@@ -311,7 +363,40 @@ class SearchStudy:
 
 def storage_url(run_dir: Path, storage: str | None) -> str:
     """The URL of a study's database: ``storage``, by default SQLite in the run folder."""
-    return storage or f"sqlite:///{(run_dir / 'study.db').resolve()}"
+    return storage or f"sqlite:///{(run_dir / DATABASE).resolve()}"
+
+
+def check_study(study: optuna.Study, advice: str) -> None:
+    """Read all of a study.
+
+    Raises:
+        ConfigError: something in it cannot be read, or is not what was written; gives the advice.
+    """
+    try:
+        read_study(study)
+    except UNREADABLE as error:
+        raise ConfigError(f"the study is damaged ({type(error).__name__}: {error}): {advice}") from error
+
+
+def read_study(study: optuna.Study) -> None:
+    """Read all of a study; raises whatever what is in it makes Optuna, SQLite and schemas raise."""
+    kept = study.user_attrs
+    for trial in study.get_trials(deepcopy=False):
+        _trial_of(trial)
+    for schema, what in _SCHEMAS:
+        if kept.get(what) is not None:
+            schema.validate_python(kept[what])
+    if kept.get(SPACE) is not None:
+        SpaceRecord.model_validate(kept[SPACE])
+    if kept.get(KNOWLEDGE) is not None:
+        Knowledge.from_record(kept[KNOWLEDGE])
+
+
+def _trial_of(trial: FrozenTrial) -> Trial:
+    """A trial's entry."""
+    return Trial(
+        **{**trial.user_attrs.get(RESULT, {}), "number": trial.number, "state": _STATES.get(trial.state, "running")}
+    )
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -334,10 +419,15 @@ def open_storage(url: str) -> RDBStorage:
         # Two processes that create the tables at once would collide, also those of two studies in one database.
         with study_lock(url, "tables"):
             return RDBStorage(url, engine_kwargs=options)
-    except (sqlite3.DatabaseError, sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
+    except (
+        sqlite3.DatabaseError,
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        RuntimeError,
+    ) as error:
         shown = sqlalchemy.engine.make_url(url).render_as_string()  # without the password
         reason = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
         raise ConfigError(
-            f"the study's database {shown} cannot be opened ({reason}): give another run_dir or storage, or move what "
-            "is there away"
+            f"the study's database {shown} cannot be opened ({reason}): give another run_dir or storage, or if it was "
+            f"damaged, {ADVICE}"
         ) from error

@@ -13,15 +13,17 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 from pydantic import model_validator as validator
 
 from lightning_baqe.errors import ConfigError, DataError
-from lightning_baqe.files import replace_file
+from lightning_baqe.files import MIB, check_schema, parse_json, read_file, replace_file
 
 Width = int | tuple[int, ...]  # bits of a layer's weights, or of each of its output channels
+Name = Annotated[str, Field(pattern=r"^\w[\w. +=-]*$")]  # of a baseline, and of a folder after it
+_MOST_BYTES = 1024 * MIB
 VERSION = 1  # of summary.json; a file without one is of the first
 RESUME = "Start the run again with the same run_dir: it resumes from study.db and writes the summary anew."
 
@@ -82,7 +84,7 @@ class Entry(Figures):
         error: why it failed.
     """
 
-    name: str | None = None
+    name: Name | None = None
     number: int | None = None
     state: Literal["complete", "running", "failed", "pruned"] = "complete"
     phase: str = ""
@@ -130,13 +132,13 @@ class Entry(Figures):
 class Trial(Entry):
     """What the sampler proposed."""
 
-    number: int
+    number: int = Field(ge=0)
 
 
 class Baseline(Entry):
     """What is evaluated beside the trials."""
 
-    name: str
+    name: Name
 
 
 class Measured(Entry):
@@ -194,17 +196,17 @@ class Summary(BaseModel):
             ConfigError: it is of a newer version, or of another schema; names the field.
         """
         path = Path(run_dir) / "summary.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             raise DataError(
                 f"{path} does not exist. Wanted is a run folder (outputs/<recipe>/<date_time>/); also an interrupted "
                 f"run has a summary of what it found so far, once its first trial has ended. {RESUME}"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            )
+        try:
+            content = parse_json(read_file(path, _MOST_BYTES), str(path), constants=True)
+        except DataError as error:
             raise DataError(
-                f"{path} is not whole JSON ({error}): it was cut while being copied or written. {RESUME}"
-            ) from None
+                f"{error} It was cut while being copied or written, or is another file. {RESUME}"
+            ) from error
         version = content.get("version", 1) if isinstance(content, dict) else 1
         if isinstance(version, int) and version > VERSION:
             raise ConfigError(
@@ -212,14 +214,11 @@ class Summary(BaseModel):
                 "read the run with the release that wrote it."
             )
         try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "the whole"
-            raise ConfigError(
-                f"{path} is not a summary that this version can read: {field}: {first['msg']}, it holds "
-                f"{str(first['input'])[:80]}. {RESUME}"
-            ) from None
+            return check_schema(
+                TypeAdapter(cls), content, f"{path} is not a summary that this version can read", RESUME
+            )
+        except DataError as error:
+            raise ConfigError(str(error)) from error
 
     def write(self, run_dir: Path) -> None:
         """Write ``summary.json`` and ``pareto.csv``, and delete artifacts that are no longer on the front."""

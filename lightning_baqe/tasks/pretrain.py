@@ -7,13 +7,12 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_baqe.errors import DataError, check_at_least
+from lightning_baqe.tasks.checkpoint import check_state, read_checkpoint
 from lightning_baqe.tasks.classifier import ImageClassifier
 
 TrainerFactory = Callable[..., pl.Trainer]
@@ -129,10 +128,11 @@ def _fit(
 
 def _load(task: ImageClassifier, path: Path) -> None:
     try:
-        content: dict[str, Any] = torch.load(path, map_location=task.device, weights_only=True)
+        content = read_checkpoint(path, task.device)
+        state = check_state(content.get("state_dict"), path)
         task.on_load_checkpoint(content)
-        task.load_state_dict(content["state_dict"])
-    except (RuntimeError, KeyError, EOFError, OSError) as error:
+        task.load_state_dict(state)
+    except (DataError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read into {type(task.net).__name__} ({error}): it is broken, or another network's; "
             "remove it to train again, or give another run_dir."

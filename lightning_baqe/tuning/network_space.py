@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from pydantic import BaseModel, ConfigDict, Field
 
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import ConfigError
@@ -18,6 +19,17 @@ from lightning_baqe.measurement.database import Records
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 
 TILES = 12
+Knob = bool | int | float | str | None
+
+
+class SpaceRecord(BaseModel):
+    """A space as JSON holds it, see :class:`NetworkSpace`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    bit_choices: dict[str, Annotated[list[Annotated[int, Field(ge=2, le=32)]], Field(min_length=1)]]
+    knobs: dict[str, dict[str, Annotated[list[Knob], Field(min_length=1)]]]
+    defaults: dict[str, dict[Annotated[str, Field(pattern=r"^([2-8]|32)$")], dict[str, Knob]]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ was confirmed so.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lightning_baqe.kernels.specs import TunableSpec
 from lightning_baqe.measurement.database import KernelRecord
 from lightning_baqe.measurement.device import Device
 from lightning_baqe.measurement.local import Local
+from lightning_baqe.scratch import temporary_folder
 from lightning_baqe.tuning.bench import KernelBench, kernel_space
 from lightning_baqe.tuning.strategies import KernelSpace, Ranked, Strategy
 
@@ -168,7 +168,7 @@ def tune(
         )
     started = time.monotonic()
     layers = tunable_layers(graph, options)
-    with tempfile.TemporaryDirectory(prefix="lightning_baqe-") as folder:
+    with temporary_folder() as folder:
         states = [
             _Kernel(KernelBench(spec, target, device, Path(folder) / str(i)), names)
             for i, (spec, names) in enumerate(layers.items())

@@ -15,7 +15,8 @@ import torch
 from small_graphs import FLOAT_TOLERANCE, float_errors, lowered
 
 import lightning_baqe as baqe
-from lightning_baqe.deploy.artifact import GRAPH, MANIFEST, MODULE, TENSORS, Artifact
+from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.deploy.storage import GRAPH, MANIFEST, MODULE, TENSORS, sealed
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
@@ -102,7 +103,7 @@ def test_another_version_is_refused(saved_resnet: Path, tmp_path: Path, entry: s
     folder = tmp_path / "other"
     shutil.copytree(saved_resnet, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, entry: value}))
+    (folder / MANIFEST).write_text(json.dumps(sealed({**manifest, entry: value})))
     with pytest.raises(BuildError, match=words):
         Artifact.load(folder)
 

@@ -11,9 +11,10 @@ from fake_device import FakeDevice
 from small_graphs import Maker, images
 from torch import nn
 
-from lightning_baqe.deploy.artifact import MANIFEST, Artifact
+from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.plan import make_plan
+from lightning_baqe.deploy.storage import MANIFEST, sealed
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import BuildError
@@ -65,7 +66,7 @@ def test_an_artifact_says_so_and_is_loaded_so(graph: IntegerGraph, tmp_path: Pat
     path = tmp_path / "apart" / MANIFEST
     manifest = json.loads(path.read_text())
     assert manifest["fuse_residual"] is False
-    path.write_text(json.dumps({**manifest, "fuse_residual": True}))
+    path.write_text(json.dumps(sealed({**manifest, "fuse_residual": True})))
     with pytest.raises(BuildError, match="other templates"):
         Artifact.load(tmp_path / "apart")
 

@@ -14,6 +14,7 @@ from lightning_baqe.deploy.compiler import compile_plan
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.plan_islands import find_islands
+from lightning_baqe.deploy.storage import sealed
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError
 from lightning_baqe.hardware.options import BuildOptions
@@ -242,6 +243,6 @@ def test_an_artifact_of_another_torch_is_not_believed(tmp_path: Path) -> None:
     folder = compiled(graph, TARGET).save(tmp_path / "artifact")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["plan"] == make_plan(graph, BuildOptions(TARGET)).digest
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"plan": "0" * 64}))
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest | {"plan": "0" * 64})))
     with pytest.raises(BuildError, match="build its graph again"):
         Artifact.load(folder)

@@ -15,7 +15,7 @@ from optuna.samplers import TPESampler
 
 import lightning_baqe as baqe
 from lightning_baqe.benchmarks.landscape_accuracy import searched_layers, with_bits
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, DataError
 from lightning_baqe.landscapes.measured import FOLDER, Landscape, read_record, shipped
 from lightning_baqe.landscapes.problem import Problem
 from lightning_baqe.search.pool import breed
@@ -162,7 +162,7 @@ def test_unknown_landscapes(tmp_path: Path) -> None:
         Landscape.load("nothing")
     path = tmp_path / "old.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"format": 0}).encode()))
-    with pytest.raises(ConfigError, match="has format 0"):
+    with pytest.raises(DataError, match="has format 0"):
         Landscape.load(path)
 
 

@@ -124,7 +124,7 @@ def test_a_file(encoding: str, tmp_path: Path) -> None:
     [
         (None, "cannot be read .*No such file"),
         (b"{", "not a bit-config"),
-        (CONFIG.to_json().encode("utf-16"), "no text in UTF-8"),
+        (CONFIG.to_json().encode("utf-16"), "not whole JSON in UTF-8"),
         (b'{"version": 1, "layers": {"stem": [9, 8]}}', "layer 'stem': weight bits must be .*got 9"),
         (b'{"version": 1, "layers": {"stem": 8}}', "layer 'stem' must be"),
     ],
@@ -138,7 +138,7 @@ def test_a_bad_file_is_named(content: bytes | None, said: str, tmp_path: Path) -
 
 
 def test_what_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{tmp_path} cannot be read.*give the file of a bit-config"):
+    with pytest.raises(ConfigError, match=f"{tmp_path} is no file but a folder.*given as a Path"):
         BitConfig.from_json(tmp_path)
     with pytest.raises(ConfigError, match="got a dict; a bit-config is given as its JSON text, or its file's Path"):
         BitConfig.from_json({"version": 1})  # type: ignore[arg-type]

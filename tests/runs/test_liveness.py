@@ -14,10 +14,10 @@ import pytest
 
 from lightning_baqe.benchmarks import postgres, workers
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.runs import liveness as life
 from lightning_baqe.runs.liveness import PREFIX, Worker
 from lightning_baqe.runs.study import AGAIN, FLOAT_FIGURES, INTERRUPTED, OWNER, SearchStudy
 from lightning_baqe.runs.summary import Trial
+from lightning_baqe.scratch import process_table
 from lightning_baqe.search import BaqeSampler
 
 ABOUT = {"recipe": "workers", "model": "none", "dataset": "none"}
@@ -158,7 +158,7 @@ class TestAlive:
         worker = Worker(study)
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         started = psutil.Process(process.pid).create_time()
-        record = {"place": life.process_table(), "pid": process.pid, "started": started, "beat": 0}
+        record = {"place": process_table(), "pid": process.pid, "started": started, "beat": 0}
         study.set_user_attr(f"{PREFIX}other", record)
         study.set_user_attr(f"{PREFIX}reused", {**record, "started": started - 100})
         assert worker.alive("other")
