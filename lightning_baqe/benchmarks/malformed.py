@@ -450,7 +450,8 @@ def _write_study(folder: Path) -> None:
 
 def _read_study(folder: Path) -> None:
     with contextlib.closing(_study(folder)) as study:
-        study.summary()
+        if study.float_result is not None:  # else a search would measure it again
+            study.summary()
 
 
 def _read_summary(folder: Path) -> None:

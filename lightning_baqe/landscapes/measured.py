@@ -238,6 +238,8 @@ class Landscape:
             self.kernel_latency_us(layer, bits[layer].activation, schedules[layer]) for layer in self.space.defaults
         )
         calls = self._structure.conversions(bits)
+        if unknown := sorted(set(calls) - set(self._pixels)):
+            raise ConfigError(f"{self.name} has no latency of {', '.join(unknown[:3])}: take an undamaged copy")
         pixels = math.fsum(times * self._pixels[call] for call, times in calls.items())  # in any order the same
         return kernels, pixels, float(calls.total()), self.size_bytes(params) / 1e6
 

@@ -103,6 +103,15 @@ class Record(_Part):
         searched = set(self.space.bit_choices) | set(self.space.defaults)
         if missing := searched - set(self.latency.of):
             raise ValueError(f"{sorted(missing)[:3]} are searched, but not measured")
+        parts = {
+            "size.layers": set(self.size.layers) ^ set(self.latency.of),
+            "accuracy.layers": set(self.accuracy.layers) - set(self.latency.of),
+            "scores": set(self.scores) - set(self.latency.of),
+            "space.knobs": set(self.space.knobs) - set(self.latency.of),
+        }
+        for part, strange in parts.items():
+            if strange:
+                raise ValueError(f"{part} and latency.of have different layers: {sorted(strange)[:3]}")
         for layer, choices in self.space.bit_choices.items():
             known = self.space.defaults.get(layer, {}).keys() & self.latency.of[layer].keys()
             if lacking := sorted({str(bits) for bits in choices} - known):

@@ -6,8 +6,8 @@ import json
 import math
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,14 +98,17 @@ class SearchStudy:
         url = storage_url(run_dir, storage)
         self._storage = open_storage(url)
         self.lock = study_lock(url, name)
-        with self.lock:
+        self._own_file = storage is None
+        self._backed_up = -1  # trials at the last backup
+        advice = ADVICE if self._own_file else "restore the database from a backup of your own"
+        with self.lock, refusing_damage(advice):
+            if self._own_file and (others := set(optuna.get_all_study_names(self._storage)) - {name}):
+                raise ValueError(f"studies named {sorted(others)}")
             self._study = optuna.create_study(
                 study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
             )
-        self._own_file = storage is None
-        self._backed_up = -1  # trials at the last backup
-        check_study(self._study, ADVICE if self._own_file else "restore the database from a backup of your own")
-        self._study_id = self._storage.get_study_id_from_name(name)
+            self._study_id = self._storage.get_study_id_from_name(name)
+            read_study(self._study)
         self._worker = Worker(self._study)
         self._about = {"device": device_info(), **about, "versions": versions()}
 
@@ -366,14 +369,11 @@ def storage_url(run_dir: Path, storage: str | None) -> str:
     return storage or f"sqlite:///{(run_dir / DATABASE).resolve()}"
 
 
-def check_study(study: optuna.Study, advice: str) -> None:
-    """Read all of a study.
-
-    Raises:
-        ConfigError: something in it cannot be read, or is not what was written; gives the advice.
-    """
+@contextmanager
+def refusing_damage(advice: str) -> Iterator[None]:
+    """Turn what damaged studies raise into a ConfigError that gives the advice."""
     try:
-        read_study(study)
+        yield
     except UNREADABLE as error:
         raise ConfigError(f"the study is damaged ({type(error).__name__}: {error}): {advice}") from error
 
