@@ -438,7 +438,12 @@ def _write_study(folder: Path) -> None:
 
     study = _study(folder)
     study.keep(FLOAT_FIGURES, Figures(accuracy=0.9, latency_us=1000.0, size_bytes=10_000).record())
-    figures = {"accuracy": 0.8, "latency_us": 500.0, "size_bytes": 2_000, "bits": {"conv1": (8, 8), "fc": (4, 4)}}
+    figures: dict[str, Any] = {
+        "accuracy": 0.8,
+        "latency_us": 500.0,
+        "size_bytes": 2_000,
+        "bits": {"conv1": (8, 8), "fc": (4, 4)},
+    }
     study.add_baseline(Baseline(name="uniform_8", **figures))
     for number in range(3):
         trial = study._study.ask()
@@ -706,9 +711,9 @@ def run_format(name: str, first: int, most: int | None, seed: int) -> None:
         form.read(Path(shutil.copytree(good, Path(scratch, "once"))))  # what is imported then may start what it likes
         shutil.rmtree(Path(scratch, "once"))
         sys.addaudithook(_audit)
-        found = outcome_of(form, Path(shutil.copytree(good, Path(scratch, "first"))))
-        if found != ("read", ""):
-            raise RuntimeError(f"{name}: an undamaged file is not read: {found}")
+        undamaged = outcome_of(form, Path(shutil.copytree(good, Path(scratch, "first"))))
+        if undamaged != ("read", ""):
+            raise RuntimeError(f"{name}: an undamaged file is not read: {undamaged}")
         shutil.rmtree(Path(scratch, "first"))
         resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + LIMIT_BYTES,) * 2)
         ways = list(form.spoil((good / form.file).read_bytes(), np.random.default_rng(seed)))

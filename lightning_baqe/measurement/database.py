@@ -258,9 +258,11 @@ class Records:
                     KINDS[kind].insert(connection, row, conflict)
             return True
 
-        if self._pending and self._serve(write, False):
+        if not self._pending:
+            return
+        if self._serve(write, False):
             self._pending.clear()
-        elif self._pending and not self._is_tried_at_exit:
+        elif not self._is_tried_at_exit:
             self._is_tried_at_exit = True
             atexit.register(self._write_pending)
 
