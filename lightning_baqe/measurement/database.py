@@ -173,7 +173,7 @@ class Records:
         self.path = Path(path).expanduser() if path is not None else default_records_path()
         self._is_own = path is None
         self._pending: list[_Write] = []
-        self._is_tried_at_exit = False
+        self._is_ready = self._is_tried_at_exit = False
         self._not_before = 0.0  # when a database that could not be used is waited for again
         self._said: set[str] = set()
         try:
@@ -184,16 +184,17 @@ class Records:
                 raise _unwritable(self.path, error) from error
             self._do_without(error)
 
-    def _open(self) -> None:
+    def _open(self, patience_s: float = 1.0) -> None:
         """Make the tables; a damaged file is set aside first."""
         for attempt in range(2):
             try:
-                with self._connected() as connection:
+                with self._connected(patience_s) as connection:
                     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                         connection.execute("PRAGMA journal_mode = WAL")
-                with self._connected() as connection, connection:
+                with self._connected(patience_s) as connection, connection:
                     connection.execute("BEGIN IMMEDIATE")
                     _prepare(connection, self.path)
+                self._is_ready = True
                 return
             except sqlite3.DatabaseError as error:
                 if attempt or not is_damage(error):
@@ -229,7 +230,7 @@ class Records:
             )
 
     @contextmanager
-    def _connected(self, timeout_s: float = 1.0) -> Iterator[sqlite3.Connection]:
+    def _connected(self, timeout_s: float) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None)) as connection:
             yield connection
 
@@ -238,14 +239,16 @@ class Records:
         patience_s = 1.0 if time.monotonic() >= self._not_before else 0.0
         for attempt in range(2):
             try:
+                if not self._is_ready:
+                    self._open(patience_s)
                 with self._connected(patience_s) as connection:
                     return work(connection)
-            except sqlite3.DatabaseError as error:
-                if not is_damage(error) or attempt:
+            except (sqlite3.DatabaseError, ConfigError) as error:
+                if isinstance(error, ConfigError) or not is_damage(error) or attempt:
                     self._do_without(error)
                     break
                 self._set_aside(error)
-                self._open()
+                self._is_ready = False
         return otherwise
 
     def _write_pending(self) -> None:
