@@ -125,18 +125,21 @@ def _kernel(request: dict[str, Any]) -> dict[str, Any]:
     return {"samples_us": [seconds * 1e6 for seconds in timer(*arguments, result).results], "exact": exact}
 
 
-def end_with_parent() -> None:
-    """Have Linux kill this process when the one that asks dies, in the middle of a measurement, too."""
+def end_with(parent: int) -> None:
+    """Have Linux kill this process when the one that asks dies, in the middle of a measurement, too.
+
+    Args:
+        parent: its process id.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before
             sys.exit(1)
 
 
 def main() -> None:
     """Serve requests until standard input ends."""
-    end_with_parent()
+    end_with(parent=int(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     cores = [int(core) for core in sys.argv[1].split(",")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -73,7 +74,7 @@ class WorkerProcess:
         if self.threads > len(usable):
             raise ConfigError(f"{self.threads} threads are asked for, but this process may use {len(usable)} cores")
         cores = ",".join(str(core) for core in usable[-self.threads :])
-        command = [sys.executable, "-m", "lightning_baqe.measurement.worker", cores]
+        command = [sys.executable, "-m", "lightning_baqe.measurement.worker", cores, str(os.getpid())]
         self.close()
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  lives as long as the process
         self._answers = queue.Queue()

@@ -6,6 +6,7 @@ import dataclasses
 import sqlite3
 import subprocess
 import sys
+import warnings
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,86 @@ def test_peaks(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_usable(latency_us: float | None, exact: bool | None, error: str | None, usable: bool) -> None:
     assert KernelRecord({}, latency_us, [], exact, error).usable == usable
+
+
+def _spoil(path: Path) -> None:
+    """Zeros behind the header, also of what is not yet in the file itself."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + bytes(len(content) - 100))
+
+
+def test_a_damaged_database_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "records.db"
+    records = Records(path)
+    records.add_model("plan", 1, [1.0], 1.0)
+    _spoil(path)
+    with pytest.warns(UserWarning, match=r"damaged.*set aside as records\.db\.damaged-1"):
+        assert records.model("plan", 1) is None
+    records.add_model("plan", 1, [2.0], 2.0)
+    assert Records(path).model("plan", 1) == (2.0, [2.0])
+    _spoil(path)
+    with pytest.warns(UserWarning, match=r"damaged-2"):
+        assert Records(path).model("plan", 1) is None
+    assert sorted(p.name for p in tmp_path.iterdir() if "damaged" in p.name and "-wal" not in p.name) == [
+        "records.db.damaged-1",
+        "records.db.damaged-2",
+    ]
+
+
+def test_a_table_that_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "records.db"
+    Records(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE models")
+    with pytest.warns(UserWarning, match="lacks the tables models"):
+        assert Records(path).model("plan", 1) is None
+
+
+def test_a_row_that_says_nothing(spec: ConvSpec, records: Records) -> None:
+    records.add_model("plan", 1, [1.0], 1.0)
+    records.add_kernel(spec, TARGET, _record(spec, "1x1x1", 3.0))
+    with records.transaction() as connection:
+        connection.execute("UPDATE models SET samples_us = 'none'")
+        connection.execute("UPDATE kernels SET latency_us = 'fast'")
+    with pytest.warns(UserWarning, match="a row of models"):
+        assert records.model("plan", 1) is None
+    with pytest.warns(UserWarning, match="a row of kernels"):
+        assert records.kernels(spec, TARGET) == []
+
+
+def test_a_locked_database_is_done_without_and_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "records.db"
+    records = Records(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.warns(UserWarning, match=r"cannot be used now \(database is locked\)"):
+            records.add_model("one", 1, [1.0], 1.0)
+        assert records.model("one", 1) is None
+    records.add_model("two", 1, [2.0], 2.0)
+    assert [Records(path).model(name, 1) for name in ("one", "two")] == [(1.0, [1.0]), (2.0, [2.0])]
+
+
+def test_a_database_that_is_locked_from_the_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "records.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(UserWarning, match="locked"):
+            records = Records(path)
+        assert records.model("one", 1) is None
+    records.add_model("one", 1, [1.0], 1.0)
+    assert Records(path).model("one", 1) == (1.0, [1.0])
+
+
+def test_the_users_own_database_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIGHTNING_BAQE_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be used now"):
+        records = Records()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said in other words where SQLite finds it out
+        records.add_model("one", 1, [1.0], 1.0)
+        assert records.model("one", 1) is None
+    with pytest.raises(ConfigError, match="cannot be made or written"):
+        Records(tmp_path / "file" / "records.db")

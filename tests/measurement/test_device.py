@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_device import FakeDevice
 
@@ -47,3 +51,23 @@ def test_a_turn_has_all_its_samples() -> None:
     assert KernelTurn((), exact=False).samples_us == ()  # a wrong result needs no samples
     with pytest.raises(MeasurementError, match=f"has {REPEATS} samples, the device gave 1"):
         KernelTurn((3.0,), exact=True)
+
+
+_ASKS_AND_DIES = """
+import os, sys, threading
+from lightning_baqe.measurement.worker_process import WorkerProcess
+process = WorkerProcess()
+process._running()
+print(process._process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux kills children of dead parents, others are asked to end")
+def test_a_worker_does_not_outlive_who_asks() -> None:
+    done = subprocess.run([sys.executable, "-c", _ASKS_AND_DIES], stdout=subprocess.PIPE, text=True, check=False)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the measuring process is still there"
+        time.sleep(0.1)
