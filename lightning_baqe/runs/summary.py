@@ -22,7 +22,7 @@ from lightning_baqe.errors import ConfigError, DataError
 from lightning_baqe.files import MIB, check_schema, parse_json, read_file, replace_file
 
 Width = int | tuple[int, ...]  # bits of a layer's weights, or of each of its output channels
-Name = Annotated[str, Field(pattern=r"^\w[\w. +=-]*$")]  # of a baseline, and of a folder after it
+Name = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]  # of a baseline, and of a folder after it
 _MOST_BYTES = 1024 * MIB
 VERSION = 1  # of summary.json; a file without one is of the first
 RESUME = "Start the run again with the same run_dir: it resumes from study.db and writes the summary anew."

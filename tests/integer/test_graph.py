@@ -143,13 +143,13 @@ def test_operands(shapes: tuple[tuple[int, ...], ...], result: tuple[int, ...], 
     if fits:
         assert IntegerGraph(tuple(nodes), {}).run(torch.zeros(2, 1)).shape == (2, *result)
     else:
-        with pytest.raises(ConfigError, match=r"'c' has operands of shapes.*or 1"):
+        with pytest.raises(ConfigError, match=r"'c' .*(its type has the shape|same size or 1)"):
             IntegerGraph(tuple(nodes), {})
 
 
 def test_refusals() -> None:
     start = ir.Input(name="x", inputs=(), type=ir.TensorType((2, 3, 4)))
-    with pytest.raises(ConfigError, match=r"\(3, 4\).*\(features,\)"):
+    with pytest.raises(ConfigError, match=r"\(features,\).*not \(3, 4\)"):
         IntegerGraph((replace(start, type=ir.TensorType((3, 4))),), {})
     index = torch.arange(24)
     move = ir.Move(name="m", inputs=("x",), type=ir.TensorType((24,)), index=index)

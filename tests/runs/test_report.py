@@ -101,7 +101,7 @@ def test_text_of_the_summary_is_escaped(tmp_path: Path) -> None:
         entry["phase"] = evil
         entry["bits"] = {evil: [8, 8]}
     for entry in summary["baselines"]:
-        entry["name"] = evil
+        entry["name"] = evil.replace("/", "")  # names of folders
     page = page_of(summary, tmp_path)
     assert "<img" not in page
     assert "alert(1)</script>" not in page
