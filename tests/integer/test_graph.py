@@ -155,7 +155,7 @@ def test_refusals() -> None:
     move = ir.Move(name="m", inputs=("x",), type=ir.TensorType((24,)), index=index)
     IntegerGraph((start, move), {})
     for wrong in (index + 1, index - 2):
-        with pytest.raises(ConfigError, match=r"'m' takes elements .* of 24"):
+        with pytest.raises(ConfigError, match=r"'m' .* take .* of 0\.\.23"):
             IntegerGraph((start, replace(move, index=wrong)), {})
     with pytest.raises(ConfigError, match=r"int64 .*\(24,\).*\(12,\)"):
         replace(move, index=index[:12])
