@@ -443,9 +443,9 @@ def _want_one(node: Node, name: str, factor: Dyadic) -> None:
 
 
 def _want_zero_point(node: Node, zero_point: int, kind: TensorType) -> None:
-    low, high = (limit - zero_point for limit in kind.limits)
-    inside = _INT32[0] <= low and high <= _INT32[1]
-    _want(node, inside, f"{_name(kind)} less its zero point {zero_point} leave 32 bits")
+    # The range of accumulators is nominal; times 31 bits and rounded, what is left of the zero point fits 64 bits.
+    farthest = _farthest(kind, zero_point)
+    _want(node, farthest <= 2**31 + 2**16, f"{_name(kind)} less its zero point {zero_point} leave 32 bits")
 
 
 def _farthest(kind: TensorType, zero_point: int) -> int:

@@ -170,9 +170,9 @@ def _parsed(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if len(line) > _MOST_BYTES:
             raise DataError(f"{name}: more than {_MOST_BYTES} bytes, no record has that many; nothing was imported")
         try:
-            row = parse_json(line, name)
+            row = parse_json(line, f"{name}: it")
             _check(row)
-        except (DataError, ConfigError) as error:
+        except (DataError, ConfigError, OverflowError) as error:  # of whole numbers beyond floats
             text = str(error) if isinstance(error, DataError) else f"{name}: {error}"
             raise DataError(f"{text}; nothing was imported") from error
         yield number, row

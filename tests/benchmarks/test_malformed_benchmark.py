@@ -10,7 +10,7 @@ from lightning_baqe.benchmarks.malformed import FORMATS, RIGHT, Format, main, ou
 from lightning_baqe.errors import DataError
 
 
-@pytest.mark.parametrize("name", ["bit-config", "integer graph", "tensors", "summary", "configuration", "rows"])
+@pytest.mark.parametrize("name", ["bit-config", "summary", "configuration", "rows"])
 def test_a_few_of_each(name: str) -> None:
     rows = rows_of(name, 12, seed=0)
     assert len(rows) == 12
