@@ -203,6 +203,8 @@ def _read(folder: Path, name: str) -> bytes:
 
 def _file_digest(path: Path) -> str:
     try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES[path.name]:
+            raise BuildError(f"{path} is no file, or larger than {_MOST_BYTES[path.name]} bytes: {_ADVICE}")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

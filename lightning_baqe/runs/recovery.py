@@ -33,6 +33,10 @@ ADVICE = (
     "start the same command with search.recover=true: it begins the study anew from study.backup.db, summary.json and "
     "the artifacts, and keeps the damaged file beside it"
 )
+_OUT_OF_REACH = (
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR),
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
+)
 # What Optuna, SQLAlchemy and we raise on rows that hold something else than was written.
 UNREADABLE = (
     *(sqlite3.DatabaseError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, BaqeError),
@@ -67,8 +71,24 @@ def damage(path: Path, check: Any) -> str | None:
         finally:
             storage.engine.dispose()
     except UNREADABLE as error:
+        if is_out_of_reach(error):
+            raise  # a study that is in use, or on a full disk, is not damaged: it stays where it is
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether a database is locked, full, unwritable or not answering, rather than damaged."""
+    while error is not None:
+        if (
+            isinstance(error, sqlite3.OperationalError)
+            and getattr(error, "sqlite_errorcode", 0) & 0xFF in _OUT_OF_REACH
+        ):
+            return True
+        if isinstance(error, sqlalchemy.exc.OperationalError) and not isinstance(error.orig, sqlite3.Error):
+            return True  # a server's
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def restore(run_dir: Path, check: Any) -> None:

@@ -33,6 +33,7 @@ from lightning_baqe.runs.recovery import (
     UNREADABLE,
     add_trials,
     back_up,
+    is_out_of_reach,
     summary_of,
 )
 from lightning_baqe.runs.report import write_report
@@ -375,6 +376,8 @@ def refusing_damage(advice: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
+        if is_out_of_reach(error):
+            raise
         raise ConfigError(f"the study is damaged ({type(error).__name__}: {error}): {advice}") from error
 
 
