@@ -176,12 +176,7 @@ def _flat(values: torch.Tensor, dtype: str = "int32") -> Maker:
     return partial(np.array, values.numpy().ravel(), dtype)
 
 
-def _table(node: ir.Table, source: Layout, kind: ir.TensorType, result: Layout, target: CpuTarget) -> Kernel:
-    if kind.low != node.input_low or kind.high != node.input_low + len(node.table) - 1:
-        raise BuildError(
-            f"{node.name!r}: a table of {len(node.table)} entries from {node.input_low} on does not fit its input's "
-            f"range {kind.low}..{kind.high}; give one entry for each integer of the range"
-        )
+def _table(node: ir.Table, source: Layout, result: Layout, target: CpuTarget) -> Kernel:
     if _bytes_to_bytes(source, result, target):
         return _byte_table(node, source, result)
     by_byte, entries = partial(_byte_results, node, source, result), _flat(node.table, result.dtype)
