@@ -20,6 +20,7 @@ from lightning_baqe.errors import BaqeError
 from lightning_baqe.files import make_folder
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.resources import shortage
 from lightning_baqe.runs.loggers import log_entry, log_results
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.promises import Promises
@@ -243,6 +244,8 @@ class SearchLoop:
                 model = model if device.type == "cpu" else copy.deepcopy(model).cpu()
                 entry = entry.completed(self.context.evaluate(model, entry.key, turn.schedules), fake)
             except BaqeError as error:
+                if shortage(error):
+                    raise  # the next trial would fare no better
                 turn.failure = f"{type(error).__name__}: {error}"
         if turn.failure is not None:
             entry = entry.model_copy(update={"state": "failed", "error": turn.failure})

@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_baqe.resources import want_room
+
 _MARK = re.compile(r"(?:^\..+\.|^lightning_baqe-)(?P<table>[0-9a-f]{8})-(?P<pid>[0-9]+)(?:\.tmp$|-)")
 _FOREIGN_S = 7 * 24 * 3600.0  # after which another machine's are taken for left
 
@@ -49,15 +51,21 @@ def scratch_folder(owner: object) -> Path:
     """A new folder in the system's temporary one, removed with its owner or with the process.
 
     Raises:
-        OSError: none can be made.
+        OSError: none can be made, or there is no room to compile in it.
     """
+    want_room(tempfile.gettempdir())
     folder = tempfile.mkdtemp(prefix=f"lightning_baqe-{_mark()}-")
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A context with a new folder in the system's temporary one."""
+    """A context with a new folder in the system's temporary one.
+
+    Raises:
+        OSError: none can be made, or there is no room to compile in it.
+    """
+    want_room(tempfile.gettempdir())
     return tempfile.TemporaryDirectory(prefix=f"lightning_baqe-{_mark()}-", ignore_cleanup_errors=True)
 
 

@@ -28,8 +28,8 @@ from rich.console import Console
 
 from lightning_baqe.errors import BaqeError, ConfigError, DataError
 from lightning_baqe.files import MIB, make_folder, read_file, replace_file
+from lightning_baqe.resources import shortage
 from lightning_baqe.runs.interrupts import ending_in_order, interruption, status_of
-from lightning_baqe.runs.resources import shortage
 from lightning_baqe.scratch import remove_leftovers_of_run
 
 RECIPES = "lightning_baqe.recipes"
@@ -87,9 +87,6 @@ def _run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return USAGE
-    except BaqeError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
-        return FAILED
     except (KeyboardInterrupt, SystemExit) as error:
         interrupted = interruption(error)
         if interrupted is None:
@@ -99,10 +96,12 @@ def _run(arguments: Sequence[str]) -> int:
         return status_of(interrupted)
     except Exception as error:
         missing = shortage(error)
-        if missing is None:
+        if missing is None and not isinstance(error, BaqeError):
             raise
-        console.print(f"{type(error).__name__}: {error}\n{missing}.", style="red", markup=False, soft_wrap=True)
-        _say_how_to_go_on(console, arguments, run_dir)
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        if missing is not None:
+            console.print(f"What is missing: {missing}.", style="red", markup=False, soft_wrap=True)
+            _say_how_to_go_on(console, arguments, run_dir)
         return FAILED
     return 0
 

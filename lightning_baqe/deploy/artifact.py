@@ -17,6 +17,7 @@ from tvm import relax
 
 from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.compiler import ALL, MAIN, compile_plan, constants
+from lightning_baqe.deploy.objects import link
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.deploy.storage import (
     BITS,
@@ -118,7 +119,7 @@ class Artifact:
         if self._library is None:
             library = scratch_folder(self) / MODULE
             try:
-                self._executable.export_library(str(library))
+                link(self._executable, library)
             except RuntimeError as error:
                 raise BuildError(
                     f"the module cannot be linked; is a C++ compiler (g++ or clang) installed? {error}"

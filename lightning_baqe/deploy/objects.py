@@ -7,6 +7,7 @@ kernel's key, the target, and a digest of the toolchain and of the sources that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import warnings
@@ -21,6 +22,7 @@ from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.files import cache_folder, replace_file
 from lightning_baqe.hardware.identity import digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.resources import shortage
 from lightning_baqe.scratch import temporary_folder
 
 LIMIT_BYTES = 256 * 2**20  # some ten thousand kernels
@@ -114,3 +116,19 @@ class KernelObjects:
             replace_file(path, code + check)
         if check[0] < 8:  # one object in 32 is enough to look at them all
             self.prune()
+
+
+def link(module: Any, library: Path) -> None:
+    """Link compiled TVM code, a module or an executable, into a shared library.
+
+    Raises:
+        RuntimeError: it cannot be linked.
+        OSError: there is no room for it.
+    """
+    with temporary_folder() as folder:  # TVM's own would stay where the process is killed
+        try:
+            module.export_library(str(library), workspace_dir=folder)
+        except RuntimeError as error:
+            if missing := shortage(error):
+                raise OSError(errno.ENOSPC, f"No space left on device: {missing}", str(library)) from error
+            raise

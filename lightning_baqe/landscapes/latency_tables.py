@@ -25,6 +25,7 @@ from torch import nn
 from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.digest import fingerprint
+from lightning_baqe.deploy.objects import link
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import MeasurementError
@@ -346,7 +347,7 @@ def _measure_call(call: Call, arguments: Sequence[np.ndarray], target: CpuTarget
         def files() -> tuple[Path, Path]:
             library, stored = Path(place) / "kernel.so", Path(place) / "arguments.npz"
             function = call.function().with_attr("global_symbol", "main")
-            tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm)).export_library(str(library))
+            link(tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm)), library)
             save_arguments(stored, arguments[:-1], arguments[-1][:-SLACK])
             return library, stored
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_baqe.deploy.objects import KernelObjects
+from lightning_baqe.deploy.objects import KernelObjects, link
 from lightning_baqe.errors import BuildError, MeasurementError
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.sample import KernelSample, sample_kernel
@@ -22,6 +22,7 @@ from lightning_baqe.kernels.specs import TunableSpec, build_kernel, kernel_key
 from lightning_baqe.kernels.tunable import template_of
 from lightning_baqe.measurement.database import KernelRecord, Records
 from lightning_baqe.measurement.device import REPEATS, Device, Kernel, KernelTurn
+from lightning_baqe.resources import shortage
 from lightning_baqe.tuning.strategies import KernelSpace, Tried
 
 CONFIRM_ROUNDS = 3
@@ -121,6 +122,8 @@ def in_turns(questions: Sequence[Callable[[], KernelTurn]], rounds: int) -> list
             try:
                 answer = question()
             except (BuildError, MeasurementError) as error:
+                if shortage(error):
+                    raise  # no word on the kernel
                 reasons[index] = str(error)
                 continue
             samples[index] += answer.samples_us
@@ -155,7 +158,7 @@ def compile_kernel(spec: TunableSpec, target: CpuTarget, knobs: dict[str, Any], 
     """
     build = functools.partial(build_kernel, spec, knobs)
     try:
-        KernelObjects().library(kernel_key(spec, knobs), target, build).export_library(str(path))
+        link(KernelObjects().library(kernel_key(spec, knobs), target, build), path)
     except (RuntimeError, ValueError) as error:
         raise BuildError(f"the kernel with knobs {knobs} does not compile for {target.mcpu}: {error}") from error
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator
+
+from lightning_baqe.errors import BaqeError
+
+ROOM_BYTES = 16 << 20  # of scratch space for whatever is compiled at once
 
 _BY_NUMBER = {
     **dict.fromkeys(
@@ -42,9 +47,21 @@ def shortage(error: BaseException) -> str | None:
             return _BY_NUMBER[errno.ENOMEM]
         if isinstance(one, OSError) and one.errno in _BY_NUMBER:
             return _BY_NUMBER[one.errno]
-        # PyTorch and SQLite tell in words only.
-        if isinstance(one, RuntimeError | OSError | sqlite3.Error):
+        # PyTorch, SQLite, linkers and the measuring process tell in words only.
+        if isinstance(one, RuntimeError | OSError | sqlite3.Error | BaqeError):
             for pattern, advice in _BY_TEXT.items():
                 if re.search(pattern, str(one)):
                     return advice
     return None
+
+
+def want_room(folder: str, room_bytes: int = ROOM_BYTES) -> None:
+    """See that there is room on a disk before something is compiled: LLVM ends the process where there is none.
+
+    Raises:
+        OSError: ENOSPC, there is less.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < room_bytes:
+        why = f"No space left on device: {free} bytes are free, {room_bytes} wanted to compile"
+        raise OSError(errno.ENOSPC, why, folder)

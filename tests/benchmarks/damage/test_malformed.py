@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_baqe.benchmarks.malformed import FORMATS, RIGHT, Format, main, outcome_of, rows_of, spoiled_bytes
+from lightning_baqe.benchmarks.damage.formats import FORMATS
+from lightning_baqe.benchmarks.damage.malformed import main, rows_of
+from lightning_baqe.benchmarks.damage.watched import RIGHT, outcome_of
 from lightning_baqe.errors import DataError
 
 
@@ -40,5 +42,4 @@ def test_each_outcome_is_told(tmp_path: Path) -> None:
         raise MemoryError
 
     for read, wanted in ((refuse, "refused"), (fail, "traceback"), (take, "hang"), (lambda folder: None, "read")):
-        form = Format("file", lambda folder: None, read, spoiled_bytes)
-        assert outcome_of(form, tmp_path)[0] == wanted
+        assert outcome_of(read, tmp_path)[0] == wanted

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from lightning_baqe.runs.resources import shortage
+from lightning_baqe.resources import shortage
 
 
 def chained(first: BaseException, second: BaseException) -> BaseException:
