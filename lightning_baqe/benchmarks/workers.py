@@ -113,11 +113,14 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, l
     rng = np.random.default_rng(os.getpid())
     space, sampler, reference, answer = job_of(landscape, initial)
     study = SearchStudy(Path(folder), storage, {"recipe": NAME, "model": "none", "dataset": "none"}, name=NAME)
-    with study.lock:
+
+    def prepare() -> None:
         study.known_space({"space": space.record()})
         study.open(space, sampler)
         if study.float_result is None:
             study.keep(FLOAT_FIGURES, reference.record())
+
+    study.alone(prepare)
     waited = proposing = 0.0
     done = 0
     while study.complete_count < trials:
