@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = base / str(processes)
             storage = options.storage
             if storage == "postgres":
-                storage = stack.enter_context(postgres.server())
+                storage = stack.enter_context(postgres.server()).url
             elif storage == "sqlite":
                 folder.mkdir()
                 storage = f"sqlite:///{folder / 'study.db'}"

@@ -85,11 +85,11 @@ class Patience:
 
     def _tell(self, error: ConnectionLost) -> None:
         self._outages += 1
-        again = f", for the {self._outages}th time" if self._outages > 1 else ""  # so that Python shows it again
+        again = f", outage {self._outages}" if self._outages > 1 else ""  # so that Python shows it again
         warnings.warn(
             f"{self._database} does not answer{again} ({error}): waiting for it, up to {self._limit_s:.0f} s",
             UserWarning,
-            stacklevel=6,
+            stacklevel=2,
         )
 
 

@@ -18,7 +18,7 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -65,7 +65,8 @@ class StudyLock:
         stack = self._entered.pop()
         if error is None or isinstance(error, Exception):
             stack.close()  # where the lock was lost that is what counts, whatever else came of it
-        else:
+            return
+        with suppress(ConnectionLost):  # an interruption stays one
             stack.__exit__(kind, error, trace)
 
     def _forget(self) -> None:

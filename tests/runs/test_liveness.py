@@ -45,8 +45,8 @@ def test_four_workers_and_sqlite(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(postgres.missing() is not None, reason=str(postgres.missing()))
 def test_four_workers_and_postgresql(tmp_path: Path) -> None:
-    with postgres.server() as url:
-        check_four_workers(tmp_path, url)
+    with postgres.server() as server:
+        check_four_workers(tmp_path, server.url)
 
 
 def open_study(folder: Path, sampler: optuna.samplers.BaseSampler | None = None) -> SearchStudy:
