@@ -111,8 +111,8 @@ class SearchLoop:
     def start(self) -> None:
         """Find out what is known before the first trial, and choose what comes first."""
         if self.trainer.is_global_zero:
-            with self.study.lock:  # one worker prepares, the others wait and find everything there
-                self.space, self._promises = self.context.prepare()
+            # One worker prepares, the others wait and find everything there.
+            self.space, self._promises = self.study.alone(self.context.prepare)
             summary = self.study.write()
             self.progress.update("resumed" if summary.done_count else "started", summary)
         self._choose()

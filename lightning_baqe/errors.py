@@ -29,6 +29,10 @@ class MeasurementError(BaqeError):
     """A measurement that crashed, timed out or gave no figure."""
 
 
+class StorageError(BaqeError):
+    """A study's database that does not answer."""
+
+
 class InfeasibleError(BaqeError):
     """Limits that no point meets."""
 

@@ -8,8 +8,10 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,40 @@ def _programs() -> Path | None:
     return next((folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that runs.
+
+    Attributes:
+        url: as SQLAlchemy takes it.
+        call: runs one of its programs with arguments.
+        data: its folder.
+    """
+
+    url: str
+    call: Callable[..., None]
+    data: str
+
+    def restart(self, mode: str = "fast", down_s: float = 0.0) -> None:
+        """Stop and start it.
+
+        Args:
+            mode: ``fast`` ends all connections in order, ``immediate`` leaves what a crash would.
+            down_s: seconds in between.
+        """
+        self.call("pg_ctl", "-D", self.data, "-w", "-m", mode, "stop")
+        time.sleep(down_s)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        folder = Path(self.data).parent
+        self.call("pg_ctl", "-D", self.data, "-w", "-o", f"-k {folder} -c listen_addresses='' -c fsync=off", "start")
+
+
 @contextmanager
-def server() -> Iterator[str]:
-    """Start an empty server that listens on a socket in a temporary folder only; gives its URL; removes all of it.
+def server() -> Iterator[Server]:
+    """Start an empty server that listens on a socket in a temporary folder only; removes all of it at the end.
 
     The server refuses to run as root: then it runs as ``postgres``, which its package brings.
 
@@ -61,11 +94,12 @@ def server() -> Iterator[str]:
             raise ConfigError(f"{program} failed: {(folder / 'log').read_text()[-2000:]}")
 
     data = str(folder / "data")
+    found = Server(f"postgresql+psycopg://baqe@/postgres?host={folder}", call, data)
     try:
         call("initdb", "-D", data, "-U", "baqe", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
-        call("pg_ctl", "-D", data, "-w", "-o", f"-k {folder} -c listen_addresses='' -c fsync=off", "start")
+        found.start()
         try:
-            yield f"postgresql+psycopg://baqe@/postgres?host={folder}"
+            yield found
         finally:
             call("pg_ctl", "-D", data, "-m", "immediate", "stop")
     finally:

@@ -1,12 +1,14 @@
-"""Several processes on one study: every trial finished once, none twice, also when one of them is killed.
+"""Several processes on one study: every trial finished once, none twice, whatever befalls them.
 
-    python -m lightning_baqe.benchmarks.workers                       # an SQLite file, four processes, one is killed
+    python -m lightning_baqe.benchmarks.workers                       # an SQLite file, four processes
     python -m lightning_baqe.benchmarks.workers --storage postgres    # a PostgreSQL server, started for it
     python -m lightning_baqe.benchmarks.workers --storage postgresql://user@host/database
+    python -m lightning_baqe.benchmarks.workers --trouble stop clock  # some of the troubles; by default all
 
 The processes do what :class:`~lightning_baqe.callbacks.BayesianSearch` does with a study in mode ``beyond``; training
-and measuring are replaced by a pause, the figures by those of a landscape. One process alone does the same first, for
-comparison.
+and measuring are replaced by a pause, the figures by those of a landscape. ``none`` is one process alone, for
+comparison; :mod:`~lightning_baqe.benchmarks.troubles` says what the others are. ``records`` is another question: eight
+processes write one records database.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +30,19 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 
-from lightning_baqe.benchmarks import postgres
+from lightning_baqe.benchmarks import postgres, troubles
+from lightning_baqe.benchmarks.record_writers import are_right as records_are_right
+from lightning_baqe.benchmarks.record_writers import write_at_once
 from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.landscapes.measured import Landscape
 from lightning_baqe.quantization.config import BitConfig, LayerBits
-from lightning_baqe.runs.liveness import PREFIX
-from lightning_baqe.runs.study import AGAIN, FLOAT_FIGURES, INTERRUPTED, OWNER, RESULT, SearchStudy, bits_entry
+from lightning_baqe.runs.study import AGAIN, FLOAT_FIGURES, INTERRUPTED, RESULT, SearchStudy, bits_entry
+from lightning_baqe.runs.study_storage import open_storage
 from lightning_baqe.runs.summary import Figures, Trial
 from lightning_baqe.search import BaqeSampler
-from lightning_baqe.search.study_lock import study_lock
+from lightning_baqe.search.patience import watch
+from lightning_baqe.search.study_sampler import POINT_KEY
 from lightning_baqe.tuning.network_space import NetworkSpace
 
 NAME = "workers"  # of the study
@@ -110,17 +114,22 @@ def job_of(landscape: str | None, initial: int) -> tuple[NetworkSpace, BaqeSampl
 
 def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, landscape: str | None) -> None:
     """Be one worker, to the end of the study; arguments as for :func:`run`."""
+    troubles.follow_the_clock()
     rng = np.random.default_rng(os.getpid())
     space, sampler, reference, answer = job_of(landscape, initial)
     study = SearchStudy(Path(folder), storage, {"recipe": NAME, "model": "none", "dataset": "none"}, name=NAME)
-    with study.lock:
+
+    def prepare() -> None:
         study.known_space({"space": space.record()})
         study.open(space, sampler)
         if study.float_result is None:
             study.keep(FLOAT_FIGURES, reference.record())
+
+    study.alone(prepare)
     waited = proposing = 0.0
     done = 0
     while study.complete_count < trials:
+        troubles.stop_where_asked(Path(folder), study.alone)
         start = time.perf_counter()
         asked = study.ask(trials)
         if asked is None:
@@ -142,66 +151,92 @@ def work(folder: str, storage: str, trials: int, pause_s: float, initial: int, l
 
 
 def run(
-    folder: Path,
+    folder: Path | str,
     storage: str,
+    trouble: str | None = None,
     processes: int = 4,
     trials: int = 40,
     pause_s: float = 1.0,
-    kill: bool = True,
     initial: int = 10,
     landscape: str | None = None,
+    stop_s: float = 60.0,
+    server: postgres.Server | None = None,
 ) -> dict[str, Any]:
     """Let several processes finish one study and tell what is in it afterwards.
 
     Args:
         folder: an empty run folder.
         storage: URL of the database; its study ``workers`` must not exist.
+        trouble: what befalls them, of :data:`~lightning_baqe.benchmarks.troubles.TROUBLES`; None: nothing.
         processes: workers at once.
         trials: complete trials to reach.
         pause_s: mean length of a trial, seconds.
-        kill: send SIGKILL to one that is in the middle of a trial, once a quarter of the trials is complete.
         initial, landscape: of :func:`job_of`.
+        stop_s: seconds that a worker is stopped for.
+        server: of the storage, where it is to be restarted.
 
     Raises:
         BaqeError: a process failed by itself.
+        ConfigError: the trouble ``clock`` wants libfaketime, which is not installed.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if trouble == "clock" and not troubles.is_under_another_clock():
+        arguments: dict[str, Any] = {
+            "folder": str(folder), "storage": storage, "trouble": trouble, "processes": processes, "trials": trials,
+            "pause_s": pause_s, "initial": initial, "landscape": landscape,
+        }  # fmt: skip
+        row: dict[str, Any] = troubles.under_another_clock("lightning_baqe.benchmarks.workers.run", **arguments)
+        return row
+    troubles.follow_the_clock()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "lightning_baqe.benchmarks.workers"])
-    target: Any = work
-    if __name__ == "__main__":
-        from lightning_baqe.benchmarks.workers import work as target  # by a name that the others can import
+    context.set_forkserver_preload(["lightning_baqe.runs.study", "lightning_baqe.benchmarks.troubles"])
     start = time.perf_counter()
     workers = [
-        context.Process(target=target, args=(str(folder), storage, trials, pause_s, initial, landscape))
+        context.Process(target=work, args=(str(folder), storage, trials, pause_s, initial, landscape))
         for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
-    victim, study, database = None, None, None
-    while any(worker.is_alive() for worker in workers):
-        database = database or _database(storage)
-        study = study or (_study(database) if kill and database is not None else None)
-        if study is not None and victim is None:
-            victim = _kill_one(study, trials // 4, workers)
-        time.sleep(0.1)
-    seconds = time.perf_counter() - start
-    failed = [worker.exitcode for worker in workers if worker.exitcode and worker is not victim]
-    if failed:
-        raise BaqeError(f"{len(failed)} of {processes} workers failed by themselves, with {failed}")
-    assert database is not None
+    scene, goes_on, database = None, None, None
     try:
-        return {"processes": processes, "killed": victim is not None, "seconds": seconds, **_look(folder, database)}
+        while any(worker.is_alive() for worker in workers):
+            database = database or _database(storage)
+            study = _study(database) if scene is None and database is not None else None
+            if study is not None:
+                scene = troubles.Scene(folder, study, trials, workers, stop_s, server)
+                goes_on = troubles.TROUBLES[trouble](scene) if trouble is not None else None
+            if goes_on is not None:
+                next(goes_on, None)
+            time.sleep(0.1)
+        seconds = time.perf_counter() - start
+        killed = [] if scene is None else scene.killed
+        failed = [worker.exitcode for worker in workers if worker.exitcode and worker not in killed]
+        if failed:
+            raise BaqeError(f"{len(failed)} of {processes} workers failed by themselves, with {failed}")
+        assert database is not None
+        assert scene is not None
+        return {
+            "trouble": trouble or "none",
+            "processes": processes,
+            "happened": scene.happened,
+            "seconds": seconds,
+            **_look(folder, database),
+        }
     finally:
-        database.engine.dispose()  # psycopg warns of connections that nobody closed
+        if goes_on is not None:
+            goes_on.close()  # nobody stays stopped
+        if database is not None:
+            database.engine.dispose()  # psycopg warns of connections that nobody closed
 
 
 def _database(storage: str) -> RDBStorage | None:
     """The database, None as long as an SQLite file is not there."""
     if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).exists():
         return None
-    with study_lock(storage, "tables"):  # a worker may be creating them
-        return RDBStorage(storage)
+    database = open_storage(storage)
+    watch(database.engine)
+    return database
 
 
 def _study(database: RDBStorage) -> optuna.Study | None:
@@ -211,32 +246,18 @@ def _study(database: RDBStorage) -> optuna.Study | None:
     return optuna.load_study(study_name=NAME, storage=database)
 
 
-def _kill_one(study: optuna.Study, after: int, workers: Sequence[Any]) -> Any | None:
-    """Kill a worker that is in the middle of a trial, if enough trials are complete."""
-    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < after:
-        return None
-    attributes = study.user_attrs
-    for trial in reversed(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))):  # began last
-        record = attributes.get(f"{PREFIX}{trial.user_attrs.get(OWNER)}")
-        victim = next((w for w in workers if record is not None and w.pid == record["pid"]), None)
-        if victim is not None:
-            os.kill(victim.pid, signal.SIGKILL)
-            victim.join()
-            return victim
-    return None
-
-
 def _look(folder: Path, database: RDBStorage) -> dict[str, Any]:
     trials = optuna.load_study(study_name=NAME, storage=database).get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     interrupted = [t for t in trials if t.user_attrs.get(RESULT, {}).get("error") == INTERRUPTED]
-    again = {trial.user_attrs[AGAIN] for trial in complete if AGAIN in trial.user_attrs}
+    had_points = [t for t in interrupted if t.params or {"fixed_params", POINT_KEY} & t.system_attrs.keys()]
+    again = {trial.user_attrs.get(AGAIN) for trial in trials}
     reports = [json.loads(path.read_text()) for path in folder.glob("worker_*.json")]
     return {
         "complete": len(complete),
-        "duplicates": len(complete) - len({json.dumps(trial.params, sort_keys=True) for trial in complete}),
+        "doubled": len(complete) - len({json.dumps(trial.params, sort_keys=True) for trial in complete}),
         "interrupted": len(interrupted),
-        "lost": len({trial.number for trial in interrupted} - again),
+        "lost": len({trial.number for trial in had_points} - again),
         "others": len(trials) - len(complete) - len(interrupted),
         "gaps": len(trials) - 1 - max(trial.number for trial in trials),
         "by_worker": sorted((report["trials"] for report in reports), reverse=True),
@@ -245,42 +266,84 @@ def _look(folder: Path, database: RDBStorage) -> dict[str, Any]:
     }
 
 
+def _is_right(row: Mapping[str, Any], trials: int) -> bool:
+    return row["complete"] == trials and not row["doubled"] and not row["lost"]
+
+
+def _troubles_for(storage: str) -> list[str]:
+    """What can be done here; what cannot is said."""
+    found = ["none", *troubles.TROUBLES, "records"]
+    if storage != "postgres":
+        found.remove("restart")  # of a server that is not ours, or of none
+    if lacking := troubles.missing():
+        found.remove("clock")
+        print(f"the trouble clock is left out: {lacking}")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what one and what several processes did. Returns the exit status: 1 if a trial was lost or done twice."""
+    """Print what befell the workers and what is in their studies. Returns the exit status: 1 if a trial or record was
+    lost or done twice, or a call of the records took more than a second.
+    """
     parser = argparse.ArgumentParser(prog="python -m lightning_baqe.benchmarks.workers")
+    known = ["none", *troubles.TROUBLES, "records"]
     parser.add_argument("--storage", default="sqlite", help="sqlite, postgres (starts a server), or a URL")
+    parser.add_argument("--trouble", nargs="+", choices=known, help="by default all that can be done here")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--initial", type=int, default=10, help="trials of the initial design")
     parser.add_argument("--pause", type=float, default=2.0, help="mean length of a trial, seconds")
+    parser.add_argument("--stop-s", type=float, default=60.0, help="seconds that a worker is stopped for")
+    parser.add_argument("--writers", type=int, default=8, help="processes that write records")
+    parser.add_argument("--records", type=int, default=200, help="records that each of them writes")
     parser.add_argument("--landscape", default="mobilenet_v2_glyphs", help="that answers: a shipped one, or a path")
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     options = parser.parse_args(arguments)
     if options.storage not in ("sqlite", "postgres") and "://" not in options.storage:
         parser.error(f"--storage is sqlite, postgres or a database's URL, got {options.storage!r}")
+    wanted = options.trouble or _troubles_for(options.storage)
+    if "restart" in wanted and options.storage != "postgres":
+        parser.error(f"--trouble restart is for --storage postgres, got {options.storage!r}")
+    if "clock" in wanted and troubles.missing():
+        parser.error(f"--trouble clock: {troubles.missing()}")
     rows = []
-    with ExitStack() as stack:
-        base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for processes in (1, options.processes):
-            folder = base / str(processes)
-            storage = options.storage
-            if storage == "postgres":
-                storage = stack.enter_context(postgres.server())
-            elif storage == "sqlite":
-                folder.mkdir()
-                storage = f"sqlite:///{folder / 'study.db'}"
-            rows.append(
-                run(folder, storage, processes, options.trials, options.pause, processes > 1, options.initial,
-                    options.landscape)
-            )  # fmt: skip
-            if "://" in options.storage:
-                optuna.delete_study(study_name=NAME, storage=storage)
-    title = f"{options.trials} trials of {options.pause:g} s on {options.landscape}, {options.storage}"
-    cells = ([f"{value:.1f}" if isinstance(value, float) else value for value in row.values()] for row in rows)
-    Console(width=160).print(table_of(title, [name.replace("_", " ") for name in rows[0]], rows=cells))
+    console = Console(width=160)
+    with tempfile.TemporaryDirectory() as base:
+        for name in [name for name in wanted if name != "records"]:
+            rows.append(_row(name, Path(base) / name, options))
+        written = write_at_once(Path(base), options.writers, options.records) if "records" in wanted else None
+    if rows:
+        title = f"{options.trials} trials of {options.pause:g} s on {options.landscape}, {options.storage}"
+        cells = ([f"{value:.1f}" if isinstance(value, float) else value for value in row.values()] for row in rows)
+        headings = [name.replace("_", " ") for name in rows[0]]
+        console.print(table_of(title, headings, ("trouble",), cells))
+    if written is not None:
+        title = f"{options.writers} processes write {options.records} records each"
+        console.print(table_of(title, [name.replace("_", " ") for name in written], (), [written.values()]))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    return int(any(row["complete"] != options.trials or row["duplicates"] or row["lost"] for row in rows))
+        options.json.write_text(json.dumps({"workers": rows, "records": written}, indent=1))
+    right = all(_is_right(row, options.trials) for row in rows) and (written is None or records_are_right(written))
+    return int(not right)
+
+
+def _row(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One run of the workers, on a database of its own."""
+    with ExitStack() as stack:
+        server, storage = None, options.storage
+        if storage == "postgres":
+            server = stack.enter_context(postgres.server())
+            storage = server.url
+        elif storage == "sqlite":
+            folder.mkdir()
+            storage = f"sqlite:///{folder / 'study.db'}"
+        trouble, processes = (None, 1) if name == "none" else (name, options.processes)
+        row = run(
+            folder, storage, trouble, processes, options.trials, options.pause, options.initial, options.landscape,
+            options.stop_s, server,
+        )  # fmt: skip
+        if "://" in options.storage:
+            optuna.delete_study(study_name=NAME, storage=storage)
+        return row
 
 
 if __name__ == "__main__":

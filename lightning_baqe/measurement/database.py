@@ -7,7 +7,8 @@ another machine measured is believed where the same versions generate the same c
 database is never measured again.
 
 The database serves a run and never stops it: a damaged one is set aside, one that is locked or cannot be written is
-waited for no longer than a second, and then done without for a while. What could not be written is written later.
+waited for no longer than a second, and then done without for a while. What could not be written is written later, at
+the process's end at the latest; what cannot be written then either is told.
 
 | table | key | what else |
 | --- | --- | --- |
@@ -47,67 +48,16 @@ from lightning_baqe.files import cache_folder, make_folder
 from lightning_baqe.hardware.identity import device_info, device_key, digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.kernels.specs import Spec
+from lightning_baqe.measurement.records_tables import KINDS, ORIGIN, prepare
 
 Identity = Callable[[int], Mapping[str, Any]]
-VERSION = 2
 _RETRY_S = 30.0
 _HEADER = b"SQLite format 3\0"
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_FORMAT)
-_Write = tuple[str, Sequence[Any], str]  # kind of record, row, what SQLite does where its key is there
+_Write = tuple[str, Sequence[Any], str]  # kind of record, row, what is done where its key is there
+_PATIENCE_S = 1.0  # of a call, all that it waits for together
 _Found = TypeVar("_Found")
-_TEXT, _REAL = "TEXT NOT NULL", "REAL NOT NULL"
-_ORIGIN = {"device": f"{_TEXT} REFERENCES devices", "toolchain": f"{_TEXT} REFERENCES toolchains"}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of record.
-
-    Args:
-        table: where it is kept.
-        key, figures: ``{column: its SQL type}``.
-    """
-
-    table: str
-    key: Mapping[str, str]
-    figures: Mapping[str, str]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """All columns in order."""
-        return (*self.key, *self.figures)
-
-    def insert(self, connection: sqlite3.Connection, row: Sequence[Any], conflict: str = "REPLACE") -> None:
-        """Keep a row; ``conflict`` is what SQLite does where its key is there already."""
-        marks = ", ".join("?" * len(row))
-        connection.execute(f"INSERT OR {conflict} INTO {self.table} VALUES ({marks})", row)
-
-    def find(self, connection: sqlite3.Connection, key: Sequence[Any]) -> tuple[Any, ...] | None:
-        """The figures of a key, None if there are none."""
-        where = " AND ".join(f"{name} = ?" for name in self.key)
-        query = f"SELECT {', '.join(self.figures)} FROM {self.table} WHERE {where}"
-        found: tuple[Any, ...] | None = connection.execute(query, key).fetchone()
-        return found
-
-
-KINDS = {
-    "device": Kind("devices", {"id": _TEXT}, {"info": _TEXT}),
-    "toolchain": Kind("toolchains", {"id": _TEXT}, {"versions": _TEXT}),
-    "kernel": Kind(
-        "kernels",
-        {**_ORIGIN, "target": _TEXT, "operator": _TEXT, "spec": _TEXT, "knobs": _TEXT, "code": _TEXT},
-        {"latency_us": "REAL", "samples_us": _TEXT, "exact": "INTEGER", "error": "TEXT", "measured_at": _REAL},
-    ),
-    "model": Kind(
-        "models", {**_ORIGIN, "plan": _TEXT}, {"latency_us": _REAL, "samples_us": _TEXT, "measured_at": _REAL}
-    ),
-    "peak": Kind(
-        "peaks",
-        {**_ORIGIN, "target": _TEXT, "dot": _TEXT, "chain": "INTEGER NOT NULL", "code": _TEXT},
-        {"gmacs": _REAL, "measured_at": _REAL},
-    ),
-}
 
 
 def default_records_path() -> Path:
@@ -184,16 +134,17 @@ class Records:
                 raise _unwritable(self.path, error) from error
             self._do_without(error)
 
-    def _open(self, patience_s: float = 1.0) -> None:
+    def _open(self, deadline: float | None = None) -> None:
         """Make the tables; a damaged file is set aside first."""
+        deadline = time.monotonic() + _PATIENCE_S if deadline is None else deadline
         for attempt in range(2):
             try:
-                with self._connected(patience_s) as connection:
+                with self._connected(deadline) as connection:
                     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                         connection.execute("PRAGMA journal_mode = WAL")
-                with self._connected(patience_s) as connection, connection:
+                with self._connected(deadline) as connection, connection:
                     connection.execute("BEGIN IMMEDIATE")
-                    _prepare(connection, self.path)
+                    prepare(connection, self.path)
                 self._is_ready = True
                 return
             except sqlite3.DatabaseError as error:
@@ -230,18 +181,20 @@ class Records:
             )
 
     @contextmanager
-    def _connected(self, timeout_s: float) -> Iterator[sqlite3.Connection]:
+    def _connected(self, deadline: float) -> Iterator[sqlite3.Connection]:
+        timeout_s = max(0.0, deadline - time.monotonic())
         with closing(sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None)) as connection:
             yield connection
 
     def _serve(self, work: Callable[[sqlite3.Connection], _Found], otherwise: _Found) -> _Found:
         """What work finds in the database; otherwise where that cannot be used now."""
-        patience_s = 1.0 if time.monotonic() >= self._not_before else 0.0
+        now = time.monotonic()
+        deadline = now + _PATIENCE_S if now >= self._not_before else now
         for attempt in range(2):
             try:
                 if not self._is_ready:
-                    self._open(patience_s)
-                with self._connected(patience_s) as connection:
+                    self._open(deadline)
+                with self._connected(deadline) as connection:
                     return work(connection)
             except (sqlite3.DatabaseError, ConfigError) as error:
                 if isinstance(error, ConfigError) or not is_damage(error) or attempt:
@@ -267,12 +220,29 @@ class Records:
             self._pending.clear()
         elif not self._is_tried_at_exit:
             self._is_tried_at_exit = True
-            atexit.register(self._write_pending)
+            atexit.register(self._end)
+
+    def flush(self) -> int:
+        """Write what could not be written yet, waiting up to a second for it. Returns how many records still are not
+        written.
+        """
+        self._not_before = 0.0
+        self._write_pending()
+        return sum(kind not in ORIGIN for kind, *_ in self._pending)
+
+    def _end(self) -> None:
+        if lost := self.flush():
+            warnings.warn(
+                f"{lost} records could not be written to {self.path} before the process ended: what they say is "
+                "measured again",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection for queries, whose errors are the caller's."""
-        with self._connected(30) as connection:
+        with self._connected(time.monotonic() + 30) as connection:
             yield connection
 
     @contextmanager
@@ -326,9 +296,7 @@ class Records:
         """
         if not (math.isfinite(gmacs) and gmacs > 0):
             raise ConfigError(f"a peak is a finite positive number of GMAC/s, got {gmacs}")
-        known = self.peak(target, dot, chain)
-        if known is None or gmacs > known:
-            self._keep("peak", 1, (*self._peak_key(target, dot, chain), gmacs, time.time()))
+        self._keep("peak", 1, (*self._peak_key(target, dot, chain), gmacs, time.time()), "LARGER")
 
     def peak(self, target: CpuTarget, dot: str, chain: int) -> float | None:
         """The kept peak in GMAC/s, None if it was never measured with the code there is now."""
@@ -344,11 +312,11 @@ class Records:
         """The ids of the device and the toolchain."""
         return device_key(self.identity(threads)), digest(toolchain())
 
-    def _keep(self, kind: str, threads: int, row: Sequence[Any]) -> None:
+    def _keep(self, kind: str, threads: int, row: Sequence[Any], conflict: str = "REPLACE") -> None:
         """Write a row, and before it those of the device and the toolchain."""
-        for about, key, what in zip(_ORIGIN, self._origin(threads), (self.identity(threads), toolchain()), strict=True):
+        for about, key, what in zip(ORIGIN, self._origin(threads), (self.identity(threads), toolchain()), strict=True):
             self._pending.append((about, (key, canonical(what)), "IGNORE"))
-        self._pending.append((kind, row, "REPLACE"))
+        self._pending.append((kind, row, conflict))
         self._write_pending()
 
     def _checked(self, table: str, read: Callable[..., _Found], *row: Any) -> _Found | None:
@@ -464,41 +432,3 @@ def _begins_like_sqlite(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(_HEADER)) == _HEADER
-
-
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Create the tables, or set those of version 1 aside."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if version == VERSION:
-        if lacking := sorted({kind.table for kind in KINDS.values()} - tables):
-            raise sqlite3.DatabaseError(f"it lacks the tables {', '.join(lacking)}")
-        return
-    if version > VERSION:
-        raise ConfigError(
-            f"{path} has version {version} of the records, this package reads {VERSION}: update the package, or give "
-            "another database (LIGHTNING_BAQE_CACHE is the folder of the default one)"
-        )
-    if tables and not {"kernels", "models"} <= tables:
-        raise ConfigError(f"{path} is a database of something else, with the tables {sorted(tables)}: give another")
-    if tables:
-        _rename_old(connection, path)
-    for kind in KINDS.values():
-        columns = ", ".join(f"{name} {meaning}" for name, meaning in {**kind.key, **kind.figures}.items())
-        connection.execute(f"CREATE TABLE {kind.table} ({columns}, PRIMARY KEY ({', '.join(kind.key)}))")
-    connection.execute(f"PRAGMA user_version = {VERSION}")
-
-
-def _rename_old(connection: sqlite3.Connection, path: Path) -> None:
-    """Rename the tables of version 1: their keys do not say which code was measured, nor in words on which device."""
-    counts = []
-    connection.execute("DROP INDEX IF EXISTS kernels_by_spec")
-    for name in ("kernels", "models"):
-        counts.append(connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
-        connection.execute(f"ALTER TABLE {name} RENAME TO {name}_v1")
-    if any(counts):
-        warnings.warn(
-            f"{path} was written by an older version; its {counts[0]} kernels and {counts[1]} models do not say which "
-            "code they measured and are not used any more (kept in the tables kernels_v1 and models_v1)",
-            stacklevel=2,
-        )

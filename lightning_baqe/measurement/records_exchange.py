@@ -3,8 +3,8 @@
 Every line is an object with its ``kind`` and the ``version`` of the format, so that files may be joined, sorted and
 filtered by lines. Kernels and models name their device and toolchain by id; the lines of those say what they are.
 
-The other keys of a kind are its columns in :data:`~lightning_baqe.measurement.database.KINDS`; what is JSON text there
-is an object or a list here, and ``exact`` is true, false or null.
+The other keys of a kind are its columns in :data:`~lightning_baqe.measurement.records_tables.KINDS`; what is JSON text
+there is an object or a list here, and ``exact`` is true, false or null.
 
 Records of other devices are kept under their own device and never taken for this one's.
 """
@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 from lightning_baqe.errors import ConfigError, DataError
 from lightning_baqe.files import MIB, parse_json, replace_file
 from lightning_baqe.hardware.identity import device_key, digest
-from lightning_baqe.measurement.database import KINDS, VERSION, KernelRecord, Records, check_latencies
+from lightning_baqe.measurement.database import KernelRecord, Records, check_latencies
+from lightning_baqe.measurement.records_tables import KINDS, VERSION
 
 _JSON_COLUMNS = ("info", "versions", "target", "spec", "knobs", "samples_us")
 _MOST_BYTES = 16 * MIB  # of a line

@@ -70,7 +70,7 @@ class Promises:
         """
         start = time.perf_counter()
         accuracy = module_accuracy(model, self._batches, next(model.parameters()).device, self._scorer)
-        if not self.is_hopeless(trial, rung, accuracy):
+        if not self._study.alone(lambda: self.is_hopeless(trial, rung, accuracy)):
             return False
         if sum(other.state == "pruned" for other in self._study.trials()) >= self._most:
             return False

@@ -21,7 +21,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lightning_baqe.errors import BaqeError, ConfigError, DataError
+from lightning_baqe.errors import BaqeError, ConfigError, DataError, StorageError
 from lightning_baqe.runs.objectives import objectives
 from lightning_baqe.runs.summary import Entry, Figures, Summary, Trial
 from lightning_baqe.scratch import scratch_path
@@ -80,6 +80,8 @@ def damage(path: Path, check: Any) -> str | None:
 def is_out_of_reach(error: BaseException | None) -> bool:
     """Whether a database is locked, full, unwritable or not answering, rather than damaged."""
     while error is not None:
+        if isinstance(error, StorageError):
+            return True
         if (
             isinstance(error, sqlite3.OperationalError)
             and getattr(error, "sqlite_errorcode", 0) & 0xFF in _OUT_OF_REACH

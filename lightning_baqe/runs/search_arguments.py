@@ -24,7 +24,8 @@ from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.runs.evaluation import MeasureOptions
 from lightning_baqe.runs.front import read_limits
 from lightning_baqe.runs.recovery import restore
-from lightning_baqe.runs.study import open_storage, read_study, storage_url
+from lightning_baqe.runs.study import read_study
+from lightning_baqe.runs.study_storage import open_storage, storage_url
 from lightning_baqe.search.sampler import Mode
 from lightning_baqe.tasks.scoring import check_metric
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optuna
-import sqlalchemy
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
 
@@ -29,7 +26,6 @@ from lightning_baqe.runs.objectives import objectives, summarise
 from lightning_baqe.runs.recovery import (
     ADVICE,
     BACKUP_TRIALS,
-    DATABASE,
     UNREADABLE,
     add_trials,
     back_up,
@@ -37,11 +33,14 @@ from lightning_baqe.runs.recovery import (
     summary_of,
 )
 from lightning_baqe.runs.report import write_report
+from lightning_baqe.runs.study_storage import open_storage, shown, storage_url
 from lightning_baqe.runs.summary import Baseline, Entry, Figures, Summary, Trial, Width
 from lightning_baqe.scratch import remove_leftovers_of_run
 from lightning_baqe.search.knowledge import Knowledge
+from lightning_baqe.search.patience import Patience, watch
 from lightning_baqe.search.sampler import BaqeSampler
 from lightning_baqe.search.study_lock import study_lock
+from lightning_baqe.search.study_sampler import PHASE_KEY, proposed_point
 from lightning_baqe.tasks.scoring import Batches, Scorer
 from lightning_baqe.tuning.network_space import NetworkSpace, SpaceRecord
 
@@ -60,6 +59,7 @@ _SCHEMAS: tuple[tuple[TypeAdapter[Any], str], ...] = (
     (TypeAdapter(dict[str, Any]), CONDITIONS),
     (TypeAdapter(dict[str, Any]), REWARDS),
 )
+_Found = TypeVar("_Found")
 INTERRUPTED = "interrupted: the process ended in the middle of this trial"
 _STATES: dict[TrialState, Literal["complete", "running", "failed", "pruned"]] = {
     TrialState.COMPLETE: "complete",
@@ -78,8 +78,9 @@ class SearchStudy:
     """An Optuna study with three minimised objectives: error, latency and size relative to the float model.
 
     Several processes may work on one study: those that are given the same run folder, or the same storage and name.
-    Every step that reads and then writes holds ``lock``. What a worker had begun when it died is begun again by the
-    next one that asks for work.
+    Every step that reads and then writes is done :meth:`alone`. What a worker had begun when it died is begun again by
+    the next one that asks for work. A database that does not answer is waited for; every method raises StorageError
+    where that takes too long.
 
     Args:
         run_dir: the run folder.
@@ -98,28 +99,49 @@ class SearchStudy:
         name = name or ("search" if storage is None else run_dir.resolve().name)
         url = storage_url(run_dir, storage)
         self._storage = open_storage(url)
-        self.lock = study_lock(url, name)
+        self._lock, self._patience = study_lock(url, name), Patience(f"the study's database {shown(url)}")
+        watch(self._storage.engine, self._lock.check)
         self._own_file = storage is None
         self._backed_up = -1  # trials at the last backup
+        self._begun: set[int | str] = set()  # numbers of trials and names of baselines that this worker is at
         advice = ADVICE if self._own_file else "restore the database from a backup of your own"
-        with self.lock, refusing_damage(advice):
-            if self._own_file and (others := set(optuna.get_all_study_names(self._storage)) - {name}):
-                raise ValueError(f"studies named {sorted(others)}")
-            self._study = optuna.create_study(
-                study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
-            )
-            self._study_id = self._storage.get_study_id_from_name(name)
-            read_study(self._study)
-        self._worker = Worker(self._study)
+
+        def create() -> optuna.Study:
+            with refusing_damage(advice):
+                if self._own_file and (others := set(optuna.get_all_study_names(self._storage)) - {name}):
+                    raise ValueError(f"studies named {sorted(others)}")
+                study = optuna.create_study(
+                    study_name=name, storage=self._storage, directions=["minimize"] * 3, load_if_exists=True
+                )
+                read_study(study)
+                return study
+
+        self._study = self.alone(create)
+        self._study_id = self._patience.repeat(lambda: self._storage.get_study_id_from_name(name))
+        self._worker = self._patience.repeat(lambda: Worker(self._study))
         self._about = {"device": device_info(), **about, "versions": versions()}
+
+    def alone(self, step: Callable[[], _Found]) -> _Found:
+        """What a step gives that no other worker's step may come between.
+
+        Args:
+            step: reads the study, then writes it. It is begun anew as a whole where the database goes away meanwhile,
+                so it looks first at what is there.
+        """
+
+        def locked() -> _Found:
+            with self._lock:
+                return step()
+
+        return self._patience.repeat(locked)
 
     def kept(self, what: str) -> Any:
         """What :meth:`keep` was given under this name by any worker; None: nothing."""
-        return self._study.user_attrs.get(what)
+        return self._patience.repeat(lambda: self._study.user_attrs).get(what)
 
     def keep(self, what: str, value: Any) -> None:
         """Keep something in the study; JSON can hold it."""
-        self._study.set_user_attr(what, value)
+        self._patience.repeat(lambda: self._study.set_user_attr(what, value))
 
     def known_space(self, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of the space that the study was begun with, None for a new study.
@@ -153,13 +175,16 @@ class SearchStudy:
         """
         self._space = space
         self._study.sampler = self._sampler = sampler
-        with self.lock:
+
+        def begin() -> None:
             if self.kept(SPACE) is None:
                 self.keep(SPACE, space.record())
             if recover:
                 self._recover()
             self._reclaim()
             self.keep(BASELINES, [entry for entry in self.kept(BASELINES) or [] if entry["state"] == "complete"])
+
+        self.alone(begin)
 
     def _recover(self) -> None:
         summary = summary_of(self.run_dir)
@@ -180,7 +205,7 @@ class SearchStudy:
 
     def close(self) -> None:
         """Leave the study: this process is no worker of it any more."""
-        self._worker.close()
+        self._patience.repeat(self._worker.close)
         self._storage.engine.dispose()
 
     def _id(self, trial: optuna.Trial | FrozenTrial) -> int:
@@ -188,23 +213,39 @@ class SearchStudy:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
 
     def _in_state(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=states or None)
+        return self._patience.repeat(lambda: self._study.get_trials(deepcopy=False, states=states or None))
 
     def _reclaim(self) -> None:
-        """Close the trials whose workers died and queue their points again. The lock is held, so none begins now."""
-        running = self._in_state(TrialState.RUNNING)
-        dead = [trial for trial in running if not self._worker.alive(trial.user_attrs.get(OWNER))]
-        queued = {trial.user_attrs.get(AGAIN) for trial in self._in_state()} if dead else set()
-        for trial in dead:
-            known = trial.user_attrs.get(RESULT, {})
+        """Close the trials that nobody is at any more, and queue their points again; none is begun meanwhile."""
+        trials = self._in_state()
+        dead = {t.number for t in trials if t.state == TrialState.RUNNING and not self._is_tended(t)}
+        if not dead:
+            return
+        queued = {trial.user_attrs.get(AGAIN) for trial in trials}
+        states = (TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE)
+        taken = [self._point(trial) for trial in trials if trial.state in states and trial.number not in dead]
+        for trial in (trial for trial in trials if trial.number in dead):
+            known, point = trial.user_attrs.get(RESULT, {}), self._point(trial)
             attempts = trial.user_attrs.get(ATTEMPTS, 1)
-            whole = self._space.distributions.keys() <= trial.params.keys()
             # Queued before it is closed: whoever dies in between leaves it to be closed, not queued twice.
-            if whole and attempts < MAX_ATTEMPTS and trial.number not in queued:
-                again = {PHASE: known.get("phase", "bo"), ATTEMPTS: attempts + 1, AGAIN: trial.number}
-                self._study.enqueue_trial(trial.params, user_attrs=again)
+            if attempts < MAX_ATTEMPTS and trial.number not in queued and point is not None and point not in taken:
+                phase = known.get("phase") or trial.user_attrs.get(PHASE) or trial.system_attrs.get(PHASE_KEY, "bo")
+                begun = bool(known)  # otherwise the worker died while it asked for the trial
+                again = {PHASE: phase, ATTEMPTS: attempts + begun, AGAIN: trial.number}
+                self._study.enqueue_trial(point, user_attrs=again)
+                taken.append(point)
             self._storage.set_trial_user_attr(self._id(trial), RESULT, {**known, "error": INTERRUPTED})
             self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def _is_tended(self, trial: FrozenTrial) -> bool:
+        """Whether a living worker is at a trial; this one is not at what it asked for when the database went away."""
+        owner = trial.user_attrs.get(OWNER)
+        return trial.number in self._begun if owner == self._worker.id else self._worker.alive(owner)
+
+    def _point(self, trial: FrozenTrial) -> dict[str, Any] | None:
+        """The whole point of a trial, also of one that ended before all of it was suggested; None: it had none yet."""
+        found = proposed_point(trial, self._space.distributions) | trial.params
+        return found if self._space.distributions.keys() <= found.keys() else None
 
     @property
     def float_result(self) -> Figures | None:
@@ -247,18 +288,31 @@ class SearchStudy:
 
     def claim_baseline(self, names: Sequence[str]) -> str | None:
         """The first of the baselines that nobody has evaluated or evaluates; from now on this worker does."""
-        with self.lock:
+
+        def claim() -> str | None:
             done, owners = {entry.name for entry in self.baselines}, self.kept(CLAIMS) or {}
             for name in names:
-                if name not in done and not self._worker.alive(owners.get(name)):
+                mine = owners.get(name) == self._worker.id
+                if name not in done and not (name in self._begun if mine else self._worker.alive(owners.get(name))):
                     self.keep(CLAIMS, {**owners, name: self._worker.id})
                     return name
-        return None
+            return None
+
+        name = self.alone(claim)
+        if name is not None:
+            self._begun.add(name)
+        return name
 
     def add_baseline(self, entry: Baseline) -> None:
-        """Keep a baseline's entry."""
-        with self.lock:
-            self.keep(BASELINES, [*(self.kept(BASELINES) or []), entry.record()])
+        """Keep a baseline's entry; the first of a name counts."""
+
+        def add() -> None:
+            known = self.kept(BASELINES) or []
+            if all(one["name"] != entry.name for one in known):
+                self.keep(BASELINES, [*known, entry.record()])
+
+        self.alone(add)
+        self._begun.discard(entry.name)
 
     def ask(self, wanted: int | None = None) -> tuple[optuna.Trial, str] | None:
         """The next trial, its parameters suggested, and the phase that proposed it.
@@ -269,7 +323,8 @@ class SearchStudy:
         Returns:
             None where the trials that run now, if all become complete, reach ``wanted``: ask again when one has ended.
         """
-        with self.lock:
+
+        def begin() -> tuple[optuna.Trial, str] | None:
             self._reclaim()
             if wanted is not None and len(self._in_state(TrialState.COMPLETE, TrialState.RUNNING)) >= wanted:
                 return None
@@ -282,7 +337,12 @@ class SearchStudy:
                     phase = type(self._sampler).__name__
             bits, schedules = self._space.point(trial.params)
             trial.set_user_attr(RESULT, {"phase": phase, "bits": bits_entry(bits), "schedules": schedules})
-        return trial, phase
+            return trial, phase
+
+        asked = self.alone(begin)
+        if asked is not None:
+            self._begun.add(asked[0].number)
+        return asked
 
     def _new_trial(self) -> optuna.Trial:
         """A trial of this worker; its point is new, unless an interrupted one is tried again."""
@@ -300,7 +360,14 @@ class SearchStudy:
 
     def give_back(self, trial: optuna.Trial) -> None:
         """Let somebody else evaluate a trial that was asked for and never begun."""
-        self._storage.set_trial_state_values(self._id(trial), TrialState.WAITING)
+
+        def wait() -> None:
+            found = self._storage.get_trial(self._id(trial))
+            if found.state == TrialState.RUNNING and found.user_attrs.get(OWNER) == self._worker.id:
+                self._storage.set_trial_state_values(self._id(trial), TrialState.WAITING)
+
+        self.alone(wait)
+        self._begun.discard(trial.number)
 
     def tell(self, trial: optuna.Trial, entry: Entry) -> None:
         """Keep a trial's entry; its objectives count unless it is pruned or has an error.
@@ -314,14 +381,17 @@ class SearchStudy:
         values = objectives(entry, reference) if ended else None
         if values is not None and not all(math.isfinite(value) for value in values):
             entry, values = entry.model_copy(update={"error": f"objectives are not finite: {values}"}), None
-        with self.lock:
-            if self._storage.get_trial(self._id(trial)).state.is_finished():
-                warnings.warn(
-                    f"trial {trial.number} was given to another worker, since this one gave no sign of life for "
-                    "minutes; its figures are dropped",
-                    UserWarning,
-                    stacklevel=2,
-                )
+
+        def finish() -> None:
+            found = self._storage.get_trial(self._id(trial))
+            if found.state.is_finished():  # by this worker, if the database went away before it said so
+                if found.user_attrs.get(RESULT, {}).get("error") == INTERRUPTED:
+                    warnings.warn(
+                        f"trial {trial.number} was given to another worker, since this one gave no sign of life for "
+                        "minutes; its figures are dropped",
+                        UserWarning,
+                        stacklevel=6,
+                    )
                 return
             trial.set_user_attr(RESULT, entry.record())
             if values is None:
@@ -330,6 +400,9 @@ class SearchStudy:
                 for name, value in violations(entry, self.kept(LIMITS) or {}).items():
                     trial.set_constraint(name, value)
                 self._study.tell(trial, list(values))
+
+        self.alone(finish)
+        self._begun.discard(trial.number)
 
     def summary(self) -> Summary:
         """What ``summary.json`` holds."""
@@ -340,12 +413,16 @@ class SearchStudy:
 
     def write(self, report: bool = False) -> Summary:
         """Write ``summary.json`` and ``pareto.csv``, and with ``report`` also ``report.html``."""
-        with self.lock:  # an older summary must not replace a newer one
+
+        def files() -> Summary:  # alone: an older summary must not replace a newer one
             summary = self.summary()
             summary.write(self.run_dir)
             if self._own_file and not 0 <= len(summary.trials) - self._backed_up < BACKUP_TRIALS:
                 back_up(self.run_dir)
                 self._backed_up = len(summary.trials)
+            return summary
+
+        summary = self.alone(files)
         if report:
             write_report(summary, self.run_dir / "report.html")
         return summary
@@ -355,7 +432,8 @@ class SearchStudy:
 
         Points whose artifacts are in another worker's run folder are left to it.
         """
-        with self.lock:  # the second of two workers finds it done
+
+        def test() -> None:  # alone: the second of two workers finds it done
             tests: dict[str, float] = dict(self.kept(TEST) or {})
             for name in ["float", *(entry.key for entry in self.summary().pareto)]:
                 folder = self.run_dir / "artifacts" / name
@@ -364,10 +442,7 @@ class SearchStudy:
                         tests[name] = deployed_accuracy(artifact, batches, device, scorer)
                     self.keep(TEST, tests)
 
-
-def storage_url(run_dir: Path, storage: str | None) -> str:
-    """The URL of a study's database: ``storage``, by default SQLite in the run folder."""
-    return storage or f"sqlite:///{(run_dir / DATABASE).resolve()}"
+        self.alone(test)
 
 
 @contextmanager
@@ -400,37 +475,3 @@ def _trial_of(trial: FrozenTrial) -> Trial:
     return Trial(
         **{**trial.user_attrs.get(RESULT, {}), "number": trial.number, "state": _STATES.get(trial.state, "running")}
     )
-
-
-def open_storage(url: str) -> RDBStorage:
-    """Optuna's storage, with patience for several workers.
-
-    Raises:
-        ConfigError: another kind of database, one that cannot be opened, or its driver is not installed.
-    """
-    if url.startswith("sqlite"):
-        options: dict[str, Any] = {"connect_args": {"timeout": 60}}
-    elif url.startswith("postgresql"):
-        # A trial may last longer than a server keeps an idle connection.
-        options = {"pool_pre_ping": True}
-    else:
-        raise ConfigError(
-            f"storage={url!r}, but a search locks its study, and that is for an SQLite file (sqlite:///study.db, one "
-            "machine) or PostgreSQL (postgresql://user@host/database): give one of these"
-        )
-    try:
-        # Two processes that create the tables at once would collide, also those of two studies in one database.
-        with study_lock(url, "tables"):
-            return RDBStorage(url, engine_kwargs=options)
-    except (
-        sqlite3.DatabaseError,
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.StorageInternalError,
-        RuntimeError,
-    ) as error:
-        shown = sqlalchemy.engine.make_url(url).render_as_string()  # without the password
-        reason = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-        raise ConfigError(
-            f"the study's database {shown} cannot be opened ({reason}): give another run_dir or storage, or if it was "
-            f"damaged, {ADVICE}"
-        ) from error

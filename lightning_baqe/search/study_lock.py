@@ -2,7 +2,8 @@
 
 Optuna's storages are safe for several processes, but reading the trials and adding one are two steps: two workers that
 read at the same moment propose the same point. Holding this lock over both makes it impossible. It is freed by the
-system when its holder dies, by `SIGKILL` too, so that nobody waits for the dead.
+system when its holder dies, by `SIGKILL` too, so that nobody waits for the dead. A server that is restarted frees it
+too, while its holder lives: then leaving it raises `ConnectionLost`, and what was done under it has to be done anew.
 
 | storage | what is locked | reaches |
 | --- | --- | --- |
@@ -17,8 +18,9 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 
 import sqlalchemy
 from optuna.storages import RDBStorage
@@ -27,28 +29,53 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import NullPool
 
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.search.patience import ConnectionLost, watch
 
+_Check = Callable[[], object]  # raises ConnectionLost where the lock was lost
 _TRY_S = 0.5  # SQLite waits in C, where Ctrl-C is not heard
 _LOCKS: dict[tuple[str, str], StudyLock] = {}
 _MAKING = threading.Lock()
 
 
 class StudyLock:
-    """A context manager that holds what `hold` gives; the thread that holds it may enter it again."""
+    """A context manager that holds what `hold` gives; the thread that holds it may enter it again.
 
-    def __init__(self, hold: Callable[[], AbstractContextManager[None]]) -> None:
+    Raises:
+        ConnectionLost: on entering: the database is out of reach; on leaving: the lock was lost meanwhile.
+    """
+
+    def __init__(self, hold: Callable[[], AbstractContextManager[_Check]]) -> None:
         self._hold, self._thread = hold, threading.RLock()
         self._entered: list[ExitStack] = []
+        self._holder: int | None = None
+        self._check: _Check = _never_lost
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(self._thread)
             if not self._entered:
-                stack.enter_context(self._hold())
+                self._check = stack.enter_context(self._hold())
+                self._holder = threading.get_ident()
+                stack.callback(self._forget)
             self._entered.append(stack.pop_all())
 
-    def __exit__(self, *error: object) -> None:
-        self._entered.pop().close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack = self._entered.pop()
+        if error is None or isinstance(error, Exception):
+            stack.close()  # where the lock was lost that is what counts, whatever else came of it
+            return
+        with suppress(ConnectionLost):  # an interruption stays one
+            stack.__exit__(kind, error, trace)
+
+    def _forget(self) -> None:
+        self._holder = None
+
+    def check(self) -> None:
+        """Raise ConnectionLost where this thread holds the lock, and has lost it meanwhile."""
+        if self._holder == threading.get_ident():
+            self._check()
 
 
 def study_lock(storage: str, study_name: str) -> StudyLock:
@@ -78,7 +105,7 @@ def study_lock(storage: str, study_name: str) -> StudyLock:
                 engine = _engine(url)
                 _LOCKS[key] = StudyLock(lambda: _hold_advisory(engine, study_name))
             else:
-                _LOCKS[key] = StudyLock(nullcontext)
+                _LOCKS[key] = StudyLock(lambda: nullcontext(_never_lost))
         return _LOCKS[key]
 
 
@@ -100,7 +127,7 @@ def _sqlite_file(url: URL) -> Path | None:
 
 
 @contextmanager
-def _hold_file(path: Path) -> Iterator[None]:
+def _hold_file(path: Path) -> Iterator[_Check]:
     # Not filelock: a process that the holder forks inherits its lock and keeps it when the holder is killed.
     connection = sqlite3.connect(path, timeout=_TRY_S, isolation_level=None, check_same_thread=False)
     with closing(connection):  # ends the transaction
@@ -110,29 +137,43 @@ def _hold_file(path: Path) -> Iterator[None]:
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                     raise
-        yield
+        yield _never_lost
 
 
 def _engine(url: URL) -> sqlalchemy.Engine:
     try:
-        return sqlalchemy.create_engine(url, poolclass=NullPool)
+        engine = sqlalchemy.create_engine(url, poolclass=NullPool)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"storage={url.render_as_string()} needs the driver {error.name!r}, which is not installed: pip install "
             "'lightning-baqe[postgres]'"
         ) from error
+    watch(engine)
+    return engine
 
 
 @contextmanager
-def _hold_advisory(engine: sqlalchemy.Engine, study_name: str) -> Iterator[None]:
+def _hold_advisory(engine: sqlalchemy.Engine, study_name: str) -> Iterator[_Check]:
     digest = hashlib.blake2b(f"lightning_baqe study {study_name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "big", signed=True)
-    with engine.connect() as connection, connection.begin():
+    with engine.connect() as connection:
+
+        def check() -> None:
+            if connection.invalidated:
+                raise ConnectionLost("the connection that held the study's lock is gone")
+            connection.execute(sqlalchemy.text("SELECT 1"))
+
         # A server's limits on idle or long transactions are not meant for one that only holds a lock.
         for limit in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
             connection.execute(sqlalchemy.text(f"SET LOCAL {limit} = 0"))
         connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(key)))
-        yield
+        yield check
+        check()
+        connection.commit()
 
 
-_IN_MEMORY = StudyLock(nullcontext)
+def _never_lost() -> None:
+    """A file's lock ends with its process only."""
+
+
+_IN_MEMORY = StudyLock(lambda: nullcontext(_never_lost))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
@@ -44,6 +44,24 @@ def _key(trial: FrozenTrial, space: SearchSpace) -> Key | None:
     if proposed is None or set(space.names) - set(proposed):
         return None
     return tuple(float(proposed[name]) for name in space.names)
+
+
+def proposed_point(trial: FrozenTrial, distributions: Distributions) -> dict[str, Any]:
+    """The parameters that were proposed for a trial or given in advance, whether it has suggested them yet or not.
+
+    Args:
+        trial: of a study whose sampler is of this package; otherwise only what was given in advance is known.
+        distributions: name -> distribution, of the whole space.
+    """
+    found: dict[str, Any] = dict(trial.system_attrs.get("fixed_params", {}))
+    internal = trial.system_attrs.get(POINT_KEY)
+    if internal is not None:
+        for name, distribution in distributions.items():
+            if name in internal:
+                found[name] = distribution.to_external_repr(internal[name])
+            elif isinstance(distribution, CategoricalDistribution) and distribution.single():
+                found[name] = distribution.choices[0]  # such are not proposed
+    return found
 
 
 @dataclass(frozen=True)

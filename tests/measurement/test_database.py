@@ -6,9 +6,12 @@ import dataclasses
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +27,6 @@ from lightning_baqe.kernels.specs import build_kernel
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.measurement.database import (
-    VERSION,
     KernelRecord,
     Records,
     canonical,
@@ -32,6 +34,7 @@ from lightning_baqe.measurement.database import (
     default_records_path,
     kernel_text,
 )
+from lightning_baqe.measurement.records_tables import VERSION
 
 TARGET = get_target("vnni512")
 
@@ -305,6 +308,46 @@ def test_a_locked_database_is_done_without_and_written_later(tmp_path: Path) -> 
         assert records.model("one", 1) is None
     records.add_model("two", 1, [2.0], 2.0)
     assert [Records(path).model(name, 1) for name in ("one", "two")] == [(1.0, [1.0]), (2.0, [2.0])]
+
+
+def test_what_could_not_be_written_is_written_or_told_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "records.db"
+    records = Records(path)
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.warns(UserWarning, match="cannot be used now"):
+            records.add_model("one", 1, [1.0], 1.0)
+        records.add_model("two", 1, [2.0], 2.0)
+        with pytest.warns(UserWarning, match="2 records could not be written"):
+            records._end()
+        assert records.flush() == 2
+        freed = threading.Timer(0.2, other.close)  # is waited for, though nothing was for the last half minute
+        freed.start()
+        assert records.flush() == 0
+        freed.join()
+    assert [Records(path).model(name, 1) for name in ("one", "two")] == [(1.0, [1.0]), (2.0, [2.0])]
+    records._end()
+
+
+def test_a_call_waits_for_a_second_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    connect = sqlite3.connect
+
+    def note(path: Path, timeout: float, **options: Any) -> sqlite3.Connection:
+        waited.append(timeout)
+        return connect(path, timeout=timeout, **options)
+
+    with closing(connect(tmp_path / "records.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(UserWarning, match="locked"):
+            records = Records(tmp_path / "records.db")
+    records._not_before = 0.0
+    now = iter(0.4 * tick for tick in range(20))  # so long does every step take
+    monkeypatch.setattr(sqlite3, "connect", note)
+    clock = SimpleNamespace(monotonic=lambda: next(now), time=time.time)
+    monkeypatch.setattr("lightning_baqe.measurement.database.time", clock)
+    records.add_model("one", 1, [1.0], 1.0)
+    assert waited == pytest.approx([0.6, 0.2, 0.0])  # two that make the tables, one that writes
 
 
 def test_a_database_that_is_locked_from_the_beginning(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from lightning_baqe.benchmarks import postgres, workers
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.runs.liveness import PREFIX, Worker
+from lightning_baqe.runs.liveness import PREFIX, Worker, process_start
 from lightning_baqe.runs.study import AGAIN, FLOAT_FIGURES, INTERRUPTED, OWNER, SearchStudy
 from lightning_baqe.runs.summary import Trial
 from lightning_baqe.scratch import process_table
@@ -45,8 +45,8 @@ def test_four_workers_and_sqlite(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(postgres.missing() is not None, reason=str(postgres.missing()))
 def test_four_workers_and_postgresql(tmp_path: Path) -> None:
-    with postgres.server() as url:
-        check_four_workers(tmp_path, url)
+    with postgres.server() as server:
+        check_four_workers(tmp_path, server.url)
 
 
 def open_study(folder: Path, sampler: optuna.samplers.BaseSampler | None = None) -> SearchStudy:
@@ -157,7 +157,8 @@ class TestAlive:
     def test_by_the_process(self, study: optuna.Study) -> None:
         worker = Worker(study)
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        started = psutil.Process(process.pid).create_time()
+        started = process_start(process.pid)
+        assert started is not None
         record = {"place": process_table(), "pid": process.pid, "started": started, "beat": 0}
         study.set_user_attr(f"{PREFIX}other", record)
         study.set_user_attr(f"{PREFIX}reused", {**record, "started": started - 100})
@@ -171,14 +172,14 @@ class TestAlive:
         worker.close()
 
     def test_by_beats(self, study: optuna.Study) -> None:
-        now = [0.0]
-        worker = Worker(study, grace_s=100, clock=lambda: now[0])
+        worker = Worker(study, beat_s=1000, grace=10)
         record = {"place": "another machine", "pid": 1, "started": 0.0}
-        for time_s, beat, alive in ((0, 5, True), (90, 5, True), (95, 6, True), (190, 6, True), (196, 6, False),
-                                    (200, 7, True), (201, None, False)):  # fmt: skip
-            now[0] = time_s
+        for own, beat, alive in ((0, 5, True), (9, 5, True), (0, 6, True), (9, 6, True), (0, 6, True), (1, 6, False),
+                                 (0, 7, True), (0, None, False)):  # fmt: skip
+            for _ in range(own):
+                worker.beat()
             study.set_user_attr(f"{PREFIX}far", {**record, "beat": beat})
-            assert worker.alive("far") is alive, (time_s, beat)
+            assert worker.alive("far") is alive, (own, beat)
         worker.close()
 
     def test_it_beats(self, study: optuna.Study) -> None:

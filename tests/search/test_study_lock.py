@@ -59,8 +59,8 @@ def test_a_file_is_freed_when_its_holder_is_killed(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.skipif(postgres.missing() is not None, reason=str(postgres.missing()))
 def test_a_database_is_freed_when_its_holder_is_killed() -> None:
-    with postgres.server() as url:
-        check_freed_by_death(url)
+    with postgres.server() as server:
+        check_freed_by_death(server.url)
 
 
 @pytest.mark.parametrize("storage", ["memory", "sqlite:///:memory:", "file"])
