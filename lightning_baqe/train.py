@@ -100,7 +100,8 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
         if missing is not None:
-            console.print(f"What is missing: {missing}.", style="red", markup=False, soft_wrap=True)
+            if missing not in str(error):
+                console.print(f"What is missing: {missing}.", style="red", markup=False, soft_wrap=True)
             _say_how_to_go_on(console, arguments, run_dir)
         return FAILED
     return 0

@@ -92,7 +92,7 @@ def pixel_kernel(
             high = min(shifts) >= 32 and _reach(kinds[0], node.input_zero_point) <= INT32_MAX
             return pixels("prelu", (node.input_zero_point, *shifts, *limits), *made, narrow=False, high=high)
         case ir.Table():
-            return _table(node, source, kinds[0], result, target)
+            return _table(node, source, result, target)
         case ir.Clip():
             return pixels("clip", limits[1:])
         case ir.MaxPool():

@@ -11,6 +11,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 
 from lightning_baqe.errors import ConfigError, StorageError
+from lightning_baqe.resources import shortage
 from lightning_baqe.runs.recovery import ADVICE, DATABASE
 from lightning_baqe.search.study_lock import study_lock
 
@@ -55,7 +56,5 @@ def open_storage(url: str) -> RDBStorage:
         RuntimeError,
     ) as error:
         reason = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
-        raise ConfigError(
-            f"the study's database {shown(url)} cannot be opened ({reason}): give another run_dir or storage, or if it "
-            f"was damaged, {ADVICE}"
-        ) from error
+        advice = shortage(error) or f"give another run_dir or storage, or if it was damaged, {ADVICE}"
+        raise ConfigError(f"the study's database {shown(url)} cannot be opened ({reason}): {advice}") from error
