@@ -2,7 +2,7 @@
 
 Their names say which process they belong to, so that the next one can tell what nobody needs any more:
 ``.<name>.<process table>-<process>.tmp`` beside what is made, ``lightning_baqe-<process table>-<process>-...`` in the
-system's temporary folder.
+system's temporary folder, or in memory.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_baqe.resources import want_room
+from lightning_baqe.resources import ROOM_BYTES, want_room
 
 _MARK = re.compile(r"(?:^\..+\.|^lightning_baqe-)(?P<table>[0-9a-f]{8})-(?P<pid>[0-9]+)(?:\.tmp$|-)")
+_MEMORY = "/dev/shm"
 _FOREIGN_S = 7 * 24 * 3600.0  # after which another machine's are taken for left
 
 
@@ -69,9 +70,22 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=f"lightning_baqe-{_mark()}-", ignore_cleanup_errors=True)
 
 
+def compiling_folder() -> tempfile.TemporaryDirectory[str]:
+    """A context with a new folder for a compiler's files: in memory where there is some, since LLVM ends the process
+    when a disk becomes full; else as :func:`temporary_folder`.
+
+    Raises:
+        OSError: none can be made, or there is no room to compile in it.
+    """
+    if os.access(_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_MEMORY).free >= ROOM_BYTES:
+        prefix = f"lightning_baqe-{_mark()}-"
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=_MEMORY, ignore_cleanup_errors=True)
+    return temporary_folder()
+
+
 def remove_leftovers(folders: Iterable[Path]) -> None:
-    """Remove what processes that are dead left in these folders, and in the system's temporary one."""
-    for folder in (Path(tempfile.gettempdir()), *folders):
+    """Remove what processes that are dead left in these folders, and in the system's temporary ones."""
+    for folder in (Path(tempfile.gettempdir()), Path(_MEMORY), *folders):
         with contextlib.suppress(OSError):  # not there, or not ours
             for path in list(folder.iterdir()):
                 found = _MARK.match(path.name)

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lightning_baqe.scratch import remove_leftovers, scratch_folder, scratch_path, temporary_folder
+from lightning_baqe.resources import want_room
+from lightning_baqe.scratch import (
+    compiling_folder,
+    remove_leftovers,
+    scratch_folder,
+    scratch_path,
+    temporary_folder,
+)
 
 _DIES = """
 import os, sys
@@ -75,3 +82,16 @@ def test_a_folder_ends_with_its_owner(own_temporary: Path) -> None:
     (folder / "file").touch()
     del owner
     assert not folder.exists()
+
+
+def test_compilers_write_to_memory_where_there_is_some(monkeypatch: pytest.MonkeyPatch, own_temporary: Path) -> None:
+    with compiling_folder() as folder:
+        assert Path(folder).parent in (Path("/dev/shm"), own_temporary)
+    monkeypatch.setattr("lightning_baqe.scratch._MEMORY", str(own_temporary / "none"))
+    with compiling_folder() as folder:
+        assert Path(folder).parent == own_temporary
+
+
+def test_a_full_disk_is_told_before_a_compiler_meets_it(own_temporary: Path) -> None:
+    with pytest.raises(OSError, match=f"No space left on device.*{1 << 60} wanted"):
+        want_room(str(own_temporary), 1 << 60)

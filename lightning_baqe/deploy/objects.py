@@ -23,7 +23,7 @@ from lightning_baqe.files import cache_folder, replace_file
 from lightning_baqe.hardware.identity import digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
 from lightning_baqe.resources import shortage
-from lightning_baqe.scratch import temporary_folder
+from lightning_baqe.scratch import compiling_folder
 
 LIMIT_BYTES = 256 * 2**20  # some ten thousand kernels
 _CHECK_BYTES = hashlib.sha256().digest_size
@@ -57,7 +57,7 @@ class KernelObjects:
         """
         path = self.path(key, target)
         content = self._read(path) if self._usable else None
-        with temporary_folder() as folder:
+        with compiling_folder() as folder:
             file = Path(folder) / f"{key}.o"
             if content is None:
                 module = tvm.IRModule({key: function().with_attr("global_symbol", key)})
@@ -125,7 +125,7 @@ def link(module: Any, library: Path) -> None:
         RuntimeError: it cannot be linked.
         OSError: there is no room for it.
     """
-    with temporary_folder() as folder:  # TVM's own would stay where the process is killed
+    with compiling_folder() as folder:  # TVM's own would stay where the process is killed
         try:
             module.export_library(str(library), workspace_dir=folder)
         except RuntimeError as error:

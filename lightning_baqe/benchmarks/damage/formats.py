@@ -90,8 +90,8 @@ def _reseal(folder: Path) -> None:
     from lightning_baqe.deploy.storage import GRAPH, MANIFEST, TENSORS, _file_digest, sealed
 
     manifest = json.loads((folder / MANIFEST).read_text())
-    files = {name: _file_digest(folder / name) for name in (GRAPH, TENSORS) if (folder / name).is_file()}
-    small = {name: digest for name, digest in files.items() if (folder / name).stat().st_size < 1 << 30}
+    paths = {name: folder / name for name in (GRAPH, TENSORS)}
+    small = {n: _file_digest(path) for n, path in paths.items() if path.is_file() and path.stat().st_size < 1 << 30}
     replace_file(folder / MANIFEST, json.dumps(sealed({**manifest, "files": manifest["files"] | small})).encode())
 
 

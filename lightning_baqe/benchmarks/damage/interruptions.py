@@ -133,6 +133,8 @@ class Place:
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
+            with (self.base / "pids").open("a") as file:
+                print(process.pid, file=file)
             try:
                 process.wait(LIMIT_S if after_s is None else after_s)
             except subprocess.TimeoutExpired:
@@ -140,6 +142,11 @@ class Place:
                 process.wait()
             output.seek(0)
             return process.returncode, output.read()
+
+    def left_in_memory(self) -> list[str]:
+        """Scratch folders in memory of processes of the search."""
+        pids = (self.base / "pids").read_text().split()
+        return [str(path) for pid in pids for path in Path("/dev/shm").glob(f"lightning_baqe-*-{pid}-*")]
 
     def alive(self) -> list[str]:
         """Processes of the search that live on; they are given some seconds to end, then killed."""
@@ -180,7 +187,7 @@ class Place:
     def names(self) -> frozenset[str]:
         """Of all files that the search left, digests and numbers left out."""
         paths = (str(path.relative_to(self.base)) for path in self.base.rglob("*"))
-        return frozenset(_VARIES.sub("#", path) for path in paths if "filler" not in path)
+        return frozenset(_VARIES.sub("#", path) for path in paths if path not in ("filler", "pids"))
 
 
 def undisturbed(base: Path) -> Undisturbed:
@@ -218,7 +225,7 @@ def try_one(way: str, plan: Disturbance, where: str, base: Path, usual: Undistur
     status, text = place.start(Disturbance())
     _look_at_end(result, 0, status, text, place)
     _compare(result, before, place.trials())
-    if more := sorted(place.names() - usual.names):
+    if more := sorted(place.names() - usual.names) + place.left_in_memory():
         result.wrong.append(f"left over: {more[:5]}")
     return result
 

@@ -84,7 +84,8 @@ def _go_on(name: str, most: int | None, seed: int, rows: dict[int, Row]) -> bool
     This process keeps the time: the other's alarm is not heard in native code.
     """
     first = max(rows, default=-1) + 1
-    code = f"from {run_format.__module__} import run_format; run_format({name!r}, {first}, {most}, {seed})"
+    call = f"run_format({name!r}, {first}, {most}, {seed})"
+    code = f"from lightning_baqe.benchmarks.damage.malformed import run_format; {call}"
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=errors, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
