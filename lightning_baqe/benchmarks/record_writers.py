@@ -53,6 +53,7 @@ def write_at_once(folder: Path, writers: int = 8, count: int = 50) -> dict[str, 
     """
     path = folder / "records.db"
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_baqe.measurement.database"])
     reports = [folder / f"writer_{writer}.json" for writer in range(writers)]
     start = time.perf_counter()
     processes = [
