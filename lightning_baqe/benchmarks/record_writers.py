@@ -40,7 +40,7 @@ def write(path: str, report: str, writer: int, writers: int, count: int) -> None
     Path(report).write_text(json.dumps({"longest_s": longest, "pending": pending}))
 
 
-def write_at_once(folder: Path, writers: int = 8, count: int = 200) -> dict[str, Any]:
+def write_at_once(folder: Path, writers: int = 8, count: int = 50) -> dict[str, Any]:
     """Let several processes write, and tell what is there in the end.
 
     Args:
@@ -53,6 +53,7 @@ def write_at_once(folder: Path, writers: int = 8, count: int = 200) -> dict[str,
     """
     path = folder / "records.db"
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_baqe.measurement.database"])
     reports = [folder / f"writer_{writer}.json" for writer in range(writers)]
     start = time.perf_counter()
     processes = [

@@ -13,6 +13,7 @@ A trouble is a generator that is resumed ten times a second while the workers ru
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,10 @@ class Scene:
         return self._patience.repeat(lambda: self.study.get_trials(deepcopy=False, states=(state,)))
 
 
-Trouble = Callable[[Scene], Iterator[None]]
+Trouble = Callable[[Scene], Generator[None]]
 
 
-def kill(scene: Scene) -> Iterator[None]:
+def kill(scene: Scene) -> Generator[None]:
     """SIGKILL in the middle of a trial."""
     while not scene.has_come_to(0.25) or (victim := scene.in_a_trial()) is None:
         yield
@@ -100,7 +101,7 @@ def kill(scene: Scene) -> Iterator[None]:
     scene.happened += 1
 
 
-def stop(scene: Scene) -> Iterator[None]:
+def stop(scene: Scene) -> Generator[None]:
     """SIGSTOP in the middle of a trial, SIGCONT later."""
     while not scene.has_come_to(0.25) or (victim := scene.in_a_trial()) is None:
         yield
@@ -108,7 +109,7 @@ def stop(scene: Scene) -> Iterator[None]:
     yield from _go_on_later(scene, victim.pid)
 
 
-def hold(scene: Scene) -> Iterator[None]:
+def hold(scene: Scene) -> Generator[None]:
     """SIGSTOP of one that holds the study's lock, SIGCONT later."""
     while not scene.has_come_to(0.25):
         yield
@@ -118,7 +119,7 @@ def hold(scene: Scene) -> Iterator[None]:
     yield from _go_on_later(scene, stopped.pid)
 
 
-def clock(scene: Scene) -> Iterator[None]:
+def clock(scene: Scene) -> Generator[None]:
     """The clock of this process and its children is set back."""
     while not scene.has_come_to(0.25):
         yield
@@ -129,7 +130,7 @@ def clock(scene: Scene) -> Iterator[None]:
     scene.happened += 1
 
 
-def restart(scene: Scene) -> Iterator[None]:
+def restart(scene: Scene) -> Generator[None]:
     """The server is restarted, in order and as after a crash."""
     assert scene.server is not None
     for part, mode in ((0.25, "fast"), (0.5, "immediate")):
@@ -142,7 +143,7 @@ def restart(scene: Scene) -> Iterator[None]:
 TROUBLES: Mapping[str, Trouble] = {function.__name__: function for function in (kill, stop, hold, clock, restart)}
 
 
-def _go_on_later(scene: Scene, pid: int) -> Iterator[None]:
+def _go_on_later(scene: Scene, pid: int) -> Generator[None]:
     begun = time.monotonic()
     try:
         while time.monotonic() - begun < scene.stop_s:
@@ -223,7 +224,7 @@ def follow_the_clock() -> None:
     if not is_under_another_clock():
         return
     # Linux tells the machine's start by the wall clock in /proc/stat, where libfaketime does not reach.
-    platform: Any = psutil._psplatform
+    platform: Any = importlib.import_module("psutil._pslinux")
     platform.boot_time = lambda: time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     # It also moves the ends of sleeps, which Python gives by the monotonic clock.
-    time.sleep = lambda seconds: select.select([], [], [], seconds) and None
+    time.sleep = lambda seconds: select.select([], [], [], float(seconds)) and None

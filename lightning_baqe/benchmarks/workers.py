@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pause", type=float, default=2.0, help="mean length of a trial, seconds")
     parser.add_argument("--stop-s", type=float, default=60.0, help="seconds that a worker is stopped for")
     parser.add_argument("--writers", type=int, default=8, help="processes that write records")
-    parser.add_argument("--records", type=int, default=200, help="records that each of them writes")
+    parser.add_argument("--records", type=int, default=50, help="records that each of them writes")
     parser.add_argument("--landscape", default="mobilenet_v2_glyphs", help="that answers: a shipped one, or a path")
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     options = parser.parse_args(arguments)

@@ -56,7 +56,7 @@ _HEADER = b"SQLite format 3\0"
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_FORMAT)
 _Write = tuple[str, Sequence[Any], str]  # kind of record, row, what is done where its key is there
-_PATIENCE_S = 1.0  # of a call, all that it waits for together
+_PATIENCE_S = 0.8  # all that a call waits for together, so that with its own work it takes less than a second
 _Found = TypeVar("_Found")
 
 

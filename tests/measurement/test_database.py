@@ -342,12 +342,12 @@ def test_a_call_waits_for_a_second_in_all(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.warns(UserWarning, match="locked"):
             records = Records(tmp_path / "records.db")
     records._not_before = 0.0
-    now = iter(0.4 * tick for tick in range(20))  # so long does every step take
+    now = iter(0.3 * tick for tick in range(20))  # so long does every step take
     monkeypatch.setattr(sqlite3, "connect", note)
     clock = SimpleNamespace(monotonic=lambda: next(now), time=time.time)
     monkeypatch.setattr("lightning_baqe.measurement.database.time", clock)
     records.add_model("one", 1, [1.0], 1.0)
-    assert waited == pytest.approx([0.6, 0.2, 0.0])  # two that make the tables, one that writes
+    assert waited == pytest.approx([0.5, 0.2, 0.0])  # two that make the tables, one that writes
 
 
 def test_a_database_that_is_locked_from_the_beginning(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ SPACE = workers.made_up_space()
 
 
 def check_four_workers(folder: Path, storage: str) -> None:
-    found = workers.run(folder, storage, processes=4, trials=40, pause_s=0.2, kill=True, initial=38)
+    found = workers.run(folder, storage, "kill", trials=40, pause_s=0.2, initial=38)
     assert found["complete"] == 40
-    assert found["duplicates"] == found["lost"] == found["others"] == found["gaps"] == 0
-    assert found["killed"]
+    assert found["doubled"] == found["lost"] == found["others"] == found["gaps"] == 0
+    assert found["happened"]
     assert found["interrupted"] <= 1  # 0: on a busy machine it told its figures just before
     assert sum(found["by_worker"]) <= 40  # the dead one tells nothing
     assert len(found["by_worker"]) == 3
@@ -171,6 +171,21 @@ class TestAlive:
         assert not worker.alive("other")
         worker.close()
 
+    def test_by_the_process_when_the_clock_is_set_back(
+        self, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        worker = Worker(study)
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+            record = {"place": process_table(), "pid": process.pid, "started": process_start(process.pid), "beat": 0}
+            study.set_user_attr(f"{PREFIX}other", record)
+            before = psutil.boot_time()
+            # As Linux tells it then; psutil adds it to what it knows of a process.
+            monkeypatch.setattr("psutil._psplatform.boot_time", lambda: before - 3600)
+            assert worker.alive("other")
+            process.communicate()
+        assert not worker.alive("other")
+        worker.close()
+
     def test_by_beats(self, study: optuna.Study) -> None:
         worker = Worker(study, beat_s=1000, grace=10)
         record = {"place": "another machine", "pid": 1, "started": 0.0}
@@ -188,12 +203,6 @@ class TestAlive:
             pass
         worker.close()
         assert study.user_attrs[f"{PREFIX}{worker.id}"]["beat"] is None
-
-
-def test_the_benchmark_names_the_storages_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        workers.main(["--storage", "postgresql"])
-    assert "sqlite, postgres or a database's URL, got 'postgresql'" in capsys.readouterr().err
 
 
 def test_the_owner_of_a_trial_is_its_worker(studies: tuple[SearchStudy, SearchStudy]) -> None:
