@@ -123,7 +123,7 @@ def check_accumulator(layer: str, weight: torch.Tensor, bias: torch.Tensor, inpu
     """Refuse a layer whose worst-case accumulator leaves 32 bits; UnsupportedModelError names it and its worst case."""
     low, high = input_range
     flat = weight.reshape(weight.shape[0], -1)
-    farthest = [max(abs(int(end)) for end in values.aminmax()) for values in (weight, bias)]
+    farthest = [max(abs(int(end)) for end in values.aminmax()) if values.numel() else 0 for values in (weight, bias)]
     if flat.shape[1] * farthest[0] * max(abs(low), abs(high)) + farthest[1] <= INT32_MAX:
         return  # whatever their signs are: most layers, and their sums take long
     positive, negative = flat.clamp(min=0).sum(1), flat.clamp(max=0).sum(1)
