@@ -114,6 +114,8 @@ def watch(engine: Engine, still_alone: Callable[[], object] | None = None) -> No
 def _lost(context: ExceptionContext) -> ConnectionLost | None:
     """What SQLAlchemy raises instead of its own error; None: its own."""
     original, wrapped = context.original_exception, context.sqlalchemy_exception
+    if not isinstance(original, Exception):
+        return None  # Ctrl-C ends the connection, too, and is not to be waited for
     if isinstance(original, sqlite3.Error):
         gone = getattr(original, "sqlite_errorcode", 0) & 0xFF in _BUSY
     else:

@@ -122,3 +122,18 @@ def test_nothing_is_written_without_the_lock(tmp_path: Path) -> None:
     with engine.begin() as connection:
         assert connection.execute(sqlalchemy.text("SELECT count(*) FROM numbers")).scalar() == 0
     engine.dispose()
+
+
+def test_ctrl_c_in_a_statement_is_no_outage() -> None:
+    class Cursor(sqlite3.Cursor):
+        def execute(self, *arguments: object) -> Cursor:
+            raise KeyboardInterrupt
+
+    class Connection(sqlite3.Connection):
+        def cursor(self, *arguments: object, **named: object) -> sqlite3.Cursor:
+            return super().cursor(Cursor)
+
+    engine = sqlalchemy.create_engine("sqlite://", creator=lambda: sqlite3.connect(":memory:", factory=Connection))
+    watch(engine)
+    with pytest.raises(KeyboardInterrupt):
+        engine.connect().exec_driver_sql("SELECT 1")

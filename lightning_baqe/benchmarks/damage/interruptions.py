@@ -62,7 +62,7 @@ ENDED_S = 15  # after which no process of a run lives
 _VARIES = re.compile(
     r"(?<=objects/)\w+(-\w+)?(?=\.o$)|(?<=artifacts/)(trial|baseline)_\w+|\d+"
 )  # which kernels, points
-_MARK = "BAQE_INTERRUPTION"  # in the environment of a run and whatever it starts
+MARK = "BAQE_INTERRUPTION"  # in the environment of a run and whatever it starts
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Place:
         for name in ("cache", "tmp"):
             (self.base / name).mkdir(exist_ok=True)
         environment = {
-            **os.environ, _MARK: str(self.base), "TMPDIR": str(self.base / "tmp"), "OMP_NUM_THREADS": "1",
+            **os.environ, MARK: str(self.base), "TMPDIR": str(self.base / "tmp"), "OMP_NUM_THREADS": "1",
             "LIGHTNING_BAQE_CACHE": str(self.base / "cache"), "XDG_CACHE_HOME": str(self.base / "cache"),
             "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
@@ -161,7 +161,7 @@ class Place:
     def _processes(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             try:
-                if process.environ().get(_MARK) == str(self.base) and process.status() != psutil.STATUS_ZOMBIE:
+                if process.environ().get(MARK) == str(self.base) and process.status() != psutil.STATUS_ZOMBIE:
                     yield process
             except psutil.Error:
                 continue
@@ -224,7 +224,7 @@ def try_one(way: str, plan: Disturbance, where: str, base: Path, usual: Undistur
         Path(plan.filler).unlink(missing_ok=True)
     status, text = place.start(Disturbance())
     _look_at_end(result, 0, status, text, place)
-    _compare(result, before, place.trials())
+    compare(result, before, place.trials())
     if more := sorted(place.names() - usual.names) + place.left_in_memory():
         result.wrong.append(f"left over: {more[:5]}")
     return result
@@ -243,9 +243,10 @@ def _look_at_end(result: Result, wanted: int, status: int, text: str, place: Pla
         result.wrong.append(f"live on: {orphans}")
 
 
-def _compare(
+def compare(
     result: Result, before: dict[int, tuple[str, dict[str, Any]]], after: dict[int, tuple[str, dict[str, Any]]]
 ) -> None:
+    """Note what of the trials before is lost, and what of those after is too many or too few."""
     for number, (state, found) in before.items():
         if state == "COMPLETE" and after.get(number) != (state, found):
             result.wrong.append(f"trial {number} was complete with {found}, now {after.get(number)}")
