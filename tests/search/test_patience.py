@@ -126,8 +126,11 @@ def test_nothing_is_written_without_the_lock(tmp_path: Path) -> None:
 
 def test_ctrl_c_in_a_statement_is_no_outage() -> None:
     class Cursor(sqlite3.Cursor):
-        def execute(self, *arguments: object) -> Cursor:
-            raise KeyboardInterrupt
+        def execute(self, statement: str, *arguments: object) -> Cursor:
+            if "interrupted" in statement:
+                raise KeyboardInterrupt
+            super().execute(statement, *arguments)
+            return self
 
     class Connection(sqlite3.Connection):
         def cursor(self, *arguments: object, **named: object) -> sqlite3.Cursor:
@@ -135,5 +138,5 @@ def test_ctrl_c_in_a_statement_is_no_outage() -> None:
 
     engine = sqlalchemy.create_engine("sqlite://", creator=lambda: sqlite3.connect(":memory:", factory=Connection))
     watch(engine)
-    with pytest.raises(KeyboardInterrupt):
-        engine.connect().exec_driver_sql("SELECT 1")
+    with engine.connect() as connection, pytest.raises(KeyboardInterrupt):
+        connection.exec_driver_sql("SELECT 'interrupted'")
