@@ -86,8 +86,11 @@ def _go_on(name: str, most: int | None, seed: int, rows: dict[int, Row]) -> bool
     first = max(rows, default=-1) + 1
     call = f"run_format({name!r}, {first}, {most}, {seed})"
     code = f"from lightning_baqe.benchmarks.damage.malformed import run_format; {call}"
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=errors, text=True)
+    command = [sys.executable, "-c", code]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         lines: queue.Queue[str | None] = queue.Queue()
 
         def collect() -> None:
