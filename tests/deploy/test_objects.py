@@ -16,7 +16,7 @@ from small_graphs import Maker, images
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.compiler import compile_plan
-from lightning_baqe.deploy.objects import KernelObjects
+from lightning_baqe.deploy.objects import KernelObjects, link
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import get_target
@@ -24,6 +24,7 @@ from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.sample import sample_kernel
 from lightning_baqe.measurement.device import Kernel
 from lightning_baqe.measurement.local import Local
+from lightning_baqe.resources import shortage
 from lightning_baqe.tuning.bench import compile_kernel, save_arguments
 
 
@@ -141,3 +142,25 @@ def test_without_a_folder_kernels_are_compiled_all_the_same(tmp_path: Path) -> N
     objects = KernelObjects(tmp_path / "file" / "objects")
     assert torch.equal(build(graph, objects).run(images(graph)), graph.run(images(graph)))
     assert objects.compiled
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"), [("ld: No space left on device", "is full"), ("Too many open files", "ulimit")]
+)
+def test_a_linker_without_room_says_nothing_of_the_code(said: str, wanted: str, tmp_path: Path) -> None:
+    class Module:
+        def export_library(self, path: str, workspace_dir: str) -> None:
+            raise RuntimeError(said)
+
+    with pytest.raises(OSError, match=said) as caught:
+        link(Module(), tmp_path / "module.so")
+    assert wanted in str(shortage(caught.value))
+
+
+def test_other_faults_of_a_linker_pass(tmp_path: Path) -> None:
+    class Module:
+        def export_library(self, path: str, workspace_dir: str) -> None:
+            raise RuntimeError("undefined symbol")
+
+    with pytest.raises(RuntimeError, match="undefined symbol"):
+        link(Module(), tmp_path / "module.so")
