@@ -1,20 +1,49 @@
-"""Checkpoints as they are read: tensors and plain values alone, whatever the file was made to run."""
+"""Checkpoints as they are written, in one step; and as they are read: tensors and plain values alone, whatever the file
+was made to run."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.plugins import TorchCheckpointIO
 
 from lightning_baqe.errors import DataError
+from lightning_baqe.scratch import scratch_path
 
 _UNREADABLE = (
     *(RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
     *(AssertionError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile),
 )
+
+
+class CheckpointBeside(TorchCheckpointIO):
+    """Checkpoints of a local folder, made beside their place and moved there.
+
+    Lightning's own makes them in the system's temporary folder, where a killed process leaves them, and from where
+    another disk is reached by a copy, which may be cut off.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None) -> None:
+        """Write what a Trainer dumps.
+
+        Raises:
+            OSError: there is no room, or no right to write.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = scratch_path(path)
+        try:
+            with scratch.open("wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(scratch, path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

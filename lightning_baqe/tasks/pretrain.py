@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins import TorchCheckpointIO
 
 from lightning_baqe.errors import DataError, check_at_least
-from lightning_baqe.tasks.checkpoint import check_state, read_checkpoint
+from lightning_baqe.tasks.checkpoint import CheckpointBeside, check_state, read_checkpoint
 from lightning_baqe.tasks.classifier import ImageClassifier
 
 TrainerFactory = Callable[..., pl.Trainer]
@@ -87,7 +88,8 @@ def fit_to_checkpoint(
 
     Raises:
         ConfigError: ``epochs`` out of range.
-        DataError: the checkpoint cannot be read, or is another network's.
+        DataError: the checkpoint, or that from which a killed training would go on, cannot be read, or is another
+            network's.
     """
     check_at_least("epochs", epochs, 1)
     checkpoint = Path(checkpoint)
@@ -111,7 +113,11 @@ def _fit(
     )
     last = ModelCheckpoint(scratch, "last", enable_version_counter=False)
     trainer = make_trainer(max_epochs=epochs, callbacks=[*callbacks, best, last], num_sanity_val_steps=0)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a strategy's own stays
+        trainer.strategy.checkpoint_io = CheckpointBeside()
     resume = scratch / "last.ckpt"
+    if resume.exists():
+        _check_resumable(resume)
     with warnings.catch_warnings():
         # To find it not empty is what resuming is about.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
@@ -124,6 +130,16 @@ def _fit(
         trainer.save_checkpoint(done, weights_only=True)
     os.replace(done, checkpoint)
     shutil.rmtree(scratch)
+
+
+def _check_resumable(path: Path) -> None:
+    try:
+        read_checkpoint(path)
+    except DataError as error:
+        raise DataError(
+            f"training cannot go on from {path} ({error}): remove {path.parent} to train from the start, or give "
+            "another run_dir."
+        ) from error
 
 
 def _load(task: ImageClassifier, path: Path) -> None:

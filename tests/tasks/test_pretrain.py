@@ -13,6 +13,7 @@ from tiny import TinyData, tiny_net
 
 from lightning_baqe.errors import ConfigError, DataError
 from lightning_baqe.tasks import ImageClassifier, pretrain
+from lightning_baqe.tasks.checkpoint import CheckpointBeside, read_checkpoint
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -85,6 +86,40 @@ def test_resumes_after_a_kill(tmp_path: Path) -> None:
     assert count.batches == 4
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(task)[name])
+
+
+def test_a_damaged_start_is_told(tmp_path: Path) -> None:
+    def train(extra: pl.Callback) -> None:
+        task = ImageClassifier(tiny_net(), 4)
+        pretrain(task, TinyData(), tmp_path / "float.ckpt", epochs=3, trainer=partial(make_trainer, extra))
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Interrupt(2))
+    resume = tmp_path / "float-training" / "last.ckpt"
+    resume.write_bytes(resume.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"remove .*float-training to train from the start"):
+        train(Count())
+
+
+def test_nothing_is_made_in_the_systems_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkstemp", lambda *_: pytest.fail("a killed process would leave this"))
+    pretrain(
+        ImageClassifier(tiny_net(), 4),
+        TinyData(),
+        tmp_path / "float.ckpt",
+        epochs=2,
+        trainer=partial(pl.Trainer, **QUIET),
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["float.ckpt"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "last.ckpt"
+    CheckpointBeside().save_checkpoint({"state_dict": {"weight": torch.ones(2)}}, path)
+    with pytest.raises(TypeError, match="pickle"):
+        CheckpointBeside().save_checkpoint({"state_dict": {"weight": torch.zeros(2)}, "more": (i for i in ())}, path)
+    assert [found.name for found in path.parent.iterdir()] == ["last.ckpt"]
+    assert read_checkpoint(path)["state_dict"]["weight"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("accuracies", "epoch"), [([0.5, 0.9, 0.7], 1), ([0.5, 0.9, 0.9], 2), ([0.9, 0.9, 0.8], 0)])
