@@ -18,6 +18,7 @@ from lightning_baqe.benchmarks.damage.spoilers import (
     spoiled_bytes,
     spoiled_checkpoint,
     spoiled_database,
+    spoiled_fields,
     spoiled_gzip,
     spoiled_json,
     spoiled_lines,
@@ -85,14 +86,23 @@ def _write_artifact(folder: Path) -> None:
     baqe.build(_quantized(), schedules="default").save(folder)
 
 
-def _reseal(folder: Path) -> None:
-    """New digests, as whoever changes a file on purpose would write them."""
-    from lightning_baqe.deploy.storage import GRAPH, MANIFEST, TENSORS, _file_digest, sealed
+def _reseal(folder: Path, names: tuple[str, ...] = ()) -> None:
+    """A manifest with new digests of these files and of itself, as whoever changes something on purpose would write."""
+    from lightning_baqe.deploy.storage import MANIFEST, _file_digest, sealed
 
     manifest = json.loads((folder / MANIFEST).read_text())
-    paths = {name: folder / name for name in (GRAPH, TENSORS)}
+    paths = {name: folder / name for name in names}
     small = {n: _file_digest(path) for n, path in paths.items() if path.is_file() and path.stat().st_size < 1 << 30}
-    replace_file(folder / MANIFEST, json.dumps(sealed({**manifest, "files": manifest["files"] | small})).encode())
+    if small:
+        manifest["files"] |= small
+    if isinstance(manifest, dict):
+        replace_file(folder / MANIFEST, json.dumps(sealed(manifest)).encode())
+
+
+def _reseal_graph(folder: Path) -> None:
+    from lightning_baqe.deploy.storage import GRAPH, TENSORS
+
+    _reseal(folder, (GRAPH, TENSORS))
 
 
 def _read_graph(folder: Path) -> None:
@@ -314,9 +324,9 @@ def _read_device(folder: Path) -> None:
 FORMATS: dict[str, Format] = {
     "bit-config": Format("bits.json", _write_bits, _read_bits, spoiled_json),
     "manifest": Format("manifest.json", _write_artifact, _read_artifact, spoiled_json),
-    "manifest, sealed again": Format("manifest.json", _write_artifact, _read_artifact, spoiled_json, _reseal),
-    "integer graph": Format("graph.json", _write_artifact, _read_graph, spoiled_json, _reseal),
-    "tensors": Format("tensors.npz", _write_artifact, _read_graph, spoiled_arrays, _reseal),
+    "manifest, sealed again": Format("manifest.json", _write_artifact, _read_artifact, spoiled_fields, _reseal),
+    "integer graph": Format("graph.json", _write_artifact, _read_graph, spoiled_json, _reseal_graph),
+    "tensors": Format("tensors.npz", _write_artifact, _read_graph, spoiled_arrays, _reseal_graph),
     "module": Format("module.so", _write_artifact, _read_artifact, spoiled_bytes),
     "summary": Format("summary.json", _write_study, _read_summary, spoiled_json),
     "study": Format("study.db", _write_study, _read_study, spoiled_database),

@@ -132,6 +132,11 @@ def spoiled_json(content: bytes, random: np.random.Generator, count: int = 40) -
     yield "a key twice", _put((text[:brace] + f"{first}: 0, " + text[brace:]).encode())
     yield "1e999", _put((text[:brace] + '"a": 1e999, ' + text[brace:]).encode())
     yield "5,000 digits", _put((text[:brace] + '"a": ' + "9" * 5000 + ", " + text[brace:]).encode())
+    yield from spoiled_fields(content, random, count)
+
+
+def spoiled_fields(content: bytes, random: np.random.Generator, count: int = 60) -> Spoiled:
+    """JSON that stays JSON: values alone."""
     for what, changed in spoiled_values(json.loads(content), random, count):
         yield what, _put(json.dumps(changed).encode())
 

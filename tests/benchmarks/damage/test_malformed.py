@@ -12,7 +12,7 @@ from lightning_baqe.benchmarks.damage.watched import RIGHT, outcome_of
 from lightning_baqe.errors import DataError
 
 
-@pytest.mark.parametrize("name", ["bit-config", "summary", "configuration", "rows"])
+@pytest.mark.parametrize("name", list(FORMATS))
 def test_a_few_of_each(name: str) -> None:
     rows = rows_of(name, 12, seed=0)
     assert len(rows) == 12
