@@ -213,19 +213,35 @@ def test_a_nan_loss_fails_one_trial_only(tmp_path: Path, foreign: Make, search: 
 
 
 class Flaky(FakeDevice):
-    """Hangs at the third network: float, baseline, first trial."""
+    """Fails at the third network: float, baseline, first trial (where its bits differ from the baseline's)."""
+
+    why = "gave no answer within 60 s"
 
     def network_us(self, artifact: baqe.Artifact) -> float:
         if len(self.networks) == 3:
-            raise MeasurementError("gave no answer within 60 s")
+            raise MeasurementError(self.why)
         return super().network_us(artifact)
 
 
+class Starved(Flaky):
+    why = "the process ended with 1: OSError: [Errno 28] No space left on device"
+
+
 def test_measuring_that_fails_is_recorded(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
-    fit(foreign(), search(trials=1, measure_on=Flaky(tmp_path / "records.db")), digits)
+    fit(foreign(), search(trials=1, bit_choices=(4,), measure_on=Flaky(tmp_path / "records.db")), digits)
     trials = summary_of(tmp_path / "run")["trials"]
     assert [e["state"] for e in trials] == ["failed", "complete"]
     assert trials[0]["error"] == "MeasurementError: gave no answer within 60 s"
+
+
+def test_a_full_disk_is_no_trials_failure(tmp_path: Path, foreign: Make, search: Make, fit: Make, digits: Any) -> None:
+    with pytest.raises(MeasurementError, match="No space left"):
+        fit(foreign(), search(trials=2, bit_choices=(4,), measure_on=Starved(tmp_path / "records.db")), digits)
+    assert [e["state"] for e in summary_of(tmp_path / "run")["trials"]] == ["running"]
+    fit(foreign(), search(trials=2, bit_choices=(4,), measure_on=FakeDevice(tmp_path / "records.db")), digits)
+    trials = summary_of(tmp_path / "run")["trials"]
+    assert [e["state"] for e in trials] == ["failed", "complete", "complete"]
+    assert trials[0]["error"] == "interrupted: the process ended in the middle of this trial"
 
 
 @pytest.mark.parametrize("mode", ["paper", "beyond"])
