@@ -1,6 +1,6 @@
 """What every data module shares: splits made once, loaders in a known order, the attributes a model is built from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
@@ -25,17 +25,26 @@ class ImageTensorDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images held in memory as bytes, normalised when they are read.
 
     Args:
-        images: ``(n, 3, h, w)`` uint8.
+        images: ``(n, channels, h, w)`` uint8; one channel of images becomes as many as ``mean`` has.
         labels: ``(n,)`` int64.
         mean: per channel, of images scaled to 0..1.
         std: per channel, of images scaled to 0..1.
+        augment: images of a batch to others of the same shape and type, whenever they are read.
 
-    An item is ``(x, y)``: ``(3, h, w)`` float32 and a scalar int64 tensor.
+    An item is ``(x, y)``: ``(channels, h, w)`` float32 and a scalar int64 tensor.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.images = images
         self.labels = labels
+        self.augment = augment
         self._scale = (1 / (255 * torch.tensor(std))).view(-1, 1, 1)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
 
@@ -43,18 +52,20 @@ class ImageTensorDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index] * self._scale + self._shift, self.labels[index]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
         """A whole batch normalised at once; the loader calls this in place of one ``__getitem__`` per image."""
-        x = self.images[indices] * self._scale + self._shift
+        images = self.images[indices]
+        x = (images if self.augment is None else self.augment(images)) * self._scale + self._shift
         return list(zip(x.unbind(), self.labels[indices].unbind(), strict=True))
 
 
 class ImageDataModule(pl.LightningDataModule):
     """Base of the data modules: a subclass says which classes there are and makes the data set of one split.
 
-    Batches are ``(x, y)``: ``x`` float32 ``(n, 3, h, w)``, normalised by ``mean`` and ``std``; ``y`` int64 ``(n,)``.
+    Batches are ``(x, y)``: ``x`` float32 ``(n, channels, h, w)``, normalised by ``mean`` and ``std``; ``y`` int64
+    ``(n,)``.
     The train loader shuffles with a generator of its own, seeded by ``seed``, and drops the last incomplete batch
     (batch normalisation dislikes small ones); validation and test keep a fixed order and every image.
     Splits are made on first use, by ``setup`` or by a loader, and then kept: ``setup`` may be called again at no cost.
@@ -65,7 +76,7 @@ class ImageDataModule(pl.LightningDataModule):
         std: per channel, of images scaled to 0..1.
 
     Args:
-        input_shape: ``(3, h, w)`` of one image.
+        input_shape: ``(channels, h, w)`` of one image.
         batch_size: images per batch.
         seed: of the shuffling, and of whatever else the subclass says.
         num_workers: loader processes; 0 loads in the training process.
@@ -75,8 +86,8 @@ class ImageDataModule(pl.LightningDataModule):
     """
 
     name: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __init__(self, input_shape: tuple[int, int, int], batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -105,8 +116,27 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def example_input(self) -> Tensor:
-        """``(1, 3, h, w)`` float32 zeros: the mean image, for tracing."""
+        """``(1, channels, h, w)`` float32 zeros: the mean image, for tracing."""
         return torch.zeros(1, *self.input_shape)
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise as a network's weights want it, before any split is made.
+
+        Args:
+            mean, std: per channel, of images scaled to 0..1.
+
+        Raises:
+            ConfigError: as many channels as the images have not, or splits were made with other figures.
+        """
+        mean, std = tuple(mean), tuple(std)
+        if len(mean) != self.input_shape[0] or len(std) != self.input_shape[0] or min(std) <= 0:
+            raise ConfigError(
+                f"mean={mean} and std={std}, but {self.name} has {self.input_shape[0]} channels: give a mean and a "
+                "positive std of each."
+            )
+        if (mean, std) != (self.mean, self.std) and self._datasets:
+            raise ConfigError(f"{self.name} is normalised already: call normalise before setup.")
+        self.mean, self.std = mean, std
 
     def dataset(self, split: Split) -> Dataset[tuple[Tensor, Tensor]]:
         """The data set of ``split`` ("train", "val" or "test"), made on the first call and then kept."""

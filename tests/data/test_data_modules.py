@@ -10,9 +10,17 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from small_data import small_elpv, small_fashion_mnist
 from torch import Tensor, nn
 
-from lightning_baqe.data import DigitsDataModule, GlyphsDataModule, ImageDataModule, ImageFolderDataModule
+from lightning_baqe.data import (
+    DigitsDataModule,
+    ElpvDataModule,
+    FashionMnistDataModule,
+    GlyphsDataModule,
+    ImageDataModule,
+    ImageFolderDataModule,
+)
 from lightning_baqe.data.base import SPLITS
 from lightning_baqe.errors import ConfigError, DataError
 
@@ -20,12 +28,18 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "data"
 Make = Callable[..., ImageDataModule]
 
 
-@pytest.fixture(params=["digits", "glyphs", "imagefolder"])
+@pytest.fixture(params=["digits", "elpv", "fashion_mnist", "glyphs", "imagefolder"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     if request.param == "digits":
         return DigitsDataModule
     if request.param == "glyphs":
         return lambda **options: GlyphsDataModule(130, 70, 80, cache_dir=tmp_path, **options)
+    if request.param == "fashion_mnist":
+        small_fashion_mnist(tmp_path / "idx", train=150, test=60)
+        return lambda **options: FashionMnistDataModule(tmp_path / "idx", **{"val_size": 50, **options})
+    if request.param == "elpv":
+        small_elpv(tmp_path / "elpv", 160)
+        return lambda **options: ElpvDataModule(tmp_path / "elpv", 32, **options)
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 20)):
         for name in ("cat", "dog"):

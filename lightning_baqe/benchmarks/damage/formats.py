@@ -20,6 +20,7 @@ from lightning_baqe.benchmarks.damage.spoilers import (
     spoiled_database,
     spoiled_fields,
     spoiled_gzip,
+    spoiled_idx,
     spoiled_json,
     spoiled_lines,
     spoiled_picture,
@@ -280,6 +281,23 @@ def _read_glyphs(folder: Path) -> None:
     next(iter(data.val_dataloader()))
 
 
+_IDX = {part: f"t10k-{part}-ubyte" for part in ("images-idx3", "labels-idx1")}
+
+
+def _write_idx(folder: Path) -> None:
+    (folder / _IDX["images-idx3"]).write_bytes(
+        bytes((0, 0, 8, 3)) + np.array((20, 28, 28), ">u4").tobytes() + bytes(20 * 28 * 28)
+    )
+    labels = (np.arange(20) % 10).astype(np.uint8).tobytes()
+    (folder / _IDX["labels-idx1"]).write_bytes(bytes((0, 0, 8, 1)) + np.array((20,), ">u4").tobytes() + labels)
+
+
+def _read_idx(folder: Path) -> None:
+    from lightning_baqe.data.fashion_mnist import FashionMnistDataModule
+
+    FashionMnistDataModule(folder).setup("test")
+
+
 def _write_picture(folder: Path) -> None:
     from PIL import Image
 
@@ -337,6 +355,7 @@ FORMATS: dict[str, Format] = {
     "landscape": Format("landscape.json.gz", _write_landscape, _read_landscape, spoiled_gzip),
     "float checkpoint": Format("float.ckpt", _write_checkpoint, _read_checkpoint, spoiled_checkpoint),
     "glyphs": Format("val.npz", _write_glyphs, _read_glyphs, spoiled_arrays),
+    "IDX": Format(_IDX["images-idx3"], _write_idx, _read_idx, spoiled_idx),
     "picture": Format("picture.png", _write_picture, _read_picture, spoiled_picture),
     "rows": Format("rows.jsonl", _write_rows, _read_rows, spoiled_lines),
 }

@@ -169,6 +169,14 @@ def spoiled_gzip(content: bytes, random: np.random.Generator) -> Spoiled:
             Path(folder).mkdir()
 
 
+def spoiled_idx(content: bytes, random: np.random.Generator) -> Spoiled:
+    """IDX: bytes, and every byte of the head."""
+    yield from spoiled_bytes(content, random)
+    for place in range(16):
+        for value in (0, 1, 255):
+            yield f"byte {place} = {value}", _put(content[:place] + bytes((value,)) + content[place + 1 :])
+
+
 def spoiled_yaml(content: bytes, random: np.random.Generator) -> Spoiled:
     """YAML of a configuration."""
     import yaml
