@@ -65,13 +65,26 @@ def _ignore_known_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _network(cfg: DictConfig, num_classes: int) -> nn.Module:
+def _network(cfg: DictConfig, num_classes: int, channels: int = 3) -> nn.Module:
     """The recipe's network, without what it is wrapped in."""
     from lightning_baqe.entrance.network import named_network, refuse_unfit
 
-    net = named_network(make(cfg.model, num_classes=num_classes))
+    # Whatever makes networks need not know of weights and channels that nobody asks for.
+    given = OmegaConf.create({name: value for name, value in cfg.model.items() if value is not None})
+    more = {} if channels == 3 else {"in_channels": channels}
+    net = named_network(make(given, num_classes=num_classes, **more))
     refuse_unfit(net)
     return net
+
+
+def _normalise_as_trained(datamodule: Any, net: nn.Module, cfg: DictConfig) -> None:
+    """Give images to weights of ImageNet as these had them."""
+    from lightning_baqe.tasks.weights import IMAGENET
+
+    about = getattr(net, "pretrained_cfg", None)
+    if cfg.model.get("weights") == IMAGENET and about is not None:
+        channels = datamodule.input_shape[0]
+        datamodule.normalise(about["mean"][:channels], about["std"][:channels])
 
 
 def _prepare(
@@ -88,8 +101,9 @@ def _prepare(
     _ignore_known_warnings()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = make(cfg.data)
-    net = _network(cfg, datamodule.num_classes)
+    net = _network(cfg, datamodule.num_classes, datamodule.input_shape[0])
     check(net)
+    _normalise_as_trained(datamodule, net, cfg)
     datamodule.prepare_data()
     datamodule.setup("fit")
     admit(net, datamodule.example_input)

@@ -50,7 +50,10 @@ MAY_CHANGE = (
     "search.limits",  # checked by the search: not once a trial is complete
 )
 # Values that are paths: read as they are written, whatever their characters mean in Hydra's grammar.
-PATHS = ("run_dir", "data.root", "data.cache_dir", "bits.file", "records", "search.records", "search.storage")
+PATHS = (
+    *("run_dir", "data.root", "data.cache_dir", "model.weights", "bits.file", "records"),
+    *("search.records", "search.storage"),
+)
 MAY_BE_NULL = ("search.limits",)  # sections
 
 

@@ -1,21 +1,31 @@
-"""Networks by name, from torchvision or timm."""
+"""Networks by name, from torchvision or timm, with random weights or those of a file."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+from pathlib import Path
 
 import torch
 import torchvision
+from rich.console import Console
 from torch import nn
 
 from lightning_baqe.errors import ConfigError, check_at_least
+from lightning_baqe.tasks.weights import IMAGENET, in_order, load_weights, pretrained, read_weights
 
 LIBRARIES = ("torchvision", "timm")
 
 
-def network(name: str, num_classes: int, library: str = "torchvision", zero_init_residual: bool = False) -> nn.Module:
-    """A classifier with random weights, from torch's global generator; without auxiliary classifiers.
+def network(
+    name: str,
+    num_classes: int,
+    library: str = "torchvision",
+    zero_init_residual: bool = False,
+    weights: str | Path | None = None,
+    in_channels: int = 3,
+) -> nn.Module:
+    """A classifier without auxiliary ones.
 
     Args:
         name: as the library knows it, ``"resnet18"``.
@@ -23,23 +33,50 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
         library: ``"torchvision"`` or ``"timm"``.
         zero_init_residual: start the last batch norm of each residual block at gain 0, so that the blocks start as
             identities (torchvision's ResNets alone; timm has its own default).
+        weights: None: random ones, from torch's global generator; a file, see :mod:`lightning_baqe.tasks.weights`;
+            ``"imagenet"``: trained on ImageNet, from a package. What was not simply loaded is told on stderr.
+        in_channels: of the images.
 
     Returns:
-        a module of ``(n, 3, h, w)`` float32 to logits ``(n, num_classes)``.
+        a module of ``(n, in_channels, h, w)`` float32 to logits ``(n, num_classes)``. With ``"imagenet"`` its
+        attribute ``pretrained_cfg`` (timm's) says under ``mean`` and ``std`` what images it wants.
 
     Raises:
-        ConfigError: an unknown library or name, or an option that this network has not.
+        ConfigError: an unknown library or name, an option that this network has not, or weights that are not
+            installed.
+        DataError: the file cannot be read, or is another network's.
     """
+    check_at_least("num_classes", num_classes, 1)
+    check_at_least("in_channels", in_channels, 1)
+    net = _random(name, num_classes, library, zero_init_residual, in_channels)
+    if weights is None:
+        return net
+    if weights == IMAGENET:
+        found = pretrained(name, library)
+        source, path = f"ImageNet's {name}", found.path()
+        # As many classes and channels as the file has, to find its tensors by their order.
+        with torch.random.fork_rng(devices=[]):
+            state = in_order(_random(name, 1000, library, False, 3), read_weights(path), source)
+        net.pretrained_cfg = {**net.pretrained_cfg, "mean": found.mean, "std": found.std}  # type: ignore[dict-item,assignment]
+    else:
+        path = Path(weights).expanduser()
+        source, state = str(path), read_weights(path)
+    for line in load_weights(net, state, source):
+        Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
+    return net
+
+
+def _random(name: str, num_classes: int, library: str, zero_init_residual: bool, in_channels: int) -> nn.Module:
+    """The network with random weights."""
     if library not in LIBRARIES:
         raise ConfigError(f"library={library!r}, but {' or '.join(LIBRARIES)} is wanted: change library.")
-    check_at_least("num_classes", num_classes, 1)
     if library == "timm":
         import timm  # slow to load, and few need it
 
         _check_name(name, library, timm.list_models())
         if zero_init_residual:
             raise ConfigError("zero_init_residual is torchvision's; timm's networks have a default: leave it out.")
-        return timm.create_model(name, pretrained=False, num_classes=num_classes)
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
     _check_name(name, library, torchvision.models.list_models(module=torchvision.models))
     options = {"zero_init_residual": True} if zero_init_residual else {}
     builder = torchvision.models.get_model_builder(name)
@@ -51,7 +88,21 @@ def network(name: str, num_classes: int, library: str = "torchvision", zero_init
         options["init_weights"] = False
     if "aux_logits" in parameters:
         options["aux_logits"] = False
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    net = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if in_channels != 3:
+        _replace_first_convolution(net, in_channels)
+    return net
+
+
+def _replace_first_convolution(net: nn.Module, in_channels: int) -> None:
+    """One for other images, with random weights, in place; torchvision has no option for that."""
+    path, old = next((name, m) for name, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    new = nn.Conv2d(
+        in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None,  # type: ignore[arg-type]
+    )  # fmt: skip
+    parent, _, leaf = path.rpartition(".")
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    setattr(net.get_submodule(parent), leaf, new)
 
 
 def settle(module: nn.Module, images: torch.Tensor) -> nn.Module:

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -39,7 +40,7 @@ def pretrain(
         task: its network, a float one, gets the weights.
         datamodule: with train and validation batches.
         checkpoint: read if it exists, else written. ``ImageClassifier.load_from_checkpoint`` reads it, too.
-        epochs: of training.
+        epochs: of training; 0: the weights stay as they are.
         learning_rate, weight_decay, optimizer, scheduler, label_smoothing: as for :class:`ImageClassifier`.
         trainer: called with ``max_epochs``, ``callbacks`` and the like; returns the Trainer.
 
@@ -50,6 +51,9 @@ def pretrain(
         ConfigError: an argument out of range.
         DataError: the checkpoint cannot be read, or is another network's.
     """
+    if epochs == 0 and not isinstance(epochs, bool):
+        keep(task, Path(checkpoint))
+        return task
     float_task = ImageClassifier(
         task.net,
         task.hparams["num_classes"],
@@ -63,6 +67,19 @@ def pretrain(
     )
     fit_to_checkpoint(float_task, datamodule, checkpoint, epochs, trainer)
     return task
+
+
+def keep(task: ImageClassifier, checkpoint: Path) -> None:
+    """Write the weights of a task to a checkpoint, or take them from one that is there.
+
+    Raises:
+        DataError: the checkpoint cannot be read, or is another network's.
+    """
+    if not checkpoint.exists():
+        content: dict[str, Any] = {"state_dict": task.state_dict()}
+        task.on_save_checkpoint(content)
+        CheckpointBeside().save_checkpoint(content, checkpoint)
+    _load(task, checkpoint)
 
 
 def fit_to_checkpoint(

@@ -147,7 +147,22 @@ def test_broken_and_foreign_checkpoints(tmp_path: Path) -> None:
         pretrain(ImageClassifier(tiny_net(channels=4), 4), TinyData(), foreign)
 
 
-@pytest.mark.parametrize("epochs", [0, True, 1.5])
+def test_no_epochs_keep_the_weights(tmp_path: Path) -> None:
+    checkpoint, count = tmp_path / "float.ckpt", Count()
+    task = ImageClassifier(tiny_net(), 4)
+    before = weights(task)
+    pretrain(task, TinyData(), checkpoint, epochs=0, trainer=partial(make_trainer, count))
+    assert count.batches == 0
+    again = ImageClassifier(tiny_net(seed=1), 4)
+    pretrain(again, TinyData(), checkpoint, epochs=0, trainer=partial(make_trainer, count))
+    for name, value in before.items():
+        assert torch.equal(value, weights(again)[name])
+    foreign = ImageClassifier(tiny_net(channels=4), 4)
+    with pytest.raises(DataError, match="another network"):
+        pretrain(foreign, TinyData(), checkpoint, epochs=0)
+
+
+@pytest.mark.parametrize("epochs", [-1, True, 1.5])
 def test_epochs_are_checked(tmp_path: Path, epochs: Any) -> None:
     with pytest.raises(ConfigError, match="epochs"):
         pretrain(ImageClassifier(tiny_net(), 4), TinyData(), tmp_path / "float.ckpt", epochs=epochs)
