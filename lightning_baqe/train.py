@@ -28,8 +28,8 @@ from rich.console import Console
 
 from lightning_baqe.errors import BaqeError, ConfigError, DataError
 from lightning_baqe.files import MIB, make_folder, read_file, replace_file
+from lightning_baqe.interrupts import ending_in_order, interruption, status_of
 from lightning_baqe.resources import shortage
-from lightning_baqe.runs.interrupts import ending_in_order, interruption, status_of
 from lightning_baqe.scratch import remove_leftovers_of_run
 
 RECIPES = "lightning_baqe.recipes"

@@ -12,6 +12,7 @@ from tvm.target import Target
 from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.objects import KernelObjects
 from lightning_baqe.errors import BuildError
+from lightning_baqe.interrupts import postponed
 from lightning_baqe.kernels.x86.layout import as_image
 
 MAIN, ALL = "main", "main_all"
@@ -63,7 +64,7 @@ def compile_plan(plan: Plan, input_shape: tuple[int, ...], objects: KernelObject
     try:
         libraries = [kept.library(key, plan.options.target, call.function) for key, call in kernels.items()]
         module = builder.get().with_attr("external_mods", libraries)
-        with tvm.transform.PassContext(opt_level=3):
+        with postponed(), tvm.transform.PassContext(opt_level=3):
             return relax.build(module, target=Target(plan.options.target.tvm), relax_pipeline="default_build")
     except (RuntimeError, ValueError) as error:
         raise BuildError(f"TVM cannot compile the network for {plan.options.target.mcpu}: {error}") from error

@@ -21,6 +21,7 @@ from lightning_baqe.deploy.digest import code_digest
 from lightning_baqe.files import cache_folder, replace_file
 from lightning_baqe.hardware.identity import digest, toolchain
 from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.interrupts import postponed
 from lightning_baqe.resources import shortage
 from lightning_baqe.scratch import compiling_folder
 
@@ -56,7 +57,7 @@ class KernelObjects:
         """
         path = self.path(key, target)
         content = self._read(path) if self._usable else None
-        with compiling_folder() as folder:
+        with postponed(), compiling_folder() as folder:
             file = Path(folder) / f"{key}.o"
             if content is None:
                 module = tvm.IRModule({key: function().with_attr("global_symbol", key)})
@@ -124,7 +125,7 @@ def link(module: Any, library: Path) -> None:
         RuntimeError: it cannot be linked.
         OSError: the machine ran out of room, files or memory.
     """
-    with compiling_folder() as folder:  # TVM's own would stay where the process is killed
+    with postponed(), compiling_folder() as folder:  # TVM's own folder would stay where the process is killed
         try:
             module.export_library(str(library), workspace_dir=folder)
         except RuntimeError as error:

@@ -2,7 +2,8 @@
 
 A connection that dies takes with it what was not committed, and a lock that it held. Nobody knows whether the last
 commit went through. So a step is begun anew as a whole, once the database answers, and steps are written such that
-this does no harm: they look first at what is there.
+this does no harm: they look first at what is there. Ctrl-C waits for the end of a step: a transaction that it leaves
+open keeps the database locked, for this very process, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sqlalchemy
 from sqlalchemy.engine import Engine, ExceptionContext
 
 from lightning_baqe.errors import StorageError
+from lightning_baqe.interrupts import postponed
 
 LIMIT_S = 300.0
 _PAUSE_S = 1.0  # between tries
@@ -66,7 +68,8 @@ class Patience:
         while True:
             begun = time.monotonic()
             try:
-                return step()
+                with postponed():
+                    return step()
             except ConnectionLost as error:
                 now = time.monotonic()
                 if since is None or now - begun > _LONG_S:

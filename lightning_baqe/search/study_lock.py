@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -29,10 +30,12 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import NullPool
 
 from lightning_baqe.errors import ConfigError
+from lightning_baqe.interrupts import heed
 from lightning_baqe.search.patience import ConnectionLost, watch
 
 _Check = Callable[[], object]  # raises ConnectionLost where the lock was lost
 _TRY_S = 0.5  # SQLite waits in C, where Ctrl-C is not heard
+_PAUSE_S = 0.1  # between tries at a server's lock
 _LOCKS: dict[tuple[str, str], StudyLock] = {}
 _MAKING = threading.Lock()
 
@@ -137,6 +140,7 @@ def _hold_file(path: Path) -> Iterator[_Check]:
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                     raise
+                heed()
         yield _never_lost
 
 
@@ -166,7 +170,9 @@ def _hold_advisory(engine: sqlalchemy.Engine, study_name: str) -> Iterator[_Chec
         # A server's limits on idle or long transactions are not meant for one that only holds a lock.
         for limit in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
             connection.execute(sqlalchemy.text(f"SET LOCAL {limit} = 0"))
-        connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(key)))
+        while not connection.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_xact_lock(key))):
+            heed()
+            time.sleep(_PAUSE_S)
         yield check
         check()
         connection.commit()
