@@ -51,6 +51,8 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
         measurement: how latency is measured.
         calibration_batches: training batches that initialise the quantizers of each trial.
         activation_range: what they derive clipping ranges by; of :func:`lightning_baqe.quantize`.
+        correct: what each trial's weights start from: ``"none"``, rounded to the nearest; ``"fast"``, ``"best"``:
+            corrected, see :func:`lightning_baqe.calibrate`.
         limits: ``{"latency_us": at most, "size_bytes": at most, "accuracy": at least}``, any of them: constraints that
             steer the search. Those that no point can meet end it before the first trial.
         recover: begin a damaged ``study.db`` of the run folder anew, from its backup and the summary; the damaged file

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from lightning_baqe.lazy import on_first_use
 
 if TYPE_CHECKING:
+    from lightning_baqe.calibration.calibrate import calibrate
     from lightning_baqe.entrance.admission import check
     from lightning_baqe.entrance.quantize import quantize
     from lightning_baqe.integer.graph import IntegerGraph
     from lightning_baqe.integer.lowering import lower
-    from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig, LayerBits
     from lightning_baqe.quantization.convert import QuantizedModel
 
@@ -30,7 +30,7 @@ _HOMES = {
     "measurement.build": ("build",),
     "measurement.device": ("Measurement",),
     "measurement.measure": ("measure",),
-    "quantization.calibration": ("calibrate",),
+    "calibration.calibrate": ("calibrate",),
     "quantization.config": ("BitConfig", "LayerBits"),
     "quantization.convert": ("QuantizedModel",),
     "runs.front": ("Front",),

@@ -100,6 +100,7 @@ def _prepare(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
     _ignore_known_warnings()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    _check_has_weights(cfg)
     datamodule = make(cfg.data)
     net = _network(cfg, datamodule.num_classes, datamodule.input_shape[0])
     check(net)
@@ -144,12 +145,13 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     """
     import torch
 
+    from lightning_baqe.calibration.calibrate import calibrate
+    from lightning_baqe.calibration.corrections import check_correct
     from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
     from lightning_baqe.deploy.artifact import Artifact
     from lightning_baqe.entrance.quantize import quantize
     from lightning_baqe.hardware.identity import versions
     from lightning_baqe.measurement.local import reach
-    from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel, check_options
     from lightning_baqe.runs.evaluation import (
@@ -164,11 +166,13 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     from lightning_baqe.runs.study import bits_entry
     from lightning_baqe.runs.summary import Trial
     from lightning_baqe.tasks import fit_to_checkpoint
+    from lightning_baqe.tasks.pretrain import keep
 
     # What can be wrong is known before the float training.
     metric = _metric(cfg)
     options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
     check_options(**options)
+    check_correct(cfg.qat.correct)
     after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
     if fold and after is None:
         raise ConfigError(
@@ -192,13 +196,18 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
 
     start = time.perf_counter()
-    quantized = task.quantize(bits, example, **options)
-    calibrate(quantized, datamodule.train_dataloader(), max_batches=cfg.qat.calibration_batches)
-    fit_to_checkpoint(task, datamodule, run_dir / "checkpoints" / "qat.ckpt", cfg.qat.epochs, make_trainer, callbacks)
+    quantized, checkpoint = task.quantize(bits, example, **options), run_dir / "checkpoints" / "qat.ckpt"
+    if not checkpoint.exists():
+        batches = cfg.qat.calibration_batches
+        calibrate(quantized, datamodule.train_dataloader(), batches, cfg.qat.correct)
+    if cfg.qat.epochs == 0:
+        keep(task, checkpoint)
+    else:
+        fit_to_checkpoint(task, datamodule, checkpoint, cfg.qat.epochs, make_trainer, callbacks)
     assert isinstance(task.net, QuantizedModel)
     begun = Trial(
         number=0,
-        phase="qat",
+        phase=recipe_name(cfg),
         bits=bits_entry(task.net.bits),
         seconds={"train": time.perf_counter() - start, "propose": 0.0},
     )
@@ -221,6 +230,23 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     summary.write(run_dir)
     write_report(summary, run_dir / "report.html")
     _close(run_dir)
+
+
+def ptq(cfg: DictConfig, run_dir: Path) -> None:
+    """Correct one bit-config without training and deploy it: :func:`qat` by another name and with other defaults.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    qat(cfg, run_dir)
+
+
+def _check_has_weights(cfg: DictConfig) -> None:
+    if cfg.pretrain.epochs == 0 and str(cfg.model._target_) == "lightning_baqe.tasks.network" and not cfg.model.weights:
+        raise ConfigError(
+            "pretrain.epochs=0 trains nothing, and model.weights=null are random weights: give model.weights=<file>, "
+            "or pretrain.epochs."
+        )
 
 
 def _metric(cfg: DictConfig) -> Metric | None:
@@ -269,10 +295,10 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     """
     import torch
 
+    from lightning_baqe.calibration.calibrate import calibrate
     from lightning_baqe.entrance.quantize import quantize
     from lightning_baqe.integer.lowering import lower
     from lightning_baqe.measurement.local import reach
-    from lightning_baqe.quantization.calibration import calibrate
     from lightning_baqe.tasks.networks import settle
     from lightning_baqe.tuning import tune_report, tuner
 

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # In the order in which data passes them: a module may import from its own room and from every room above it.
 ORDER = (
-    "errors", "lazy", "interrupts", "resources", "scratch", "files", "data", "quantization", "integer", "onnx",
-    "allocation", "search", "hardware", "kernels", "entrance", "tasks", "deploy", "measurement", "tuning", "costs",
-    "supernet", "runs", "landscapes", "engines", "callbacks", "records", "train", "flows", "benchmarks", "recipes",
+    "errors", "lazy", "interrupts", "resources", "scratch", "files", "data", "quantization", "calibration", "integer",
+    "onnx", "allocation", "search", "hardware", "kernels", "entrance", "tasks", "deploy", "measurement", "tuning",
+    "costs", "supernet", "runs", "landscapes", "engines", "callbacks", "records", "train", "flows", "benchmarks",
+    "recipes",
 )  # fmt: skip
 OPTIONAL = {"onnx"}  # rooms of optional dependencies: a function of an earlier room may import them when it needs them
 THIRD_PARTIES = {"search": {"pytorch_lightning", "tvm"}, "quantization": {"pytorch_lightning", "tvm"}}

@@ -258,6 +258,7 @@ SMALLEST = [
 ]
 SMALLEST_OF = {
     "qat": ["qat.epochs=1", "qat.calibration_batches=1"],
+    "ptq": ["qat.calibration_batches=1"],
     "qat_search": [
         *("search.steps_per_trial=2", "search.baselines=[8]", "search.calibration_batches=1"),
         *("search.n_initial=2", "search.pool_size=8", "search.tune_s=5"),
@@ -277,6 +278,26 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 def test_every_recipe_has_a_smallest_form() -> None:
     assert set(SMALLEST_OF) == set(RECIPES)
+
+
+def test_ptq_trains_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir, ours = tmp_path / "run", ["recipe=ptq", "bits.weight=4", f"run_dir={tmp_path}/run"]
+    assert main([*ours, *SMALLEST, *SMALLEST_OF["ptq"], "pretrain.epochs=0"]) == 0
+    assert "trial_0" in capfd.readouterr().out
+    (trial,) = summary_of(run_dir)["trials"]
+    assert trial["phase"] == summary_of(run_dir)["recipe"] == "ptq"
+    assert trial["fake_quant_accuracy"] == pytest.approx(trial["accuracy"], abs=0.01)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["float.ckpt", "qat.ckpt"]
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()}
+    assert main([*ours, *SMALLEST, *SMALLEST_OF["ptq"], "pretrain.epochs=0"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_without_weights_and_without_training_there_is_nothing_to_quantize(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipe=ptq", f"run_dir={tmp_path}/run"]) == 1
+    assert "give model.weights=<file>" in capfd.readouterr().err
 
 
 def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.callbacks import Distillation
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.verify import verify
@@ -23,7 +24,6 @@ from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, digest, versions
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.build import build
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.evaluation import deployed_accuracy, module_accuracy

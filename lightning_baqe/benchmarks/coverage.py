@@ -104,6 +104,7 @@ def try_network(library: str, kind: str, family: str, size: int = 64) -> Row:
     """Take one family's member through all stages."""
     import torch
 
+    from lightning_baqe.calibration.calibrate import calibrate
     from lightning_baqe.deploy.verify import verify
     from lightning_baqe.engines.zoo import random_bits, settled
     from lightning_baqe.entrance.admission import admit
@@ -112,7 +113,6 @@ def try_network(library: str, kind: str, family: str, size: int = 64) -> Row:
     from lightning_baqe.integer.float_operators import FloatOperator
     from lightning_baqe.integer.lowering import lower
     from lightning_baqe.measurement.build import build
-    from lightning_baqe.quantization.calibration import calibrate
 
     start, reached, found, macs, floats = time.perf_counter(), "", 0, 0, 0
     member = FAMILIES[library][kind][family]

@@ -23,6 +23,7 @@ from torch import nn
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.accuracy_rows import Say, Sizes, float_task, quiet_trainer
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError
@@ -34,7 +35,6 @@ from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.landscapes.latency_tables import WIDTHS, searched_layers, with_bits
 from lightning_baqe.measurement.profile import KernelProfile
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint

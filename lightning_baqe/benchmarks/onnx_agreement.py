@@ -39,6 +39,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_baqe.benchmarks.setups import INSTALL, check_positive, console_of, parser_of, table_of
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.data.base import ImageTensorDataset, Split
 from lightning_baqe.deploy.verify import verify
@@ -50,7 +51,6 @@ from lightning_baqe.hardware.identity import digest
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.build import build
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.tasks import ImageClassifier, network, pretrain
 

@@ -10,10 +10,10 @@ import torch
 import torchvision
 from torch import nn
 
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.engines.requests import INPUT, OUTPUT, EngineRequest
 from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.tasks.networks import network, settle

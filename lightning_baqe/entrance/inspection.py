@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
+from lightning_baqe.calibration.activation_ranges import set_ranges
 from lightning_baqe.errors import BuildError, UnsupportedModelError
 from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.lowering import Lowered, lower_all
 from lightning_baqe.integer.values import named
 from lightning_baqe.quantization.aten import name_of, origin
-from lightning_baqe.quantization.calibration import set_ranges
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, fake_quantize
 from lightning_baqe.quantization.ops import OpReader

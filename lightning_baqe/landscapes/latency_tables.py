@@ -22,6 +22,7 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import nn
 
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.costs.structure import SizeTable, Structure
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.digest import fingerprint
@@ -43,7 +44,6 @@ from lightning_baqe.measurement.device import Device, Kernel
 from lightning_baqe.measurement.measure import measure
 from lightning_baqe.measurement.memory import give_back_memory
 from lightning_baqe.measurement.profile import KernelProfile
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.sensitivity import layer_scores

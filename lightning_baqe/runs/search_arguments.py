@@ -11,6 +11,7 @@ import optuna
 import torch
 from torchmetrics import Metric
 
+from lightning_baqe.calibration.corrections import check_correct
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.files import make_folder
@@ -69,6 +70,7 @@ class SearchArguments:
     measurement: MeasureOptions | None = None
     calibration_batches: int = 8
     activation_range: str = "mse"
+    correct: str = "none"
     prune: bool = False
     tune_s: float = 30.0
     recipe: str = "bayesian_search"
@@ -105,6 +107,7 @@ class SearchArguments:
         if self.metric is not None:
             check_metric(self.metric)
         parse_range(self.activation_range)
+        check_correct(self.correct)
         read_limits(self.limits)
         fuses = self.device is None or self.device.options.fuse_residual
         self.options = BuildOptions(get_target(self.target), self.threads, fuses)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.costs.bit_rewards import REFERENCE, default_bit_choices, rewards_of
 from lightning_baqe.costs.network_knowledge import search_knowledge
 from lightning_baqe.deploy.digest import fingerprint
@@ -17,7 +18,6 @@ from lightning_baqe.entrance.admission import Network, admit
 from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.ops import OpReader
@@ -100,9 +100,13 @@ class SearchContext:
         self.study = SearchStudy(self.run_dir, given.storage, about, given.study_name)
 
     def quantized(self, bits: BitConfig, batches: int | None = None) -> QuantizedModel:
-        """The float network at other bits, calibrated on so many of the training batches; None: on all of them."""
+        """The float network at other bits, calibrated on all training batches and corrected as the arguments say; for
+        what needs the structure alone, calibrated on so many of them.
+        """
         model = quantize(self.admitted, bits, activation_range=self.arguments.activation_range)
-        return calibrate(model, self.calibration[:batches])
+        return calibrate(
+            model, self.calibration[:batches], correct=self.arguments.correct if batches is None else "none"
+        )
 
     def evaluate(self, model: QuantizedModel, name: str, schedules: Schedules | str | None = None) -> Figures:
         """A network's figures on the device; its artifact gets the name. Without schedules: the best known ones."""
@@ -174,6 +178,7 @@ class SearchContext:
             "bit_choices": list(given.widths),
             "schedules": given.schedules,
             "activation_range": given.activation_range,
+            "correct": None if given.correct == "none" else given.correct,  # as of before there was a choice
             "target": vars(given.options.target),
             "fuse_residual": given.options.fuse_residual,
             "device": fingerprint(given.measured_on.info(given.threads)),

@@ -11,6 +11,7 @@ from fake_device import FakeDevice
 from small_graphs import Maker, images
 from torch import nn
 
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.calls import Plan
 from lightning_baqe.deploy.plan import make_plan
@@ -24,7 +25,6 @@ from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.pixels import PixelSpec
 from lightning_baqe.measurement.build import build_with
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.runs.evaluation import evaluate
 from lightning_baqe.tuning.network_space import NetworkSpace

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import lightning_baqe as baqe
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.entrance.quantize import quantize
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from integer.wide_networks import WIDE, settled_wide, wide_images
 from lightning_baqe.benchmarks.exactness import agreement, fake_quant_integers
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import ConfigError, UnsupportedModelError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower, lower_with_sources
 from lightning_baqe.integer.nodes import Affine, AvgPool, Concat, Gather, Move, Mul, Requantize, Table
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel
 

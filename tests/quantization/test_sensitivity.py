@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.distributions import Bernoulli, kl_divergence
 
+from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import CalibrationError
-from lightning_baqe.quantization.calibration import calibrate
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.sensitivity import layer_scores, output_divergence
 

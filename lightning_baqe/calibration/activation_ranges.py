@@ -1,4 +1,4 @@
-"""Initialise activation scales from data, in one pass."""
+"""Activation scales from data, in one pass."""
 
 from __future__ import annotations
 
@@ -25,43 +25,29 @@ NOISE_IMAGES = 16
 
 
 @torch.no_grad()
-def calibrate(model: QuantizedModel, batches: Iterable[Any], max_batches: int | None = None) -> QuantizedModel:
+def set_ranges(
+    model: QuantizedModel, batches: Iterable[Any], max_batches: int | None = None
+) -> tuple[torch.Tensor, ...]:
     """Initialise all activation quantizers from data; values pass through unquantized meanwhile.
 
-    Runs in eval mode and restores each module's mode. Calibrating again starts afresh. If it fails, scales stay as
-    they were.
+    Runs in eval mode and restores each module's mode. If it fails, scales stay as they were.
 
     Args:
-        model: what :func:`quantize` returned.
-        batches: of ``x``, ``(x, y, ...)`` or ``{"image": x, ...}``, x a tensor or array of shape ``(n, ...)``; see
-            :mod:`lightning_baqe.quantization.batches`. For several inputs ``(x1, x2, ...)``, ``((x1, x2), ...)`` or a
-            mapping with the names of forward's arguments. Moved to the model's device, floats to its type. One tensor
-            or array is one batch.
-        max_batches: stop after so many.
+        model, batches, max_batches: see :func:`lightning_baqe.calibrate`.
 
     Returns:
-        The same model. Where all tensors have 8 bits, a warning names those that are far noisier than what is before
-        them.
+        the last batch, a tensor for each input.
 
     Raises:
         CalibrationError: no data, batches that are not the network's input, or values that are not finite.
     """
-    _warn_of_noise(model, set_ranges(model, batches, max_batches))
-    return model
-
-
-@torch.no_grad()
-def set_ranges(
-    model: QuantizedModel, batches: Iterable[Any], max_batches: int | None = None
-) -> tuple[torch.Tensor, ...]:
-    """As :func:`calibrate`, without a look at the noise; returns the last batch."""
     observers = {quantizer: RangeObserver() for quantizer in model.quantizers().values()}
     count = 0
     try:
         for quantizer, observer in observers.items():
             quantizer.observer = observer
         with evaluating(model):
-            for inputs in _inputs(model, batches, max_batches):
+            for inputs in inputs_of(model, batches, max_batches):
                 count += 1
                 _run(model, inputs, count)
     finally:
@@ -76,7 +62,8 @@ def set_ranges(
     return inputs
 
 
-def _warn_of_noise(model: QuantizedModel, inputs: tuple[torch.Tensor, ...]) -> None:
+@torch.no_grad()
+def warn_of_noise(model: QuantizedModel, inputs: tuple[torch.Tensor, ...]) -> None:
     """Warn of tensors that the 8-bit network computes far worse than those before them.
 
     What each quantizer reads is compared with and without quantization. Noise grows slowly from layer to layer; a
@@ -102,7 +89,7 @@ def _warn_of_noise(model: QuantizedModel, inputs: tuple[torch.Tensor, ...]) -> N
             "very different size share a grid there. Scale them alike, keep that layer float (32 bits), or clip by "
             "activation_range='percentile:99.9'. A network that is not trained yet may do so everywhere",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -137,10 +124,10 @@ def _decibels(exact: torch.Tensor, found: torch.Tensor) -> float:
     return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
-def _inputs(
+def inputs_of(
     model: QuantizedModel, batches: Iterable[Any], max_batches: int | None
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """What the network is shown: its inputs, where and as it wants them."""
+    """What the network is shown: its inputs, where and as it wants them; CalibrationError for batches that are none."""
     if isinstance(batches, Mapping):
         raise CalibrationError(f"batches is {describe(batches)}; wanted is an iterable of such batches: give [batch]")
     parameter, shapes = next(model.parameters(), None), model.record.input_shapes
