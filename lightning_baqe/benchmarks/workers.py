@@ -7,8 +7,8 @@
 
 The processes do what :class:`~lightning_baqe.callbacks.BayesianSearch` does with a study in mode ``beyond``; training
 and measuring are replaced by a pause, the figures by those of a landscape. ``none`` is one process alone, for
-comparison; :mod:`~lightning_baqe.benchmarks.troubles` says what the others are. ``records`` is another question: eight
-processes write one records database.
+comparison; :mod:`~lightning_baqe.benchmarks.damage.troubles` says what the others are. ``records`` is another
+question: eight processes write one records database.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 
-from lightning_baqe.benchmarks import postgres, troubles
-from lightning_baqe.benchmarks.record_writers import are_right as records_are_right
-from lightning_baqe.benchmarks.record_writers import write_at_once
+from lightning_baqe.benchmarks import postgres
+from lightning_baqe.benchmarks.damage import troubles
+from lightning_baqe.benchmarks.damage.record_writers import are_right as records_are_right
+from lightning_baqe.benchmarks.damage.record_writers import write_at_once
 from lightning_baqe.benchmarks.setups import table_of
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.landscapes.measured import Landscape
@@ -167,7 +168,7 @@ def run(
     Args:
         folder: an empty run folder.
         storage: URL of the database; its study ``workers`` must not exist.
-        trouble: what befalls them, of :data:`~lightning_baqe.benchmarks.troubles.TROUBLES`; None: nothing.
+        trouble: what befalls them, of :data:`~lightning_baqe.benchmarks.damage.troubles.TROUBLES`; None: nothing.
         processes: workers at once.
         trials: complete trials to reach.
         pause_s: mean length of a trial, seconds.
@@ -190,7 +191,7 @@ def run(
         return row
     troubles.follow_the_clock()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_baqe.runs.study", "lightning_baqe.benchmarks.troubles"])
+    context.set_forkserver_preload(["lightning_baqe.runs.study", "lightning_baqe.benchmarks.damage.troubles"])
     start = time.perf_counter()
     workers = [
         context.Process(target=work, args=(str(folder), storage, trials, pause_s, initial, landscape))

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lightning_baqe.benchmarks import postgres, troubles, workers
-from lightning_baqe.benchmarks.record_writers import are_right, write_at_once
+from lightning_baqe.benchmarks import postgres, workers
+from lightning_baqe.benchmarks.damage import troubles
+from lightning_baqe.benchmarks.damage.record_writers import are_right, write_at_once
 
 SMALL = {"processes": 3, "trials": 12, "pause_s": 0.3, "initial": 12, "stop_s": 1.0}
 
