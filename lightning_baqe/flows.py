@@ -6,8 +6,8 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.train import recipe_name
@@ -199,7 +200,8 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     quantized, checkpoint = task.quantize(bits, example, **options), run_dir / "checkpoints" / "qat.ckpt"
     if not checkpoint.exists():
         batches = cfg.qat.calibration_batches
-        calibrate(quantized, datamodule.train_dataloader(), batches, cfg.qat.correct)
+        with _layer_progress(Console(stderr=True, highlight=False)) as tell:
+            calibrate(quantized, datamodule.train_dataloader(), batches, cfg.qat.correct, tell)
     if cfg.qat.epochs == 0:
         keep(task, checkpoint)
     else:
@@ -247,6 +249,25 @@ def _check_has_weights(cfg: DictConfig) -> None:
             "pretrain.epochs=0 trains nothing, and model.weights=null are random weights: give model.weights=<file>, "
             "or pretrain.epochs."
         )
+
+
+@contextmanager
+def _layer_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over layers; a line now and then where there is no terminal."""
+    tenths = 0
+
+    def tell(layer: str, done: int, total: int) -> None:
+        nonlocal tenths
+        bar.update(task, completed=done, total=total, layer=layer)
+        if not console.is_terminal and 10 * done // total > tenths:
+            tenths = 10 * done // total
+            console.print(f"corrected {done}/{total} layers, {layer}", markup=False, soft_wrap=True)
+
+    columns = (TextColumn("correct"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[layer]}", markup=False))  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("correct", total=None, layer="")
+        yield tell
 
 
 def _metric(cfg: DictConfig) -> Metric | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,11 @@ from lightning_baqe.quantization.convert import QuantizedModel
 
 
 def calibrate(
-    model: QuantizedModel, batches: Iterable[Any], max_batches: int | None = None, correct: str = "none"
+    model: QuantizedModel,
+    batches: Iterable[Any],
+    max_batches: int | None = None,
+    correct: str = "none",
+    tell: Callable[[str, int, int], None] | None = None,
 ) -> QuantizedModel:
     """Initialise all activation quantizers from data, then correct weights and biases for what rounding does to them.
 
@@ -35,6 +39,7 @@ def calibrate(
             or array is one batch. Corrections hold all of them in memory; some hundred images are enough.
         max_batches: stop after so many.
         correct: see the table; what each step does stands in :mod:`lightning_baqe.calibration.corrections`.
+        tell: called after each corrected layer with its name, how many are done, and of how many.
 
     Returns:
         The same model. Where all tensors have 8 bits, a warning names those that are far noisier than what is before
@@ -51,6 +56,6 @@ def calibrate(
         whole = [batches] if isinstance(batches, torch.Tensor) else batches
         kept = list(inputs_of(model, whole, max_batches))
         last = set_ranges(model, [inputs if len(inputs) > 1 else inputs[0] for inputs in kept])
-        correct_layers(model, kept, CORRECTIONS[correct])
+        correct_layers(model, kept, CORRECTIONS[correct], tell)
     warn_of_noise(model, last)
     return model

@@ -5,6 +5,7 @@ Started by :mod:`~lightning_baqe.benchmarks.damage.interruptions` as a process o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -38,6 +39,7 @@ PHASES = {
 }
 # Of CPython's audit events, those that change what is on the disk, or start a process.
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "sqlite3.connect", "subprocess.Popen")
+DISTURBED = "disturbed: "
 AGAIN_S = 0.5  # after which a signal is sent a second time
 _CHUNK = 1 << 20
 
@@ -96,19 +98,21 @@ class _Disturber:
         self.seconds: dict[str, list[float]] = {}
         self.events = 0
         self.began = time.perf_counter()
+        self.ended = False  # the run
         self._done = threading.Lock()  # held from the disturbance on
 
     def act(self) -> None:
         """Disturb, once."""
         if not self._done.acquire(blocking=False):
             return
-        print(f"disturbed: {self.plan.action}", flush=True)
         name, _, twice = self.plan.action.partition(" ")
+        if name == "full":
+            fill(Path(self.plan.filler))  # said afterwards: a run that ended meanwhile was not disturbed
+        if not self.ended:
+            print(f"{DISTURBED}{self.plan.action}", flush=True)
         if name == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif name == "full":
-            fill(Path(self.plan.filler))
-        else:
+        elif name in ("term", "int"):
             number = signal.SIGTERM if name == "term" else signal.SIGINT
 
             def send() -> None:
@@ -168,6 +172,9 @@ class _Disturber:
 def fill(path: Path) -> None:
     """Leave no byte on the disk of this file."""
     with path.open("ab", buffering=0) as file:
+        with contextlib.suppress(OSError):  # quickly, where the system can; what remains is written
+            os.posix_fallocate(file.fileno(), 0, os.statvfs(path).f_bavail * os.statvfs(path).f_frsize)
+        file.seek(0, os.SEEK_END)
         size = _CHUNK
         while size:
             try:
@@ -188,6 +195,7 @@ def main() -> int:
     from lightning_baqe.train import main as run
 
     status = run(sys.argv[2:])
+    disturber.ended = True
     if disturber.plan.notes:
         Path(disturber.plan.notes).write_text(json.dumps(disturber.notes()))
     return status

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from lightning_baqe.benchmarks.damage.disturbed import PHASES, Disturbance
+from lightning_baqe.benchmarks.damage.disturbed import DISTURBED, PHASES, Disturbance
 from lightning_baqe.benchmarks.setups import console_of, parser_of, table_of
 from lightning_baqe.hardware.identity import device_info
 
@@ -216,7 +216,7 @@ def try_one(way: str, plan: Disturbance, where: str, base: Path, usual: Undistur
         shutil.copytree(usual.cache, base / "cache")
     status, text = place.start(plan, after_s)
     action = "kill" if after_s is not None else plan.action.split()[0]
-    result.happened = "disturbed:" in text or (after_s is not None and status == STATUS["kill"])
+    result.happened = DISTURBED in text or (after_s is not None and status == STATUS["kill"])
     _look_at_end(result, STATUS[action if result.happened else "nothing"], status, text, place)
     before = place.trials()
     result.kept = sum(state == "COMPLETE" for state, _ in before.values())
