@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import random
 import sqlite3
 import time
 import warnings
@@ -57,6 +58,8 @@ _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_FORMAT)
 _Write = tuple[str, Sequence[Any], str]  # kind of record, row, what is done where its key is there
 _PATIENCE_S = 0.8  # all that a call waits for together, so that with its own work it takes less than a second
+# Between tries at a locked database, drawn anew each time: SQLite's own waits become so long that busy writers starve.
+_PAUSES_S = (0.0005, 0.004)
 _Found = TypeVar("_Found")
 
 
@@ -128,21 +131,20 @@ class Records:
         self._said: set[str] = set()
         try:
             make_folder(self.path.parent, "records")
-            self._open()
+            _patiently(self._open, time.monotonic() + _PATIENCE_S)
         except (ConfigError, sqlite3.OperationalError) as error:
             if not self._is_own and not is_busy(error):
                 raise _unwritable(self.path, error) from error
             self._do_without(error)
 
-    def _open(self, deadline: float | None = None) -> None:
-        """Make the tables; a damaged file is set aside first."""
-        deadline = time.monotonic() + _PATIENCE_S if deadline is None else deadline
+    def _open(self) -> None:
+        """Make the tables; a damaged file is set aside first. Waits for nothing."""
         for attempt in range(2):
             try:
-                with self._connected(deadline) as connection:
+                with self._connected() as connection:
                     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                         connection.execute("PRAGMA journal_mode = WAL")
-                with self._connected(deadline) as connection, connection:
+                with self._connected() as connection, connection:
                     connection.execute("BEGIN IMMEDIATE")
                     prepare(connection, self.path)
                 self._is_ready = True
@@ -181,28 +183,30 @@ class Records:
             )
 
     @contextmanager
-    def _connected(self, deadline: float) -> Iterator[sqlite3.Connection]:
-        timeout_s = max(0.0, deadline - time.monotonic())
+    def _connected(self, timeout_s: float = 0.0) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None)) as connection:
             yield connection
 
     def _serve(self, work: Callable[[sqlite3.Connection], _Found], otherwise: _Found) -> _Found:
         """What work finds in the database; otherwise where that cannot be used now."""
         now = time.monotonic()
-        deadline = now + _PATIENCE_S if now >= self._not_before else now
-        for attempt in range(2):
+        deadline, is_new = now + _PATIENCE_S if now >= self._not_before else now, False
+
+        def once() -> _Found:
+            if not self._is_ready:
+                self._open()
+            with self._connected() as connection:
+                return work(connection)
+
+        while True:
             try:
-                if not self._is_ready:
-                    self._open(deadline)
-                with self._connected(deadline) as connection:
-                    return work(connection)
+                return _patiently(once, deadline)
             except (sqlite3.DatabaseError, ConfigError) as error:
-                if isinstance(error, ConfigError) or not is_damage(error) or attempt:
+                if isinstance(error, ConfigError) or not is_damage(error) or is_new:
                     self._do_without(error)
-                    break
+                    return otherwise
                 self._set_aside(error)
-                self._is_ready = False
-        return otherwise
+                self._is_ready, is_new = False, True
 
     def _write_pending(self) -> None:
         """Write what is not written yet, all or nothing, one process after the other."""
@@ -242,7 +246,7 @@ class Records:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection for queries, whose errors are the caller's."""
-        with self._connected(time.monotonic() + 30) as connection:
+        with self._connected(30.0) as connection:
             yield connection
 
     @contextmanager
@@ -404,6 +408,17 @@ def canonical(value: Mapping[str, Any]) -> str:
 
 def _threads(spec: Spec) -> int:
     return int(getattr(spec, "threads", 1))  # kernels without that field are never parallel
+
+
+def _patiently(step: Callable[[], _Found], deadline: float) -> _Found:
+    """What a step gives; it is tried again where another connection holds the database, until the deadline."""
+    while True:
+        try:
+            return step()
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(random.uniform(*_PAUSES_S))
 
 
 def is_busy(error: Exception) -> bool:

@@ -11,7 +11,6 @@ import time
 import warnings
 from contextlib import closing, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,25 +328,35 @@ def test_what_could_not_be_written_is_written_or_told_at_the_end(tmp_path: Path)
     records._end()
 
 
-def test_a_call_waits_for_a_second_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    connect = sqlite3.connect
+class Clock:
+    """Time that passes while somebody sleeps or looks at it."""
 
-    def note(path: Path, timeout: float, **options: Any) -> sqlite3.Connection:
-        waited.append(timeout)
-        return connect(path, timeout=timeout, **options)
+    now, slept, time = 0.0, 0, staticmethod(time.time)
 
-    with closing(connect(tmp_path / "records.db", isolation_level=None)) as other:
+    def monotonic(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += 1
+
+
+def test_a_call_waits_for_less_than_a_second_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(sqlite3.connect(tmp_path / "records.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
+        clock = Clock()
+        monkeypatch.setattr("lightning_baqe.measurement.database.time", clock)
         with pytest.warns(UserWarning, match="locked"):
             records = Records(tmp_path / "records.db")
-    records._not_before = 0.0
-    now = iter(0.3 * tick for tick in range(20))  # so long does every step take
-    monkeypatch.setattr(sqlite3, "connect", note)
-    clock = SimpleNamespace(monotonic=lambda: next(now), time=time.time)
-    monkeypatch.setattr("lightning_baqe.measurement.database.time", clock)
-    records.add_model("one", 1, [1.0], 1.0)
-    assert waited == pytest.approx([0.5, 0.2, 0.0])  # two that make the tables, one that writes
+        assert 0.7 < clock.now < 0.9
+        assert clock.slept > 150  # not at SQLite's own long intervals
+        clock.now, records._not_before = 0.0, 0.0
+        records.add_model("one", 1, [1.0], 1.0)  # the tables, too, are not there yet
+        assert 0.7 < clock.now < 0.9
+        clock.now = 1.0
+        records.add_model("two", 1, [1.0], 1.0)  # not again so soon
+        assert clock.now < 1.1
 
 
 def test_a_database_that_is_locked_from_the_beginning(tmp_path: Path) -> None:
