@@ -90,7 +90,9 @@ def test_a_damaged_object_is_made_again(graph: IntegerGraph, kept: Path, damage:
 
 def test_each_target_has_its_objects(graph: IntegerGraph, kept: Path) -> None:
     """Also targets that differ by nothing but LLVM's name of the CPU."""
-    options = BuildOptions(dataclasses.replace(get_target(), mcpu="haswell"))
+    # Another CPU with all instructions that the kernels are written in: LLVM ends the process where one is missing.
+    other = {"vnni512": "icelake-server", "avxvnni": "meteorlake"}.get(get_target().path, "haswell")
+    options = BuildOptions(dataclasses.replace(get_target(), mcpu=other))
     plan = dataclasses.replace(plan_of(graph), options=options)
     objects = KernelObjects(kept)
     compile_plan(plan, graph.input_shape, objects)
