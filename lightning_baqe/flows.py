@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_baqe.errors import BaqeError, ConfigError
+from lightning_baqe.errors import BaqeError, ConfigError, check_at_least
 from lightning_baqe.train import recipe_name
 
 if TYPE_CHECKING:
@@ -182,6 +182,12 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
         )
     callbacks: list[pl.Callback] = [] if after is None else [FreezeBatchNorm(after_epochs=after, fold=fold)]
     distillation = Distillation(weight=cfg.qat.distillation, temperature=cfg.qat.temperature)
+    check_at_least("qat.epochs", cfg.qat.epochs, 0)
+    if cfg.qat.epochs == 0 and (after is not None or distillation.weight > 0):
+        raise ConfigError(
+            "qat.epochs=0 trains nothing, so that neither qat.distillation nor qat.freeze_batch_norm_after would do "
+            "anything: leave them out, or give qat.epochs."
+        )
     device = _device(cfg)
     measurement = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
     datamodule, task, make_trainer = _prepare(
@@ -244,7 +250,11 @@ def ptq(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def _check_has_weights(cfg: DictConfig) -> None:
-    if cfg.pretrain.epochs == 0 and str(cfg.model._target_) == "lightning_baqe.tasks.network" and not cfg.model.weights:
+    if (
+        cfg.pretrain.epochs == 0
+        and str(cfg.model._target_) == "lightning_baqe.tasks.network"
+        and not cfg.model.get("weights")
+    ):
         raise ConfigError(
             "pretrain.epochs=0 trains nothing, and model.weights=null are random weights: give model.weights=<file>, "
             "or pretrain.epochs."

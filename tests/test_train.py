@@ -300,6 +300,15 @@ def test_without_weights_and_without_training_there_is_nothing_to_quantize(
     assert "give model.weights=<file>" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["qat.distillation=0.5", "qat.freeze_batch_norm_after=1", "qat.epochs=-1"])
+def test_without_training_nothing_is_asked_of_it(
+    option: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipe=ptq", option, f"run_dir={tmp_path}/run"]) == 1
+    assert "qat.epochs" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ranges = ["qat.activation_range=percentile:99.5", "qat.activation_quantizer=static"]
     arguments = ["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *ranges, "bits.weight=4", f"run_dir={tmp_path}/run"]

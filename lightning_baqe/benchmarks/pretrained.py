@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def peers(net: nn.Module, shown: torch.Tensor, folder: Path) -> Iterator[tuple[s
         return lambda x: np.asarray(session.run(None, {INPUT: x})[0])
 
     for method in ("MinMax", "Entropy", "Percentile"):
-        yield "ONNX Runtime", method, lambda method=method: onnxruntime(method)  # type: ignore[misc]
+        yield "ONNX Runtime", method, partial(onnxruntime, method)
 
 
 def main(arguments: list[str] | None = None) -> int:

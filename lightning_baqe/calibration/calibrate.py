@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from lightning_baqe.calibration.activation_ranges import inputs_of, set_ranges, warn_of_noise
 from lightning_baqe.calibration.corrections import CORRECTIONS, check_correct, correct_layers
 from lightning_baqe.quantization.convert import QuantizedModel
@@ -53,8 +51,7 @@ def calibrate(
     if correct == "none":
         last = set_ranges(model, batches, max_batches)
     else:
-        whole = [batches] if isinstance(batches, torch.Tensor) else batches
-        kept = list(inputs_of(model, whole, max_batches))
+        kept = list(inputs_of(model, batches, max_batches))
         last = set_ranges(model, [inputs if len(inputs) > 1 else inputs[0] for inputs in kept])
         correct_layers(model, kept, CORRECTIONS[correct], tell)
     warn_of_noise(model, last)

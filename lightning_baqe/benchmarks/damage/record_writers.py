@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def write(path: str, report: str, writer: int, writers: int, count: int) -> None
     records.peak(target, "made up", 1)  # what is found out once in a process is not the database's delay
     for number in range(count):
         latency_us = float(1 + writer + writers * number)
-        timed(lambda number=number, us=latency_us: records.add_model(_name(writer, number), 1, [us], us))  # type: ignore[misc]
-        timed(lambda us=latency_us: records.add_peak(target, "made up", 1, us))  # type: ignore[misc]
-        timed(lambda number=number: records.model(_name(writer, number), 1))  # type: ignore[misc]
+        timed(partial(records.add_model, _name(writer, number), 1, [latency_us], latency_us))
+        timed(partial(records.add_peak, target, "made up", 1, latency_us))
+        timed(partial(records.model, _name(writer, number), 1))
     pending = records.flush()
     Path(report).write_text(json.dumps({"longest_s": longest, "pending": pending}))
 
