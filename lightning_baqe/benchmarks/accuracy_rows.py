@@ -1,4 +1,6 @@
-"""The rows of the accuracy benchmark: float training, tuning with a teacher, lowering, compiling, classifying."""
+"""The rows of the accuracy benchmark: float training, tuning with a teacher or corrections without training, lowering,
+compiling, classifying.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassRecall
 
 from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.callbacks import Distillation
-from lightning_baqe.data import GlyphsDataModule
+from lightning_baqe.data import ElpvDataModule, FashionMnistDataModule, GlyphsDataModule
+from lightning_baqe.data.base import ImageDataModule
+from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.verify import verify
 from lightning_baqe.errors import BuildError
 from lightning_baqe.files import Rows
@@ -28,34 +33,46 @@ from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.evaluation import deployed_accuracy, module_accuracy
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
+from lightning_baqe.tasks.weights import IMAGENET
 
-BITS = {"w8a8": (8, 8), "w4a4": (4, 4)}
+BITS = {"w8a8": (8, 8), "w4a4": (4, 4), "w4a8": (4, 8)}
+CORRECT = "best"
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training: AdamW with a schedule over all its steps, at this largest rate."""
+    """One training with a schedule over all its steps, at this largest rate.
+
+    Args:
+        optimizer, scheduler: as for :class:`~lightning_baqe.tasks.ImageClassifier`.
+        precision: Lightning's, ``"bf16-mixed"``.
+    """
 
     epochs: int
     learning_rate: float
     weight_decay: float
     scheduler: str = "onecycle"
+    optimizer: str = "adamw"
+    precision: str = "32-true"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one network is trained.
+    """How one network is trained on some data.
 
     Args:
-        tuning: by bits, of the quantized networks.
+        float_training: from random weights, or from ``model``'s.
+        tuning: by bits, of the quantized networks; None: corrected without training.
+        model: more arguments of :func:`~lightning_baqe.tasks.network`.
         weight, temperature: of :class:`~lightning_baqe.callbacks.Distillation`.
         calibration_batches: training batches that the quantizers start from.
     """
 
     float_training: Training
-    tuning: dict[str, Training]
+    tuning: dict[str, Training | None]
     batch_size: int = 128
+    model: dict[str, Any] = field(default_factory=dict)
     weight: float = 0.9
     temperature: float = 2.0
     calibration_batches: int = 8
@@ -66,13 +83,16 @@ class Settings:
         if float_epochs is not None:
             float_training = replace(float_training, epochs=float_epochs)
         if tuning_epochs is not None:
-            tuning = {bits: replace(training, epochs=tuning_epochs) for bits, training in tuning.items()}
+            tuning = {
+                bits: None if training is None else replace(training, epochs=tuning_epochs)
+                for bits, training in tuning.items()
+            }
         return replace(self, float_training=float_training, tuning=tuning)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images of each split."""
+    """Images of each split of glyphs."""
 
     train: int = 16000
     val: int = 2000
@@ -82,42 +102,71 @@ class Sizes:
 SMALLEST = Sizes(32, 16, 16)
 
 
+DATA: dict[str, Callable[[Sizes, dict[str, Any]], ImageDataModule]] = {
+    "glyphs": lambda sizes, more: GlyphsDataModule(sizes.train, sizes.val, sizes.test, **more),
+    "fashion_mnist": lambda _, more: FashionMnistDataModule(**more),
+    "elpv": lambda _, more: ElpvDataModule(**more),
+}
+FOUND = {"elpv": "defective"}  # the class whose recall stands beside accuracy
+
+
 @dataclass(frozen=True)
 class Request:
-    """What one row is measured on; ``bits`` are a key of :data:`BITS`, the seed draws images, weights and order."""
+    """What one row is measured on.
 
+    Args:
+        data: a key of :data:`DATA`.
+        bits: a key of :data:`BITS`.
+        seed: draws weights and order, of glyphs the images, too.
+        sizes: of glyphs.
+        root: of data that lies in files; None: where its package puts it.
+    """
+
+    data: str
     network: str
     bits: str
     seed: int
     sizes: Sizes
     settings: Settings
+    root: Path | None = None
 
     @property
     def float_key(self) -> dict[str, Any]:
         """All that the float network depends on."""
         return {
+            "data": self.data,
             "network": self.network,
             "seed": self.seed,
             "sizes": asdict(self.sizes),
             "batch_size": self.settings.batch_size,
+            "model": self.settings.model,
             "float_training": asdict(self.settings.float_training),
         }
 
     @property
     def key(self) -> dict[str, Any]:
         """All that the row depends on, but for the machine and the code."""
-        return {
-            **self.float_key,
-            "bits": self.bits,
-            "tuning": asdict(self.settings.tuning[self.bits]),
-            "distillation": {"weight": self.settings.weight, "temperature": self.settings.temperature},
-            "calibration_batches": self.settings.calibration_batches,
-        }
+        tuning, key = self.settings.tuning[self.bits], {**self.float_key, "bits": self.bits}
+        key["calibration_batches"] = self.settings.calibration_batches
+        if tuning is None:
+            return {**key, "correct": CORRECT}
+        teacher = {"weight": self.settings.weight, "temperature": self.settings.temperature}
+        return {**key, "tuning": asdict(tuning), "distillation": teacher}
+
+    def data_module(self) -> ImageDataModule:
+        """The images."""
+        more: dict[str, Any] = {"batch_size": self.settings.batch_size, "seed": self.seed}
+        if self.root is not None:
+            more["root"] = self.root
+        if self.data == "glyphs":
+            more["batch_size"] = min(self.settings.batch_size, self.sizes.train)
+        return DATA[self.data](self.sizes, more)
 
     def checkpoint(self, folder: Path, quantized: bool) -> Path:
         """Where the weights are kept; its name follows from all that they depend on."""
         key = self.key if quantized else self.float_key
-        return folder / f"{self.network}-{self.bits if quantized else 'float'}-seed{self.seed}-{digest(key)[:8]}.ckpt"
+        kind = self.bits if quantized else "float"
+        return folder / f"{self.data}-{self.network}-{kind}-seed{self.seed}-{digest(key)[:8]}.ckpt"
 
 
 def find_row(rows: Rows, request: Request) -> dict[str, Any] | None:
@@ -174,24 +223,18 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     What an interrupted call left in the folder is gone on from; ``say`` is told of every epoch.
 
     Returns:
-        the row: ``key``, accuracies 0..1 of ``val`` and ``test``, curves of the validation accuracy by epoch, seconds.
+        the row: ``key``, accuracies 0..1 of ``val`` and ``test``, ``recall`` on the test split of the class that is to
+        be found (None: no such class), curves of the validation accuracy by epoch, seconds.
 
     Raises:
         BuildError: the compiled network differs from its integer reference.
     """
     settings = request.settings
-    data, task = float_task(request.network, settings, request.sizes, request.seed)
+    data, task = float_task(request)
     data.prepare_data()
     kept = request.checkpoint(folder, quantized=False)
-    float_net = _fit(task, data, kept, settings.float_training.epochs, [], say)
-    pl.seed_everything(request.seed, verbose=False)
-    tuning = settings.tuning[request.bits]
-    task = _task(copy.deepcopy(float_net.net), data, tuning)
-    quantized = task.quantize(BitConfig.uniform(float_net.net, *BITS[request.bits]), data.example_input)
-    calibrate(quantized, data.train_dataloader(), settings.calibration_batches)
-    teacher = Distillation("net", float_net.net, settings.weight, settings.temperature)
-    kept = request.checkpoint(folder, quantized=True)
-    tuned = _fit(task, data, kept, tuning.epochs, [teacher], say)
+    float_net = _fit(task, data, kept, settings.float_training, [], say)
+    tuned = _quantized(request, data, float_net.net, folder, say)
     assert isinstance(tuned.net, QuantizedModel)
     start = time.perf_counter()
     graph = lower(tuned.net)
@@ -201,16 +244,19 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     if any(wrong.values()):
         raise BuildError(
             f"the compiled network differs from its reference at { {k: v for k, v in wrong.items() if v} }; please "
-            f"report it with {kept}"
+            f"report it with {request.checkpoint(folder, quantized=True)}"
         )
     deployed = {split: deployed_accuracy(artifact, loader) for split, loader in _loaders(data).items()}
+    classified = time.perf_counter()
     return {
+        "data": request.data,
         "network": request.network,
         "bits": request.bits,
         "seed": request.seed,
         "float": float_net.accuracy,
         "fake_quant": tuned.accuracy,
         "deployed": deployed,
+        "recall": _recalls(request, data, float_net.net, artifact),
         "float_curve": float_net.curve,
         "tuning_curve": tuned.curve,
         "epochs": {"float": len(float_net.curve), "tuning": len(tuned.curve)},
@@ -218,7 +264,7 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
             "float": float_net.seconds,
             "tuning": tuned.seconds,
             "build": built - start,
-            "classify": time.perf_counter() - built,
+            "classify": classified - built,
         },
         "size_bytes": graph.size_bytes,
         "device": device_info(threads),
@@ -227,25 +273,46 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     }
 
 
-def float_task(name: str, settings: Settings, sizes: Sizes, seed: int) -> tuple[GlyphsDataModule, ImageClassifier]:
+def float_task(request: Request) -> tuple[ImageDataModule, ImageClassifier]:
     """A seed's images, and the task of training its float network on them."""
-    data = GlyphsDataModule(sizes.train, sizes.val, sizes.test, min(settings.batch_size, sizes.train), seed)
-    pl.seed_everything(seed, verbose=False)
-    net = network(name, data.num_classes).to(memory_format=torch.channels_last)
-    return data, _task(net, data, settings.float_training)
+    data, model = request.data_module(), request.settings.model
+    pl.seed_everything(request.seed, verbose=False)
+    net = network(request.network, data.num_classes, **model)
+    if model.get("weights") == IMAGENET:
+        about: Any = net.pretrained_cfg
+        data.normalise(about["mean"], about["std"])
+    return data, _task(net.to(memory_format=torch.channels_last), data, request.settings.float_training)
 
 
-def _task(net: nn.Module, data: GlyphsDataModule, training: Training) -> ImageClassifier:
+def _task(net: nn.Module, data: ImageDataModule, training: Training) -> ImageClassifier:
     return ImageClassifier(
-        net, data.num_classes, training.learning_rate, training.weight_decay, scheduler=training.scheduler
+        net, data.num_classes, training.learning_rate, training.weight_decay, training.optimizer, training.scheduler
     )
+
+
+def _quantized(request: Request, data: ImageDataModule, net: nn.Module, folder: Path, say: Say) -> _Trained:
+    """The network on the request's bits, tuned with the float one as its teacher, or corrected without training."""
+    settings = request.settings
+    tuning = settings.tuning[request.bits]
+    pl.seed_everything(request.seed, verbose=False)
+    task = _task(copy.deepcopy(net), data, tuning or settings.float_training)
+    quantized = task.quantize(BitConfig.uniform(net, *BITS[request.bits]), data.example_input)
+    start, shown = time.perf_counter(), settings.calibration_batches
+    if tuning is not None:
+        calibrate(quantized, data.train_dataloader(), shown)
+        teacher = Distillation("net", net, settings.weight, settings.temperature)
+        return _fit(task, data, request.checkpoint(folder, quantized=True), tuning, [teacher], say)
+    calibrate(quantized, data.train_dataloader(), shown, CORRECT)
+    seconds = time.perf_counter() - start
+    say(f"  corrected in {seconds:.0f} s")
+    return _Trained(quantized, [], seconds, _accuracy(quantized, data))
 
 
 def _fit(
     task: ImageClassifier,
-    data: GlyphsDataModule,
+    data: ImageDataModule,
     checkpoint: Path,
-    epochs: int,
+    training: Training,
     callbacks: list[pl.Callback],
     say: Say,
 ) -> _Trained:
@@ -255,14 +322,31 @@ def _fit(
 
     def trainer(**options: Any) -> pl.Trainer:
         options["callbacks"] = [*options["callbacks"], curve, *callbacks]
-        return quiet_trainer(**options)
+        return quiet_trainer(precision=training.precision, **options)
 
-    fit_to_checkpoint(task, data, checkpoint, epochs, trainer)
+    fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer)
     kept = json.loads(curve.path.read_text())
-    device = torch.device("cpu")
-    accuracy = {split: module_accuracy(task.net, loader, device) for split, loader in _loaders(data).items()}
-    return _Trained(task.net, kept["curve"], kept["seconds"], accuracy)
+    return _Trained(task.net, kept["curve"], kept["seconds"], _accuracy(task.net, data))
 
 
-def _loaders(data: GlyphsDataModule) -> dict[str, Any]:
+def _accuracy(net: nn.Module, data: ImageDataModule) -> dict[str, float]:
+    return {split: module_accuracy(net, loader, torch.device("cpu")) for split, loader in _loaders(data).items()}
+
+
+def _recalls(request: Request, data: ImageDataModule, net: nn.Module, artifact: Artifact) -> dict[str, float] | None:
+    """Of the class that is to be found, on the test split, by the float and the deployed network."""
+    if request.data not in FOUND:
+        return None
+    metric = MulticlassRecall(data.num_classes, average="none")
+    wanted, found = data.classes.index(FOUND[request.data]), {}
+    for name, run in {"float": net.eval(), "deployed": artifact.run}.items():
+        metric.reset()
+        with torch.no_grad():
+            for x, y in data.test_dataloader():
+                metric.update(run(x), y)
+        found[name] = float(metric.compute()[wanted])
+    return found
+
+
+def _loaders(data: ImageDataModule) -> dict[str, Any]:
     return {"val": data.val_dataloader(), "test": data.test_dataloader()}

@@ -268,7 +268,7 @@ def _share(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
-    parser.add_argument("--network", default="resnet18", choices=list(SETTINGS))
+    parser.add_argument("--network", default="resnet18", choices=list(SETTINGS["glyphs"]))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE",
                         help=f"out of {', '.join(STAGES)}")  # fmt: skip
     parser.add_argument("--configs", type=int, default=110, help="bit-configs to train")

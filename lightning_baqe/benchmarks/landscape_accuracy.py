@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lightning_baqe.benchmarks.accuracy import SETTINGS
-from lightning_baqe.benchmarks.accuracy_rows import Say, Sizes, float_task, quiet_trainer
+from lightning_baqe.benchmarks.accuracy_rows import Request, Say, Sizes, float_task, quiet_trainer
 from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.data import GlyphsDataModule
 from lightning_baqe.deploy.plan import make_plan
@@ -78,12 +78,12 @@ def float_network(name: str, trial: Trial, checkpoint: Path, say: Say) -> nn.Mod
     """The network that all trials start from, trained as the accuracy benchmark trains it, or read.
 
     Args:
-        name: torchvision's; one that :data:`~lightning_baqe.benchmarks.accuracy.SETTINGS` knows.
+        name: torchvision's; one that :data:`~lightning_baqe.benchmarks.accuracy.SETTINGS` knows for glyphs.
         trial: whose ``float_sizes`` count.
         checkpoint: of the training; read if it exists.
     """
-    settings, sizes = SETTINGS[name], trial.float_sizes
-    data, task = float_task(name, settings, sizes, 0)
+    settings, sizes = SETTINGS["glyphs"][name], trial.float_sizes
+    data, task = float_task(Request("glyphs", name, "w8a8", 0, sizes, settings))
     if not checkpoint.exists():
         say(f"training {name} in float, {settings.float_training.epochs} epochs of {sizes.train} images")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def measure_bits(
 
 def row_key(name: str, trial: Trial) -> dict[str, Any]:
     """All that a row depends on, but for its bits, its number, the machine and the code."""
-    return {"network": name, "trial": asdict(trial), "float_training": asdict(SETTINGS[name].float_training)}
+    return {"network": name, "trial": asdict(trial), "float_training": asdict(SETTINGS["glyphs"][name].float_training)}
 
 
 def measure_rows(

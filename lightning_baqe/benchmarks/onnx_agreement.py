@@ -170,7 +170,7 @@ def float_network(name: str, training: Training, num_classes: int, own: Path, ot
     """The trained float network, in eval mode; its checkpoint is this benchmark's own or the accuracy benchmark's."""
     pl.seed_everything(0, verbose=False)
     net = network(name, num_classes)
-    found = sorted(others.glob(f"{name}-float-seed*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(others.glob(f"glyphs-{name}-float-seed*.ckpt"), key=lambda path: path.stat().st_mtime)
     key = digest(asdict(training))[:8]
     kept = own / f"{name}-float-{key}.ckpt"
     checkpoint = found[-1] if found and training == TRAININGS[name] and not kept.exists() else kept

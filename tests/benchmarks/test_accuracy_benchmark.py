@@ -14,16 +14,20 @@ from torch import nn
 from lightning_baqe.benchmarks import accuracy, accuracy_rows
 from lightning_baqe.benchmarks.accuracy_rows import SMALLEST, Request, Settings, Training, find_row, measure_row
 from lightning_baqe.files import Rows
+from tests.small_data import small_elpv, small_fashion_mnist
 
 SMALL = ["--smallest", "--networks", "resnet18", "--seeds", "3"]
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    def two_layers(name: str, classes: int) -> nn.Module:
+    def two_layers(name: str, classes: int, **model: Any) -> nn.Module:
         convolution = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
-        return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                             nn.Linear(8, classes))  # fmt: skip
+        net = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                            nn.Linear(8, classes))  # fmt: skip
+        if model.get("weights") == "imagenet":
+            net.pretrained_cfg = {"mean": (0.4,) * 3, "std": (0.2,) * 3}  # type: ignore[assignment]
+        return net
 
     monkeypatch.setattr(accuracy_rows, "network", two_layers)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -32,22 +36,24 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def row_of(network: str, bits: str, flt: float, fake: float, deployed: float) -> dict[str, Any]:
+def row_of(network: str, bits: str, flt: float, fake: float, deployed: float, data: str = "glyphs") -> dict[str, Any]:
     found = {"float": flt, "fake_quant": fake, "deployed": deployed}
     splits = {kind: {"val": value, "test": value} for kind, value in found.items()}
-    return {"network": network, "bits": bits, "seed": 0, **splits}
+    return {"data": data, "network": network, "bits": bits, "seed": 0, "recall": None, **splits}
 
 
 def request_of(epochs: int = 1) -> Request:
     training = Training(epochs, 1e-3, 0.0)
-    return Request("resnet18", "w8a8", 0, SMALLEST, Settings(training, {"w8a8": training}))
+    return Request("glyphs", "resnet18", "w8a8", 0, SMALLEST, Settings(training, {"w8a8": training}))
 
 
 def test_rows_are_kept_and_not_made_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "accuracy"
     status = accuracy.main([*SMALL, "--folder", str(folder)])
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    assert [(row["network"], row["bits"], row["seed"]) for row in rows] == [("resnet18", b, 3) for b in accuracy.BITS]
+    assert [(row["network"], row["bits"], row["seed"]) for row in rows] == [
+        ("resnet18", b, 3) for b in ("w8a8", "w4a4")
+    ]
     for row in rows:
         for kind in ("float", "fake_quant", "deployed"):
             assert all(0 <= row[kind][split] <= 1 for split in ("val", "test"))
@@ -70,6 +76,26 @@ def test_rows_are_kept_and_not_made_twice(tmp_path: Path, capsys: pytest.Capture
         assert [row[kind] for row in again] == [row[kind] for row in rows]
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.ckpt")} == trained
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("data", ["fashion_mnist", "elpv"])
+def test_photographs(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "root"
+    if data == "elpv":
+        small_elpv(root, 64)
+    else:
+        small_fashion_mnist(root, 5200, 20)
+    accuracy.main(["--data", data, "--smallest", "--seeds", "1", "--root", str(root), "--folder", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (settings,) = accuracy.SETTINGS[data].values()
+    assert [row["bits"] for row in rows] == list(settings.tuning)
+    for row in rows:
+        tuned = settings.tuning[row["bits"]] is not None
+        assert row["epochs"] == {"float": 1, "tuning": int(tuned)}
+        assert (row["recall"] is not None) == (data == "elpv")
+    if data == "elpv":
+        assert all(0 <= value <= 1 for row in rows for value in row["recall"].values())
+        assert "recall" in capsys.readouterr().out
 
 
 def test_an_interrupted_training_goes_on(tmp_path: Path) -> None:
@@ -108,6 +134,9 @@ def test_rows_count_for_their_settings_alone(tmp_path: Path) -> None:
         (row_of("mobilenet_v2", "w4a4", 0.9, 0.8621, 0.86), 1),
         (row_of("mobilenet_v2", "w4a4", 0.9, 0.85, 0.8599), 2),
         (row_of("mobilenet_v2", "w8a8", 0.9, 0.91, 0.912), 0),
+        (row_of("resnet18", "w4a8", 0.935, 0.925, 0.925, "fashion_mnist"), 0),
+        (row_of("resnet18", "w4a8", 0.9349, 0.9248, 0.9248, "fashion_mnist"), 2),
+        (row_of("tf_efficientnet_lite0", "w8a8", 0.88, 0.88, 0.88, "elpv"), 1),
     ],
 )
 def test_limits(row: dict[str, Any], broken: int) -> None:
@@ -126,7 +155,10 @@ def test_tables_hold_every_row_and_the_means() -> None:
     assert columns["limits"] == ["hold", "fail"]
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--float-epochs", "0"], ["--bits", "w3a3"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--threads", "0"], ["--float-epochs", "0"], ["--bits", "w3a3"], ["--networks", "vgg11"], ["--bits", "w4a8"]],
+)
 def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         accuracy.main(arguments)

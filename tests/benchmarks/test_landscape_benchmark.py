@@ -37,10 +37,10 @@ class Board(FakeDevice):
 @pytest.fixture
 def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Board]:
     for module in (accuracy_rows, landscapes):
-        monkeypatch.setattr(module, "network", lambda name, classes: SmallestNet(classes))
+        monkeypatch.setattr(module, "network", lambda name, classes, **model: SmallestNet(classes))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = landscape_accuracy.SETTINGS["resnet18"].with_epochs(1, 1)
-    monkeypatch.setitem(landscape_accuracy.SETTINGS, "resnet18", settings)
+    settings = landscape_accuracy.SETTINGS["glyphs"]["resnet18"].with_epochs(1, 1)
+    monkeypatch.setitem(landscape_accuracy.SETTINGS["glyphs"], "resnet18", settings)
     threads = torch.get_num_threads()
     yield Board(tmp_path / "none.db")
     torch.set_num_threads(threads)
