@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -147,7 +148,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     import torch
 
     from lightning_baqe.calibration.calibrate import calibrate
-    from lightning_baqe.calibration.corrections import check_correct
+    from lightning_baqe.calibration.corrections import correction_of
     from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
     from lightning_baqe.deploy.artifact import Artifact
     from lightning_baqe.entrance.quantize import quantize
@@ -173,7 +174,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     metric = _metric(cfg)
     options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
     check_options(**options)
-    check_correct(cfg.qat.correct)
+    correction = correction_of(replace(correction_of(cfg.qat.correct), reconstruct_s=cfg.qat.reconstruct_s))
     after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
     if fold and after is None:
         raise ConfigError(
@@ -207,7 +208,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     if not checkpoint.exists():
         batches = cfg.qat.calibration_batches
         with _layer_progress(Console(stderr=True, highlight=False)) as tell:
-            calibrate(quantized, datamodule.train_dataloader(), batches, cfg.qat.correct, tell)
+            calibrate(quantized, datamodule.train_dataloader(), batches, correction, tell)
     if cfg.qat.epochs == 0:
         keep(task, checkpoint)
     else:
@@ -263,15 +264,16 @@ def _check_has_weights(cfg: DictConfig) -> None:
 
 @contextmanager
 def _layer_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over layers; a line now and then where there is no terminal."""
+    """A bar over layers or blocks; a line now and then where there is no terminal."""
     tenths = 0
 
     def tell(layer: str, done: int, total: int) -> None:
         nonlocal tenths
+        tenths = tenths if done > 1 else 0  # layers, and then blocks
         bar.update(task, completed=done, total=total, layer=layer)
         if not console.is_terminal and 10 * done // total > tenths:
             tenths = 10 * done // total
-            console.print(f"corrected {done}/{total} layers, {layer}", markup=False, soft_wrap=True)
+            console.print(f"corrected {done}/{total}, {layer}", markup=False, soft_wrap=True)
 
     columns = (TextColumn("correct"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[layer]}", markup=False))  # fmt: skip

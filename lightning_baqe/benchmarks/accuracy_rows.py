@@ -33,6 +33,7 @@ from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.evaluation import deployed_accuracy, module_accuracy
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
+from lightning_baqe.tasks.scoring import Predict
 from lightning_baqe.tasks.weights import IMAGENET
 
 BITS = {"w8a8": (8, 8), "w4a4": (4, 4), "w4a8": (4, 8)}
@@ -321,8 +322,8 @@ def _fit(
     curve = _Curve(checkpoint.with_suffix(".json"), say)
 
     def trainer(**options: Any) -> pl.Trainer:
-        options["callbacks"] = [*options["callbacks"], curve, *callbacks]
-        return quiet_trainer(precision=training.precision, **options)
+        options |= {"callbacks": [*options["callbacks"], curve, *callbacks], "precision": training.precision}
+        return quiet_trainer(**options)
 
     fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer)
     kept = json.loads(curve.path.read_text())
@@ -339,7 +340,8 @@ def _recalls(request: Request, data: ImageDataModule, net: nn.Module, artifact: 
         return None
     metric = MulticlassRecall(data.num_classes, average="none")
     wanted, found = data.classes.index(FOUND[request.data]), {}
-    for name, run in {"float": net.eval(), "deployed": artifact.run}.items():
+    runs: dict[str, Predict] = {"float": net.eval(), "deployed": artifact.run}
+    for name, run in runs.items():
         metric.reset()
         with torch.no_grad():
             for x, y in data.test_dataloader():

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning_baqe.calibration.activation_ranges import inputs_of, set_ranges, warn_of_noise
-from lightning_baqe.calibration.corrections import CORRECTIONS, check_correct, correct_layers
+from lightning_baqe.calibration.corrections import Correction, correct_layers, correction_of
+from lightning_baqe.calibration.equalization import equalize
+from lightning_baqe.calibration.reconstruction import reconstruct
+from lightning_baqe.calibration.walk import float_twin
 from lightning_baqe.quantization.convert import QuantizedModel
 
 
@@ -14,7 +17,7 @@ def calibrate(
     model: QuantizedModel,
     batches: Iterable[Any],
     max_batches: int | None = None,
-    correct: str = "none",
+    correct: str | Correction = "none",
     tell: Callable[[str, int, int], None] | None = None,
 ) -> QuantizedModel:
     """Initialise all activation quantizers from data, then correct weights and biases for what rounding does to them.
@@ -36,8 +39,11 @@ def calibrate(
             mapping with the names of forward's arguments. Moved to the model's device, floats to its type. One tensor
             or array is one batch. Corrections hold all of them in memory; some hundred images are enough.
         max_batches: stop after so many.
-        correct: see the table; what each step does stands in :mod:`lightning_baqe.calibration.corrections`.
-        tell: called after each corrected layer with its name, how many are done, and of how many.
+        correct: see the table, or a :class:`~lightning_baqe.calibration.corrections.Correction` of your own, such as
+            ``Correction(make_up=True, round=True, centre=True, reconstruct_s=300)``: best, and then blocks are
+            reconstructed for five minutes.
+        tell: called after each corrected layer, and then after each block, with its name, how many are done, and of how
+            many.
 
     Returns:
         The same model. Where all tensors have 8 bits, a warning names those that are far noisier than what is before
@@ -47,12 +53,18 @@ def calibrate(
         CalibrationError: no data, batches that are not the network's input, or values that are not finite.
         ConfigError: an unknown ``correct``.
     """  # noqa: E501
-    check_correct(correct)
-    if correct == "none":
+    correction = correction_of(correct)
+    if correction == Correction():
         last = set_ranges(model, batches, max_batches)
     else:
         kept = list(inputs_of(model, batches, max_batches))
+        if correction.equalize:
+            equalize(model, kept)
         last = set_ranges(model, [inputs if len(inputs) > 1 else inputs[0] for inputs in kept])
-        correct_layers(model, kept, CORRECTIONS[correct], tell)
+        twin = float_twin(model)  # of the weights before they are corrected
+        if correction.by_layer:
+            correct_layers(model, kept, correction, tell)
+        if correction.reconstruct_s > 0:
+            reconstruct(model, twin, kept, correction.reconstruct_s, tell)
     warn_of_noise(model, last)
     return model

@@ -1,10 +1,15 @@
-"""Corrections of a quantized network, layer after layer, without labels and without training.
+"""Corrections of a quantized network, without labels and without training.
 
 | step | what it does |
 | --- | --- |
+| equalize | channels between two layers are scaled alike where that changes nothing in float (:mod:`lightning_baqe.calibration.equalization`); before ranges are chosen |
 | make up | the layer's weights become those that give, from the quantized network's inputs, the float network's outputs in least squares, so that errors do not add up from layer to layer |
 | round | each weight goes up or down such that the layer's output is closest (:mod:`lightning_baqe.calibration.rounding`) |
 | centre | the mean of each output channel becomes the float network's, in the bias or in the statistics of the batch norm behind it (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, with data: appendix D) |
+| statistics | the running variance of the batch norm behind a layer moves as the variance of its output did, so that the normalised channels have the float network's; for weights that are rounded without the steps above |
+| reconstruct | whole blocks are rounded such that their outputs are closest, by gradient, as long as there is time (:mod:`lightning_baqe.calibration.reconstruction`) |
+
+All but the first and the last go layer after layer, each on what the corrected layers before it give.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -36,27 +41,50 @@ from lightning_baqe.quantization.train_modes import evaluating
 
 @dataclass(frozen=True)
 class Correction:
-    """Which steps are taken.
+    """Which steps are taken; the table of :mod:`lightning_baqe.calibration.corrections` says what they do.
 
     Args:
-        make_up, round: see the table; without either, weights are rounded to the nearest as they are.
+        equalize, make_up, round, centre, statistics: whether. Without ``make_up`` and ``round`` weights are rounded to
+            the nearest as they are.
+        reconstruct_s: seconds for all blocks; 0: they are not reconstructed.
     """
 
+    equalize: bool = False
     make_up: bool = False
     round: bool = False
+    centre: bool = False
+    statistics: bool = False
+    reconstruct_s: float = 0.0
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers are corrected one after the other."""
+        return self.make_up or self.round or self.centre or self.statistics
 
 
 CORRECTIONS = {
     "none": Correction(),
-    "fast": Correction(make_up=True),
-    "best": Correction(make_up=True, round=True),
+    "fast": Correction(make_up=True, centre=True),
+    "best": Correction(make_up=True, round=True, centre=True),
 }
 
 
-def check_correct(correct: str) -> None:
-    """Raises ConfigError unless it is one of :data:`CORRECTIONS`."""
-    if correct not in CORRECTIONS:
-        raise ConfigError(f"correct={correct!r}, wanted is one of {', '.join(map(repr, CORRECTIONS))}")
+def correction_of(correct: str | Correction) -> Correction:
+    """The steps of a preset, or those that are given.
+
+    Raises:
+        ConfigError: none of :data:`CORRECTIONS`, or seconds below 0.
+    """
+    if isinstance(correct, Correction):
+        found = correct
+    elif correct in CORRECTIONS:
+        found = CORRECTIONS[correct]
+    else:
+        raise ConfigError(f"correct={correct!r}, wanted is one of {', '.join(map(repr, CORRECTIONS))}, or a Correction")
+    seconds = found.reconstruct_s
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+        raise ConfigError(f"reconstruct_s={seconds!r}, wanted are seconds, or 0 to reconstruct nothing")
+    return found
 
 
 def correct_layers(
@@ -79,7 +107,11 @@ def correct_layers(
         for number, place in enumerate(side_by_side(model, batches), 1):
             if isinstance(place.layer, Weighted) and (correction.make_up or correction.round):
                 correct_weights(place, correction)
-            centre(place.layer, norms.get(place.layer), place.float_output, place.output())
+            norm = norms.get(place.layer)
+            if correction.statistics and norm is not None:
+                match_variance(norm, place.float_output, place.output())
+            if correction.centre:
+                centre(place.layer, norm, place.float_output, place.output())
             if tell is not None:
                 tell(str(place.node.target), number, total)
 
@@ -110,6 +142,28 @@ def correct_weights(place: Place, correction: Correction) -> None:
     quantizer.scale.copy_(scale)
     on_grid = (integers * sign).flatten(0, 1).to(layer.weight) * scale[:, None].to(layer.weight)
     layer.weight.copy_(on_grid.reshape(layer.weight.shape))
+
+
+def match_variance(norm: nn.BatchNorm1d | nn.BatchNorm2d, wanted: Values, found: Values) -> None:
+    """Multiply a running variance by what the variance of each channel was multiplied with.
+
+    That is batch-norm re-estimation, relative to the float network's own statistics on the same images: a few of them,
+    of another kind than those of the training, do not move a network that is not rounded.
+
+    Args:
+        norm: behind the layer.
+        wanted, found: outputs of the layer in the float and in the quantized network.
+    """
+    if norm.running_var is None:
+        return
+    before, after = _variance(wanted), _variance(found)
+    ratio = torch.where((before > 0) & (after > 0), after / before, 1.0)
+    norm.running_var *= ratio.to(norm.running_var)
+
+
+def _variance(values: Values) -> Tensor:
+    squares = channel_mean([value.double().square() for value in values], 1)
+    return squares - channel_mean(values, 1).square()
 
 
 def centre(layer: QuantLayer, norm: nn.BatchNorm1d | nn.BatchNorm2d | None, wanted: Values, found: Values) -> None:

@@ -52,6 +52,42 @@ def float_twin(model: QuantizedModel) -> fx.GraphModule:
     return twin
 
 
+class Walk:
+    """A network computed node after node, on several batches, without gradients and in its present mode.
+
+    What a node gives is held in memory until its last reader has run.
+
+    Args:
+        model: its graph is walked.
+        batches: the network's inputs, each a tensor for each input.
+    """
+
+    def __init__(self, model: fx.GraphModule, batches: Sequence[tuple[torch.Tensor, ...]]) -> None:
+        self._runs = [fx.Interpreter(model) for _ in batches]
+        for run, inputs in zip(self._runs, batches, strict=True):
+            run.env, run.args_iter = {}, iter(inputs)
+        last_reader = {source: node for node in model.graph.nodes for source in node.all_input_nodes}
+        self._done: dict[fx.Node, list[fx.Node]] = {}
+        for source, reader in last_reader.items():
+            self._done.setdefault(reader, []).append(source)
+
+    def step(self, node: fx.Node) -> None:
+        """Compute a node, whose inputs were computed and are not dropped."""
+        with torch.no_grad():
+            for run in self._runs:
+                run.env[node] = run.run_node(node)
+
+    def drop(self, node: fx.Node) -> None:
+        """Forget what nothing reads once this node was computed."""
+        for source in self._done.get(node, []):
+            for run in self._runs:
+                del run.env[source]
+
+    def values(self, node: fx.Node) -> Values:
+        """What a node gave."""
+        return [run.env[node] for run in self._runs]
+
+
 def side_by_side(model: QuantizedModel, batches: Sequence[tuple[torch.Tensor, ...]]) -> Iterator[Place]:
     """The quantized layers in network order; each may be changed before the next is asked for.
 
@@ -60,45 +96,24 @@ def side_by_side(model: QuantizedModel, batches: Sequence[tuple[torch.Tensor, ..
 
     Args:
         model: calibrated.
-        batches: the network's inputs, each a tensor for each input; what all nodes give for all of them is held in
-            memory until its last reader has run.
+        batches: the network's inputs, each a tensor for each input.
     """
     twin = float_twin(model)
     calls = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
-    last_reader = {source: node for node in model.graph.nodes for source in node.all_input_nodes}
-    done: dict[fx.Node, list[fx.Node]] = {}
-    for source, reader in last_reader.items():
-        done.setdefault(reader, []).append(source)
+    here, there = Walk(model, batches), Walk(twin, batches)
     # Both graphs have the same nodes in the same order.
     twins = dict(zip(model.graph.nodes, twin.graph.nodes, strict=True))
-    here, there = [fx.Interpreter(model) for _ in batches], [fx.Interpreter(twin) for _ in batches]
-    for runs in (here, there):
-        for run, inputs in zip(runs, batches, strict=True):
-            run.env, run.args_iter = {}, iter(inputs)
     for node, other in twins.items():
         if node.op == "output":
             return
-        with torch.no_grad():
-            for run in there:
-                run.env[other] = run.run_node(other)
+        there.step(other)
         layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, QuantLayer) and calls.count(str(node.target)) == 1:
             source = node.all_input_nodes[0]
-            yield Place(
-                node,
-                layer,
-                [run.env[twins[source]] for run in there],
-                [run.env[other] for run in there],
-                [run.env[source] for run in here],
-            )
-        with torch.no_grad():
-            for run in here:
-                run.env[node] = run.run_node(node)
-        for source in done.get(node, []):
-            for run in here:
-                del run.env[source]
-            for run in there:
-                del run.env[twins[source]]
+            yield Place(node, layer, there.values(twins[source]), there.values(other), here.values(source))
+        here.step(node)
+        here.drop(node)
+        there.drop(other)
 
 
 def channel_mean(values: Values, channel: int) -> torch.Tensor:
