@@ -1,4 +1,4 @@
-"""Networks by name, from torchvision or timm, with random weights or those of a file."""
+"""Networks by name, from torchvision or timm or small ones of our own, with random weights or those of a file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from rich.console import Console
 from torch import nn
 
 from lightning_baqe.errors import ConfigError, check_at_least
+from lightning_baqe.tasks.small_resnet import NAMES, SmallResNet
 from lightning_baqe.tasks.weights import IMAGENET, in_order, load_weights, pretrained, read_weights
 
-LIBRARIES = ("torchvision", "timm")
+LIBRARIES = ("torchvision", "timm", "small")
 
 
 def network(
@@ -30,9 +31,10 @@ def network(
     Args:
         name: as the library knows it, ``"resnet18"``.
         num_classes: outputs.
-        library: ``"torchvision"`` or ``"timm"``.
+        library: ``"torchvision"``, ``"timm"``, or ``"small"``: ResNets for images of 32 pixels, see
+            :mod:`lightning_baqe.tasks.small_resnet`.
         zero_init_residual: start the last batch norm of each residual block at gain 0, so that the blocks start as
-            identities (torchvision's ResNets alone; timm has its own default).
+            identities (not timm's, which have their own default).
         weights: None: random ones, from torch's global generator; a file, see :mod:`lightning_baqe.tasks.weights`;
             ``"imagenet"``: trained on ImageNet, from a package. What was not simply loaded is told on stderr.
         in_channels: of the images.
@@ -69,7 +71,7 @@ def network(
 def _random(name: str, num_classes: int, library: str, zero_init_residual: bool, in_channels: int) -> nn.Module:
     """The network with random weights."""
     if library not in LIBRARIES:
-        raise ConfigError(f"library={library!r}, but {' or '.join(LIBRARIES)} is wanted: change library.")
+        raise ConfigError(f"library={library!r}, but one of {', '.join(LIBRARIES)} is wanted: change library.")
     if library == "timm":
         import timm  # slow to load, and few need it
 
@@ -77,6 +79,9 @@ def _random(name: str, num_classes: int, library: str, zero_init_residual: bool,
         if zero_init_residual:
             raise ConfigError("zero_init_residual is torchvision's; timm's networks have a default: leave it out.")
         return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    if library == "small":
+        _check_name(name, library, list(NAMES))
+        return SmallResNet(name, num_classes, in_channels, zero_init_residual)
     _check_name(name, library, torchvision.models.list_models(module=torchvision.models))
     options = {"zero_init_residual": True} if zero_init_residual else {}
     builder = torchvision.models.get_model_builder(name)
@@ -128,5 +133,5 @@ def _check_name(name: str, library: str, known: list[str]) -> None:
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(known)} others."
-        other = "timm" if library == "torchvision" else "torchvision"
-        raise ConfigError(f"name={name!r} is no classifier of {library}; {hint} library={other!r} has more.")
+        others = " and ".join(f"library={other!r}" for other in LIBRARIES if other != library)
+        raise ConfigError(f"name={name!r} is no classifier of {library}; {hint} {others} have more.")
