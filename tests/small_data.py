@@ -6,7 +6,7 @@ import gzip
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -38,3 +38,35 @@ def small_elpv(root: Path, count: int) -> None:
         probability = ("0.0", "0.3333333333333333", "0.6666666666666666", "1.0")[third]
         lines.append(f"images/cell{number:04}.png  {probability}  {('mono', 'poly')[number // 4 % 2]}")
     (root / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+def mixed_pictures(root: Path, count: int = 8) -> list[Path]:
+    """An image folder of two classes, ``count`` pictures each in train and val, of all kinds that people have.
+
+    Returns:
+        the pictures; every class of every split has every kind if there are at least eight.
+    """
+    rng, found = np.random.default_rng(0), []
+    for split in ("train", "val"):
+        for label, name in enumerate(("bright", "dark")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                array = (rng.integers(0, 90, (48, 40, 3)) + (150, 10)[label]).astype(np.uint8)
+                found.append(_save(Image.fromarray(array), number % 8, root / split / name / f"{number:03}"))
+    return found
+
+
+def _save(image: Image.Image, kind: int, stem: Path) -> Path:
+    grey = np.asarray(image.convert("L")).astype(np.uint16)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    path = stem.with_suffix(".jpg" if kind in (4, 5) else ".png")
+    if kind == 4:
+        image.convert("CMYK").save(path)
+    elif kind == 5:
+        image.save(path, exif=turned)
+    elif kind == 6:
+        Image.fromarray(grey * 257).save(path)  # 16 bit
+    else:
+        image.convert(("RGB", "L", "P", "RGBA", "", "", "", "1")[kind]).save(path)
+    return path

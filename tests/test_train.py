@@ -16,7 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 from sklearn.metrics import f1_score
+from small_data import mixed_pictures
 
 from lightning_baqe import flows
 from lightning_baqe.errors import ConfigError
@@ -161,7 +163,7 @@ class TestRunFolder:
         ("change", "wanted"),
         [
             ("model=resnet34", "model.name: 'resnet18' there, 'resnet34' here"),
-            ("data=glyphs", "data._target_"),
+            ("data=digits", "data._target_"),
             ("search.bit_choices=[2,8]", r"search.bit_choices: 'auto' there, \[2, 8\] here"),
             ("seed=1", "seed: 0 there, 1 here"),
             ("metric={_target_: torchmetrics.R2Score}", "metric"),
@@ -330,6 +332,27 @@ def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0  # nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()} == before
     assert summary_of(run_dir)["trials"][0]["accuracy"] == trial["accuracy"]
+
+
+def test_a_folder_of_mixed_pictures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Grey, palette, alpha, CMYK, turned by EXIF, 16 bit and black-and-white ones run; a truncated one is named."""
+    pictures = mixed_pictures(tmp_path / "pictures")
+    modes = set()
+    for path in pictures:
+        with Image.open(path) as picture:
+            modes.add(picture.mode)
+    assert len(modes) == 7  # the turned one is RGB, too
+    data = ["data=imagefolder", f"data.root={tmp_path}/pictures", "data.image_size=32", "data.num_workers=0"]
+    ours = ["recipe=qat", *data, "data.batch_size=8", *SMALLEST, *SMALLEST_OF["qat"]]
+    assert main([*ours, f"run_dir={tmp_path}/run"]) == 0
+    assert summary_of(tmp_path / "run")["dataset"] == "imagefolder"
+    whole = pictures[-3].read_bytes()  # of the validation split, all of which is read
+    pictures[-3].write_bytes(whole[: len(whole) // 2])
+    capfd.readouterr()
+    assert main([*ours, f"run_dir={tmp_path}/other"]) == 1
+    told = capfd.readouterr().err
+    assert str(pictures[-3]) in told
+    assert "Traceback" not in told
 
 
 F1 = "metric={_target_: torchmetrics.classification.BinaryF1Score, threshold: 0.4}"

@@ -66,6 +66,7 @@ class Settings:
         float_training: from random weights, or from ``model``'s.
         tuning: by bits, of the quantized networks; None: corrected without training.
         model: more arguments of :func:`~lightning_baqe.tasks.network`.
+        images: more arguments of the data module.
         weight, temperature: of :class:`~lightning_baqe.callbacks.Distillation`.
         calibration_batches: training batches that the quantizers start from.
     """
@@ -74,6 +75,7 @@ class Settings:
     tuning: dict[str, Training | None]
     batch_size: int = 128
     model: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
     weight: float = 0.9
     temperature: float = 2.0
     calibration_batches: int = 8
@@ -141,6 +143,7 @@ class Request:
             "sizes": asdict(self.sizes),
             "batch_size": self.settings.batch_size,
             "model": self.settings.model,
+            "images": self.settings.images,
             "float_training": asdict(self.settings.float_training),
         }
 
@@ -156,7 +159,7 @@ class Request:
 
     def data_module(self) -> ImageDataModule:
         """The images."""
-        more: dict[str, Any] = {"batch_size": self.settings.batch_size, "seed": self.seed}
+        more = {"batch_size": self.settings.batch_size, "seed": self.seed, **self.settings.images}
         if self.root is not None:
             more["root"] = self.root
         if self.data == "glyphs":

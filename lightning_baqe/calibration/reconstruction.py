@@ -98,7 +98,7 @@ def _block(model: QuantizedModel, source: fx.Node, nodes: list[fx.Node]) -> Bloc
 
 
 def _is_batch_size(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 0
+    return node.target is torch.ops.aten.sym_size.int and bool(node.args[1] == 0)
 
 
 def reconstruct(

@@ -25,6 +25,7 @@ def network(
     zero_init_residual: bool = False,
     weights: str | Path | None = None,
     in_channels: int = 3,
+    stem_stride: int | None = None,
 ) -> nn.Module:
     """A classifier without auxiliary ones.
 
@@ -38,6 +39,8 @@ def network(
         weights: None: random ones, from torch's global generator; a file, see :mod:`lightning_baqe.tasks.weights`;
             ``"imagenet"``: trained on ImageNet, from a package. What was not simply loaded is told on stderr.
         in_channels: of the images.
+        stem_stride: None: the stem that the library has, for images of some hundred pixels; 1 or 2 (torchvision's
+            ResNets alone): a 3x3 convolution of this stride and no pooling, for images of 28 to 64 pixels.
 
     Returns:
         a module of ``(n, in_channels, h, w)`` float32 to logits ``(n, num_classes)``. With ``"imagenet"`` its
@@ -51,6 +54,8 @@ def network(
     check_at_least("num_classes", num_classes, 1)
     check_at_least("in_channels", in_channels, 1)
     net = _random(name, num_classes, library, zero_init_residual, in_channels)
+    if stem_stride is not None:
+        _replace_stem(net, name, stem_stride)
     if weights is None:
         return net
     if weights == IMAGENET:
@@ -108,6 +113,18 @@ def _replace_first_convolution(net: nn.Module, in_channels: int) -> None:
     parent, _, leaf = path.rpartition(".")
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     setattr(net.get_submodule(parent), leaf, new)
+
+
+def _replace_stem(net: nn.Module, name: str, stride: int) -> None:
+    """One for small images, with random weights, in place."""
+    if stride not in (1, 2):
+        raise ConfigError(f"stem_stride={stride!r}, but 1 or 2 is wanted, or null for the library's own stem.")
+    if not isinstance(net, torchvision.models.ResNet):
+        raise ConfigError(f"stem_stride is for torchvision's ResNets, and {name} is none: leave it out.")
+    old = net.conv1
+    net.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride, 1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()  # type: ignore[assignment]
 
 
 def settle(module: nn.Module, images: torch.Tensor) -> nn.Module:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_data import small_elpv, small_fashion_mnist
 from torch import nn
 
 from lightning_baqe.benchmarks import accuracy, accuracy_rows
 from lightning_baqe.benchmarks.accuracy_rows import SMALLEST, Request, Settings, Training, find_row, measure_row
 from lightning_baqe.files import Rows
-from tests.small_data import small_elpv, small_fashion_mnist
 
 SMALL = ["--smallest", "--networks", "resnet18", "--seeds", "3"]
 
