@@ -134,6 +134,7 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
         max_epochs=-1, callbacks=[search], enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
     )
     trainer.fit(task, datamodule=datamodule)
+    _show_mistakes(run_dir, datamodule, search.device.reach)
     _close(run_dir)
     if search.gave_up is not None:
         raise BaqeError(f"The search gave up: {search.gave_up}")
@@ -238,6 +239,7 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     summary = summarise(about, found["float"], [begun.completed(found[begun.key], fake)], tests=tests)
     summary.write(run_dir)
     write_report(summary, run_dir / "report.html")
+    _show_mistakes(run_dir, datamodule, device.reach)
     _close(run_dir)
 
 
@@ -366,6 +368,30 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
     output.print(tune_report.tuning_table(result))
     output.print(tune_report.tuning_line(result, cfg.budget_s), markup=False, soft_wrap=True)
     output.print(f"Figures: {path}", markup=False, soft_wrap=True)
+
+
+def _show_mistakes(run_dir: Path, datamodule: Any, how: str) -> None:
+    """Draw what the most accurate point of the front gets wrong on the test split, if it tells classes apart."""
+    import torch
+
+    from lightning_baqe.data.base import ImageDataModule
+    from lightning_baqe.measurement.local import reach
+    from lightning_baqe.runs.front import Front
+    from lightning_baqe.runs.mistakes import find_mistakes, write_mistakes
+    from lightning_baqe.tasks.scoring import kind_of
+
+    front = Front.load(run_dir)
+    if not front.points or not isinstance(datamodule, ImageDataModule):
+        return
+    point = front.select_point()
+    with closing(front.select()) as artifact:
+        run = partial(reach(how).run, artifact)
+        x, y = next(iter(datamodule.test_dataloader()))
+        outputs = torch.as_tensor(run(x[:1]))
+        if kind_of(outputs, y[:1]) != "classes" or outputs.ndim != 2:
+            return
+        found = find_mistakes(run, datamodule.test_dataloader(), datamodule.classes, datamodule.mean, datamodule.std)
+    write_mistakes(found, f"{datamodule.name}: {point.name}, {point.latency_us:.0f} us", run_dir / "mistakes.png")
 
 
 def _close(run_dir: Path) -> None:
