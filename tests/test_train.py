@@ -164,7 +164,7 @@ class TestRunFolder:
         [
             ("model=resnet34", "model.name: 'resnet18' there, 'resnet34' here"),
             ("data=digits", "data._target_"),
-            ("search.bit_choices=[2,8]", r"search.bit_choices: 'auto' there, \[2, 8\] here"),
+            ("search.bit_choices=[2,8]", r"search.bit_choices: \[2, 3, 4, 5, 6, 8\] there, \[2, 8\] here"),
             ("seed=1", "seed: 0 there, 1 here"),
             ("metric={_target_: torchmetrics.R2Score}", "metric"),
             ("+model.zero_init_residual=true", "model.zero_init_residual: nothing there, True here"),
@@ -262,7 +262,13 @@ SMALLEST_OF = {
     "qat": ["qat.epochs=1", "qat.calibration_batches=1"],
     "ptq": ["qat.calibration_batches=1"],
     "qat_search": [
-        *("search.steps_per_trial=2", "search.baselines=[8]", "search.calibration_batches=1"),
+        *(
+            "data=digits",
+            "search.bit_choices=auto",
+            "search.steps_per_trial=2",
+            "search.baselines=[8]",
+            "search.calibration_batches=1",
+        ),
         *("search.n_initial=2", "search.pool_size=8", "search.tune_s=5"),
     ],
     "tune": ["model._target_=smallest.network", "image_size=16", "num_classes=10", "candidates=2"],
@@ -323,7 +329,8 @@ def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert trial["bits"]["fc"] == [8, 8]
     assert summary["dataset"] == "digits"
     assert 0 < summary["hypervolume"] < 1.65
-    assert {path.name for path in run_dir.iterdir()} >= {"config.yaml", "pareto.csv", "report.html", "artifacts"}
+    files = {path.name for path in run_dir.iterdir()}
+    assert files >= {"config.yaml", "pareto.csv", "report.html", "mistakes.png", "artifacts"}
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["float.ckpt", "qat.ckpt"]
     structure = torch.load(run_dir / "checkpoints" / "qat.ckpt", weights_only=True)[CHECKPOINT_KEY]
     assert structure["options"] == {"activation_quantizer": "static", "activation_range": "percentile:99.5"}
@@ -400,7 +407,7 @@ def test_qat_of_one_logit(metric: list[str], tmp_path: Path, capfd: pytest.Captu
 def test_metrics_are_refused_before_any_training(
     recipe: str, options: list[str], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([f"recipe={recipe}", *SMALLEST, *options, f"run_dir={tmp_path}/run"]) == 1
+    assert main([f"recipe={recipe}", "data=digits", *SMALLEST, *options, f"run_dir={tmp_path}/run"]) == 1
     assert wanted in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -501,6 +508,7 @@ def test_qat_search_and_its_resumption(options: list[str], tmp_path: Path, capfd
     arguments = ["recipe=qat_search", *SMALLEST, *SMALLEST_OF["qat_search"], *options, f"run_dir={tmp_path}/run"]
     assert main([*arguments, "search.trials=2"]) == 0
     assert "Report:" in capfd.readouterr().out
+    assert (tmp_path / "run" / "mistakes.png").is_file()
     first = summary_of(tmp_path / "run")
     assert [trial["state"] for trial in first["trials"]] == ["complete"] * 2
     assert first["metric"] == "TopOneAccuracy(num_classes=10)"

@@ -188,7 +188,7 @@ def by_recipe(name: str, folder: Path) -> str:
     targets = [f"model._target_={here}.network", f"model.name='{name}'", f"pretrain._target_={here}.stop"]
     try:
         with contextlib.redirect_stderr(said):
-            status = train(["recipe=qat_search", *targets, f"run_dir={folder}"])
+            status = train(["recipe=qat_search", "data=digits", *targets, f"run_dir={folder}"])
     except Accepted:
         return ""
     if status == 0:

@@ -1,4 +1,5 @@
-"""Accuracy of many bit-configs, each tuned and deployed as a trial of ``recipe=qat_search data=glyphs`` is.
+"""Accuracy of many bit-configs, each tuned and deployed as a trial of ``recipe=qat_search data=glyphs`` is, with the
+options :data:`OPTIONS`.
 
 A trial's network starts from the float weights, is calibrated on the first batches, tuned for :attr:`Trial.steps` steps
 and lowered; its kernels are compiled and classify the validation split. What differs from a search: kernels have their
@@ -40,6 +41,7 @@ from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint
 from lightning_baqe.tuning.network_space import NetworkSpace
 
+OPTIONS = ("task.learning_rate=1e-4", "search.steps_per_trial=30")
 REPEATED = (4, 6, 8)  # uniform bits that are tuned again, in other orders: the spread of equal trials
 REPEATS = 3
 REPEATED_AT = 40  # rows before them
@@ -47,7 +49,7 @@ REPEATED_AT = 40  # rows before them
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial of ``recipe=qat_search data=glyphs`` does with a bit-config; a test compares it with the recipe.
+    """What a trial of the recipe does with a bit-config; a test compares it with the recipe.
 
     Args:
         steps: of tuning, with ``batch_size`` images each.

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lightning_baqe.benchmarks.landscape_accuracy import OPTIONS
 from lightning_baqe.benchmarks.replays import fill
 from lightning_baqe.benchmarks.search_runs import KEY, replay
 from lightning_baqe.benchmarks.search_tables import front_of, runs_of, scaled_adrs, values_of
@@ -57,7 +58,7 @@ def command(mode: str, seed: int, trials: int, run_dir: Path, more: Sequence[str
     """The command line of a run in a mode of :data:`MODES`, with further arguments."""
     options = [*MODES[mode], *(["+search.sampler.seed=" + str(seed)] if mode == "random" else [])]
     return [
-        sys.executable, "-c", _MAIN, "recipe=qat_search", "data=glyphs", f"seed={seed}",
+        sys.executable, "-c", _MAIN, "recipe=qat_search", "data=glyphs", *OPTIONS, "search.tune_s=30", f"seed={seed}",
         f"search.trials={trials}", f"search.bit_choices={list(BITS)}".replace(" ", ""), f"run_dir={run_dir}",
         f"search.records={run_dir / 'records.db'}", *options, *more,
     ]  # fmt: skip

@@ -115,7 +115,7 @@ def check_sizes(found: Landscape, folder: Path) -> None:
 
 
 def test_a_trial_is_the_recipes() -> None:
-    cfg, trial = compose(["recipe=qat_search", "data=glyphs"]), Trial()
+    cfg, trial = compose(["recipe=qat_search", "data=glyphs", *landscape_accuracy.OPTIONS]), Trial()
     assert (cfg.search.steps_per_trial, cfg.search.epochs_per_trial) == (trial.steps, 1)
     assert cfg.search.calibration_batches == trial.calibration_batches
     assert cfg.search.activation_range == trial.activation_range

@@ -46,7 +46,7 @@ from lightning_baqe.hardware.identity import device_info
 
 TRIALS = 3
 RECIPE = (
-    *("recipe=qat_search", "model._target_=lightning_baqe.benchmarks.damage.disturbed.network"),
+    *("recipe=qat_search", "data=digits", "model._target_=lightning_baqe.benchmarks.damage.disturbed.network"),
     *("pretrain.epochs=1", "trainer.limit_train_batches=3", "trainer.enable_progress_bar=false"),
     *("deploy.repeats=3", "deploy.warmup=1", f"search.trials={TRIALS}", "search.steps_per_trial=3"),
     *("search.baselines=[8]", "search.calibration_batches=1", "search.n_initial=2", "search.pool_size=20"),
