@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import nn
 from lightning_baqe.benchmarks.photographs import crops
 from lightning_baqe.benchmarks.setups import check_positive, console_of, parser_of, table_of
 from lightning_baqe.calibration.calibrate import calibrate
-from lightning_baqe.calibration.corrections import CORRECTIONS
+from lightning_baqe.calibration.corrections import CORRECTIONS, Correction
 from lightning_baqe.engines.requests import INPUT
 from lightning_baqe.engines.zoo import export_onnx
 from lightning_baqe.entrance.quantize import quantize
@@ -79,7 +79,7 @@ def of_images(net: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def ours(
-    net: nn.Module, bits: int, correct: str, shown: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor
+    net: nn.Module, bits: int, correct: Correction, shown: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor
 ) -> Agreement:
     """Quantized, corrected, compiled, run."""
     start = time.perf_counter()
@@ -132,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 4], help="of the weights; activations have 8")
     parser.add_argument("--correct", nargs="+", default=list(CORRECTIONS), choices=list(CORRECTIONS))
+    parser.add_argument("--reconstruct-s", type=float, default=0.0, help="seconds of block reconstruction after best")
     parser.add_argument("--shown", type=int, default=64, help="crops to calibrate on")
     parser.add_argument("--images", type=int, default=96, help="crops to compare on")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of both")
@@ -140,6 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     check_positive(parser, options, "shown", "images")
     console = console_of(140)
     console.print(f"{device_info()['cpu']}, {torch.get_num_threads()} threads")
+    corrections = {name: CORRECTIONS[name] for name in options.correct}
+    if options.reconstruct_s > 0:
+        corrections["best, blocks"] = replace(CORRECTIONS["best"], reconstruct_s=options.reconstruct_s)
     net = network(MODEL, 1000, LIBRARY, weights=IMAGENET).eval()
     found: dict[tuple[str, str, str], list[Agreement]] = {}
 
@@ -156,8 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
         with torch.no_grad():
             wanted = torch.cat([net(part) for part in x.split(32)])
         for bits in options.bits:
-            for correct in options.correct:
-                keep("ours", f"W{bits}A8", correct, ours(net, bits, correct, shown, x, wanted))
+            for name, correction in corrections.items():
+                keep("ours", f"W{bits}A8", name, ours(net, bits, correction, shown, x, wanted))
         if options.peers:
             with tempfile.TemporaryDirectory() as folder:
                 for name, setting, prepare in peers(net, shown, Path(folder)):
