@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.metrics import f1_score
-from small_data import mixed_pictures
+from small_data import mixed_pictures, small_elpv
 
 from lightning_baqe import flows
 from lightning_baqe.errors import ConfigError
@@ -271,6 +271,11 @@ SMALLEST_OF = {
         ),
         *("search.n_initial=2", "search.pool_size=8", "search.tune_s=5"),
     ],
+    "solar_cells": [
+        *("model.weights=null", "data.image_size=32", "data.batch_size=8", "search.trials=2"),
+        *("search.bit_choices=[4,8]", "search.steps_per_trial=2", "search.baselines=[8]"),
+        *("search.calibration_batches=1", "search.n_initial=1", "search.pool_size=8", "search.tune_s=1"),
+    ],
     "tune": ["model._target_=smallest.network", "image_size=16", "num_classes=10", "candidates=2"],
 }
 
@@ -519,6 +524,15 @@ def test_qat_search_and_its_resumption(options: list[str], tmp_path: Path, capfd
     assert second["recipe"] == "qat_search"
     schedules = {name: knobs for trial in second["trials"] for name, knobs in trial["schedules"].items()}
     assert schedules  # best known ones, or those of the trial
+
+
+def test_solar_cells(tmp_path: Path) -> None:
+    small_elpv(tmp_path / "cells", 64)
+    arguments = ["recipe=solar_cells", *SMALLEST, *SMALLEST_OF["solar_cells"], f"data.root={tmp_path}/cells"]
+    assert main([*arguments, f"run_dir={tmp_path}/run"]) == 0
+    assert (tmp_path / "run" / "mistakes.png").is_file()
+    found = summary_of(tmp_path / "run")
+    assert (found["dataset"], found["recipe"]) == ("elpv", "solar_cells")
 
 
 def test_tune_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
