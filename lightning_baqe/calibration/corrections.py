@@ -6,7 +6,7 @@
 | make up | the layer's weights become those that give, from the quantized network's inputs, the float network's outputs in least squares, so that errors do not add up from layer to layer |
 | round | each weight goes up or down such that the layer's output is closest (:mod:`lightning_baqe.calibration.rounding`) |
 | centre | the mean of each output channel becomes the float network's, in the bias or in the statistics of the batch norm behind it (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, with data: appendix D) |
-| statistics | the running variance of the batch norm behind a layer moves as the variance of its output did, so that the normalised channels have the float network's; for weights that are rounded without the steps above |
+| statistics | running mean and variance of the batch norm behind a layer move such that the normalised channels have the float network's mean and variance; for weights that are rounded without the steps above |
 | reconstruct | whole blocks are rounded such that their outputs are closest, by gradient, as long as there is time (:mod:`lightning_baqe.calibration.reconstruction`) |
 
 All but the first and the last go layer after layer, each on what the corrected layers before it give.
@@ -109,8 +109,8 @@ def correct_layers(
                 correct_weights(place, correction)
             norm = norms.get(place.layer)
             if correction.statistics and norm is not None:
-                match_variance(norm, place.float_output, place.output())
-            if correction.centre:
+                match_statistics(norm, place.float_output, place.output())
+            elif correction.centre:
                 centre(place.layer, norm, place.float_output, place.output())
             if tell is not None:
                 tell(str(place.node.target), number, total)
@@ -144,21 +144,27 @@ def correct_weights(place: Place, correction: Correction) -> None:
     layer.weight.copy_(on_grid.reshape(layer.weight.shape))
 
 
-def match_variance(norm: nn.BatchNorm1d | nn.BatchNorm2d, wanted: Values, found: Values) -> None:
-    """Multiply a running variance by what the variance of each channel was multiplied with.
+def match_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d, wanted: Values, found: Values) -> None:
+    """Let a batch norm give the mean and the variance of each channel that it gives in the float network.
 
-    That is batch-norm re-estimation, relative to the float network's own statistics on the same images: a few of them,
-    of another kind than those of the training, do not move a network that is not rounded.
+    That is batch-norm re-estimation, relative to the float network's statistics on the same images: a few of them, of
+    another kind than those of the training, do not move a network that is not rounded.
 
     Args:
         norm: behind the layer.
         wanted, found: outputs of the layer in the float and in the quantized network.
     """
-    if norm.running_var is None:
+    if norm.running_var is None or norm.running_mean is None:
         return
     before, after = _variance(wanted), _variance(found)
     ratio = torch.where((before > 0) & (after > 0), after / before, 1.0)
-    norm.running_var *= ratio.to(norm.running_var)
+    running = norm.running_var.double().cpu() + norm.eps
+    # What is divided by contains epsilon; a variance cannot be below 0.
+    changed = (running * ratio - norm.eps).clamp_min(0.0)
+    factor = torch.sqrt((changed + norm.eps) / running)
+    shift = channel_mean(wanted, 1) - norm.running_mean.double().cpu()
+    norm.running_var.copy_(changed)
+    norm.running_mean.copy_(channel_mean(found, 1) - factor * shift)
 
 
 def _variance(values: Values) -> Tensor:

@@ -22,22 +22,23 @@ _CLASSES = (
 )
 _SIDE = 28
 _MOST_BYTES = 64 << 20
-_SPLIT_SEED = 0
 _SHIFT = 2
 
 
 class FashionMnistDataModule(ImageDataModule):
     """Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): 60,000 images for training, 10,000 for tests, 10 classes.
 
-    The validation split is cut from the training images, stratified and always the same, whatever ``seed``. The 28x28
-    grey images get a black margin up to ``image_size``. Training images are mirrored and moved by up to two pixels,
-    drawn from torch's global generator. ``mean`` and ``std`` are those of the training images without margin.
+    The validation split is cut from the training images, stratified, and the same for every ``seed``, so that weights
+    that were trained with another one have not seen it. The 28x28 grey images get a black margin up to ``image_size``.
+    Training images are mirrored and moved by up to two pixels, drawn from torch's global generator. ``mean`` and
+    ``std`` are those of the training images without margin.
 
     Args:
         root: the folder with the four IDX files, gzipped or not.
         image_size: side of the square that the network sees, 28 or more pixels.
         channels: 3 (all the same) or 1.
         val_size: images of the validation split.
+        split_seed: of the cut.
         augment: change training images.
         batch_size: images per batch.
         seed: of the order of the training images.
@@ -56,6 +57,7 @@ class FashionMnistDataModule(ImageDataModule):
         image_size: int = 32,
         channels: int = 3,
         val_size: int = 5000,
+        split_seed: int = 0,
         augment: bool = True,
         batch_size: int = 128,
         seed: int = 0,
@@ -63,12 +65,14 @@ class FashionMnistDataModule(ImageDataModule):
     ) -> None:
         check_at_least("image_size", image_size, _SIDE)
         check_at_least("val_size", val_size, len(self.classes))
+        check_at_least("split_seed", split_seed, 0)
         if channels not in (1, 3):
             raise ConfigError(f"channels={channels!r}, but the images are grey: give 1, or 3 that are all the same.")
         super().__init__((channels, image_size, image_size), batch_size, seed, num_workers)
         self.mean, self.std = (0.286,) * channels, (0.353,) * channels
         self.root = Path(root).expanduser()
         self.val_size = val_size
+        self.split_seed = split_seed
         self.augment = augment
 
     @property
@@ -93,7 +97,7 @@ class FashionMnistDataModule(ImageDataModule):
                     f"val_size={self.val_size}, but {self.root} has {len(labels)} training images: give less."
                 )
             train, val = train_test_split(
-                np.arange(len(labels)), test_size=self.val_size, random_state=_SPLIT_SEED, stratify=labels
+                np.arange(len(labels)), test_size=self.val_size, random_state=self.split_seed, stratify=labels
             )
             chosen = np.sort(train if split == "train" else val)
             images, labels = images[chosen], labels[chosen]

@@ -9,6 +9,8 @@ from torch import nn
 
 import lightning_baqe as baqe
 from lightning_baqe import BitConfig, QuantizedModel
+from lightning_baqe.calibration.corrections import Correction
+from lightning_baqe.calibration.walk import float_twin
 from lightning_baqe.errors import CalibrationError, ConfigError
 from lightning_baqe.integer.nodes import Conv, Linear
 from lightning_baqe.quantization.batch_norm import fold_batch_norm, foldable
@@ -23,7 +25,9 @@ def smooth(count: int, seed: int = 1) -> torch.Tensor:
     return found / found.std()
 
 
-def quantized(model: nn.Module, correct: str, bits: int = 4, x: torch.Tensor | None = None) -> QuantizedModel:
+def quantized(
+    model: nn.Module, correct: str | Correction, bits: int = 4, x: torch.Tensor | None = None
+) -> QuantizedModel:
     x = smooth(64) if x is None else x
     found = baqe.quantize(model, BitConfig.uniform(model, bits, 8, None), x[:2]).eval()
     return baqe.calibrate(found, x.split(16), correct=correct)
@@ -45,9 +49,9 @@ def test_closer_to_the_float_network_on_other_images(name: str, bits: int) -> No
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("correct", ["fast", "best"])
+@pytest.mark.parametrize("correct", ["fast", "best", Correction(centre=True)])
 @torch.no_grad()
-def test_the_mean_of_every_channel_is_the_float_networks(name: str, correct: str) -> None:
+def test_the_mean_of_every_channel_is_the_float_networks(name: str, correct: str | Correction) -> None:
     """On the data that it was corrected with, to single precision; behind the batch norm where there is one."""
     model, x = settled(name), smooth(64)
     found = quantized(model, correct, x=x)
@@ -69,6 +73,37 @@ def test_the_mean_of_every_channel_is_the_float_networks(name: str, correct: str
     for key, (wanted, mine) in means.items():
         scale = wanted.std(1).max()
         assert (wanted.mean(1) - mine.mean(1)).abs().max() < 1e-5 * max(float(scale), 1.0), key
+
+
+@pytest.mark.parametrize("name", ["residual", "functional"])
+@torch.no_grad()
+def test_normalised_channels_vary_as_in_float(name: str) -> None:
+    """Means and variances behind batch norms, on the data that it was corrected with."""
+    model, x = settled(name), smooth(64)
+    found = quantized(model, Correction(statistics=True), 3, x)
+    values: dict[str, list[torch.Tensor]] = {}
+    for pair in foldable(found):
+        for net in (model, found):
+            net.get_submodule(pair.names[0]).register_forward_hook(
+                lambda _, args, out, key=pair.names[0]: values.setdefault(key, []).append(
+                    out.double().transpose(0, 1).flatten(1)
+                )
+            )
+    model(x)
+    found(x)
+    assert values
+    for wanted, mine in values.values():
+        torch.testing.assert_close(mine.mean(1), wanted.mean(1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.var(1), wanted.var(1), atol=1e-5, rtol=1e-3)
+
+
+def test_equalized_channels_change_nothing_in_float() -> None:
+    model, x = settled("residual"), smooth(64)
+    found = quantized(model, Correction(equalize=True), 8, x)
+    with torch.no_grad():
+        torch.testing.assert_close(float_twin(found)(x), model(x), rtol=1e-4, atol=1e-5)
+    plain = quantized(model, "none", 8, x)
+    assert any(not torch.equal(a, b) for a, b in zip(found.parameters(), plain.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

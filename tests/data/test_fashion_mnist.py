@@ -29,6 +29,8 @@ def test_the_validation_split_is_cut_from_the_training_images_and_always_the_sam
     both = torch.cat([data.dataset("train").images, data.dataset("val").images])
     assert len({image.numpy().tobytes() for image in both}) == 150
     assert torch.equal(data.dataset("val").images, again.dataset("val").images)
+    other = FashionMnistDataModule(root, val_size=50, split_seed=1)
+    assert not torch.equal(data.dataset("val").images, other.dataset("val").images)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 28), (1, 32), (3, 33)])
