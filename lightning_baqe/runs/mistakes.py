@@ -98,7 +98,7 @@ def write_mistakes(found: Mistakes, title: str, path: Path) -> None:
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(11, 4.6), dpi=160, layout="constrained")
-    left, right = canvas.subfigures(1, 2, width_ratios=(1, 1.5))
+    left, right = np.ravel(canvas.subfigures(1, 2, width_ratios=(1, 1.5), squeeze=False))
     _draw_matrix(left.subplots(), found)
     cells = right.subplots(3, 4)
     for axis in cells.flat:

@@ -124,7 +124,7 @@ def _replace_stem(net: nn.Module, name: str, stride: int) -> None:
     old = net.conv1
     net.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride, 1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    net.maxpool = nn.Identity()  # type: ignore[assignment]
+    net.maxpool = nn.Identity()
 
 
 def settle(module: nn.Module, images: torch.Tensor) -> nn.Module:
