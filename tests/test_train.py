@@ -162,7 +162,7 @@ class TestRunFolder:
     @pytest.mark.parametrize(
         ("change", "wanted"),
         [
-            ("model=resnet34", "model.name: 'resnet18' there, 'resnet34' here"),
+            ("model=resnet34", "model.name: 'resnet20' there, 'resnet34' here"),
             ("data=digits", "data._target_"),
             ("search.bit_choices=[2,8]", r"search.bit_choices: \[2, 3, 4, 5, 6, 8\] there, \[2, 8\] here"),
             ("seed=1", "seed: 0 there, 1 here"),
