@@ -134,8 +134,8 @@ def qat_search(cfg: DictConfig, run_dir: Path) -> None:
         max_epochs=-1, callbacks=[search], enable_checkpointing=False, enable_progress_bar=False, num_sanity_val_steps=0
     )
     trainer.fit(task, datamodule=datamodule)
-    _show_mistakes(run_dir, datamodule, search.device.reach)
     _close(run_dir)
+    _show_mistakes(run_dir, datamodule, search.device.reach)
     if search.gave_up is not None:
         raise BaqeError(f"The search gave up: {search.gave_up}")
 
@@ -239,8 +239,8 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     summary = summarise(about, found["float"], [begun.completed(found[begun.key], fake)], tests=tests)
     summary.write(run_dir)
     write_report(summary, run_dir / "report.html")
-    _show_mistakes(run_dir, datamodule, device.reach)
     _close(run_dir)
+    _show_mistakes(run_dir, datamodule, device.reach)
 
 
 def ptq(cfg: DictConfig, run_dir: Path) -> None:
@@ -388,7 +388,7 @@ def _show_mistakes(run_dir: Path, datamodule: Any, how: str) -> None:
         run = partial(reach(how).run, artifact)
         x, y = next(iter(datamodule.test_dataloader()))
         outputs = torch.as_tensor(run(x[:1]))
-        if kind_of(outputs, y[:1]) != "classes" or outputs.ndim != 2:
+        if kind_of(outputs, y[:1]) != "classes" or outputs.shape[1:] != (len(datamodule.classes),):
             return
         found = find_mistakes(run, datamodule.test_dataloader(), datamodule.classes, datamodule.mean, datamodule.std)
     write_mistakes(found, f"{datamodule.name}: {point.name}, {point.latency_us:.0f} us", run_dir / "mistakes.png")

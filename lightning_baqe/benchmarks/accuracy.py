@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tuning-epochs", type=int, help="other than the network's settings")
     parser.add_argument("--folder", type=Path, default=Path("outputs/accuracy"), help="of rows and checkpoints")
     parser.add_argument("--threads", type=int, default=1, help="of training and of the compiled network")
-    parser.add_argument("--smallest", action="store_true", help="a few images and one epoch: does it run?")
+    parser.add_argument("--smallest", action="store_true", help="one epoch, of glyphs a few images: does it run?")
     options = parser.parse_args(arguments)
     check_positive(parser, options, "threads", "float-epochs", "tuning-epochs")
     known = SETTINGS[options.data]

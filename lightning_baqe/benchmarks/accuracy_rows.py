@@ -144,6 +144,7 @@ class Request:
             "batch_size": self.settings.batch_size,
             "model": self.settings.model,
             "images": self.settings.images,
+            "root": None if self.root is None else str(self.root.resolve()),
             "float_training": asdict(self.settings.float_training),
         }
 

@@ -41,7 +41,10 @@ from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint
 from lightning_baqe.tuning.network_space import NetworkSpace
 
-OPTIONS = ("task.learning_rate=1e-4", "search.steps_per_trial=30")
+OPTIONS = (
+    *("model=resnet18", "pretrain.learning_rate=2e-3"),
+    *("task.learning_rate=1e-4", "search.steps_per_trial=30"),
+)
 REPEATED = (4, 6, 8)  # uniform bits that are tuned again, in other orders: the spread of equal trials
 REPEATS = 3
 REPEATED_AT = 40  # rows before them

@@ -58,9 +58,11 @@ def calibrate(
         last = set_ranges(model, batches, max_batches)
     else:
         kept = list(inputs_of(model, batches, max_batches))
-        if correction.equalize:
+        shown = [inputs if len(inputs) > 1 else inputs[0] for inputs in kept]
+        last = set_ranges(model, shown)
+        if correction.equalize:  # of data that was found fit
             equalize(model, kept)
-        last = set_ranges(model, [inputs if len(inputs) > 1 else inputs[0] for inputs in kept])
+            last = set_ranges(model, shown)
         twin = float_twin(model)  # of the weights before they are corrected
         if correction.by_layer:
             correct_layers(model, kept, correction, tell)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from lightning_baqe.calibration.moments import Weighted
 from lightning_baqe.calibration.walk import Walk
+from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.layers import QuantLayer
 from lightning_baqe.quantization.ops import OpReader
@@ -29,7 +30,7 @@ from lightning_baqe.quantization.weight import WeightQuantizer
 
 MOST_STEPS = 1000  # of a block
 FEWEST_STEPS = 10
-_RATE = 0.01
+_RATE, _WAY = 0.01, 5.0  # of Adam at least, and so that this way is gone in all steps: from undecided to decided is 2
 _LOW, _HIGH = -0.1, 1.1  # AdaRound's gamma and zeta
 _PULL = 1.0  # of the term that drives roundings to 0 and 1, against the error that there was
 _EXPONENTS = 20.0, 2.0  # of that term, from the first step that has it to the last
@@ -59,13 +60,15 @@ def blocks(model: QuantizedModel) -> list[Block]:
     """The blocks of a network, in order and without gaps, as short as they can be with a layer in them.
 
     Nodes between which more than one tensor is alive stay together: residual units, the branches of an inception block.
-    What has no weights (a ReLU, an activation quantizer) belongs to the block before it.
+    What has no weights (a ReLU, an activation quantizer) belongs to the block before it; what comes before several
+    inputs are joined belongs to none.
     """
     reader = OpReader(model, model.graph)
     nodes = [node for node in model.graph.nodes if node.op != "output"]
     place = {node: i for i, node in enumerate(nodes)}
     until = {node: max((place.get(user, len(nodes)) for user in node.users), default=-1) for node in nodes}
-    alive: set[fx.Node] = set()
+    # Until the last of several inputs was read there is more than one tensor, whatever the order of the nodes.
+    alive = {node for node in nodes if node.op == "placeholder" and until[node] >= 0}
     cuts = []
     for i, node in enumerate(nodes):
         alive = {other for other in alive if until[other] > i}
@@ -120,10 +123,19 @@ def reconstruct(
     Returns:
         for each reconstructed block, by its last layer: the mean squared error of its output over the variance of the
         float network's, on the images that were held out, before and after.
+
+    Raises:
+        ConfigError: inference mode is on.
     """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "block reconstruction computes gradients, which torch.inference_mode() rules out: call it outside, or "
+            "under torch.no_grad()."
+        )
     found = blocks(model)
-    total = sum(bool(block.layers) for block in found)
+    total, done = sum(bool(block.layers) for block in found), 0
     ends = time.monotonic() + seconds
+    images = [len(inputs[0]) for inputs in batches]
     here, there = Walk(model, batches), Walk(twin, batches)
     twins = dict(zip(model.graph.nodes, twin.graph.nodes, strict=True))
     behind = {node: block for block in found for node in block.nodes[:1]}
@@ -134,19 +146,20 @@ def reconstruct(
                 break
             block = behind.get(node)
             if block is not None and block.layers:
-                share = (ends - time.monotonic()) / (total - len(errors))
+                share = (ends - time.monotonic()) / (total - done)
                 floats = Task(twin, twins[block.source], tuple(twins[n] for n in block.nodes))
                 task = Task(model, block.source, block.nodes)
-                wanted = floats.run(torch.cat(there.values(floats.source)))
-                layers = [_layer(model, path) for path in block.layers]
-                errors[block.layers[-1]] = _reconstruct(
-                    task, layers, torch.cat(here.values(task.source)), wanted, share
-                )
+                mine, theirs = here.values(task.source), there.values(floats.source)
+                if _by_image(theirs, images) and _by_image([floats(theirs[0])], images[:1]):
+                    layers = [_layer(model, path) for path in block.layers]
+                    wanted = floats.run(torch.cat(theirs))
+                    errors[block.layers[-1]] = _reconstruct(task, layers, torch.cat(mine), wanted, share)
+                done += 1
                 if tell is not None:
-                    tell(block.layers[-1], len(errors), total)
-            for walk, mine in ((here, node), (there, other)):
-                walk.step(mine)
-                walk.drop(mine)
+                    tell(block.layers[-1], done, total)
+            for walk, step in ((here, node), (there, other)):
+                walk.step(step)
+                walk.drop(step)
     return errors
 
 
@@ -182,6 +195,11 @@ class Task:
         return torch.cat([self(part) for part in x.split(_BATCH)])
 
 
+def _by_image(values: Sequence[object], images: Sequence[int]) -> bool:
+    """Whether these are tensors of so many images each, along their first dimension."""
+    return all(isinstance(v, Tensor) and v.ndim > 0 and len(v) == n for v, n in zip(values, images, strict=True))
+
+
 def _layer(model: QuantizedModel, path: str) -> QuantLayer:
     layer = model.get_submodule(path)
     assert isinstance(layer, QuantLayer)
@@ -206,19 +224,20 @@ def _reconstruct(
         return float((task.run(x[held]) - wanted[held]).square().mean() / variance)
 
     before = error_held_out()
-    weights = [layer.weight for layer in layers]
-    slopes = [torch.zeros_like(weight) for weight in weights]
-    for part in torch.arange(len(x_shown)).split(_BATCH):
-        for slope, more in zip(slopes, torch.autograd.grad(error(part), weights), strict=True):
-            slope += more * len(part)
-    softs = [
-        SoftRounding(layer.weight_quantizer, layer.weight.detach(), s) for layer, s in zip(layers, slopes, strict=True)
-    ]
     kept = [(layer.weight_quantizer, layer.weight.detach().clone()) for layer in layers]
+    rounded = [quantizer(weight).detach().requires_grad_() for quantizer, weight in kept]
     try:
-        for layer, soft in zip(layers, softs, strict=True):
-            layer.weight_quantizer = soft  # type: ignore[assignment]
-        _fit(softs, error, len(x_shown), seconds)
+        with torch.enable_grad():
+            slopes = [torch.zeros_like(weight) for weight in rounded]
+            for layer, weight in zip(layers, rounded, strict=True):
+                layer.weight_quantizer = _Given(weight)  # type: ignore[assignment]
+            for part in torch.arange(len(x_shown)).split(_BATCH):
+                for slope, more in zip(slopes, torch.autograd.grad(error(part), rounded), strict=True):
+                    slope += more * len(part)
+            softs = [SoftRounding(q, w, slope) for (q, w), slope in zip(kept, slopes, strict=True)]
+            for layer, soft in zip(layers, softs, strict=True):
+                layer.weight_quantizer = soft  # type: ignore[assignment]
+            _fit(softs, error, len(x_shown), seconds)
     finally:
         for layer, (quantizer, _) in zip(layers, kept, strict=True):
             layer.weight_quantizer = quantizer
@@ -253,12 +272,26 @@ def _fit(softs: Sequence[SoftRounding], error: Callable[[Tensor], Tensor], count
         if progress > 0:
             exponent = _EXPONENTS[0] + progress * (_EXPONENTS[1] - _EXPONENTS[0])
             loss = loss + _PULL * torch.stack([soft.indecision(exponent) for soft in softs]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        # Of nothing else: gradients of the network's own parameters are the user's.
+        undecided = [soft.undecided for soft in softs]
+        for parameter, slope in zip(undecided, torch.autograd.grad(loss, undecided), strict=True):
+            parameter.grad = slope
         step += 1
         each = (time.monotonic() - start) / step
         steps = min(MOST_STEPS, max(FEWEST_STEPS, int(seconds / each)))
+        optimizer.param_groups[0]["lr"] = max(_RATE, _WAY / steps)
+        optimizer.step()
+
+
+class _Given(nn.Module):
+    """In a weight quantizer's place: these weights, whatever is given."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.given = weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.given
 
 
 class SoftRounding(nn.Module):

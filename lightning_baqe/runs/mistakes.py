@@ -53,14 +53,6 @@ class Mistakes:
         """Share of the images that are found right."""
         return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
 
-    @property
-    def recall(self) -> np.ndarray:
-        """By class: share of its images that are found, ``(classes,)``; NaN for a class without images."""
-        counts = self.confusion.sum(1)
-        with np.errstate(invalid="ignore"):
-            shares: np.ndarray = np.where(counts > 0, self.confusion.diagonal() / np.maximum(counts, 1), np.nan)
-        return shares
-
 
 def find_mistakes(
     run: Callable[[Tensor], Any],

@@ -11,7 +11,7 @@ import optuna
 import torch
 from torchmetrics import Metric
 
-from lightning_baqe.calibration.corrections import correction_of
+from lightning_baqe.calibration.corrections import CORRECTIONS
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.files import make_folder
@@ -107,7 +107,8 @@ class SearchArguments:
         if self.metric is not None:
             check_metric(self.metric)
         parse_range(self.activation_range)
-        correction_of(self.correct)
+        if self.correct not in CORRECTIONS:
+            raise ConfigError(f"correct={self.correct!r}, wanted is one of {', '.join(map(repr, CORRECTIONS))}")
         read_limits(self.limits)
         fuses = self.device is None or self.device.options.fuse_residual
         self.options = BuildOptions(get_target(self.target), self.threads, fuses)

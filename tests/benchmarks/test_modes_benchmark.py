@@ -37,6 +37,7 @@ def test_commands_are_those_of_the_recipe(mode: str, tmp_path: Path) -> None:
     cfg = compose(modes.command(mode, 3, 7, tmp_path, ["search.tune_s=1"])[3:])
     assert (cfg.seed, cfg.search.trials, cfg.search.tune_s) == (3, 7, 1)
     assert list(cfg.search.bit_choices) == list(modes.BITS)
+    assert (cfg.model.name, cfg.pretrain.learning_rate, cfg.search.steps_per_trial) == ("resnet18", 2e-3, 30)
     assert Path(cfg.search.records) == tmp_path / "records.db"  # what another run tuned would save time here
     assert cfg.search.mode == ("beyond" if mode == "beyond" else "paper")
     if mode == "random":

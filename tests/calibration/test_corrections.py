@@ -106,6 +106,19 @@ def test_equalized_channels_change_nothing_in_float() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(found.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("correct", ["best", Correction(equalize=True), Correction(reconstruct_s=1)])
+@pytest.mark.parametrize("batches", [[], [torch.randn(2, 5, 8, 8)]])
+def test_data_that_do_not_fit_are_refused_whatever_is_corrected(
+    correct: str | Correction, batches: list[torch.Tensor]
+) -> None:
+    model = settled("residual")
+    found = baqe.quantize(model, BitConfig.uniform(model, 4, 8), images(2)).eval()
+    before = {name: value.clone() for name, value in found.state_dict().items() if "quantizer" not in name}
+    with pytest.raises(CalibrationError):
+        baqe.calibrate(found, batches, correct=correct)
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("correct", ["fast", "best"])
 @pytest.mark.parametrize("folded", [False, True])
