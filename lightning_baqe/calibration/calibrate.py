@@ -8,7 +8,7 @@ from typing import Any
 from lightning_baqe.calibration.activation_ranges import inputs_of, set_ranges, warn_of_noise
 from lightning_baqe.calibration.corrections import Correction, correct_layers, correction_of
 from lightning_baqe.calibration.equalization import equalize
-from lightning_baqe.calibration.reconstruction import reconstruct
+from lightning_baqe.calibration.reconstruction import check_gradients, reconstruct
 from lightning_baqe.calibration.walk import float_twin
 from lightning_baqe.quantization.convert import QuantizedModel
 
@@ -51,9 +51,11 @@ def calibrate(
 
     Raises:
         CalibrationError: no data, batches that are not the network's input, or values that are not finite.
-        ConfigError: an unknown ``correct``.
+        ConfigError: an unknown ``correct``, or blocks to reconstruct in inference mode.
     """  # noqa: E501
     correction = correction_of(correct)
+    if correction.reconstruct_s > 0:
+        check_gradients()  # before minutes are spent on the steps before it
     if correction == Correction():
         last = set_ranges(model, batches, max_batches)
     else:

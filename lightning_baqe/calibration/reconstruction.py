@@ -104,6 +104,15 @@ def _is_batch_size(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.sym_size.int and bool(node.args[1] == 0)
 
 
+def check_gradients() -> None:
+    """Raises ConfigError where no gradients can be computed."""
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "block reconstruction computes gradients, which torch.inference_mode() rules out: call it outside, or "
+            "under torch.no_grad()."
+        )
+
+
 def reconstruct(
     model: QuantizedModel,
     twin: fx.GraphModule,
@@ -127,11 +136,7 @@ def reconstruct(
     Raises:
         ConfigError: inference mode is on.
     """
-    if torch.is_inference_mode_enabled():
-        raise ConfigError(
-            "block reconstruction computes gradients, which torch.inference_mode() rules out: call it outside, or "
-            "under torch.no_grad()."
-        )
+    check_gradients()
     found = blocks(model)
     total, done = sum(bool(block.layers) for block in found), 0
     ends = time.monotonic() + seconds
