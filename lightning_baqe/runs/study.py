@@ -98,8 +98,8 @@ class SearchStudy:
         remove_leftovers_of_run(run_dir)
         name = name or ("search" if storage is None else run_dir.resolve().name)
         url = storage_url(run_dir, storage)
-        self._storage = open_storage(url)
         self._lock, self._patience = study_lock(url, name), Patience(f"the study's database {shown(url)}")
+        self._storage = open_storage(url, self._patience)
         watch(self._storage.engine, self._lock.check)
         self._own_file = storage is None
         self._backed_up = -1  # trials at the last backup

@@ -10,9 +10,10 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 
-from lightning_baqe.errors import ConfigError, StorageError
+from lightning_baqe.errors import ConfigError
 from lightning_baqe.resources import shortage
 from lightning_baqe.runs.recovery import ADVICE, DATABASE
+from lightning_baqe.search.patience import ConnectionLost, Patience
 from lightning_baqe.search.study_lock import study_lock
 
 _BUSY_S = 20.0  # that SQLite waits in C, where Ctrl-C is not heard, before the wait is told and goes on
@@ -28,11 +29,16 @@ def shown(url: str) -> str:
     return sqlalchemy.engine.make_url(url).render_as_string()
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Optuna's storage, with patience for several workers.
+def open_storage(url: str, patience: Patience | None = None) -> RDBStorage:
+    """Optuna's storage, for several workers.
+
+    Args:
+        url: of the database.
+        patience: waits for a database that does not answer; None: then that is an error at once.
 
     Raises:
         ConfigError: another kind of database, one that cannot be opened, or its driver is not installed.
+        StorageError: the patience came to its end.
     """
     if url.startswith("sqlite"):
         options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_S}}
@@ -44,15 +50,22 @@ def open_storage(url: str) -> RDBStorage:
             f"storage={url!r}, but a search locks its study, and that is for an SQLite file (sqlite:///study.db, one "
             "machine) or PostgreSQL (postgresql://user@host/database): give one of these"
         )
-    try:
+
+    def opened() -> RDBStorage:
         # Two processes that create the tables at once would collide, also those of two studies in one database.
         with study_lock(url, "tables"):
             return RDBStorage(url, engine_kwargs=options)
+
+    try:
+        return opened() if patience is None else patience.repeat(opened)
+    except ConnectionLost as error:
+        raise ConfigError(
+            f"the study's database {shown(url)} does not answer ({error}): see that it runs, or give another storage"
+        ) from error
     except (
         sqlite3.DatabaseError,
         sqlalchemy.exc.SQLAlchemyError,
         optuna.exceptions.StorageInternalError,
-        StorageError,
         RuntimeError,
     ) as error:
         reason = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error

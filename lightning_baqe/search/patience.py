@@ -25,6 +25,7 @@ LIMIT_S = 300.0
 _PAUSE_S = 1.0  # between tries
 _LONG_S = 60.0  # a try of that length was answered at first
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_ENDED = ("57P", "08")  # SQLSTATE: operator intervention (shutdown, crash, starting up), connection exception
 _Found = TypeVar("_Found")
 
 
@@ -123,7 +124,10 @@ def _lost(context: ExceptionContext) -> ConnectionLost | None:
         gone = getattr(original, "sqlite_errorcode", 0) & 0xFF in _BUSY
     else:
         refused = context.connection is None and isinstance(wrapped, sqlalchemy.exc.OperationalError)
-        gone = refused or context.is_disconnect
+        # A server's last words come before the driver sees that the connection is closed.
+        ended = str(getattr(original, "sqlstate", None) or "").startswith(_ENDED)
+        gone = refused or ended or context.is_disconnect
+        context.is_disconnect = context.is_disconnect or ended  # then SQLAlchemy takes no such connection again
     if not gone or context.is_pre_ping:  # then the pool tries a new connection itself
         return None
     return ConnectionLost(" ".join(str(original).split()) or type(original).__name__)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.storages import RDBStorage
 
+from lightning_baqe.benchmarks import postgres
 from lightning_baqe.benchmarks.damage.disturbed import fill
 from lightning_baqe.benchmarks.damage.interruptions import small_disk
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.runs.study_storage import open_storage
+from lightning_baqe.search.patience import Patience
 
 
 @pytest.mark.parametrize("url", ["mysql://host/study", "redis://host"])
@@ -32,3 +37,32 @@ def test_a_full_disk_is_not_called_damage(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"cannot be opened .*is full: free some space") as caught:
             open_storage(f"sqlite:///{tmp_path / 'disk' / 'study.db'}")
     assert "recover" not in str(caught.value)
+
+
+@pytest.mark.skipif(postgres.missing() is not None, reason=str(postgres.missing()))
+def test_a_server_that_goes_away_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_baqe.search.patience._PAUSE_S", 0.01)
+    tries = 0
+
+    with postgres.server() as server:
+
+        class Restarting(RDBStorage):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                nonlocal tries
+                tries += 1
+                if tries < 3:
+                    server.restart(("fast", "immediate")[tries - 1])
+                super().__init__(*arguments, **options)
+
+        monkeypatch.setattr("lightning_baqe.runs.study_storage.RDBStorage", Restarting)
+        with pytest.warns(UserWarning, match="does not answer"):
+            open_storage(server.url, Patience("the database")).engine.dispose()
+        assert tries == 3
+        server.call("pg_ctl", "-D", server.data, "-w", "-m", "fast", "stop")
+        with pytest.raises(ConfigError, match=r"does not answer .*see that it runs"):
+            open_storage(server.url)
+        starting = threading.Timer(0.3, server.start)
+        starting.start()
+        with pytest.warns(UserWarning, match="does not answer"):
+            open_storage(server.url, Patience("the database")).engine.dispose()
+        starting.join()

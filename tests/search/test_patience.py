@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
+from lightning_baqe.benchmarks import postgres
 from lightning_baqe.errors import StorageError
 from lightning_baqe.search.patience import ConnectionLost, Patience, watch
 
@@ -140,3 +141,22 @@ def test_ctrl_c_in_a_statement_is_no_outage() -> None:
     watch(engine)
     with engine.connect() as connection, pytest.raises(KeyboardInterrupt):
         connection.exec_driver_sql("SELECT 'interrupted'")
+
+
+@pytest.mark.skipif(postgres.missing() is not None, reason=str(postgres.missing()))
+def test_a_connection_that_the_server_ends_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with postgres.server() as server:
+        ending, ended = (sqlalchemy.create_engine(server.url) for _ in range(2))
+        watch(ended)
+        # The driver may raise the server's last words before it sees that the connection is closed.
+        monkeypatch.setattr(ended.dialect, "is_disconnect", lambda *_: False)
+        for _ in range(2):
+            with ended.connect() as connection, ending.connect() as other:
+                pid = connection.scalar(sqlalchemy.text("SELECT pg_backend_pid()"))
+                other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend({pid}, 5000)"))
+                with pytest.raises(ConnectionLost, match="terminating connection"):
+                    connection.execute(sqlalchemy.text("SELECT 1"))
+        with ended.connect() as connection, pytest.raises(sqlalchemy.exc.ProgrammingError, match="does not exist"):
+            connection.execute(sqlalchemy.text("SELECT * FROM letters"))
+        ending.dispose()
+        ended.dispose()
