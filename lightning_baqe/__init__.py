@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "allocation.curve": ("allocate_front",),
+    "allocation.program": ("allocate_bits",),
     "deploy.artifact": ("Artifact",),
     "deploy.verify": ("verify",),
     "entrance.admission": ("check",),
