@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "allocation.curve": ("allocate_front",),
+    "allocation.hessian": ("hessian_trace",),
     "allocation.program": ("allocate_bits",),
     "deploy.artifact": ("Artifact",),
     "deploy.verify": ("verify",),

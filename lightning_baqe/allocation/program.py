@@ -1,4 +1,4 @@
-"""The integer program that spends budgets on bits (HAWQ-V3, section III-E, equation 7), solved by HiGHS."""
+"""The integer program that spends budgets on bits (HAWQ-V3, section III-E, equations 11 to 14), solved by HiGHS."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -75,28 +76,44 @@ def layer_scores(model: QuantizedModel, images: torch.Tensor, kind: OutputKind =
     scores = {}
     with evaluating(model):
         reference = outputs(everything)
-        for layer, own in _quantizers_of_layers(model).items():
-            found = outputs([quantizer for quantizer in everything if quantizer not in own])
+        for layer, own in quantizers_of_layers(model).items():
+            found = outputs([q for q in everything if q is not own.weight and q not in own.inputs])
             scores[layer] = max(float(output_divergence(reference, found, kind)), 0.0)
     return scores
 
 
-def _quantizers_of_layers(model: QuantizedModel) -> dict[str, list[nn.Module]]:
-    """Each quantized layer's weight quantizer and the quantizers of its input."""
-    owners: dict[str, list[nn.Module]] = {}
+@dataclass(frozen=True)
+class LayerQuantizers:
+    """What stands between a float layer and its quantized kind.
+
+    Attributes:
+        path: of its module in the quantized model.
+        weight: of its weights.
+        inputs: of its input, in the order in which it passes them; none: it reads its input as it is.
+    """
+
+    path: str
+    weight: WeightQuantizer
+    inputs: list[ActivationQuantizer] = field(default_factory=list)
+
+
+def quantizers_of_layers(model: QuantizedModel) -> dict[str, LayerQuantizers]:
+    """The quantizers of each quantized layer, by its name in the float network, in network order."""
+    found: dict[str, LayerQuantizers] = {}
     for node in model.graph.nodes:
         layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(layer, QuantLayer):
             continue
-        own = owners.setdefault(origin(node).label, [layer.weight_quantizer])
-        source = node.args[0]
+        own = found.setdefault(origin(node).label, LayerQuantizers(str(node.target), layer.weight_quantizer))
+        source, passed = node.args[0], []
         while isinstance(source, fx.Node) and source.op == "call_module":
             quantizer = model.get_submodule(str(source.target))
             if not isinstance(quantizer, ActivationQuantizer):
                 break
-            own.append(quantizer)
+            passed.append(quantizer)
             source = source.args[0]
-    return owners
+        own.inputs.extend(quantizer for quantizer in reversed(passed) if quantizer not in own.inputs)
+    return found
 
 
 @contextmanager

@@ -156,15 +156,15 @@ def test_too_little_time() -> None:
 def test_the_gap_holds() -> None:
     """A time limit in the middle: the true optimum is within the gap."""
     rng = np.random.default_rng(1)
-    names = [f"layer{i}" for i in range(16)]
+    names = [f"layer{i}" for i in range(12)]
     sensitivity = {n: {b: float(rng.normal()) for b in (2, 4, 8)} for n in names}
     pairs = {pair: {(p, q): float(rng.normal()) for p in (2, 4, 8) for q in (2, 4, 8)}
              for pair in itertools.combinations(names, 2)}  # fmt: skip
     costs = {"size_bytes": {n: {b: float(b) for b in (2, 4, 8)} for n in names}}
     best = None
-    for seconds in (0.05, 0.5, 200.0):
+    for seconds in (0.02, 0.1, 0.5, 300.0):
         try:
-            found = baqe.allocate_bits(sensitivity, costs, {"size_bytes": 70}, pairs=pairs, time_limit_s=seconds)
+            found = baqe.allocate_bits(sensitivity, costs, {"size_bytes": 52}, pairs=pairs, time_limit_s=seconds)
         except BaqeError:
             continue
         assert best is None or found.sensitivity <= best.sensitivity + 1e-9

@@ -1,0 +1,70 @@
+"""Sensitivities from squared gradients: the Fisher information's diagonal in the place of the Hessian's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_baqe.allocation.evidence import Evidence, Sensitivities, Sensitivity, float_free
+from lightning_baqe.allocation.layer_gradients import layer_gradients
+
+
+@dataclass(frozen=True)
+class Fisher(Sensitivity):
+    """``1/2 sum_j F_jj error_j^2`` over a layer's weights and its input, with F the mean over images of squared
+    gradients of an image's own loss at its given label (the empirical Fisher). One backward pass an image.
+    """
+
+    def measure(self, evidence: Evidence) -> Sensitivities:
+        """The sensitivity of each layer at each of its bits."""
+        layerwise = evidence.layerwise
+        values = {name: dict.fromkeys(bits, 0.0) for name, bits in layerwise.choices.items()}
+        squares: dict[str, Any] = dict.fromkeys(values, 0.0)
+        done = 0
+        for share, x, y in evidence.chunks(1):
+            found = layer_gradients(evidence, x, y)
+            for name, by_bits in values.items():
+                squares[name] += share * layerwise.outputs_first(name, found.at_weight[name]).square()
+                for bits in by_bits:
+                    with torch.no_grad():
+                        error = layerwise.input_error(name, bits, found.inputs[name])
+                    by_bits[bits] += 0.5 * share * float((found.at_input[name] * error).square().sum())
+            done += len(x)
+            evidence.tell(done, evidence.image_count)
+        for name, by_bits in values.items():
+            for bits in by_bits:
+                by_bits[bits] += 0.5 * float((squares[name] * layerwise.weight_error(name, bits).square()).sum())
+        return Sensitivities(float_free(values, layerwise.choices))
+
+
+@dataclass(frozen=True)
+class OutputFisher(Sensitivity):
+    """The gradient scoring of NVIDIA ModelOpt's ``auto_quantize``: the sum over a layer's output of its squared
+    gradient times its squared error, halved, the mean over images. One backward pass a batch, however many bits.
+
+    Args:
+        chunk: images at once.
+    """
+
+    chunk: int = 16
+
+    def measure(self, evidence: Evidence) -> Sensitivities:
+        """The sensitivity of each layer at each of its bits."""
+        layerwise = evidence.layerwise
+        values = {name: dict.fromkeys(bits, 0.0) for name, bits in layerwise.choices.items()}
+        done = 0
+        for share, x, y in evidence.chunks(self.chunk):
+            found = layer_gradients(evidence, x, y)
+            with torch.no_grad():
+                for name, by_bits in values.items():
+                    # Of the images' own losses, of which the batch has the mean.
+                    weights = (found.at_output[name] * len(x)).square() / len(x)
+                    exact = layerwise.network.get_submodule(layerwise.paths[name])(found.inputs[name])
+                    for bits in by_bits:
+                        error = layerwise.output(name, bits, found.inputs[name]) - exact
+                        by_bits[bits] += 0.5 * share * float((weights * error.square()).sum())
+            done += len(x)
+            evidence.tell(done, evidence.image_count)
+        return Sensitivities(float_free(values, layerwise.choices))

@@ -1,0 +1,334 @@
+"""Traces of the loss's Hessian by layer, by Hutchinson's method, and the sensitivity of HAWQ.
+
+| symbol | meaning | shape |
+| --- | --- | --- |
+| w | the weights of a layer, or its input | any |
+| H | second derivatives of the mean loss by w | (size of w, size of w) |
+| v | a probe, entries of 1 and -1 with equal chance | as w |
+| v' H v | one estimate: its expectation is the trace of H | scalar |
+
+H v comes from differentiating the gradient's product with v; H is never formed. All layers are probed at once: what one
+layer's probe adds to another's product has the expectation 0.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_baqe.allocation.evidence import Evidence, Loss, Sensitivities, Sensitivity, Tell, float_free
+from lightning_baqe.allocation.layer_gradients import layer_inputs, watched_inputs
+from lightning_baqe.errors import ConfigError, DataError, UnsupportedModelError, check_at_least
+from lightning_baqe.quantization.batches import input_and_labels
+from lightning_baqe.quantization.config import layers
+from lightning_baqe.quantization.train_modes import evaluating
+from lightning_baqe.quantization.wrappers import refuse_lazy, unwrapped
+
+FLOOR = 0.01  # of the largest trace: smaller ones need not be known more exactly than one of this size
+_FEWEST = 10  # probes, before their spread is believed
+_PER_GRAPH = 4  # probes that share a forward and a first backward pass
+
+Of = Literal["weights", "inputs"]
+
+
+class Traces(dict[str, float]):
+    """``{layer: trace of the Hessian / number of entries}``, in network order.
+
+    Attributes:
+        standard_errors: of the figures, over the probes.
+        counts: ``{layer: number of entries}``, of its weights or of one image's input.
+        samples: probes that were taken.
+    """
+
+    def __init__(
+        self, values: Mapping[str, float], standard_errors: Mapping[str, float], counts: Mapping[str, int], samples: int
+    ):
+        super().__init__(values)
+        self.standard_errors, self.counts, self.samples = dict(standard_errors), dict(counts), samples
+
+    def unsure(self, tolerance: float) -> list[str]:
+        """Layers whose trace has a standard error above this part of the larger of itself and :data:`FLOOR` of the
+        largest."""
+        totals = {name: abs(value) * self.counts[name] for name, value in self.items()}
+        floor = FLOOR * max(totals.values())
+        return [
+            name
+            for name, total in totals.items()
+            if self.standard_errors[name] * self.counts[name] > tolerance * max(total, floor)
+        ]
+
+
+def hessian_trace(
+    model: nn.Module,
+    loss_fn: Loss,
+    batches: Iterable[Any],
+    samples: int = 200,
+    of: Of = "weights",
+    tolerance: float = 0.05,
+    chunk: int = 4,
+    seed: int = 0,
+    tell: Tell | None = None,
+) -> Traces:
+    """The average of the Hessian's diagonal by layer (HAWQ-V2, section 3.1), of the mean loss over all images.
+
+    The network is differentiated in eval mode, on its device, and left as it was. Images go through it ``chunk`` by
+    ``chunk``, each with probes of its own: memory is that of a chunk, and the estimate varies no more than with one
+    probe for all of them.
+
+    Args:
+        model: float, trained; any that can be differentiated twice.
+        loss_fn: ``loss_fn(output, y)``, the mean over the batch.
+        batches: ``(x, y)``.
+        samples: probes at most.
+        of: ``"weights"``; ``"inputs"``: of each layer's input, the mean over images of the Hessian of an image's loss.
+        tolerance: no more probes once each standard error is at most this part of the larger of its trace and 1 % of
+            the largest; 0: all probes.
+        chunk: images at once.
+        seed: of the probes.
+        tell: told of probes done, of at most how many.
+
+    Returns:
+        ``{layer: trace / number of entries}``. Figures may be negative: the curvature is, or probes were few.
+
+    Raises:
+        ConfigError: no layers, no batches, or an argument out of range.
+        DataError: batches that are no ``(x, y)``, or a loss that is not finite.
+        UnsupportedModelError: weights that are no parameters of their own.
+    """
+    for argument, value in (("samples", samples), ("chunk", chunk)):
+        check_at_least(argument, value, 1)
+    if of not in ("weights", "inputs"):
+        raise ConfigError(f"of={of!r}, but 'weights' or 'inputs' is wanted")
+    if not tolerance >= 0:
+        raise ConfigError(f"tolerance={tolerance!r}, but a number of 0 or more is wanted")
+    network = unwrapped(model)
+    probed = _Weights(network) if of == "weights" else _Inputs(network)
+    device = next(network.parameters()).device
+    held = [input_and_labels(batch, "batches", DataError) for batch in batches]
+    parts = [
+        (x.to(device), y.to(device)) for xs, ys in held for x, y in zip(xs.split(chunk), ys.split(chunk), strict=True)
+    ]
+    if not parts:
+        raise ConfigError("batches is empty: give some (x, y), at least one image")
+    images, generator = sum(len(x) for x, _ in parts), torch.Generator().manual_seed(seed)
+    estimates: list[dict[str, float]] = []
+    with evaluating(network), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), probed.ready():
+        while len(estimates) < samples:
+            fresh = [dict.fromkeys(probed.names, 0.0) for _ in range(min(_PER_GRAPH, samples - len(estimates)))]
+            for x, y in parts:
+                loss = loss_fn(network(x), y)
+                if not bool(torch.isfinite(loss)):
+                    raise DataError(f"the loss is {loss.item()}, but traces need a finite one: see to data and network")
+                for estimate, products in zip(fresh, probed.products(loss, len(fresh), generator), strict=True):
+                    for name, product in products.items():
+                        estimate[name] += product * len(x) / images
+            estimates += fresh
+            found = _traces(estimates, probed.counts)
+            if tell is not None:
+                tell(len(estimates), samples)
+            if len(estimates) >= _FEWEST and not found.unsure(tolerance):
+                break
+    return found
+
+
+def _traces(estimates: list[dict[str, float]], counts: Mapping[str, int]) -> Traces:
+    values, errors = {}, {}
+    for name, count in counts.items():
+        all_of = torch.tensor([estimate[name] for estimate in estimates], dtype=torch.float64) / count
+        values[name] = float(all_of.mean())
+        errors[name] = float(all_of.std()) / math.sqrt(len(all_of)) if len(all_of) > 1 else math.inf
+    return Traces(values, errors, counts, len(estimates))
+
+
+class _Probed:
+    """Tensors by layer that are probed; several layers may have one tensor in common."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.names = layers(network)
+        if not self.names:
+            raise ConfigError(
+                f"{type(network).__name__} has no layers with weights: there is nothing to take a trace of"
+            )
+        self.counts: dict[str, int] = dict.fromkeys(self.names, 1)
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """That the last loss was computed with."""
+        raise NotImplementedError
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within the block, losses depend on the tensors."""
+        raise NotImplementedError
+        yield
+
+    def products(self, loss: torch.Tensor, probes: int, generator: torch.Generator) -> Iterator[dict[str, float]]:
+        """``{layer: v' H v}`` for so many probes v."""
+        tensors = self.tensors()
+        unique = list({id(tensor): tensor for tensor in tensors.values()}.values())
+        gradients = torch.autograd.grad(loss, unique, create_graph=True, allow_unused=True)
+        curved = [(t, g) for t, g in zip(unique, gradients, strict=True) if g is not None and g.requires_grad]
+        for left in reversed(range(probes)):
+            vectors = [_probe(tensor, generator) for tensor in unique]
+            by_tensor = {id(tensor): 0.0 for tensor in unique}
+            if curved:
+                of = {id(tensor): vector for tensor, vector in zip(unique, vectors, strict=True)}
+                found = torch.autograd.grad(
+                    [gradient for _, gradient in curved], [tensor for tensor, _ in curved],
+                    [of[id(tensor)] for tensor, _ in curved], retain_graph=left > 0, allow_unused=True,
+                )  # fmt: skip
+                for (tensor, _), product in zip(curved, found, strict=True):
+                    by_tensor[id(tensor)] = 0.0 if product is None else float((product * of[id(tensor)]).sum())
+            yield {name: by_tensor[id(tensors[name])] if name in tensors else 0.0 for name in self.names}
+
+
+def _probe(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int8)  # the same on every device
+    return torch.empty_like(tensor).copy_(signs).mul_(2).sub_(1)
+
+
+class _Weights(_Probed):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self._weights: dict[str, nn.Parameter] = {}
+        for name in self.names:
+            weight = network.get_submodule(name)._parameters.get("weight")
+            if weight is None:
+                raise UnsupportedModelError(
+                    f"the weight of {name!r} is computed at each call (a parametrization, pruning or normalisation): "
+                    "make it permanent first, as with torch.nn.utils.parametrize.remove_parametrizations"
+                )
+            refuse_lazy(f"{name}.weight", weight)
+            self._weights[name] = weight
+        self.counts = {name: weight.numel() for name, weight in self._weights.items()}
+        self._others = [p for p in network.parameters() if all(p is not weight for weight in self._weights.values())]
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return self._weights
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with _learning(dict.fromkeys(self._others, False) | dict.fromkeys(self._weights.values(), True)):
+            yield
+
+
+class _Inputs(_Probed):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self._network, self._shifts = network, dict[str, torch.Tensor]()
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        self.counts = {name: self._shifts[name][0].numel() if name in self._shifts else 1 for name in self.names}
+        return self._shifts
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        paths = {name: name for name in self.names}
+        with (
+            _learning(dict.fromkeys(self._network.parameters(), False)),
+            watched_inputs(self._network, paths) as (_, self._shifts),
+        ):
+            yield
+
+
+@contextmanager
+def _learning(wanted: Mapping[nn.Parameter, bool]) -> Iterator[None]:
+    """Which parameters are differentiated by, inside the block."""
+    before = {parameter: parameter.requires_grad for parameter in wanted}
+    try:
+        for parameter, learns in wanted.items():
+            parameter.requires_grad_(learns)
+        yield
+    finally:
+        for parameter, learns in before.items():
+            parameter.requires_grad_(learns)
+
+
+@dataclass(frozen=True)
+class HessianTrace(Sensitivity):
+    """HAWQ-V2 (equation 9), as HAWQ-V3 takes it: the average of the Hessian's diagonal times the squared quantization
+    error, halved, so that it is the second-order term of the loss's rise; of weights, and of inputs likewise.
+
+    A trace below its standard error, negative ones among them, counts as the standard error: a trained network has no
+    direction in which rounding helps, and a layer whose curvature drowned in noise must not seem free.
+
+    Args:
+        samples, tolerance, chunk: of :func:`hessian_trace`.
+        inputs: whether the errors of layers' inputs count, too.
+    """
+
+    samples: int = 200
+    tolerance: float = 0.05
+    chunk: int = 4
+    inputs: bool = True
+
+    def measure(self, evidence: Evidence) -> Sensitivities:
+        """The sensitivity of each layer at each of its bits.
+
+        Raises:
+            DataError: the loss is not finite.
+
+        Warns:
+            UserWarning: traces below their standard errors; names the layers.
+        """
+        layerwise = evidence.layerwise
+        kinds: tuple[Of, ...] = ("weights", "inputs") if self.inputs else ("weights",)
+        values = {name: dict.fromkeys(bits, 0.0) for name, bits in layerwise.choices.items()}
+        for place, of in enumerate(kinds):
+
+            def tell(done: int, total: int, place: int = place) -> None:
+                evidence.tell(place * total + done, len(kinds) * total)
+
+            traces = hessian_trace(
+                layerwise.network, evidence.loss_fn, evidence.batches, self.samples, of, self.tolerance, self.chunk,
+                evidence.seed, tell,
+            )  # fmt: skip
+            curvature = _believed(layerwise.paths, traces, of)
+            errors = _weight_errors(evidence) if of == "weights" else _input_errors(evidence)
+            for name, by_bits in errors.items():
+                for bits, error in by_bits.items():
+                    values[name][bits] += 0.5 * curvature[name] * error
+        return Sensitivities(float_free(values, layerwise.choices))
+
+
+def _believed(paths: Mapping[str, str], traces: Traces, of: Of) -> dict[str, float]:
+    small = [name for name, path in paths.items() if traces[path] < traces.standard_errors[path]]
+    if small:
+        figures = {name: (traces[paths[name]], traces.standard_errors[paths[name]]) for name in small[:5]}
+        shown = ", ".join(f"{name} ({trace:.2g} ± {error:.2g})" for name, (trace, error) in figures.items())
+        warnings.warn(
+            f"Hessian traces of {of} below their standard errors count as these: {shown}"
+            f"{f' and {len(small) - 5} more' if len(small) > 5 else ''}; more samples or images would tell them better",
+            UserWarning,
+            stacklevel=3,
+        )
+    return {name: max(traces[path], traces.standard_errors[path]) for name, path in paths.items()}
+
+
+def _weight_errors(evidence: Evidence) -> dict[str, dict[int, float]]:
+    """Squared, summed over each layer's weights."""
+    layerwise = evidence.layerwise
+    return {
+        name: {b: float(layerwise.weight_error(name, b).square().sum()) for b in bits}
+        for name, bits in layerwise.choices.items()
+    }
+
+
+@torch.no_grad()
+def _input_errors(evidence: Evidence) -> dict[str, dict[int, float]]:
+    """Squared, summed over an image's input of each layer, the mean over images."""
+    layerwise = evidence.layerwise
+    found = {name: dict.fromkeys(bits, 0.0) for name, bits in layerwise.choices.items()}
+    for share, x, _ in evidence.chunks(32):
+        for name, values in layer_inputs(evidence, x).items():
+            for bits in found[name]:
+                error = layerwise.input_error(name, bits, values).square().sum() / len(x)
+                found[name][bits] += share * float(error)
+    return found
