@@ -17,7 +17,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +29,7 @@ from lightning_baqe.scratch import scratch_path
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+_MOST_KEPT = 256 << 20  # bytes of a file of `kept`
 MIB = 1 << 20
 _Schema = TypeVar("_Schema")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -242,3 +243,34 @@ class Rows:
                 file.truncate(content.rfind(b"\n") + 1)  # what was cut off; an empty file stays empty
             file.write((json.dumps(row) + "\n").encode())
             os.fsync(file.fileno())
+
+
+def kept(path: Path, signature: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    """What a file holds, made where there is none.
+
+    Args:
+        path: of the file, JSON.
+        signature: what the content depends on, as JSON holds it.
+        make: the content, as JSON holds it.
+
+    Raises:
+        ConfigError: the file was made for something else; names what differs.
+        DataError: it cannot be read.
+    """
+    wanted = json.loads(json.dumps(signature))
+    if not path.exists():
+        content = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps({"signature": wanted, "content": content}, indent=1).encode())
+        return content
+    found = parse_json(read_file(path, _MOST_KEPT), str(path))
+    if not isinstance(found, dict) or not isinstance(found.get("signature"), dict) or "content" not in found:
+        raise DataError(f"{path} is none of this package's files: remove it, and it is made anew")
+    theirs = found["signature"]
+    differing = [name for name in {**wanted, **theirs} if wanted.get(name) != theirs.get(name)]
+    if differing:
+        raise ConfigError(
+            f"{path} was made for other {', '.join(differing)} than this run has: remove it, and it is made anew, or "
+            "give another run_dir"
+        )
+    return found["content"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,9 +18,8 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_baqe.errors import BaqeError, ConfigError, check_at_least
+from lightning_baqe.errors import BaqeError, ConfigError
 from lightning_baqe.train import recipe_name
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lightning_baqe.hardware.description import DeviceDescription
     from lightning_baqe.quantization.config import BitConfig
+    from lightning_baqe.quantization.convert import QuantizedModel
     from lightning_baqe.tasks import ImageClassifier
 
 # Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
@@ -148,15 +149,12 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     """
     import torch
 
-    from lightning_baqe.calibration.calibrate import calibrate
-    from lightning_baqe.calibration.corrections import correction_of
-    from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
     from lightning_baqe.deploy.artifact import Artifact
     from lightning_baqe.entrance.quantize import quantize
+    from lightning_baqe.fine_tuning import FineTuning
     from lightning_baqe.hardware.identity import versions
     from lightning_baqe.measurement.local import reach
     from lightning_baqe.quantization.config import BitConfig
-    from lightning_baqe.quantization.convert import QuantizedModel, check_options
     from lightning_baqe.runs.evaluation import (
         MeasureOptions,
         deployed_accuracy,
@@ -168,28 +166,9 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     from lightning_baqe.runs.report import write_report
     from lightning_baqe.runs.study import bits_entry
     from lightning_baqe.runs.summary import Trial
-    from lightning_baqe.tasks import fit_to_checkpoint
-    from lightning_baqe.tasks.pretrain import keep
 
     # What can be wrong is known before the float training.
-    metric = _metric(cfg)
-    options = {name: cfg.qat[name] for name in ("activation_quantizer", "activation_range")}
-    check_options(**options)
-    correction = correction_of(replace(correction_of(cfg.qat.correct), reconstruct_s=cfg.qat.reconstruct_s))
-    after, fold = cfg.qat.freeze_batch_norm_after, cfg.qat.fold_batch_norm
-    if fold and after is None:
-        raise ConfigError(
-            "qat.fold_batch_norm=true folds when the statistics are frozen, but qat.freeze_batch_norm_after=null never "
-            "freezes them: give the epochs before that."
-        )
-    callbacks: list[pl.Callback] = [] if after is None else [FreezeBatchNorm(after_epochs=after, fold=fold)]
-    distillation = Distillation(weight=cfg.qat.distillation, temperature=cfg.qat.temperature)
-    check_at_least("qat.epochs", cfg.qat.epochs, 0)
-    if cfg.qat.epochs == 0 and (after is not None or distillation.weight > 0):
-        raise ConfigError(
-            "qat.epochs=0 trains nothing, so that neither qat.distillation nor qat.freeze_batch_norm_after would do "
-            "anything: leave them out, or give qat.epochs."
-        )
+    metric, tuning = _metric(cfg), FineTuning.of(cfg)
     device = _device(cfg)
     measurement = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
     datamodule, task, make_trainer = _prepare(
@@ -198,32 +177,20 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     example, net = datamodule.example_input, task.net.cpu()
     scorer = module_scorer(net, datamodule.val_dataloader(), torch.device("cpu"), metric)
     Console(stderr=True, highlight=False).print(f"{scorer.line}.", markup=False, soft_wrap=True)
-    if distillation.weight > 0:
-        distillation.teacher, distillation.independent = net, scorer.kind == "labels"
-        callbacks.append(distillation)
     bits = _bits(cfg, net)
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
 
     start = time.perf_counter()
-    quantized, checkpoint = task.quantize(bits, example, **options), run_dir / "checkpoints" / "qat.ckpt"
-    if not checkpoint.exists():
-        batches = cfg.qat.calibration_batches
-        with _layer_progress(Console(stderr=True, highlight=False)) as tell:
-            calibrate(quantized, datamodule.train_dataloader(), batches, correction, tell)
-    if cfg.qat.epochs == 0:
-        keep(task, checkpoint)
-    else:
-        fit_to_checkpoint(task, datamodule, checkpoint, cfg.qat.epochs, make_trainer, callbacks)
-    assert isinstance(task.net, QuantizedModel)
+    quantized = tuning.train(task, bits, datamodule, run_dir / "checkpoints" / "qat.ckpt", make_trainer, net, scorer)
     begun = Trial(
         number=0,
         phase=recipe_name(cfg),
-        bits=bits_entry(task.net.bits),
+        bits=bits_entry(quantized.bits),
         seconds={"train": time.perf_counter() - start, "propose": 0.0},
     )
 
     measured_on, found, tests = reach(device.reach), {}, {}
-    for name, model in {"float": reference, begun.key: task.net.cpu().eval()}.items():
+    for name, model in {"float": reference, begun.key: quantized}.items():
         folder = run_dir / "artifacts" / name
         found[name] = evaluate(
             model, datamodule.val_dataloader(), folder, device.options, device=measured_on, options=measurement,
@@ -231,13 +198,83 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
         )  # fmt: skip
         with closing(Artifact.load(folder)) as artifact:
             tests[name] = deployed_accuracy(artifact, datamodule.test_dataloader(), measured_on, scorer)
-    fake = module_accuracy(task.net, datamodule.val_dataloader(), torch.device("cpu"), scorer)
+    fake = module_accuracy(quantized, datamodule.val_dataloader(), torch.device("cpu"), scorer)
     about = {
         "recipe": recipe_name(cfg), "metric": scorer.name, "model": cfg.model.name, "dataset": datamodule.name,
         "device": measured_on.info(cfg.deploy.threads), "versions": versions(),
     }  # fmt: skip
     summary = summarise(about, found["float"], [begun.completed(found[begun.key], fake)], tests=tests)
     summary.write(run_dir)
+    write_report(summary, run_dir / "report.html")
+    _close(run_dir)
+    _show_mistakes(run_dir, datamodule, device.reach)
+
+
+def hawq(cfg: DictConfig, run_dir: Path) -> None:
+    """Allocate bits to budgets by sensitivities and measured costs, and do with each network what :func:`qat` does.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    import torch
+
+    from lightning_baqe.entrance.admission import admit
+    from lightning_baqe.fine_tuning import FineTuning
+    from lightning_baqe.measurement.local import reach
+    from lightning_baqe.quantization.batches import input_and_labels
+    from lightning_baqe.quantization.config import BitConfig
+    from lightning_baqe.runs.allocation_figure import draw_layers
+    from lightning_baqe.runs.allocator import Allocator, write_rows, write_table
+    from lightning_baqe.runs.budgets import budget_table
+    from lightning_baqe.runs.evaluation import MeasureOptions, module_scorer
+    from lightning_baqe.runs.report import write_report
+    from lightning_baqe.tasks.classifier import loss_of
+
+    metric, tuning, options = _metric(cfg), FineTuning.of(cfg), make(cfg.allocation, sensitivity=make(cfg.sensitivity))
+    device = _device(cfg)
+
+    def check(network: nn.Module) -> None:
+        for bits in {*options.widths, *options.baselines}:
+            device.check_bits(network, BitConfig.uniform(network, bits, bits))
+
+    datamodule, task, make_trainer = _prepare(cfg, run_dir, check, metric)
+    net = task.net.cpu()
+    scorer = module_scorer(net, datamodule.val_dataloader(), torch.device("cpu"), metric)
+    console = Console(stderr=True, highlight=False)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"{scorer.line}.")
+    most = max(cfg.qat.calibration_batches, -(-options.images // datamodule.batch_size))
+    pl_seed = torch.random.get_rng_state()
+    batches = [
+        input_and_labels(batch, "the train loader", ConfigError)
+        for batch in itertools.islice(datamodule.train_dataloader(), most)
+    ]
+    torch.random.set_rng_state(pl_seed)
+
+    def train(bits: BitConfig, name: str) -> QuantizedModel:
+        torch.manual_seed(cfg.seed)  # each network's training is the same, whichever were trained before
+        fresh = make(cfg.task, net=copy.deepcopy(net), num_classes=datamodule.num_classes,
+                     **({} if metric is None else {"metric": metric}))  # fmt: skip
+        return tuning.train(
+            fresh, bits, datamodule, run_dir / "checkpoints" / f"{name}.ckpt", make_trainer, net, scorer
+        )
+
+    allocator = Allocator(
+        options, net, admit(net, datamodule.example_input), batches, loss_of, train, datamodule.val_dataloader(),
+        datamodule.test_dataloader(), scorer, run_dir,
+        {"recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name}, reach(device.reach),
+        device.options, MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup), say,
+    )  # fmt: skip
+    rows = allocator.rows()
+    write_rows(allocator.folder, rows)
+    draw_layers(rows, allocator.sensitivities.values, allocator.costs, allocator.folder / "layers.png")
+    summary, entries = allocator.run(rows)
+    table = budget_table(rows, entries, allocator.costs, summary.measure)
+    output = Console(highlight=False, width=None if console.is_terminal else 160)
+    with output.capture() as captured:
+        output.print(table)
+    print(captured.get(), end="")
+    write_table(allocator.folder, captured.get())
     write_report(summary, run_dir / "report.html")
     _close(run_dir)
     _show_mistakes(run_dir, datamodule, device.reach)
@@ -262,26 +299,6 @@ def _check_has_weights(cfg: DictConfig) -> None:
             "pretrain.epochs=0 trains nothing, and model.weights=null are random weights: give model.weights=<file>, "
             "or pretrain.epochs."
         )
-
-
-@contextmanager
-def _layer_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over layers or blocks; a line now and then where there is no terminal."""
-    tenths = 0
-
-    def tell(layer: str, done: int, total: int) -> None:
-        nonlocal tenths
-        tenths = tenths if done > 1 else 0  # layers, and then blocks
-        bar.update(task, completed=done, total=total, layer=layer)
-        if not console.is_terminal and 10 * done // total > tenths:
-            tenths = 10 * done // total
-            console.print(f"corrected {done}/{total}, {layer}", markup=False, soft_wrap=True)
-
-    columns = (TextColumn("correct"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[layer]}", markup=False))  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("correct", total=None, layer="")
-        yield tell
 
 
 def _metric(cfg: DictConfig) -> Metric | None:

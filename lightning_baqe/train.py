@@ -46,6 +46,7 @@ MAY_CHANGE = (
         "search.recover",
         "candidates",
         "budget_s",
+        "allocation.budget",
     ),
     "search.limits",  # checked by the search: not once a trial is complete
 )

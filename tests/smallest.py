@@ -44,3 +44,17 @@ class RoundDigits(DigitsDataModule):
         data = super().make_split(split)
         data.labels = sum(data.labels == digit for digit in (0, 6, 8, 9))
         return data
+
+
+SMALLEST = [
+    "model._target_=smallest.network",
+    "pretrain.epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.enable_progress_bar=false",
+    "deploy.repeats=3",
+    "deploy.warmup=1",
+]
+HAWQ = [
+    *("data=digits", "qat.steps=2", "qat.calibration_batches=1", "allocation.images=8", "allocation.tune_s=0"),
+    *("sensitivity.samples=4", "allocation.baselines=[8]", "~allocation.budget.levels.medium"),
+]

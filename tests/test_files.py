@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 from lightning_baqe.errors import ConfigError, DataError
-from lightning_baqe.files import Rows, make_folder, parse_json, read_arrays, read_file, replace_file, unpack_gzip
+from lightning_baqe.files import Rows, kept, make_folder, parse_json, read_arrays, read_file, replace_file, unpack_gzip
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +142,36 @@ def test_arrays_that_are_none() -> None:
     np.savez_compressed(packed, a=np.zeros(10**6))
     with pytest.raises(DataError, match="compressed"):
         read_arrays(packed.getvalue(), "x")
+
+
+class TestKept:
+    def test_it_is_made_once(self, tmp_path: Path) -> None:
+        path, made = tmp_path / "folder" / "kept.json", []
+
+        def make() -> list[float]:
+            made.append(1)
+            return [0.1, 2.0]
+
+        signature = {"weights": "abc", "widths": (4, 8)}
+        assert kept(path, signature, make) == kept(path, signature, make) == [0.1, 2.0]
+        assert made == [1]
+
+    def test_what_was_made_for_something_else_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "kept.json"
+        kept(path, {"weights": "abc", "data": 1}, dict)
+        with pytest.raises(ConfigError, match="was made for other weights, more than this run has: remove it"):
+            kept(path, {"weights": "def", "data": 1, "more": 2}, dict)
+        path.write_text("{}")
+        with pytest.raises(DataError, match="none of this package's files"):
+            kept(path, {}, dict)
+        path.write_text('{"signature": {}, "con')
+        with pytest.raises(DataError):
+            kept(path, {}, dict)
+
+    def test_nothing_is_left_where_making_fails(self, tmp_path: Path) -> None:
+        def fail() -> None:
+            raise ConfigError("nothing is made")
+
+        with pytest.raises(ConfigError, match="nothing is made"):
+            kept(tmp_path / "folder" / "kept.json", {}, fail)
+        assert not list(tmp_path.iterdir())

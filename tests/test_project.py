@@ -24,8 +24,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ORDER = (
     "errors", "lazy", "interrupts", "resources", "scratch", "files", "data", "quantization", "calibration", "integer",
     "onnx", "allocation", "search", "hardware", "kernels", "entrance", "tasks", "deploy", "measurement", "tuning",
-    "costs", "supernet", "runs", "landscapes", "engines", "callbacks", "records", "train", "flows", "benchmarks",
-    "recipes",
+    "costs", "supernet", "runs", "landscapes", "engines", "callbacks", "records", "fine_tuning", "train", "flows",
+    "benchmarks", "recipes",
 )  # fmt: skip
 OPTIONAL = {"onnx"}  # rooms of optional dependencies: a function of an earlier room may import them when it needs them
 THIRD_PARTIES = {"search": {"pytorch_lightning", "tvm"}, "quantization": {"pytorch_lightning", "tvm"}}

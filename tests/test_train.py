@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.metrics import f1_score
 from small_data import mixed_pictures, small_elpv
+from smallest import HAWQ, SMALLEST
 
 from lightning_baqe import flows
 from lightning_baqe.errors import ConfigError
@@ -27,7 +28,7 @@ from lightning_baqe.train import compose, main, open_run, quoted, recipe_groups,
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
-GROUPS = ("data", "deploy", "logger", "model", "recipe", "search", "strategy", "task", "trainer")
+GROUPS = ("data", "deploy", "logger", "model", "recipe", "search", "sensitivity", "strategy", "task", "trainer")
 
 
 def test_help_lists_every_choice_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,14 +251,6 @@ def test_resume_command_survives_the_shell(monkeypatch: pytest.MonkeyPatch) -> N
     assert not cfg.logger
 
 
-SMALLEST = [
-    "model._target_=smallest.network",
-    "pretrain.epochs=1",
-    "trainer.limit_train_batches=2",
-    "trainer.enable_progress_bar=false",
-    "deploy.repeats=3",
-    "deploy.warmup=1",
-]
 SMALLEST_OF = {
     "qat": ["qat.epochs=1", "qat.calibration_batches=1"],
     "ptq": ["qat.calibration_batches=1"],
@@ -276,6 +269,7 @@ SMALLEST_OF = {
         *("search.bit_choices=[4,8]", "search.steps_per_trial=2", "search.baselines=[8]"),
         *("search.calibration_batches=1", "search.n_initial=1", "search.pool_size=8", "search.tune_s=1"),
     ],
+    "hawq": HAWQ,
     "tune": ["model._target_=smallest.network", "image_size=16", "num_classes=10", "candidates=2"],
 }
 
@@ -575,6 +569,12 @@ def test_tune_and_its_resumption(tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_wrong_options_of_tune(option: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe=tune", *SMALLEST_OF["tune"], option, f"run_dir={tmp_path}/run"]) == 1
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipe_groups()["sensitivity"])
+def test_sensitivities_have_the_defaults_of_their_classes(name: str) -> None:
+    made = flows.make(compose(["recipe=hawq", f"sensitivity={name}"]).sensitivity)
+    assert made == type(made)()
 
 
 @pytest.mark.parametrize("name", recipe_groups()["strategy"])

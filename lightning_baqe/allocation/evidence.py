@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -90,6 +91,21 @@ class Sensitivities:
 
     values: dict[str, dict[int, float]]
     pairs: Pairs = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        values = {layer: {str(bits): value for bits, value in of.items()} for layer, of in self.values.items()}
+        pairs = [[list(names), [[*bits, value] for bits, value in of.items()]] for names, of in self.pairs.items()]
+        return {"values": values, "pairs": pairs}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Sensitivities:
+        """What :meth:`record` gave."""
+        values = {layer: {int(bits): float(v) for bits, v in of.items()} for layer, of in record["values"].items()}
+        pairs = {
+            (one, other): {(int(a), int(b)): float(value) for a, b, value in of} for (one, other), of in record["pairs"]
+        }
+        return cls(values, pairs)
 
 
 class Sensitivity(ABC):

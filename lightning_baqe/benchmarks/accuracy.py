@@ -74,7 +74,7 @@ SETTINGS = {
     "fashion_mnist": {
         "resnet18": Settings(
             Training(15, 0.1, 5e-4, optimizer="sgd", precision="bf16-mixed"),
-            {"w8a8": None, "w4a4": Training(2, 1e-3, 0.01), "w4a8": None},
+            {"w8a8": None, "w4a4": Training(4, 1e-3, 0.01), "w4a8": None},
             model={"stem_stride": 2},
             images={"image_size": 28},
             calibration_batches=4,

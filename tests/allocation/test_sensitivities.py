@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lightning_baqe as baqe
-from lightning_baqe.allocation.evidence import Evidence, Sensitivity
+from lightning_baqe.allocation.evidence import Evidence, Sensitivities, Sensitivity
 from lightning_baqe.allocation.fisher import Fisher, OutputFisher
 from lightning_baqe.allocation.hessian import HessianTrace
 from lightning_baqe.allocation.learned_scales import LearnedScales
@@ -97,6 +98,7 @@ class TestEverySensitivity:
             if layer in middle:
                 assert values[FLOAT_BITS] == 0
         assert set(found.pairs) == (set(itertools.combinations(middle, 2)) if method.name == "PairwiseLoss" else set())
+        assert Sensitivities.from_record(json.loads(json.dumps(found.record()))) == found
         cost = {name: {b: b for b in values} for name, values in found.values.items()}
         assert baqe.allocate_bits(found.values, {"mean": cost}, {"mean": 40}).costs["mean"] <= 40
 

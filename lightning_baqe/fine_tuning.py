@@ -1,0 +1,129 @@
+"""Fine-tuning one bit-config, as the configuration says: for whatever recipe has bits to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from lightning_baqe.calibration.calibrate import calibrate
+from lightning_baqe.calibration.corrections import Correction, correction_of
+from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
+from lightning_baqe.errors import ConfigError, check_at_least
+from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.quantization.convert import QuantizedModel, check_options
+from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint
+from lightning_baqe.tasks.pretrain import keep
+from lightning_baqe.tasks.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How networks are quantized and tuned: what ``qat`` of the configuration says, checked.
+
+    Attributes:
+        options: of :func:`lightning_baqe.quantize`.
+        correction: of the weights, before any training.
+        epochs, steps: of training, steps of each epoch at most; 0 epochs: none.
+        batches: training batches that quantizers are calibrated on.
+        freeze_after, fold: of :class:`~lightning_baqe.callbacks.FreezeBatchNorm`; None: never.
+        distillation, temperature: of :class:`~lightning_baqe.callbacks.Distillation`; 0: none.
+    """
+
+    options: dict[str, str]
+    correction: Correction
+    epochs: int
+    steps: int | None
+    batches: int
+    freeze_after: int | None
+    fold: bool
+    distillation: float
+    temperature: float
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> FineTuning:
+        """Raises ConfigError for what cannot be right."""
+        given = cfg.qat
+        options = {name: given[name] for name in ("activation_quantizer", "activation_range")}
+        check_options(**options)
+        correction = correction_of(replace(correction_of(given.correct), reconstruct_s=given.reconstruct_s))
+        after, fold = given.freeze_batch_norm_after, given.fold_batch_norm
+        if fold and after is None:
+            raise ConfigError(
+                "qat.fold_batch_norm=true folds when the statistics are frozen, but qat.freeze_batch_norm_after=null "
+                "never freezes them: give the epochs before that."
+            )
+        if after is not None:
+            FreezeBatchNorm(after_epochs=after, fold=fold)
+        Distillation(weight=given.distillation, temperature=given.temperature)
+        check_at_least("qat.epochs", given.epochs, 0)
+        if given.steps is not None:
+            check_at_least("qat.steps", given.steps, 1)
+        if given.epochs == 0 and (after is not None or given.distillation > 0):
+            raise ConfigError(
+                "qat.epochs=0 trains nothing, so that neither qat.distillation nor qat.freeze_batch_norm_after would "
+                "do anything: leave them out, or give qat.epochs."
+            )
+        return cls(
+            options, correction, given.epochs, given.steps, given.calibration_batches, after, fold,
+            given.distillation, given.temperature,
+        )  # fmt: skip
+
+    def train(
+        self,
+        task: ImageClassifier,
+        bits: BitConfig,
+        datamodule: Any,
+        checkpoint: Path,
+        make_trainer: Callable[..., pl.Trainer],
+        teacher: nn.Module,
+        scorer: Scorer,
+    ) -> QuantizedModel:
+        """Quantize a task's network, tune it, give it back in eval mode on the CPU; goes on from its checkpoint."""
+        callbacks: list[pl.Callback] = []
+        if self.freeze_after is not None:
+            callbacks.append(FreezeBatchNorm(after_epochs=self.freeze_after, fold=self.fold))
+        if self.distillation > 0:
+            distillation = Distillation(weight=self.distillation, temperature=self.temperature)
+            distillation.teacher, distillation.independent = teacher, scorer.kind == "labels"
+            callbacks.append(distillation)
+        quantized = task.quantize(bits, datamodule.example_input, **self.options)
+        if not checkpoint.exists():
+            with _layer_progress(Console(stderr=True, highlight=False)) as tell:
+                calibrate(quantized, datamodule.train_dataloader(), self.batches, self.correction, tell)
+        if self.epochs == 0:
+            keep(task, checkpoint)
+        else:
+            limited = make_trainer if self.steps is None else partial(make_trainer, limit_train_batches=self.steps)
+            fit_to_checkpoint(task, datamodule, checkpoint, self.epochs, limited, callbacks)
+        assert isinstance(task.net, QuantizedModel)
+        return task.net.cpu().eval()
+
+
+@contextmanager
+def _layer_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over layers or blocks; a line now and then where there is no terminal."""
+    tenths = 0
+
+    def tell(layer: str, done: int, total: int) -> None:
+        nonlocal tenths
+        tenths = tenths if done > 1 else 0  # layers, and then blocks
+        bar.update(task, completed=done, total=total, layer=layer)
+        if not console.is_terminal and 10 * done // total > tenths:
+            tenths = 10 * done // total
+            console.print(f"corrected {done}/{total}, {layer}", markup=False, soft_wrap=True)
+
+    columns = (TextColumn("correct"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[layer]}", markup=False))  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("correct", total=None, layer="")
+        yield tell
