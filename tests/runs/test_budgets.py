@@ -41,7 +41,7 @@ def test_limits_are_those_of_whole_networks() -> None:
         assert COSTS.total(cost, row.allocation) == pytest.approx(row.predicted[cost])
     assert row.allocation.sensitivity == 0.5 + 1.0 + 2.0
     assert solve(Budget("own", {SIZE: 299.5}), SENSITIVITY, COSTS).allocation == {"stem": 8, "a": 4, "b": 8}
-    with pytest.raises(InfeasibleError, match="size_bytes=199 is too small: the smallest .* is 200"):
+    with pytest.raises(InfeasibleError, match=r"size_bytes=199 is too small: the smallest .* is 200"):
         solve(Budget("own", {SIZE: 199}), SENSITIVITY, COSTS)
     with pytest.raises(ConfigError, match="budget 'size' is none of size_bytes, bops, latency_us, mean_bits"):
         solve(Budget("own", {"size": 1}), SENSITIVITY, COSTS)
@@ -76,22 +76,9 @@ def test_the_table_says_what_became_of_each_budget() -> None:
     }
     console = Console(width=160, record=True)
     console.print(budget_table([row], entries, COSTS, "accuracy"))  # type: ignore[arg-type]
-    lines = {
-        line.split()[1]: line.replace("│", " ").split() for line in console.export_text().splitlines() if "│" in line
-    }
-    assert lines["high-size"][1:] == [
-        "0.3",
-        "kB",
-        "0.3",
-        "kB",
-        "97%",
-        "6.80",
-        "0.3",
-        "0.000",
-        "20.5",
-        "2.00",
-        "90.00",
-        "88.00",
-    ]
-    assert lines["uniform_8"][1:] == ["8.00", "0.3", "0.000", "41.0", "1.00", "90.00", "88.00"]
-    assert lines["uniform_2"][1:] == ["0.3", "10.0", "4.10", "90.00", "88.00"]  # no costs are known at 2 bit
+    text = [line.replace("│", " ").split() for line in console.export_text().splitlines() if "│" in line]
+    lines = {name: cells for name, *cells in text}
+    limits, measured_ones = ["0.3", "kB", "0.3", "kB", "97%"], ["0.3", "0.000", "20.5", "2.00", "90.00", "88.00"]
+    assert lines["high-size"] == [*limits, "6.80", *measured_ones]
+    assert lines["uniform_8"] == ["8.00", "0.3", "0.000", "41.0", "1.00", "90.00", "88.00"]
+    assert lines["uniform_2"] == ["0.3", "10.0", "4.10", "90.00", "88.00"]  # no costs are known at 2 bit
