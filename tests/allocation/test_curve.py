@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from bit_problems import big, every, instance, sum_of
 
 import lightning_baqe as baqe
+from lightning_baqe.benchmarks.bits.instances import big, every, instance, sum_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.search import pareto_mask
 

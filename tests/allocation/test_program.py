@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from bit_problems import big, every, instance, sum_of
 
 import lightning_baqe as baqe
 from lightning_baqe.allocation.choices import Allocation
+from lightning_baqe.benchmarks.bits.instances import big, every, instance, sum_of
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError
 
 

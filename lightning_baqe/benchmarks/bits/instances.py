@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,30 @@ def instance(seed: int) -> dict[str, Any]:
     return {"sensitivity": values(), "costs": costs, "budgets": budgets, "tied": tied}
 
 
-def every(problem: dict[str, Any]) -> list[dict[str, int]]:
+def every(problem: Mapping[str, Any]) -> list[dict[str, int]]:
     """All allocations that obey the ties."""
     sensitivity = problem["sensitivity"]
     found = (dict(zip(sensitivity, bits, strict=True)) for bits in itertools.product(*sensitivity.values()))
     return [bits for bits in found if all(len({bits[name] for name in group}) == 1 for group in problem["tied"])]
 
 
-def sum_of(values: dict[str, dict[int, float]], bits: dict[str, int]) -> float:
+def sum_of(values: Mapping[str, Mapping[int, float]], bits: Mapping[str, int]) -> float:
+    """Over layers, rounded once."""
     return math.fsum(values[name][b] for name, b in bits.items())
 
 
+def smallest(problem: Mapping[str, Any]) -> float | None:
+    """The least sum of sensitivities within the budgets, by brute force; None: nothing keeps them."""
+    feasible = [
+        sum_of(problem["sensitivity"], bits)
+        for bits in every(problem)
+        if all(sum_of(problem["costs"][name], bits) <= limit + 1e-12 for name, limit in problem["budgets"].items())
+    ]
+    return min(feasible, default=None)
+
+
 def layer_sizes(net: nn.Module) -> dict[str, int]:
+    """Weights of each layer."""
     return {n: m.weight.numel() for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 

@@ -1,0 +1,1 @@
+"""Claims about bit allocation: the solver, sensitivities, and what comes of them."""
