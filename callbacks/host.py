@@ -113,6 +113,12 @@ class Host:
         given = map(self._prepared, islice(loader, batches))
         return [network_input(batch, "the training loader", ConfigError).detach().cpu() for batch in given]
 
+    def training_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of the first training batch, on the CPU."""
+        loader: Any = self.trainer.train_dataloader
+        x, y = input_and_labels(self._prepared(next(iter(loader))), "the training loader", ConfigError)
+        return x.detach().cpu(), y.detach().cpu()
+
     def _prepared(self, batch: Any, stage: str = "training") -> Any:
         """A batch as their steps get it: with what the hooks of module and datamodule around its transfer do.
 

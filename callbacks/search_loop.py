@@ -99,7 +99,8 @@ class SearchLoop:
         self.host.restore_float(run_dir / "checkpoints" / "float.pt")
         images = self.host.training_images(arguments.calibration_batches)
         network = copy.deepcopy(self._original).cpu()
-        self.context = SearchContext(arguments, network, images, run_dir, self.host.dataset_name, dry)
+        labelled = () if arguments.prior == "divergence" else self.host.training_pair()
+        self.context = SearchContext(arguments, network, images, run_dir, self.host.dataset_name, dry, labelled)
         if not self.trainer.is_global_zero:
             return
         self.context.open(self.host.validation_batches())

@@ -27,10 +27,13 @@ class Fisher(Sensitivity):
             found = layer_gradients(evidence, x, y)
             for name, by_bits in values.items():
                 squares[name] += share * layerwise.outputs_first(name, found.at_weight[name]).square()
-                for bits in by_bits:
-                    with torch.no_grad():
-                        error = layerwise.input_error(name, bits, found.inputs[name])
-                    by_bits[bits] += 0.5 * share * float((found.at_input[name] * error).square().sum())
+                for call, (values_in, gradient) in enumerate(
+                    zip(found.inputs.get(name, ()), found.at_input.get(name, ()), strict=True)
+                ):
+                    for bits in by_bits:
+                        with torch.no_grad():
+                            error = layerwise.input_error(name, bits, values_in, call)
+                        by_bits[bits] += 0.5 * share * float((gradient * error).square().sum())
             done += len(x)
             evidence.tell(done, evidence.image_count)
         for name, by_bits in values.items():
@@ -59,12 +62,15 @@ class OutputFisher(Sensitivity):
             found = layer_gradients(evidence, x, y)
             with torch.no_grad():
                 for name, by_bits in values.items():
-                    # Of the images' own losses, of which the batch has the mean.
-                    weights = (found.at_output[name] * len(x)).square() / len(x)
-                    exact = layerwise.network.get_submodule(layerwise.paths[name])(found.inputs[name])
-                    for bits in by_bits:
-                        error = layerwise.output(name, bits, found.inputs[name]) - exact
-                        by_bits[bits] += 0.5 * share * float((weights * error.square()).sum())
+                    layer = layerwise.network.get_submodule(layerwise.paths[name])
+                    for call, (values_in, gradient) in enumerate(
+                        zip(found.inputs.get(name, ()), found.at_output.get(name, ()), strict=True)
+                    ):
+                        # Of the images' own losses, of which the batch has the mean.
+                        weights, exact = (gradient * len(x)).square() / len(x), layer(values_in)
+                        for bits in by_bits:
+                            error = layerwise.output(name, bits, values_in, call) - exact
+                            by_bits[bits] += 0.5 * share * float((weights * error.square()).sum())
             done += len(x)
             evidence.tell(done, evidence.image_count)
         return Sensitivities(float_free(values, layerwise.choices))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -159,7 +159,7 @@ class _Probed:
             )
         self.counts: dict[str, int] = dict.fromkeys(self.names, 1)
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, Sequence[torch.Tensor]]:
         """That the last loss was computed with."""
         raise NotImplementedError
 
@@ -172,7 +172,7 @@ class _Probed:
     def products(self, loss: torch.Tensor, probes: int, generator: torch.Generator) -> Iterator[dict[str, float]]:
         """``{layer: v' H v}`` for so many probes v."""
         tensors = self.tensors()
-        unique = list({id(tensor): tensor for tensor in tensors.values()}.values())
+        unique = list({id(tensor): tensor for several in tensors.values() for tensor in several}.values())
         gradients = torch.autograd.grad(loss, unique, create_graph=True, allow_unused=True)
         curved = [(t, g) for t, g in zip(unique, gradients, strict=True) if g is not None and g.requires_grad]
         for left in reversed(range(probes)):
@@ -186,7 +186,7 @@ class _Probed:
                 )  # fmt: skip
                 for (tensor, _), product in zip(curved, found, strict=True):
                     by_tensor[id(tensor)] = 0.0 if product is None else float((product * of[id(tensor)]).sum())
-            yield {name: by_tensor[id(tensors[name])] if name in tensors else 0.0 for name in self.names}
+            yield {name: sum(by_tensor[id(tensor)] for tensor in tensors.get(name, ())) for name in self.names}
 
 
 def _probe(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -210,8 +210,8 @@ class _Weights(_Probed):
         self.counts = {name: weight.numel() for name, weight in self._weights.items()}
         self._others = [p for p in network.parameters() if all(p is not weight for weight in self._weights.values())]
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        return self._weights
+    def tensors(self) -> Mapping[str, Sequence[torch.Tensor]]:
+        return {name: (weight,) for name, weight in self._weights.items()}
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -222,10 +222,11 @@ class _Weights(_Probed):
 class _Inputs(_Probed):
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
-        self._network, self._shifts = network, dict[str, torch.Tensor]()
+        self._network, self._shifts = network, dict[str, list[torch.Tensor]]()
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        self.counts = {name: self._shifts[name][0].numel() if name in self._shifts else 1 for name in self.names}
+    def tensors(self) -> Mapping[str, Sequence[torch.Tensor]]:
+        sizes = {name: sum(shift[0].numel() for shift in shifts) for name, shifts in self._shifts.items()}
+        self.counts = {name: sizes.get(name, 1) for name in self.names}
         return self._shifts
 
     @contextmanager
@@ -327,8 +328,9 @@ def _input_errors(evidence: Evidence) -> dict[str, dict[int, float]]:
     layerwise = evidence.layerwise
     found = {name: dict.fromkeys(bits, 0.0) for name, bits in layerwise.choices.items()}
     for share, x, _ in evidence.chunks(32):
-        for name, values in layer_inputs(evidence, x).items():
-            for bits in found[name]:
-                error = layerwise.input_error(name, bits, values).square().sum() / len(x)
-                found[name][bits] += share * float(error)
+        for name, calls in layer_inputs(evidence, x).items():
+            for call, values in enumerate(calls):
+                for bits in found[name]:
+                    error = layerwise.input_error(name, bits, values, call).square().sum() / len(x)
+                    found[name][bits] += share * float(error)
     return found

@@ -15,12 +15,14 @@ from lightning_baqe.allocation.evidence import Evidence
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """By layer: its input ``(n, ...)``, and gradients of the mean loss, of the shapes of what they belong to."""
+    """By layer: its inputs ``(n, ...)``, one for each time that it is called, and gradients of the mean loss, of the
+    shapes of what they belong to.
+    """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, list[torch.Tensor]]
     at_weight: dict[str, torch.Tensor]
-    at_input: dict[str, torch.Tensor]
-    at_output: dict[str, torch.Tensor]
+    at_input: dict[str, list[torch.Tensor]]
+    at_output: dict[str, list[torch.Tensor]]
 
 
 def layer_gradients(evidence: Evidence, x: torch.Tensor, y: torch.Tensor) -> LayerGradients:
@@ -30,23 +32,27 @@ def layer_gradients(evidence: Evidence, x: torch.Tensor, y: torch.Tensor) -> Lay
         DataError: the loss is not finite.
     """
     paths, network = evidence.layerwise.paths, evidence.layerwise.network
-    weights = {name: network.get_submodule(path).weight for name, path in paths.items()}
+    weights: dict[str, Any] = {name: network.get_submodule(path).weight for name, path in paths.items()}
     with (
         torch.enable_grad(),
         watched_inputs(network, paths) as (inputs, at_inputs),
         _watched_outputs(network, paths) as at_outputs,
     ):
         loss = evidence.loss(network(x), y)
-        kinds: tuple[Mapping[str, Any], ...] = (weights, at_inputs, at_outputs)
-        wanted = [tensor for kind in kinds for tensor in kind.values()]
+        called = [tensor for kind in (at_inputs, at_outputs) for tensors in kind.values() for tensor in tensors]
+        wanted = [*weights.values(), *called]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
-    at_weight, at_input, at_output = ({name: next(found).detach() for name in kind} for kind in kinds)
+    at_weight = {name: next(found).detach() for name in weights}
+    at_input, at_output = (
+        {name: [next(found).detach() for _ in tensors] for name, tensors in kind.items()}
+        for kind in (at_inputs, at_outputs)
+    )
     return LayerGradients(inputs, at_weight, at_input, at_output)
 
 
 @torch.no_grad()
-def layer_inputs(evidence: Evidence, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``{layer: (n, ...)}``, the float network's."""
+def layer_inputs(evidence: Evidence, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """``{layer: (n, ...) of each call}``, the float network's."""
     with watched_inputs(evidence.layerwise.network, evidence.layerwise.paths) as (inputs, _):
         evidence.layerwise.network(x)
     return inputs
@@ -55,20 +61,28 @@ def layer_inputs(evidence: Evidence, x: torch.Tensor) -> dict[str, torch.Tensor]
 @contextmanager
 def watched_inputs(
     network: nn.Module, paths: Mapping[str, str]
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Within the block, every layer's last input, and zeros that are added to it, to take derivatives by."""
-    inputs: dict[str, torch.Tensor] = {}
-    shifts: dict[str, torch.Tensor] = {}
+) -> Iterator[tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]]:
+    """Within the block, every layer's inputs in the network's last run, one a call, and zeros that are added to them,
+    to take derivatives by.
+    """
+    inputs: dict[str, list[torch.Tensor]] = {}
+    shifts: dict[str, list[torch.Tensor]] = {}
+
+    def begin(*_: Any) -> None:
+        inputs.clear()
+        shifts.clear()
 
     def watch(name: str) -> Callable[..., Any]:
         def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            inputs[name] = args[0].detach()
-            shifts[name] = torch.zeros_like(args[0], requires_grad=torch.is_grad_enabled())
-            return (args[0] + shifts[name], *args[1:])
+            shift = torch.zeros_like(args[0], requires_grad=torch.is_grad_enabled())
+            inputs.setdefault(name, []).append(args[0].detach())
+            shifts.setdefault(name, []).append(shift)
+            return (args[0] + shift, *args[1:])
 
         return add
 
-    handles = [network.get_submodule(path).register_forward_pre_hook(watch(name)) for name, path in paths.items()]
+    handles = [network.register_forward_pre_hook(begin)]
+    handles += [network.get_submodule(path).register_forward_pre_hook(watch(name)) for name, path in paths.items()]
     try:
         yield inputs, shifts
     finally:
@@ -77,13 +91,14 @@ def watched_inputs(
 
 
 @contextmanager
-def _watched_outputs(network: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, torch.Tensor]]:
-    shifts: dict[str, torch.Tensor] = {}
+def _watched_outputs(network: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    shifts: dict[str, list[torch.Tensor]] = {}
 
     def watch(name: str) -> Callable[..., Any]:
         def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            shifts[name] = torch.zeros_like(output, requires_grad=True)
-            return output + shifts[name]
+            shift = torch.zeros_like(output, requires_grad=True)
+            shifts.setdefault(name, []).append(shift)
+            return output + shift
 
         return add
 

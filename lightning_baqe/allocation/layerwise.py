@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,26 +72,33 @@ class Layerwise:
         module = self.network.get_submodule(self.paths[layer])
         return swap_channels(weight, module.groups) if isinstance(module, nn.ConvTranspose2d) else weight
 
-    def input_error(self, layer: str, bits: int, x: torch.Tensor) -> torch.Tensor:
-        """The layer's quantized input minus the float one; 0 at 32 bits."""
-        return self._quantized_input(layer, bits, x) - x
+    def input_error(self, layer: str, bits: int, x: torch.Tensor, call: int = 0) -> torch.Tensor:
+        """The layer's quantized input minus the float one, when it is called for the so-manieth time; 0 at 32 bits."""
+        return self._quantized_input(layer, bits, x, call) - x
 
-    def output(self, layer: str, bits: int, x: torch.Tensor) -> torch.Tensor:
+    def output(self, layer: str, bits: int, x: torch.Tensor, call: int = 0) -> torch.Tensor:
         """What the quantized layer computes of a float input."""
         module, own = self._at(layer, bits)
         if own is None:
             found: torch.Tensor = self.network.get_submodule(self.paths[layer])(x)
             return found
-        return module.forward(self._quantized_input(layer, bits, x))
+        return module.forward(self._quantized_input(layer, bits, x, call))
 
     @contextmanager
     def at(self, bits: Mapping[str, int]) -> Iterator[nn.Module]:
         """The network with these layers quantized."""
 
-        def replaced(layer: str, width: int) -> Any:
-            return lambda module, inputs, output: self.output(layer, width, inputs[0])
+        calls: Counter[str] = Counter()
 
-        handles = [
+        def replaced(layer: str, width: int) -> Any:
+            def run(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+                calls[layer] += 1
+                return self.output(layer, width, inputs[0], calls[layer] - 1)
+
+            return run
+
+        handles = [self.network.register_forward_pre_hook(lambda module, inputs: calls.clear())]
+        handles += [
             self.network.get_submodule(self.paths[layer]).register_forward_hook(replaced(layer, width))
             for layer, width in bits.items()
             if width != FLOAT_BITS
@@ -106,9 +114,9 @@ class Layerwise:
             return self.network.get_submodule(self.paths[layer]), None
         return self._layers[layer][bits]
 
-    def _quantized_input(self, layer: str, bits: int, x: torch.Tensor) -> torch.Tensor:
+    def _quantized_input(self, layer: str, bits: int, x: torch.Tensor, call: int) -> torch.Tensor:
         own = self._at(layer, bits)[1]
-        for quantizer in () if own is None else own.inputs:
+        for quantizer in () if own is None else own.calls[call]:
             x = quantizer(x)
         return x
 

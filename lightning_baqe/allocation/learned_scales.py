@@ -48,6 +48,6 @@ class LearnedScales(Sensitivity):
                     evidence.tell(place * self.steps + step + 1, len(models) * self.steps)
             for name, own in quantizers_of_layers(trained).items():
                 scales = float(own.weight.scale.detach().mean())
-                scales += self.input_weight * sum(quantizer.step() for quantizer in own.inputs[-1:])
+                scales += self.input_weight * sum(call[-1].step() for call in own.calls if call)
                 values[name].setdefault(own.weight.bits, scales)
         return Sensitivities(float_free(values, choices))

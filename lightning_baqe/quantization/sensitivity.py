@@ -89,12 +89,18 @@ class LayerQuantizers:
     Attributes:
         path: of its module in the quantized model.
         weight: of its weights.
-        inputs: of its input, in the order in which it passes them; none: it reads its input as it is.
+        calls: of its input, in the order in which it passes them, each time that the network calls it; an empty list:
+            it reads its input as it is.
     """
 
     path: str
     weight: WeightQuantizer
-    inputs: list[ActivationQuantizer] = field(default_factory=list)
+    calls: list[list[ActivationQuantizer]] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[ActivationQuantizer]:
+        """Of all calls."""
+        return [quantizer for call in self.calls for quantizer in call]
 
 
 def quantizers_of_layers(model: QuantizedModel) -> dict[str, LayerQuantizers]:
@@ -112,7 +118,7 @@ def quantizers_of_layers(model: QuantizedModel) -> dict[str, LayerQuantizers]:
                 break
             passed.append(quantizer)
             source = source.args[0]
-        own.inputs.extend(quantizer for quantizer in reversed(passed) if quantizer not in own.inputs)
+        own.calls.append(passed[::-1])
     return found
 
 

@@ -11,6 +11,11 @@ import optuna
 import torch
 from torchmetrics import Metric
 
+from lightning_baqe.allocation.evidence import Sensitivity
+from lightning_baqe.allocation.fisher import OutputFisher
+from lightning_baqe.allocation.hessian import HessianTrace
+from lightning_baqe.allocation.learned_scales import LearnedScales
+from lightning_baqe.allocation.measured_losses import Divergence
 from lightning_baqe.calibration.corrections import CORRECTIONS
 from lightning_baqe.costs.bit_rewards import PAPER_CHOICES, WIDTHS
 from lightning_baqe.errors import ConfigError
@@ -29,6 +34,14 @@ from lightning_baqe.runs.study import read_study
 from lightning_baqe.runs.study_storage import open_storage, storage_url
 from lightning_baqe.search.sampler import Mode
 from lightning_baqe.tasks.scoring import check_metric
+
+# What a search of mode `beyond` orders bits by before any trial. The first one needs no targets.
+PRIORS: dict[str, Sensitivity] = {
+    "divergence": Divergence(),
+    "hessian": HessianTrace(samples=100),
+    "fisher": OutputFisher(),
+    "scales": LearnedScales(),
+}
 
 
 @dataclass(eq=False, repr=False)
@@ -72,6 +85,7 @@ class SearchArguments:
     activation_range: str = "mse"
     correct: str = "none"
     prune: bool = False
+    prior: str = "divergence"
     tune_s: float = 30.0
     recipe: str = "bayesian_search"
     model_name: str | None = None
@@ -109,6 +123,8 @@ class SearchArguments:
         parse_range(self.activation_range)
         if self.correct not in CORRECTIONS:
             raise ConfigError(f"correct={self.correct!r}, wanted is one of {', '.join(map(repr, CORRECTIONS))}")
+        if self.prior not in PRIORS:
+            raise ConfigError(f"prior={self.prior!r}, wanted is one of {', '.join(map(repr, PRIORS))}")
         read_limits(self.limits)
         fuses = self.device is None or self.device.options.fuse_residual
         self.options = BuildOptions(get_target(self.target), self.threads, fuses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_baqe.allocation.evidence import Evidence
 from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.costs.bit_rewards import REFERENCE, default_bit_choices, rewards_of
 from lightning_baqe.costs.network_knowledge import search_knowledge
@@ -29,11 +31,12 @@ from lightning_baqe.runs.limits import Reach
 from lightning_baqe.runs.objectives import REFERENCE_POINT
 from lightning_baqe.runs.progress import SearchProgress
 from lightning_baqe.runs.promises import Promises
-from lightning_baqe.runs.search_arguments import SearchArguments
+from lightning_baqe.runs.search_arguments import PRIORS, SearchArguments
 from lightning_baqe.runs.study import FLOAT_FIGURES, KNOWLEDGE, REWARDS, SearchStudy
 from lightning_baqe.runs.summary import Figures
 from lightning_baqe.search.knowledge import Knowledge
 from lightning_baqe.search.sampler import BaqeSampler
+from lightning_baqe.tasks.classifier import loss_of
 from lightning_baqe.tasks.scoring import Batches, Scorer, TopOneAccuracy
 from lightning_baqe.tuning.network_space import NetworkSpace
 from lightning_baqe.tuning.tuner import tune
@@ -53,6 +56,7 @@ class SearchContext:
         example: one input of the network.
         supported: ``{layer: bits that the device has kernels for}``; None: all.
         dry: one trial, nothing else.
+        labelled: the first training batch with its targets, on the CPU; empty where the prior needs none.
         wanted: complete trials to reach.
         validation, scorer, study, progress: rank zero's.
     """
@@ -63,6 +67,7 @@ class SearchContext:
     run_dir: Path
     dataset: str
     dry: bool
+    labelled: tuple[torch.Tensor, ...] = ()
     example: torch.Tensor = field(init=False)
     admitted: Network = field(init=False)
     validation: Batches = field(init=False)
@@ -179,6 +184,7 @@ class SearchContext:
             "schedules": given.schedules,
             "activation_range": given.activation_range,
             "correct": None if given.correct == "none" else given.correct,  # as of before there was a choice
+            "prior": None if given.prior == "divergence" else given.prior,
             "target": vars(given.options.target),
             "fuse_residual": given.options.fuse_residual,
             "device": fingerprint(given.measured_on.info(given.threads)),
@@ -217,7 +223,10 @@ class SearchContext:
         offered = {bits for choices in space.bit_choices.values() for bits in choices}
         models = {bits: self._uniform(bits) for bits in sorted(offered | {FLOAT_BITS})}
         kind = self.scorer.kind
-        scores = {b: layer_scores(model, images[:SCORED], kind) for b, model in models.items() if b != FLOAT_BITS}
+        if given.prior == "divergence":
+            scores = {b: layer_scores(model, images[:SCORED], kind) for b, model in models.items() if b != FLOAT_BITS}
+        else:
+            scores = self._labelled_scores(models)
         graphs = {bits: lower(model) for bits, model in models.items()}
         known = search_knowledge(
             space, graphs, reference.model_dump(), given.options, given.measured_on.records, scores,
@@ -225,3 +234,12 @@ class SearchContext:
         )  # fmt: skip
         self.study.keep(KNOWLEDGE, known.record())
         return known
+
+    def _labelled_scores(self, models: Mapping[int, QuantizedModel]) -> dict[int, dict[str, float]]:
+        """``{bits: {layer: sensitivity}}`` by the prior that the user chose."""
+        x, y = self.labelled
+        batch = (x[:SCORED], y[:SCORED])
+        narrow = {bits: model.eval() for bits, model in models.items() if bits != FLOAT_BITS}
+        evidence = Evidence(narrow, [batch], loss_of, self.scorer.kind, self.arguments.seed)
+        found = PRIORS[self.arguments.prior].measure(evidence).values
+        return {bits: {layer: of[bits] for layer, of in found.items() if bits in of} for bits in narrow}

@@ -16,6 +16,7 @@ import lightning_baqe as baqe
 from lightning_baqe.allocation.evidence import Evidence, Sensitivities, Sensitivity
 from lightning_baqe.allocation.fisher import Fisher, OutputFisher
 from lightning_baqe.allocation.hessian import HessianTrace
+from lightning_baqe.allocation.layer_gradients import layer_gradients, layer_inputs
 from lightning_baqe.allocation.learned_scales import LearnedScales
 from lightning_baqe.allocation.measured_losses import Divergence, LossChange, PairwiseLoss, mean_loss
 from lightning_baqe.errors import ConfigError, DataError
@@ -259,3 +260,39 @@ def test_learned_scales_without_training() -> None:
     quantizer = next(q for name, q in model.quantizers().items() if q.bits == 4)
     wanted = float(layer.weight_quantizer.scale.detach().mean()) + quantizer.step()
     assert found["depthwise"][4] == pytest.approx(wanted, rel=1e-5)
+
+
+class Twice(nn.Module):
+    """Calls one layer two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.both, self.classifier = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.both(torch.relu(self.both(self.stem(x)))))
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_a_layer_that_is_called_twice_counts_twice() -> None:
+    torch.manual_seed(0)
+    net, x, y = Twice().eval(), torch.randn(8, 3, 6, 6), torch.randint(0, 3, (8,))
+    model = calibrated(net, baqe.BitConfig.uniform(net, 4, 4), x)
+    evidence = Evidence({4: model}, [(x, y)], functional.cross_entropy)
+    with evidence.layerwise.at({"stem": 8, "both": 4, "classifier": 8}) as network, torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(network(x), model(x))
+    assert LossChange().measure(evidence).values["both"][4] != 0
+    inputs = layer_inputs(evidence, x)
+    assert [len(calls) for calls in inputs.values()] == [1, 2, 1]
+    gradients = layer_gradients(evidence, x, y)
+    wanted = 0.0
+    for call, (values, gradient) in enumerate(zip(inputs["both"], gradients.at_output["both"], strict=True)):
+        with torch.no_grad():
+            error = evidence.layerwise.output("both", 4, values, call) - net.both(values)
+        wanted += 0.5 * 8 * float((gradient * error).square().sum())
+    assert OutputFisher().measure(evidence).values["both"][4] == pytest.approx(wanted, rel=1e-4)
+    traces = baqe.hessian_trace(net, functional.cross_entropy, [(x, y)], 4, of="inputs")
+    assert traces.counts == {"stem": 108, "both": 128, "classifier": 4}
+    for method in (Fisher(), HessianTrace(samples=4), Divergence(), LearnedScales(steps=1)):
+        assert math.isfinite(method.measure(evidence).values["both"][4])
