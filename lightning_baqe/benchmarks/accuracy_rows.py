@@ -213,7 +213,7 @@ class _Curve(pl.Callback):
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """A network and how it came about; accuracies of the validation and the test split."""
 
     net: nn.Module
@@ -234,11 +234,7 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     Raises:
         BuildError: the compiled network differs from its integer reference.
     """
-    settings = request.settings
-    data, task = float_task(request)
-    data.prepare_data()
-    kept = request.checkpoint(folder, quantized=False)
-    float_net = _fit(task, data, kept, settings.float_training, [], say)
+    data, float_net = float_network(request, folder, say)
     tuned = _quantized(request, data, float_net.net, folder, say)
     assert isinstance(tuned.net, QuantizedModel)
     start = time.perf_counter()
@@ -278,6 +274,14 @@ def measure_row(request: Request, folder: Path, threads: int, say: Say) -> dict[
     }
 
 
+def float_network(request: Request, folder: Path, say: Say) -> tuple[ImageDataModule, Trained]:
+    """A seed's images and float network, trained now or before."""
+    data, task = float_task(request)
+    data.prepare_data()
+    kept = request.checkpoint(folder, quantized=False)
+    return data, _fit(task, data, kept, request.settings.float_training, [], say)
+
+
 def float_task(request: Request) -> tuple[ImageDataModule, ImageClassifier]:
     """A seed's images, and the task of training its float network on them."""
     data, model = request.data_module(), request.settings.model
@@ -295,7 +299,7 @@ def _task(net: nn.Module, data: ImageDataModule, training: Training) -> ImageCla
     )
 
 
-def _quantized(request: Request, data: ImageDataModule, net: nn.Module, folder: Path, say: Say) -> _Trained:
+def _quantized(request: Request, data: ImageDataModule, net: nn.Module, folder: Path, say: Say) -> Trained:
     """The network on the request's bits, tuned with the float one as its teacher, or corrected without training."""
     settings = request.settings
     tuning = settings.tuning[request.bits]
@@ -310,7 +314,7 @@ def _quantized(request: Request, data: ImageDataModule, net: nn.Module, folder: 
     calibrate(quantized, data.train_dataloader(), shown, CORRECT)
     seconds = time.perf_counter() - start
     say(f"  corrected in {seconds:.0f} s")
-    return _Trained(quantized, [], seconds, _accuracy(quantized, data))
+    return Trained(quantized, [], seconds, _accuracy(quantized, data))
 
 
 def _fit(
@@ -320,7 +324,7 @@ def _fit(
     training: Training,
     callbacks: list[pl.Callback],
     say: Say,
-) -> _Trained:
+) -> Trained:
     """Train to the epoch of best validation accuracy, or read what was trained; then both accuracies."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     curve = _Curve(checkpoint.with_suffix(".json"), say)
@@ -331,7 +335,7 @@ def _fit(
 
     fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer)
     kept = json.loads(curve.path.read_text())
-    return _Trained(task.net, kept["curve"], kept["seconds"], _accuracy(task.net, data))
+    return Trained(task.net, kept["curve"], kept["seconds"], _accuracy(task.net, data))
 
 
 def _accuracy(net: nn.Module, data: ImageDataModule) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_data import small_elpv
 
-from lightning_baqe.benchmarks.bits import solver, traces
+from lightning_baqe.benchmarks.bits import comparison, solver, traces
 
 
 def test_the_solver(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +30,25 @@ def test_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "layer4.1.conv2" in shown
     assert "not known to 5%" in shown
     assert "ModelOpt's scores" in shown
+
+
+def test_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small_elpv(tmp_path / "elpv", 64)
+    settings = comparison.SETTINGS["elpv"]["tf_efficientnet_lite0"]
+    narrow = replace(settings, model={"library": "timm"}, images={"image_size": 32}, batch_size=4)
+    monkeypatch.setitem(comparison.SETTINGS, "elpv", {"mobilenetv2_035": narrow})
+    methods = {name: comparison.METHODS[name] for name in ("output fisher", "divergence")}
+    monkeypatch.setattr(comparison, "METHODS", methods)
+    arguments = ["--data", "elpv", "--root", str(tmp_path / "elpv"), "--seeds", "0", "--folder", str(tmp_path / "out")]
+    assert comparison.main([*arguments, "--smallest"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "bits.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 2 * 2 + 1
+    for row in rows[:-1]:
+        assert 0 <= row["accuracy"] <= 1
+        uniform = next(r for r in rows if (r["method"], r.get("mean")) == ("uniform", row["mean"]))
+        assert row["size_bytes"] <= uniform["size_bytes"] + 300  # of requantizations
+    assert rows[-1]["taus"].keys() == methods.keys()
+    shown = capsys.readouterr().out
+    assert "Kendall" in shown
+    assert comparison.main([*arguments, "--smallest"]) == 0  # nothing is done again
+    assert len((tmp_path / "out" / "bits.jsonl").read_text().splitlines()) == len(rows)
