@@ -265,8 +265,8 @@ class HessianTrace(Sensitivity):
         inputs: whether the errors of layers' inputs count, too.
     """
 
-    samples: int = 200
-    tolerance: float = 0.05
+    samples: int = 100
+    tolerance: float = 0.1
     chunk: int = 4
     inputs: bool = True
 

@@ -30,6 +30,7 @@ class ImageTensorDataset(Dataset[tuple[Tensor, Tensor]]):
         mean: per channel, of images scaled to 0..1.
         std: per channel, of images scaled to 0..1.
         augment: images of a batch to others of the same shape and type, whenever they are read.
+        relabel: indices of a batch to labels, whenever they are read; None: those given.
 
     An item is ``(x, y)``: ``(channels, h, w)`` float32 and a scalar int64 tensor.
     """
@@ -41,10 +42,12 @@ class ImageTensorDataset(Dataset[tuple[Tensor, Tensor]]):
         mean: Sequence[float],
         std: Sequence[float],
         augment: Callable[[Tensor], Tensor] | None = None,
+        relabel: Callable[[list[int]], Tensor] | None = None,
     ) -> None:
         self.images = images
         self.labels = labels
         self.augment = augment
+        self.relabel = relabel
         self._scale = (1 / (255 * torch.tensor(std))).view(-1, 1, 1)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
 
@@ -58,7 +61,8 @@ class ImageTensorDataset(Dataset[tuple[Tensor, Tensor]]):
         """A whole batch normalised at once; the loader calls this in place of one ``__getitem__`` per image."""
         images = self.images[indices]
         x = (images if self.augment is None else self.augment(images)) * self._scale + self._shift
-        return list(zip(x.unbind(), self.labels[indices].unbind(), strict=True))
+        labels = self.labels[indices] if self.relabel is None else self.relabel(indices)
+        return list(zip(x.unbind(), labels.unbind(), strict=True))
 
 
 class ImageDataModule(pl.LightningDataModule):

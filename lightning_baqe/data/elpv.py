@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import functional
 from lightning_baqe.data.augment import flipped, turned
 from lightning_baqe.data.base import ImageDataModule, ImageTensorDataset, Split
 from lightning_baqe.data.pictures import read_image
-from lightning_baqe.errors import DataError, check_at_least
+from lightning_baqe.errors import ConfigError, DataError, check_at_least
 from lightning_baqe.files import read_file
 
 _PACKAGE = "elpv_dataset"
@@ -61,6 +62,8 @@ class ElpvDataModule(ImageDataModule):
         root: a folder with ``labels.csv`` and ``images``; None: the installed package's.
         image_size: side of the square that the network sees, pixels.
         augment: change training images.
+        labels: of training images: ``"majority"``, or ``"drawn"`` anew from the experts' probability whenever an image
+            is read, so that a network learns the probability. The other splits have the majority's.
         batch_size: images per batch.
         seed: of the order of the training images.
         num_workers: loader processes; the data lies in memory, so 0 is the fastest.
@@ -79,6 +82,7 @@ class ElpvDataModule(ImageDataModule):
         root: str | Path | None = None,
         image_size: int = 224,
         augment: bool = True,
+        labels: Literal["majority", "drawn"] = "majority",
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
@@ -86,7 +90,9 @@ class ElpvDataModule(ImageDataModule):
         check_at_least("image_size", image_size, 1)
         super().__init__((3, image_size, image_size), batch_size, seed, num_workers)
         self.root = None if root is None else Path(root).expanduser()
-        self.augment = augment
+        if labels not in ("majority", "drawn"):
+            raise ConfigError(f"labels={labels!r}, wanted is 'majority' or 'drawn'")
+        self.augment, self.labels = augment, labels
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -123,7 +129,11 @@ class ElpvDataModule(ImageDataModule):
             images[place] = functional.resize(grey, [side, side], antialias=True)
         labels = torch.tensor([int(cell.is_defective) for cell in cells])
         augment = _augmented if split == "train" and self.augment else None
-        return ImageTensorDataset(images, labels, self.mean, self.std, augment)
+        relabel = None
+        if split == "train" and self.labels == "drawn":
+            probabilities = torch.tensor([cell.probability for cell in cells])
+            relabel = partial(_drawn, probabilities)
+        return ImageTensorDataset(images, labels, self.mean, self.std, augment, relabel)
 
     def _folder(self) -> Path:
         if self.root is not None:
@@ -155,6 +165,10 @@ def _read_labels(folder: Path) -> list[Cell]:
     if not cells:
         raise DataError(f"{path} is empty: take an undamaged copy.")
     return cells
+
+
+def _drawn(probabilities: Tensor, indices: list[int]) -> Tensor:
+    return (torch.rand(len(indices)) < probabilities[indices]).long()
 
 
 def _augmented(images: Tensor) -> Tensor:

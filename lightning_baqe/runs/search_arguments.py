@@ -38,7 +38,7 @@ from lightning_baqe.tasks.scoring import check_metric
 # What a search of mode `beyond` orders bits by before any trial. The first one needs no targets.
 PRIORS: dict[str, Sensitivity] = {
     "divergence": Divergence(),
-    "hessian": HessianTrace(samples=100),
+    "hessian": HessianTrace(),
     "fisher": OutputFisher(),
     "scales": LearnedScales(),
 }

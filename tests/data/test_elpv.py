@@ -88,3 +88,22 @@ def test_the_real_one() -> None:
     cells = [cell for split in SPLITS for cell in data.cells[split]]
     assert Counter(round(3 * cell.probability) for cell in cells) == {0: 1508, 1: 295, 2: 106, 3: 715}
     assert Counter(cell.kind for cell in cells) == {"mono": 1074, "poly": 1550}
+
+
+def test_labels_are_drawn_from_the_experts_probabilities(root: Path) -> None:
+    data = ElpvDataModule(root, 16, labels="drawn")
+    train, cells = data.dataset("train"), data.cells["train"]
+    torch.manual_seed(0)
+    everything = list(range(len(cells)))
+    drawn = torch.stack([torch.stack([y for _, y in train.__getitems__(everything)]) for _ in range(100)]).float()
+    wanted = torch.tensor([cell.probability for cell in cells])
+    sure = (wanted == 0) | (wanted == 1)
+    assert torch.equal(drawn.mean(0)[sure], wanted[sure])
+    for third in (1 / 3, 2 / 3):
+        assert float(drawn[:, wanted.isclose(torch.tensor(third))].mean()) == pytest.approx(third, abs=0.03)
+    assert train[0][1].dtype == torch.int64
+    for split in ("val", "test"):
+        labels = [int(data.dataset(split)[i][1]) for i in range(len(data.cells[split]))]
+        assert labels == [int(cell.is_defective) for cell in data.cells[split]]
+    with pytest.raises(ConfigError, match="labels='soft', wanted is 'majority' or 'drawn'"):
+        ElpvDataModule(root, labels="soft")
