@@ -60,8 +60,8 @@ class BayesianSearch(SearchArguments, RepeatsTraining):
         prune: give up trials whose accuracy before the tuning, or after an epoch of it, tells that they cannot reach
             the front; they do not count as ``trials``, and are at most as many. Mode ``beyond`` alone.
         prior: what mode ``beyond`` orders bits by before any trial, how much each layer's quantization disturbs the
-            network: ``"divergence"`` of the outputs; with the targets of the first training batch ``"hessian"``,
-            ``"fisher"`` or ``"scales"`` (:mod:`lightning_baqe.allocation`).
+            network: ``"divergence"`` of the outputs; by their cross entropy with the targets of the first training
+            batch, which wants logits, ``"hessian"``, ``"fisher"`` or ``"scales"`` (:mod:`lightning_baqe.allocation`).
         tune_s: seconds for tuning the network's kernels at each bit-width before the search, the float model's first,
             so that it is no straw man; what the records hold already takes no time.
         recipe: a name for the summary.

@@ -255,13 +255,19 @@ def kept(path: Path, signature: Mapping[str, Any], make: Callable[[], Any]) -> A
 
     Raises:
         ConfigError: the file was made for something else; names what differs.
-        DataError: it cannot be read.
+        DataError: it cannot be read, or numbers that were made are not finite.
     """
     wanted = json.loads(json.dumps(signature))
     if not path.exists():
         content = make()
+        try:
+            text = json.dumps({"signature": wanted, "content": content}, indent=1, allow_nan=False)
+        except ValueError as error:
+            raise DataError(
+                f"{path.name} would hold numbers that are not finite: see to the data, and to the network"
+            ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"signature": wanted, "content": content}, indent=1).encode())
+        replace_file(path, text.encode())
         return content
     found = parse_json(read_file(path, _MOST_KEPT), str(path))
     if not isinstance(found, dict) or not isinstance(found.get("signature"), dict) or "content" not in found:

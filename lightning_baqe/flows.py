@@ -222,7 +222,7 @@ def hawq(cfg: DictConfig, run_dir: Path) -> None:
     from lightning_baqe.fine_tuning import FineTuning
     from lightning_baqe.measurement.local import reach
     from lightning_baqe.quantization.batches import input_and_labels
-    from lightning_baqe.quantization.config import BitConfig
+    from lightning_baqe.quantization.config import BitConfig, layers
     from lightning_baqe.runs.allocation_figure import draw_layers
     from lightning_baqe.runs.allocator import Allocator, write_rows, write_table
     from lightning_baqe.runs.budgets import budget_table
@@ -233,7 +233,17 @@ def hawq(cfg: DictConfig, run_dir: Path) -> None:
     metric, tuning, options = _metric(cfg), FineTuning.of(cfg), make(cfg.allocation, sensitivity=make(cfg.sensitivity))
     device = _device(cfg)
 
+    if (cfg.bits.file, cfg.bits.weight, cfg.bits.activation, cfg.bits.first_last) != (None, 8, 8, 8):
+        raise ConfigError(
+            "bits.file and the like name one bit-config; recipe=hawq finds them: give allocation.budget.*"
+        )
+
     def check(network: nn.Module) -> None:
+        if len(layers(network)) < 3:
+            raise ConfigError(
+                f"{type(network).__name__} has {len(layers(network))} layers, of which the first and the last keep 8 "
+                "bits: there is nothing to allocate"
+            )
         for bits in {*options.widths, *options.baselines}:
             device.check_bits(network, BitConfig.uniform(network, bits, bits))
 
@@ -244,12 +254,12 @@ def hawq(cfg: DictConfig, run_dir: Path) -> None:
     say = partial(console.print, markup=False, soft_wrap=True)
     say(f"{scorer.line}.")
     most = max(cfg.qat.calibration_batches, -(-options.images // datamodule.batch_size))
-    pl_seed = torch.random.get_rng_state()
-    batches = [
-        input_and_labels(batch, "the train loader", ConfigError)
-        for batch in itertools.islice(datamodule.train_dataloader(), most)
-    ]
-    torch.random.set_rng_state(pl_seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)  # the same images whenever the run goes on, whatever they are changed by
+        batches = [
+            input_and_labels(batch, "the train loader", ConfigError)
+            for batch in itertools.islice(datamodule.train_dataloader(), most)
+        ]
 
     def train(bits: BitConfig, name: str) -> QuantizedModel:
         torch.manual_seed(cfg.seed)  # each network's training is the same, whichever were trained before
@@ -259,11 +269,12 @@ def hawq(cfg: DictConfig, run_dir: Path) -> None:
             fresh, bits, datamodule, run_dir / "checkpoints" / f"{name}.ckpt", make_trainer, net, scorer
         )
 
+    about = {"recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name}
+    measurement = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
     allocator = Allocator(
-        options, net, admit(net, datamodule.example_input), batches, loss_of, train, datamodule.val_dataloader(),
-        datamodule.test_dataloader(), scorer, run_dir,
-        {"recipe": recipe_name(cfg), "model": cfg.model.name, "dataset": datamodule.name}, reach(device.reach),
-        device.options, MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup), say,
+        options, net, admit(net, datamodule.example_input), batches, tuning.options, tuning.batches, loss_of, train,
+        datamodule.val_dataloader(), datamodule.test_dataloader(), scorer, run_dir, about, reach(device.reach),
+        device.options, measurement, say,
     )  # fmt: skip
     rows = allocator.rows()
     write_rows(allocator.folder, rows)

@@ -31,6 +31,13 @@ def network(name: str, num_classes: int, library: str) -> SmallestNet:
     return SmallestNet(num_classes)
 
 
+def two_layers(name: str, num_classes: int, library: str) -> nn.Module:
+    """A convolution and a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
+    )
+
+
 class RoundDigits(DigitsDataModule):
     """Whether a digit has a loop (0, 6, 8, 9): one logit."""
 

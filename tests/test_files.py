@@ -168,6 +168,11 @@ class TestKept:
         with pytest.raises(DataError):
             kept(path, {}, dict)
 
+    def test_numbers_that_are_not_finite_are_not_kept(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"kept\.json would hold numbers that are not finite"):
+            kept(tmp_path / "kept.json", {}, lambda: [1.0, float("inf")])
+        assert not list(tmp_path.iterdir())
+
     def test_nothing_is_left_where_making_fails(self, tmp_path: Path) -> None:
         def fail() -> None:
             raise ConfigError("nothing is made")

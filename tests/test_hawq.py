@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_data import small_fashion_mnist
 from smallest import HAWQ, SMALLEST
 
 import lightning_baqe as baqe
@@ -32,7 +33,10 @@ def times(folder: Path, pattern: str) -> dict[Path, int]:
 
 def test_a_run_its_resumption_and_another_budget(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    arguments = [*OURS, f"run_dir={run_dir}"]
+    small_fashion_mnist(tmp_path / "fashion", 64, 32)
+    # Training images that change from reading to reading are the same when the run goes on.
+    data = ["data=fashion_mnist", f"data.root={tmp_path}/fashion", "data.val_size=32", "data.batch_size=8"]
+    arguments = [*OURS, *data, f"run_dir={run_dir}"]
     assert main(arguments) == 0
     shown = capfd.readouterr()
     names = [f"{level}-{cost}" for cost in ("size", "bops", "latency") for level in ("high", "low")]
@@ -74,7 +78,7 @@ def test_a_run_its_resumption_and_another_budget(tmp_path: Path, capfd: pytest.C
     assert [row["budget"] for row in read(folder / "allocations.json")] == ["own"]
     assert trials <= len(read(run_dir / "summary.json")["trials"]) <= trials + 1
     exported = folder / "trial_0-bits.json"
-    qat = ["recipe=qat", *SMALLEST, "data=digits", "qat.epochs=0", f"bits.file={exported}", f"run_dir={tmp_path}/qat"]
+    qat = ["recipe=qat", *SMALLEST, *data, "qat.epochs=0", f"bits.file={exported}", f"run_dir={tmp_path}/qat"]
     assert main(qat) == 0
     assert read(tmp_path / "qat" / "summary.json")["trials"][0]["bits"] == summary["trials"][0]["bits"]
 
@@ -104,6 +108,11 @@ def test_a_budget_that_cannot_be_kept(tmp_path: Path, capfd: pytest.CaptureFixtu
         ("allocation.bit_choices=[4]", "allocation.bit_choices are 2..8 or 32 (float), each once; got [4]"),
         ("allocation.bit_choices=some", "wanted are widths, or 'auto'"),
         ("allocation.baselines=[9]", "allocation.baselines are 2..8"),
+        ("allocation.bit_choices=4", "allocation.bit_choices=4, wanted is a list of bits"),
+        ("allocation.baselines=8", "allocation.baselines=8, wanted is a list of bits"),
+        ("allocation.tune_s=-5", "allocation.tune_s=-5, but seconds of 0 or more"),
+        ("bits.weight=4", "recipe=hawq finds them"),
+        ("sensitivity.samples=1", "samples=1"),
         ("allocation.budget.latency_us=-1", "allocation.budget.latency_us=-1, but a number above 0 is wanted"),
         ("allocation.budget.levels.high=2", "allocation.budget.levels.high=2, but a number of 0 to 1"),
         ("qat.steps=0", "qat.steps=0"),
@@ -116,3 +125,18 @@ def test_wrong_options_are_refused_before_any_training(
     assert main([*OURS, f"run_dir={tmp_path}/run", option]) > 0
     assert wanted in capfd.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_network_of_two_layers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    two = ["model._target_=smallest.two_layers", "model.name=two"]
+    assert main([*OURS, *two, f"run_dir={tmp_path}/run"]) == 1
+    assert "has 2 layers, of which the first and the last keep 8 bits" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_float_beside_one_width(tmp_path: Path) -> None:
+    options = ["allocation.bit_choices=[8,32]", "allocation.budget.mean_bits=18", "allocation.baselines=[]"]
+    assert main([*OURS, *options, f"run_dir={tmp_path}/run"]) == 0
+    (row,) = read(tmp_path / "run" / "allocation" / "allocations.json")
+    assert (row["bits"]["stem.0"], row["bits"]["fc"]) == (8, 8)
+    assert set(row["bits"].values()) == {8, 32}

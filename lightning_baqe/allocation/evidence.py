@@ -32,6 +32,7 @@ class Evidence:
         batches: ``(x, y)``.
         loss_fn: ``loss_fn(output, y)``, the mean over the batch.
         kind: of the outputs, for what looks at them without targets.
+        kept: layers that have no choice, and are not float either; the first and the last as a rule.
         seed: of whatever is drawn.
         tell: told of the progress.
 
@@ -43,6 +44,7 @@ class Evidence:
     batches: list[Batch]
     loss_fn: Loss
     kind: OutputKind = "classes"
+    kept: tuple[str, ...] = ()
     seed: int = 0
     tell: Tell = field(default=lambda done, total: None)
 
@@ -55,7 +57,7 @@ class Evidence:
     @cached_property
     def layerwise(self) -> Layerwise:
         """The network, whose layers can be quantized one by one."""
-        return Layerwise(self.models)
+        return Layerwise(self.models, self.kept)
 
     @property
     def image_count(self) -> int:

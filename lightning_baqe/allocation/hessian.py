@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_baqe.allocation.evidence import Evidence, Loss, Sensitivities, Sensitivity, Tell, float_free
-from lightning_baqe.allocation.layer_gradients import layer_inputs, watched_inputs
+from lightning_baqe.allocation.layer_gradients import layer_inputs, learning, watched_inputs
 from lightning_baqe.errors import ConfigError, DataError, UnsupportedModelError, check_at_least
 from lightning_baqe.quantization.batches import input_and_labels
 from lightning_baqe.quantization.config import layers
@@ -215,7 +215,7 @@ class _Weights(_Probed):
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        with _learning(dict.fromkeys(self._others, False) | dict.fromkeys(self._weights.values(), True)):
+        with learning(dict.fromkeys(self._others, False) | dict.fromkeys(self._weights.values(), True)):
             yield
 
 
@@ -233,23 +233,10 @@ class _Inputs(_Probed):
     def ready(self) -> Iterator[None]:
         paths = {name: name for name in self.names}
         with (
-            _learning(dict.fromkeys(self._network.parameters(), False)),
+            learning(dict.fromkeys(self._network.parameters(), False)),
             watched_inputs(self._network, paths) as (_, self._shifts),
         ):
             yield
-
-
-@contextmanager
-def _learning(wanted: Mapping[nn.Parameter, bool]) -> Iterator[None]:
-    """Which parameters are differentiated by, inside the block."""
-    before = {parameter: parameter.requires_grad for parameter in wanted}
-    try:
-        for parameter, learns in wanted.items():
-            parameter.requires_grad_(learns)
-        yield
-    finally:
-        for parameter, learns in before.items():
-            parameter.requires_grad_(learns)
 
 
 @dataclass(frozen=True)
@@ -269,6 +256,9 @@ class HessianTrace(Sensitivity):
     tolerance: float = 0.1
     chunk: int = 4
     inputs: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least("samples", self.samples, 2)  # one has no standard error
 
     def measure(self, evidence: Evidence) -> Sensitivities:
         """The sensitivity of each layer at each of its bits.

@@ -35,6 +35,7 @@ def layer_gradients(evidence: Evidence, x: torch.Tensor, y: torch.Tensor) -> Lay
     weights: dict[str, Any] = {name: network.get_submodule(path).weight for name, path in paths.items()}
     with (
         torch.enable_grad(),
+        learning(dict.fromkeys(weights.values(), True)),
         watched_inputs(network, paths) as (inputs, at_inputs),
         _watched_outputs(network, paths) as at_outputs,
     ):
@@ -59,6 +60,19 @@ def layer_inputs(evidence: Evidence, x: torch.Tensor) -> dict[str, list[torch.Te
 
 
 @contextmanager
+def learning(wanted: Mapping[nn.Parameter, bool]) -> Iterator[None]:
+    """Which parameters are differentiated by, inside the block."""
+    before = {parameter: parameter.requires_grad for parameter in wanted}
+    try:
+        for parameter, learns in wanted.items():
+            parameter.requires_grad_(learns)
+        yield
+    finally:
+        for parameter, learns in before.items():
+            parameter.requires_grad_(learns)
+
+
+@contextmanager
 def watched_inputs(
     network: nn.Module, paths: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]]:
@@ -73,16 +87,20 @@ def watched_inputs(
         shifts.clear()
 
     def watch(name: str) -> Callable[..., Any]:
-        def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            shift = torch.zeros_like(args[0], requires_grad=torch.is_grad_enabled())
-            inputs.setdefault(name, []).append(args[0].detach())
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            x, *others = args or (kwargs["input"],)
+            shift = torch.zeros_like(x, requires_grad=torch.is_grad_enabled())
+            inputs.setdefault(name, []).append(x.detach())
             shifts.setdefault(name, []).append(shift)
-            return (args[0] + shift, *args[1:])
+            return (x + shift, *others), {key: value for key, value in kwargs.items() if key != "input"}
 
         return add
 
     handles = [network.register_forward_pre_hook(begin)]
-    handles += [network.get_submodule(path).register_forward_pre_hook(watch(name)) for name, path in paths.items()]
+    handles += [
+        network.get_submodule(path).register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, path in paths.items()
+    ]
     try:
         yield inputs, shifts
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,16 +31,20 @@ class Layerwise:
     Args:
         models: ``{bits: a calibrated model}``, of one float network, not corrected; layers that are kept at other bits
             count with these. With key 32, whose value is not read: layers may stay float.
+        kept: layers that have no choice: not even float.
 
     Raises:
         ConfigError: no models, or of different layers.
     """
 
-    def __init__(self, models: Mapping[int, QuantizedModel | None]) -> None:
+    def __init__(self, models: Mapping[int, QuantizedModel | None], kept: Collection[str] = ()) -> None:
         quantized = {bits: model for bits, model in models.items() if bits != FLOAT_BITS and model is not None}
         if not quantized:
             raise ConfigError("sensitivities need at least one quantized model, got none")
-        owners = {bits: quantizers_of_layers(model) for bits, model in sorted(quantized.items(), reverse=True)}
+        owners = {
+            bits: {name: own for name, own in quantizers_of_layers(model).items() if name in model.bits}
+            for bits, model in sorted(quantized.items(), reverse=True)
+        }
         names = {tuple(of) for of in owners.values()}
         if len(names) > 1:
             raise ConfigError(f"the models at {sorted(quantized)} bits have different layers: quantize one network")
@@ -48,16 +52,15 @@ class Layerwise:
         for bits, of in owners.items():
             for name, own in of.items():
                 self._layers[name].setdefault(own.weight.bits, (quantized[bits].get_submodule(own.path), own))
-        self._has_float = FLOAT_BITS in models
+        self._may_be_float = {name for name in self._layers if FLOAT_BITS in models and name not in kept}
         first = owners[min(owners)]
         self.paths = {name: own.path for name, own in first.items()}
         self.network = _without_quantizers(quantized[min(owners)])
 
     @property
     def choices(self) -> dict[str, tuple[int, ...]]:
-        free = {name for name, of in self._layers.items() if len(of) > 1} or set(self._layers)
         return {
-            name: (*sorted(of), *((FLOAT_BITS,) if self._has_float and name in free else ()))
+            name: (*sorted(of), *((FLOAT_BITS,) if name in self._may_be_float else ()))
             for name, of in self._layers.items()
         }
 

@@ -32,15 +32,14 @@ class LearnedScales(Sensitivity):
         """The sensitivity of each layer at each of its bits."""
         choices = evidence.layerwise.choices
         values: dict[str, dict[int, float]] = {name: {} for name in choices}
-        models = {
-            bits: model for bits, model in sorted(evidence.models.items()) if model is not None and bits != FLOAT_BITS
-        }
-        for place, model in enumerate(models.values()):
+        models = [m for bits, m in sorted(evidence.models.items()) if m is not None and bits != FLOAT_BITS]
+        batches = [(x, y) for x, y in evidence.batches if len(x) > 1] or evidence.batches  # batch norms want several
+        for place, model in enumerate(models):
             trained = copy.deepcopy(model).train()
             optimizer = torch.optim.SGD(trained.parameters(), self.learning_rate, momentum=0.9)
             with torch.enable_grad(), torch.random.fork_rng():
                 torch.manual_seed(evidence.seed)
-                for step, (x, y) in enumerate(itertools.islice(itertools.cycle(evidence.batches), self.steps)):
+                for step, (x, y) in enumerate(itertools.islice(itertools.cycle(batches), self.steps)):
                     loss = evidence.loss(trained(x), y)
                     optimizer.zero_grad()
                     loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +16,9 @@ from lightning_baqe.allocation.choices import Allocation, Choices, Pairs, Values
 from lightning_baqe.errors import BaqeError, ConfigError, InfeasibleError
 from lightning_baqe.quantization.config import near
 
-_SLACK = 1e-9  # of the largest possible sum, that a budget is widened by for the solver; what it finds is checked
 _SAME = 1e-12  # of a budget, by which a sum may be above it
-_SCALE = 1e4  # the objective's range: the solver's absolute gap of 1e-9 is then 1e-13 of it
+_SCALE = 1e4  # of the objective: the solver's absolute gap is then 1e-13 of the largest possible sum
+_TOLERANCE = 1e-9
 
 
 def allocate_bits(
@@ -63,7 +64,7 @@ def allocate_bits(
         least = math.fsum(float(of_group.min()) for of_group in choices.costs[name])
         if not _keeps(least, limit):
             raise InfeasibleError(
-                f"budget {name}={limit:g} is too small: the smallest that these bits can reach is {least:g}"
+                f"budget {name}={limit:.12g} is too small: the smallest that these bits can reach is {least:.12g}"
             )
     program = _Program(choices, choices.sensitivity, dict(budgets), _by_group(choices, pairs or {}), time_limit_s)
     found = program.solve()
@@ -84,10 +85,27 @@ def _tightest(choices: Choices, budgets: Mapping[str, float], time_limit_s: floa
         others = {other: limit for other, limit in budgets.items() if other != name}
         found = _Program(choices, choices.costs[name], others, {}, time_limit_s).solve()
         if found is not None:
-            parts.append(f"{name} at least {total(choices.costs[name], found[0]):g}")
-    given = ", ".join(f"{name}={limit:g}" for name, limit in budgets.items())
+            parts.append(f"{name} at least {total(choices.costs[name], found[0]):.12g}")
+    given = ", ".join(f"{name}={limit:.12g}" for name, limit in budgets.items())
     needs = f"; with the others as they are, {' or '.join(parts)} would do" if parts else ""
     return f"the budgets {given} cannot be kept together{needs}: give more for one of them"
+
+
+def _budget_row(costs: Sequence[np.ndarray], limit: float) -> tuple[np.ndarray, float]:
+    """Coefficients of all options and the largest sum, scaled so that sums are at most 1.
+
+    Sums of whole numbers lie on a grid: the largest within the limit, and half a step, is no other bound, and one that
+    the solver can tell. Others get its tolerance; what it finds is checked.
+    """
+    above = [of_group - of_group.min() for of_group in costs]
+    left = limit + _SAME * abs(limit) - math.fsum(float(of_group.min()) for of_group in costs)
+    scale = sum(float(of_group.max()) for of_group in above) or 1.0
+    flat, most = np.concatenate(above), left / scale + _TOLERANCE
+    if (flat == np.round(flat)).all() and scale < 2.0**53:
+        step = math.gcd(*(int(value) for value in flat)) or 1
+        if step / scale > 4 * _TOLERANCE:
+            most = (math.floor(left / step) + 0.5) * step / scale
+    return flat / scale, most
 
 
 _Row = tuple[np.ndarray, np.ndarray, float, float]  # columns, their values, the least and the most of the sum
@@ -152,12 +170,12 @@ class _Program:
             columns = np.arange(first, last)
             self._rows.append((columns, np.ones(len(columns)), 1.0, 1.0))
         for name, limit in self.budgets.items():
-            flat = np.concatenate(self.choices.costs[name])
-            scale = max(sum(np.abs(v).max() for v in self.choices.costs[name]), abs(limit)) or 1.0
-            self._rows.append((np.arange(integral), flat / scale, -np.inf, limit / scale + _SLACK))
+            values, most = _budget_row(self.choices.costs[name], limit)
+            self._rows.append((np.arange(integral), values, -np.inf, most))
         self._bind_pairs(starts)
+        deadline = time.monotonic() + self.time_limit_s
         while True:
-            solved = self._run(objective, integral)
+            solved = self._run(objective, integral, max(deadline - time.monotonic(), 0.0))
             if solved is None:
                 return None
             x, gap = solved
@@ -186,7 +204,7 @@ class _Program:
                     row = np.concatenate([columns, [starts[group] + k]])
                     self._rows.append((row, np.concatenate([np.ones(len(columns)), [-1.0]]), 0.0, 0.0))
 
-    def _run(self, objective: np.ndarray, integral: int) -> tuple[np.ndarray, float] | None:
+    def _run(self, objective: np.ndarray, integral: int, seconds: float) -> tuple[np.ndarray, float] | None:
         count = len(objective)
         ends = np.cumsum([0, *(len(columns) for columns, *_ in self._rows)])
         matrix = sparse.csr_matrix(
@@ -204,9 +222,9 @@ class _Program:
         kinds = highspy.HighsVarType
         model.integrality_ = [kinds.kInteger] * integral + [kinds.kContinuous] * (count - integral)
         solver = highspy.Highs()
-        options = {"output_flag": False, "threads": 1, "random_seed": 0, "time_limit": float(self.time_limit_s),
-                   "mip_rel_gap": 0.0, "mip_abs_gap": 1e-9, "mip_feasibility_tolerance": 1e-9,
-                   "primal_feasibility_tolerance": 1e-9}  # fmt: skip
+        options = {"output_flag": False, "threads": 1, "random_seed": 0, "time_limit": seconds,
+                   "mip_rel_gap": 0.0, "mip_abs_gap": _TOLERANCE, "mip_feasibility_tolerance": _TOLERANCE,
+                   "primal_feasibility_tolerance": _TOLERANCE, "dual_feasibility_tolerance": 1e-10}  # fmt: skip
         for name, value in options.items():
             solver.setOptionValue(name, value)
         solver.passModel(model)

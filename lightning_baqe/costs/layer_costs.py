@@ -2,19 +2,22 @@
 
 Latency: whole networks are measured with all free layers at each width, and kernels by themselves. A layer's figure is
 its kernel's, plus its part of what the whole network says beyond the kernels: requantizations of tensors that others
-read at more bits, where it takes more time than the reference; caches that narrower constants leave free, where less.
+read at more bits, where it takes more time than the reference; caches that narrower constants leave free, by bytes,
+where less.
 So sums are exact for the networks that were measured, and estimates between them.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import ConfigError, MeasurementError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.integer.graph import MULTIPLIER_BYTES, SHIFT_BYTES, IntegerGraph, node_bytes, node_macs
@@ -128,6 +131,7 @@ def latency_costs(
     reader: OpReader,
     options: BuildOptions,
     device: Device,
+    sizes: Mapping[str, Mapping[int, float]],
     whole_us: Callable[[int, IntegerGraph], float],
     candidates: int = 4,
     tune_s: float = 20.0,
@@ -140,6 +144,7 @@ def latency_costs(
         reader: of the float network, for the tensors that layers share.
         options: what kernels are compiled for.
         device: measures, and keeps what it measured.
+        sizes: of :func:`static_costs`, bytes.
         whole_us: builds and measures a network of these bits, with the best knobs known, and says its latency.
         candidates: knobs that are tried of each kernel, on average.
         tune_s: seconds for them at each width; each kernel is measured with its default knobs at least.
@@ -159,13 +164,16 @@ def latency_costs(
         tell(f"measuring kernels of {width} bit")
         tune(graph, options, candidates, tune_s, device)
         kernels[width] = {}
+        calls = Counter(call.layer for call in make_plan(graph, options).calls)
         for kernel in tune(graph, options, 1, None, device).kernels:  # what is known is not measured again
             if kernel.best_us is None:
                 raise MeasurementError(
                     f"the kernel of {', '.join(kernel.layers)} at {width} bit has no latency: none of {kernel.known} "
                     "knobs worked; python train.py recipe=tune says why"
                 )
-            kernels[width].update(dict.fromkeys(kernel.layers, kernel.best_us))
+            kernels[width].update(
+                {layer: kernel.best_us * calls[layer] for layer in kernel.layers if layer in configs[width]}
+            )
         tell(f"measuring the network of {width} bit")
         whole[width] = whole_us(width, graph)
     table: Table = {}
@@ -177,7 +185,10 @@ def latency_costs(
         parts = converted_inputs(reader, config) if beyond > 0 and width != FLOAT_BITS else {}
         shares = {layer: parts.get(layer, 0.0) for layer in free}
         if not any(shares.values()):
-            shares = {layer: kernels[reference].get(layer, 0.0) for layer in free}
+            shares = {
+                layer: abs(_size(sizes, configs, layer, width) - _size(sizes, configs, layer, reference))
+                for layer in free
+            }
         total = sum(shares.values()) or 1.0
         for layer in kernels[width]:
             if width == reference:
@@ -191,6 +202,10 @@ def latency_costs(
         table.setdefault(layer, dict.fromkeys({_label(config, layer) for config in configs.values()}, 0.0))
     rest = whole[reference] - sum(of[_label(configs[reference], layer)] for layer, of in table.items())
     return LayerCosts({LATENCY: table}, {LATENCY: rest})
+
+
+def _size(sizes: Mapping[str, Mapping[int, float]], configs: Mapping[int, BitConfig], layer: str, width: int) -> float:
+    return sizes.get(layer, {}).get(_label(configs[width], layer), 0.0)
 
 
 def converted_inputs(reader: OpReader, bits: BitConfig) -> dict[str, float]:

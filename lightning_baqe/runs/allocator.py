@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +25,15 @@ import torch
 from lightning_baqe.allocation.evidence import Batch, Evidence, Loss, Sensitivities, Sensitivity
 from lightning_baqe.allocation.hessian import HessianTrace
 from lightning_baqe.calibration.calibrate import calibrate
-from lightning_baqe.costs.layer_costs import LayerCosts, latency_costs, only, static_costs, uniform_configs
+from lightning_baqe.costs.layer_costs import (
+    LATENCY,
+    SIZE,
+    LayerCosts,
+    latency_costs,
+    only,
+    static_costs,
+    uniform_configs,
+)
 from lightning_baqe.deploy.artifact import Artifact
 from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.entrance.admission import Network
@@ -40,7 +48,7 @@ from lightning_baqe.measurement.device import Device
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.ops import OpReader
-from lightning_baqe.runs.budgets import Budgets, Row, bit_config, solve, unrewarded
+from lightning_baqe.runs.budgets import Budget, Budgets, Row, bit_config, solve, unrewarded
 from lightning_baqe.runs.evaluation import MeasureOptions, deployed_accuracy, evaluate, measure_quietly, module_accuracy
 from lightning_baqe.runs.objectives import summarise
 from lightning_baqe.runs.study import bits_entry
@@ -49,6 +57,7 @@ from lightning_baqe.scratch import temporary_folder
 from lightning_baqe.tasks.scoring import Batches, Scorer
 
 PAPER_WIDTHS = (4, 8)
+ATTEMPTS = 6  # networks that are measured for one budget of latency
 Train = Callable[[BitConfig, str], QuantizedModel]  # bits and name to a tuned network, in eval mode on the CPU
 
 
@@ -80,6 +89,11 @@ class AllocationOptions:
         check_at_least("allocation.images", self.images, 1)
         if not isinstance(self.sensitivity, Sensitivity):
             raise ConfigError(f"allocation.sensitivity makes {self.sensitivity!r}, wanted is a Sensitivity")
+        for name, given in (("bit_choices", self.bit_choices), ("baselines", self.baselines)):
+            if not isinstance(given, Sequence):
+                raise ConfigError(f"allocation.{name}={given!r}, wanted is a list of bits, [4, 8]")
+        if isinstance(self.tune_s, bool) or not isinstance(self.tune_s, int | float) or not self.tune_s >= 0:
+            raise ConfigError(f"allocation.tune_s={self.tune_s!r}, but seconds of 0 or more are wanted")
         for name, widths in (("bit_choices", self.widths), ("baselines", tuple(self.baselines))):
             wrong = [bits for bits in widths if bits != FLOAT_BITS and bits not in range(2, 9)]
             if wrong or len(set(widths)) < len(widths) or (name == "bit_choices" and len(widths) < 2):
@@ -106,6 +120,8 @@ class Allocator:
         network: the trained float network.
         admitted: it, traced.
         batches: ``(x, y)`` of the training data, for sensitivities and calibration.
+        quantization, calibration_batches: how networks are quantized: options of :func:`lightning_baqe.quantize`, and
+            batches that they are calibrated on.
         loss_fn: of the task.
         train: tunes a network of some bits.
         validation, test: batches.
@@ -120,6 +136,8 @@ class Allocator:
     network: torch.nn.Module
     admitted: Network
     batches: list[Batch]
+    quantization: Mapping[str, str]
+    calibration_batches: int
     loss_fn: Loss
     train: Train
     validation: Batches
@@ -135,21 +153,21 @@ class Allocator:
     def __post_init__(self) -> None:
         self.folder = self.run_dir / "allocation"
         self.base = BitConfig.uniform(self.network, 8, 8)
-        names = tuple(self.base)
-        if len(names) < 3:
-            raise ConfigError(
-                f"{type(self.network).__name__} has {len(names)} layers, of which the first and the last keep 8 bits: "
-                "there is nothing to allocate"
-            )
-        self.configs = uniform_configs(self.base, names[1:-1], self.options.widths)
+        self.configs = uniform_configs(self.base, tuple(self.base)[1:-1], self.options.widths)
         self._reader = OpReader(self.admitted.graph, self.admitted.graph.graph)
+
+    @cached_property
+    def _weights(self) -> str:
+        """Digest of the float network's weights and buffers."""
+        return _digest_of(tensor for _, tensor in sorted(self.network.state_dict().items()))
 
     @cached_property
     def models(self) -> dict[int, QuantizedModel]:
         """Calibrated, with all free layers at each width."""
-        images = [x for x, _ in self.batches]
+        images = [x for x, _ in self.batches[: self.calibration_batches]]
         return {
-            bits: calibrate(quantize(self.admitted, config), images).eval() for bits, config in self.configs.items()
+            bits: calibrate(quantize(self.admitted, config, **self.quantization), images).eval()
+            for bits, config in self.configs.items()
         }
 
     @cached_property
@@ -161,10 +179,15 @@ class Allocator:
     def sensitivities(self) -> Sensitivities:
         """Of the run folder, or found now."""
         options = self.options
-        signature = _signature(
-            self.network, (x for x, _ in self.batches), method=repr(options.sensitivity), images_used=options.images,
-            widths=list(options.widths), lightning_baqe=versions()["lightning-baqe"],
-        )  # fmt: skip
+        signature = {
+            "weights": self._weights,
+            "images": _digest_of(x for x, _ in self.batches),
+            "method": repr(options.sensitivity),
+            "images_used": options.images,
+            "widths": list(options.widths),
+            "quantization": {**self.quantization, "batches": self.calibration_batches},
+            "lightning_baqe": versions()["lightning-baqe"],
+        }
 
         def find() -> dict[str, Any]:
             self.say(f"Sensitivities by {options.sensitivity.name}, of {options.images} images.")
@@ -180,7 +203,8 @@ class Allocator:
             if FLOAT_BITS in self.models:
                 models[FLOAT_BITS] = None
             batches = list(_first(self.batches, options.images))
-            evidence = Evidence(models, batches, self.loss_fn, self.scorer.kind, tell=tell)
+            kept_layers = (next(iter(self.base)), next(reversed(tuple(self.base))))
+            evidence = Evidence(models, batches, self.loss_fn, self.scorer.kind, kept_layers, tell=tell)
             return options.sensitivity.measure(evidence).record()
 
         return Sensitivities.from_record(kept(self.folder / "sensitivities.json", signature, find))
@@ -201,22 +225,24 @@ class Allocator:
             found = static_costs(self.graphs, self.configs, self._reader)
             return found.joined(
                 latency_costs(
-                    self.graphs, self.configs, self._reader, self.build_options, self.device, self._whole_us,
+                    self.graphs, self.configs, self._reader, self.build_options, self.device,
+                    found.tables[SIZE], lambda _, graph: self._whole_us(graph),
                     tune_s=self.options.tune_s, tell=lambda what: self.say(f"  {what}"),
                 )
             ).record()  # fmt: skip
 
         return LayerCosts.from_record(kept(self.folder / "costs.json", signature, measure))
 
-    def _whole_us(self, bits: int, graph: IntegerGraph) -> float:
+    def _whole_us(self, graph: IntegerGraph) -> float:
         with temporary_folder() as folder:
-            artifact = self.device.build(graph, self.build_options)
+            artifact, place = self.device.build(graph, self.build_options), Path(folder) / "artifact"
             with closing(artifact):
-                artifact.save(Path(folder) / str(bits))
-                return measure_quietly(artifact, Path(folder) / str(bits), self.measurement, self.device).latency_us
+                artifact.save(place)
+                return measure_quietly(artifact, place, self.measurement, self.device).latency_us
 
     def rows(self) -> list[Row]:
-        """Each budget with its allocation.
+        """Each budget with its allocation. Networks of latency budgets are measured, untrained, and where one takes
+        longer than its layers' sum said, the program is solved anew for as much less.
 
         Raises:
             InfeasibleError: a limit that no allocation keeps.
@@ -230,7 +256,7 @@ class Allocator:
         def solved(budgets: Budgets, allowed: tuple[int, ...]) -> list[Row]:
             within = costs.restricted(allowed)
             values = only(found.values, allowed)
-            return [solve(budget, values, within, found.pairs) for budget in budgets.of(within)]
+            return [self._solved(budget, values, within) for budget in budgets.of(within)]
 
         if line is None:
             return solved(self.options.budget, narrow)
@@ -241,6 +267,30 @@ class Allocator:
             row.budget.name: row for row in solved(self.options.budget, widths) if "latency_us" in row.budget.limits
         }
         return list(by_name.values())
+
+    def _solved(self, budget: Budget, values: Mapping[str, Mapping[int, float]], costs: LayerCosts) -> Row:
+        limit, least = budget.limits.get(LATENCY), costs.span(LATENCY, min)
+        row = solve(budget, values, costs, self.sensitivities.pairs)
+        if row.allocation.gap > 0:
+            self.say(
+                f"{budget.name}: the time limit left a sensitivity that may be {row.allocation.gap:.3g} too large."
+            )
+        if limit is None:
+            return row
+        aim, found = float(limit), [(self._network_us(row), row)]
+        while found[-1][0] > limit and len(found) < ATTEMPTS and aim > least:
+            aim = max(least, aim * 0.995 * limit / found[-1][0])
+            again = solve(Budget(budget.name, {**budget.limits, LATENCY: aim}), values, costs, self.sensitivities.pairs)
+            found.append((self._network_us(again), Row(budget, again.allocation, again.predicted)))
+        measured, row = min(found, key=lambda one: (one[0] > limit, one[0] if one[0] > limit else 0.0))
+        if measured > limit:
+            self.say(f"{budget.name}: {measured:.1f} us measured, {limit:.1f} wanted; no faster network was found.")
+        return row
+
+    def _network_us(self, row: Row) -> float:
+        images = [x for x, _ in self.batches[:1]]
+        model = calibrate(quantize(self.admitted, bit_config(self.base, row.allocation), **self.quantization), images)
+        return self._whole_us(lower(model.eval()))
 
     def run(self, rows: list[Row]) -> tuple[Summary, dict[str, Entry]]:
         """Train, deploy and measure each budget's network, equal ones once; what the folder has is not done again.
@@ -256,6 +306,7 @@ class Allocator:
             ).items()
         ]
         trials, of_row = self._numbered(rows, baselines)
+        trials = [t for t in trials if t.key in of_row.values() or (self.folder / f"{t.key}.json").exists()]
         done: dict[str, Entry] = {}
         summary = summarise(self._about(), reference, [])
         for entry in (*baselines, *trials):
@@ -306,7 +357,11 @@ class Allocator:
 
     def _figures(self, key: str, bits: BitConfig | None) -> dict[str, Any]:
         """Of one network, with its accuracies on the test split and before lowering; None: the float network."""
-        signature = {"bits": None if bits is None else bits.to_json(), "device": self._about()["device"]}
+        signature = {
+            "weights": self._weights,
+            "bits": None if bits is None else bits.to_json(),
+            "device": fingerprint(self.device.info(self.build_options.threads)),
+        }
 
         def find() -> dict[str, Any]:
             if bits is None:
@@ -314,7 +369,7 @@ class Allocator:
                 model = quantize(self.admitted, everywhere).eval()
             else:
                 self.say(f"Training {key}.")
-                model = self.train(bits, key)
+                model = self.train(bits, f"{key}-{self._weights[:8]}")
             fake = module_accuracy(model, self.validation, torch.device("cpu"), self.scorer)
             folder = self.run_dir / "artifacts" / key
             found = evaluate(
@@ -352,18 +407,14 @@ def write_rows(folder: Path, rows: list[Row]) -> None:
     """Keep the budgets and their allocations."""
     content = [
         {"budget": row.budget.name, "limits": dict(row.budget.limits), "predicted": dict(row.predicted),
-         "sensitivity": row.allocation.sensitivity, "bits": dict(row.allocation)}
+         "sensitivity": row.allocation.sensitivity, "gap": row.allocation.gap, "bits": dict(row.allocation)}
         for row in rows
     ]  # fmt: skip
     replace_file(folder / "allocations.json", json.dumps(content, indent=1).encode())
 
 
-def _signature(network: torch.nn.Module, images: Iterable[torch.Tensor], **more: Any) -> dict[str, Any]:
-    """What figures depend on: digests of the network's weights and buffers and of images, and whatever else."""
-    weights, data = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for batch in images:
-        data.update(batch.detach().cpu().contiguous().numpy().tobytes())
-    return {"weights": weights.hexdigest()[:24], "images": data.hexdigest()[:24], **more}
+def _digest_of(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]

@@ -55,6 +55,10 @@ class Budgets:
         for name, limit in self.own.items():
             if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
                 raise ConfigError(f"allocation.budget.{name}={limit!r}, but a number above 0 is wanted")
+        if not self.own and not self.levels:
+            raise ConfigError(
+                "allocation.budget has neither limits nor levels: give allocation.budget.size_bytes or others"
+            )
         for name, level in self.levels.items():
             if isinstance(level, bool) or not isinstance(level, int | float) or not 0 <= level <= 1:
                 raise ConfigError(f"allocation.budget.levels.{name}={level!r}, but a number of 0 to 1 is wanted")
@@ -136,7 +140,7 @@ def budget_table(rows: Sequence[Row], entries: Mapping[str, Entry], costs: Layer
     for name, entry in entries.items():
         accuracy, latency_us, size_bytes = entry.triple
         bits = {layer: width for layer, (width, _) in entry.bits.items() if isinstance(width, int)}
-        known = all(width in costs.tables[SIZE][layer] for layer, width in bits.items())
+        known = all(bits[layer] in of for layer, of in costs.tables[SIZE].items())
         predicted = {cost: costs.total(cost, bits) for cost in costs.tables} if known else {}
         given = limits.get(name, {})
         table.add_row(
@@ -172,8 +176,8 @@ def unrewarded(costs: LayerCosts, widths: Sequence[int], least: float = 0.1) -> 
     layers = costs.tables[LATENCY].values()
     fixed = costs.rest[LATENCY] + sum(next(iter(of.values())) for of in layers if len(of) == 1)
     of = {bits: fixed + sum(table[bits] for table in layers if len(table) > 1) for bits in integer}
-    low, high = min(of.values()), max(of.values())
-    if not of or (high - low) / high >= least:
+    wide, narrow = of[max(integer)], of[min(integer)]
+    if (wide - narrow) / wide >= least:
         return None
     figures = ", ".join(f"{bits} bit {value:.1f} us" for bits, value in of.items())
     return f"This device does not reward fewer bits with time here ({figures}): latency budgets choose from float, too."

@@ -125,6 +125,10 @@ class SearchArguments:
             raise ConfigError(f"correct={self.correct!r}, wanted is one of {', '.join(map(repr, CORRECTIONS))}")
         if self.prior not in PRIORS:
             raise ConfigError(f"prior={self.prior!r}, wanted is one of {', '.join(map(repr, PRIORS))}")
+        if self.prior != "divergence" and self.mode != "beyond":
+            raise ConfigError(
+                f"prior={self.prior!r} with mode={self.mode!r}, which begins without one: give mode='beyond'"
+            )
         read_limits(self.limits)
         fuses = self.device is None or self.device.options.fuse_residual
         self.options = BuildOptions(get_target(self.target), self.threads, fuses)

@@ -18,6 +18,7 @@ from lightning_baqe.deploy.digest import fingerprint
 from lightning_baqe.deploy.plan import Schedules
 from lightning_baqe.entrance.admission import Network, admit
 from lightning_baqe.entrance.quantize import quantize
+from lightning_baqe.errors import ConfigError
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, architecture_signature
@@ -95,6 +96,10 @@ class SearchContext:
         """
         given, self.validation = self.arguments, validation
         self.scorer = module_scorer(self.network, validation, torch.device("cpu"), given.metric)
+        if given.prior != "divergence" and (self.scorer.kind == "values" or not self.scorer.logits):
+            raise ConfigError(
+                f"prior={given.prior!r} takes the cross entropy of logits, which these outputs are not: leave it out"
+            )
         about = {
             "metric": self.scorer.name,
             "recipe": given.recipe,
@@ -240,6 +245,6 @@ class SearchContext:
         x, y = self.labelled
         batch = (x[:SCORED], y[:SCORED])
         narrow = {bits: model.eval() for bits, model in models.items() if bits != FLOAT_BITS}
-        evidence = Evidence(narrow, [batch], loss_of, self.scorer.kind, self.arguments.seed)
+        evidence = Evidence(narrow, [batch], loss_of, self.scorer.kind, seed=self.arguments.seed)
         found = PRIORS[self.arguments.prior].measure(evidence).values
         return {bits: {layer: of[bits] for layer, of in found.items() if bits in of} for bits in narrow}

@@ -43,8 +43,8 @@ def test_the_optimum_is_that_of_brute_force(seeds: range) -> None:
                 baqe.allocate_bits(**problem)
             continue
         found = baqe.allocate_bits(**problem)
-        assert sum_of(problem["sensitivity"], found) == pytest.approx(wanted, abs=1e-9), seed
-        assert (found.sensitivity, found.gap) == (pytest.approx(wanted, abs=1e-9), 0.0)
+        assert sum_of(problem["sensitivity"], found) == pytest.approx(wanted, rel=1e-9, abs=1e-12), seed
+        assert (found.sensitivity, found.gap) == (pytest.approx(wanted, rel=1e-9, abs=1e-12), 0.0)
         assert dict(found) in every(problem)
         for name, limit in problem["budgets"].items():
             assert found.costs[name] == pytest.approx(sum_of(problem["costs"][name], found))
@@ -161,14 +161,22 @@ def test_the_gap_holds() -> None:
     pairs = {pair: {(p, q): float(rng.normal()) for p in (2, 4, 8) for q in (2, 4, 8)}
              for pair in itertools.combinations(names, 2)}  # fmt: skip
     costs = {"size_bytes": {n: {b: float(b) for b in (2, 4, 8)} for n in names}}
-    best = None
-    for seconds in (0.02, 0.1, 0.5, 300.0):
+    best = baqe.allocate_bits(sensitivity, costs, {"size_bytes": 52}, pairs=pairs, time_limit_s=300.0)
+    assert best.gap == 0
+    for seconds in (0.02, 0.1, 0.5):
         try:
             found = baqe.allocate_bits(sensitivity, costs, {"size_bytes": 52}, pairs=pairs, time_limit_s=seconds)
         except BaqeError:
-            continue
-        assert best is None or found.sensitivity <= best.sensitivity + 1e-9
-        assert best is None or found.sensitivity >= best.sensitivity - best.gap - 1e-9
-        best = found
-    assert best is not None
-    assert best.gap == 0
+            continue  # none was found at all
+        assert found.sensitivity - found.gap - 1e-9 <= best.sensitivity <= found.sensitivity + 1e-9
+
+
+def test_equal_layers_just_above_a_large_budget() -> None:
+    """Many allocations miss the budget by less than a solver tells: the answer is exact, and comes at once."""
+    values = {f"layer{i}": {4: 1.0 + i / 100, 8: 0.0} for i in range(20)}
+    costs = {"bops": {name: {4: 1e11, 8: 2e11} for name in values}}
+    start = time.process_time()
+    found = baqe.allocate_bits(values, costs, {"bops": 3e12 - 100})
+    assert time.process_time() - start < 30
+    assert found.costs["bops"] == 2.9e12
+    assert sum(bits == 8 for bits in found.values()) == 9

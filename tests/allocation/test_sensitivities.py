@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def made(seed: int = 0, with_float: bool = True) -> Evidence:
     }
     if with_float:
         models[FLOAT_BITS] = None
-    return Evidence(models, batches, functional.cross_entropy)
+    return Evidence(models, batches, functional.cross_entropy, kept=("first", "classifier"))
 
 
 def calibrated(net: nn.Module, bits: baqe.BitConfig, x: Tensor) -> QuantizedModel:
@@ -117,7 +118,7 @@ class TestEverySensitivity:
 
     def test_progress_is_told(self, method: Sensitivity) -> None:
         evidence, told = made(), []
-        method.measure(Evidence(evidence.models, evidence.batches, evidence.loss_fn, tell=lambda *of: told.append(of)))
+        method.measure(replace(evidence, tell=lambda *of: told.append(of)))
         assert told
         assert all(0 < done <= total for done, total in told)
         assert [done for done, _ in told] == sorted(done for done, _ in told)
@@ -296,3 +297,23 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
     assert traces.counts == {"stem": 108, "both": 128, "classifier": 4}
     for method in (Fisher(), HessianTrace(samples=4), Divergence(), LearnedScales(steps=1)):
         assert math.isfinite(method.measure(evidence).values["both"][4])
+
+
+def test_frozen_layers_and_keyword_calls() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.conv(input=x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, x, y = Named().eval(), torch.randn(4, 3, 6, 6), torch.randint(0, 3, (4,))
+    net.conv.weight.requires_grad_(False)
+    traces = baqe.hessian_trace(net, functional.cross_entropy, [(x, y)], 4, of="inputs")
+    assert traces.counts == {"conv": 108, "fc": 4}
+    evidence = Evidence({4: calibrated(net, baqe.BitConfig.uniform(net, 4, 4), x)}, [(x, y)], functional.cross_entropy)
+    for method in (Fisher(), OutputFisher()):
+        assert all(math.isfinite(v) for of in method.measure(evidence).values.values() for v in of.values())
+    assert not evidence.layerwise.network.get_submodule("conv").weight.requires_grad

@@ -42,3 +42,8 @@ def test_an_unknown_one(search: Make) -> None:
         ConfigError, match="prior='trace', wanted is one of 'divergence', 'hessian', 'fisher', 'scales'"
     ):
         search(prior="trace")
+
+
+def test_where_it_would_be_ignored_or_wrong(search: Make) -> None:
+    with pytest.raises(ConfigError, match="prior='fisher' with mode='paper'"):
+        search(prior="fisher", mode="paper")

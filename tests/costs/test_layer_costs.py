@@ -100,12 +100,12 @@ def test_latencies(
     """Sums are exact where whole networks were measured, whatever these say beyond their kernels."""
     whole = {2: 150.0, 4: 95.0, 8: 110.0, 32: 400.0}
     reader = OpReader(admit(net, torch.zeros(1, 3, 8, 8)).graph, admit(net, torch.zeros(1, 3, 8, 8)).graph.graph)
-    device = FakeDevice(tmp_path / "records.db")
+    device, static = FakeDevice(tmp_path / "records.db"), static_costs(graphs, configs, reader)
 
     def measured(offered: tuple[int, ...]) -> LayerCosts:
         return latency_costs(
             {b: graphs[b] for b in offered}, {b: configs[b] for b in offered}, reader, BuildOptions(), device,
-            lambda bits, graph: whole[bits], candidates=1, tune_s=0.0,
+            static.tables[SIZE], lambda bits, graph: whole[bits], candidates=1, tune_s=0.0,
         )  # fmt: skip
 
     costs = measured(WIDTHS)

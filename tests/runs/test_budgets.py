@@ -60,6 +60,14 @@ def test_what_the_device_does_not_reward_is_told() -> None:
     line = unrewarded(costs, (4, 8, 32))
     assert line is not None
     assert "4 bit 63.0 us, 8 bit 64.0 us" in line
+    slower = LayerCosts({**COSTS.tables, LATENCY: {**flat, "a": {4: 90.0, 8: 20.0}}}, COSTS.rest)
+    assert unrewarded(slower, (4, 8, 32)) is not None
+
+
+def test_limits_or_levels_are_wanted() -> None:
+    with pytest.raises(ConfigError, match="neither limits nor levels"):
+        Budgets(levels={})
+    assert Budgets(latency_us=5.0, levels={}).own == {LATENCY: 5.0}
 
 
 def test_the_table_says_what_became_of_each_budget() -> None:

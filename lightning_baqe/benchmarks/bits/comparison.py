@@ -103,6 +103,7 @@ class Subject:
         self.net: nn.Module = trained.net.eval()
         self.float_accuracy = trained.accuracy["test"]
         most = max(request.settings.calibration_batches, -(-extent.images // data.batch_size))
+        pl.seed_everything(request.seed, verbose=False)  # the same images after a restart
         self.batches = [(x, y) for x, y in itertools.islice(data.train_dataloader(), most)]
         self.base = BitConfig.uniform(self.net, 8, 8)
         self.admitted: Network = admit(self.net, data.example_input)
@@ -144,7 +145,8 @@ class Subject:
                 if left < 1:
                     break
             models: dict[int, QuantizedModel | None] = dict(self.models)
-            return METHODS[method].measure(Evidence(models, batches, loss_of, seed=self.request.seed)).record()
+            evidence = Evidence(models, batches, loss_of, seed=self.request.seed)
+            return METHODS[method].measure(evidence).record()
 
         return Sensitivities.from_record(kept(path, signature, take))
 
@@ -155,7 +157,10 @@ class Subject:
         if method == "random":
             return self._filled(mean)
         found = self.sensitivities(method)
-        return dict(solve(Budget(method, {SIZE: self.limit(mean)}), found.values, self.costs, found.pairs).allocation)
+        row = solve(Budget(method, {SIZE: self.limit(mean)}), found.values, self.costs, found.pairs)
+        if row.allocation.gap > 0:
+            self.say(f"  {method}, {mean} bit: the program's gap is {row.allocation.gap:.3g}")
+        return dict(row.allocation)
 
     def _filled(self, mean: int) -> dict[str, int]:
         """Random bits that use at least 97 % of the budget."""

@@ -12,7 +12,9 @@ from torch import nn
 
 
 def instance(seed: int) -> dict[str, Any]:
-    """A small random problem; every other one of whole numbers: sums are often equal, and budgets exactly met."""
+    """A small random problem; every other one of whole numbers: sums are often equal, and budgets exactly met.
+    Some sensitivities span twelve decades.
+    """
     rng = np.random.default_rng(seed)
     names = [f"layer{i}" for i in range(rng.integers(2, 7))]
     options = {name: sorted(rng.choice([2, 3, 4, 6, 8, 32], rng.integers(1, 4), replace=False)) for name in names}
@@ -29,13 +31,18 @@ def instance(seed: int) -> dict[str, Any]:
             for name in names
         }
 
+    def sensitivities() -> dict[str, dict[int, float]]:
+        if seed % 5 != 4:
+            return values()
+        return {name: {int(b): float(10.0 ** rng.uniform(-12, 0)) for b in of} for name, of in options.items()}
+
     costs = {f"cost{i}": values() for i in range(rng.integers(1, 4))}
     sums = {name: [sum(f(of[layer].values()) for layer in names) for f in (min, max)] for name, of in costs.items()}
     budgets = {
         name: float(round(low + rng.uniform(0.1, 0.9) * (high - low), 0 if seed % 2 == 0 else 9))
         for name, (low, high) in sums.items()
     }
-    return {"sensitivity": values(), "costs": costs, "budgets": budgets, "tied": tied}
+    return {"sensitivity": sensitivities(), "costs": costs, "budgets": budgets, "tied": tied}
 
 
 def every(problem: Mapping[str, Any]) -> list[dict[str, int]]:
