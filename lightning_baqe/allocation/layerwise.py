@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_baqe.calibration.walk import float_twin
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.config import FLOAT_BITS
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.layers import outputs_first, swap_channels
 from lightning_baqe.quantization.sensitivity import LayerQuantizers, quantizers_of_layers
-from lightning_baqe.quantization.weight import WeightQuantizer
 
 
 class Layerwise:
@@ -55,7 +53,7 @@ class Layerwise:
         self._may_be_float = {name for name in self._layers if FLOAT_BITS in models and name not in kept}
         first = owners[min(owners)]
         self.paths = {name: own.path for name, own in first.items()}
-        self.network = _without_quantizers(quantized[min(owners)])
+        self.network: nn.Module = float_twin(quantized[min(owners)]).eval()
 
     @property
     def choices(self) -> dict[str, tuple[int, ...]]:
@@ -122,12 +120,3 @@ class Layerwise:
         for quantizer in () if own is None else own.calls[call]:
             x = quantizer(x)
         return x
-
-
-def _without_quantizers(model: QuantizedModel) -> nn.Module:
-    network = copy.deepcopy(model)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, ActivationQuantizer | WeightQuantizer):
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, nn.Identity())
-    return network.eval()
