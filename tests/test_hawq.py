@@ -12,6 +12,8 @@ from smallest import HAWQ, SMALLEST
 
 import lightning_baqe as baqe
 from lightning_baqe.costs.layer_costs import LayerCosts
+from lightning_baqe.runs.allocator import Allocator
+from lightning_baqe.runs.budgets import Row
 from lightning_baqe.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Hessian traces of .* below their standard errors")
@@ -140,3 +142,22 @@ def test_float_beside_one_width(tmp_path: Path) -> None:
     (row,) = read(tmp_path / "run" / "allocation" / "allocations.json")
     assert (row["bits"]["stem.0"], row["bits"]["fc"]) == (8, 8)
     assert set(row["bits"].values()) == {8, 32}
+
+
+def test_a_network_that_is_slower_than_its_layers_say(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ever faster networks are tried, as long as the other limit lets them; the run goes on and tells."""
+    measured: list[float] = []
+
+    def slow(self: Allocator, row: Row) -> float:
+        measured.append(row.predicted["latency_us"])
+        return 1e9
+
+    monkeypatch.setattr(Allocator, "_network_us", slow)
+    limits = ["allocation.budget.latency_us=1e6", "allocation.budget.size_bytes=1300", "allocation.baselines=[]"]
+    assert main([*OURS, *limits, f"run_dir={tmp_path}/run"]) == 0
+    assert len(measured) > 1
+    assert "1000000000.0 us measured, 1000000.0 wanted; no faster network was found" in capfd.readouterr().err
+    (row,) = read(tmp_path / "run" / "allocation" / "allocations.json")
+    assert row["limits"] == {"size_bytes": 1300, "latency_us": 1e6}

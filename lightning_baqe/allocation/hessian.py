@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -148,7 +149,7 @@ def _traces(estimates: list[dict[str, float]], counts: Mapping[str, int]) -> Tra
     return Traces(values, errors, counts, len(estimates))
 
 
-class _Probed:
+class _Probed(ABC):
     """Tensors by layer that are probed; several layers may have one tensor in common."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -159,15 +160,13 @@ class _Probed:
             )
         self.counts: dict[str, int] = dict.fromkeys(self.names, 1)
 
+    @abstractmethod
     def tensors(self) -> Mapping[str, Sequence[torch.Tensor]]:
         """That the last loss was computed with."""
-        raise NotImplementedError
 
-    @contextmanager
-    def ready(self) -> Iterator[None]:
+    @abstractmethod
+    def ready(self) -> AbstractContextManager[None]:
         """Within the block, losses depend on the tensors."""
-        raise NotImplementedError
-        yield
 
     def products(self, loss: torch.Tensor, probes: int, generator: torch.Generator) -> Iterator[dict[str, float]]:
         """``{layer: v' H v}`` for so many probes v."""
