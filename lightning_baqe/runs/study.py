@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -116,9 +116,12 @@ class SearchStudy:
                 read_study(study)
                 return study
 
-        self._study = self.alone(create)
-        self._study_id = self._patience.repeat(lambda: self._storage.get_study_id_from_name(name))
-        self._worker = self._patience.repeat(lambda: Worker(self._study))
+        with ExitStack() as undo:
+            undo.callback(self._storage.engine.dispose)
+            self._study = self.alone(create)
+            self._study_id = self._patience.repeat(lambda: self._storage.get_study_id_from_name(name))
+            self._worker = self._patience.repeat(lambda: Worker(self._study))
+            undo.pop_all()
         self._about = {"device": device_info(), **about, "versions": versions()}
 
     def alone(self, step: Callable[[], _Found]) -> _Found:
@@ -205,8 +208,10 @@ class SearchStudy:
 
     def close(self) -> None:
         """Leave the study: this process is no worker of it any more."""
-        self._patience.repeat(self._worker.close)
-        self._storage.engine.dispose()
+        try:
+            self._patience.repeat(self._worker.close)
+        finally:
+            self._storage.engine.dispose()
 
     def _id(self, trial: optuna.Trial | FrozenTrial) -> int:
         """Of a trial in the storage."""

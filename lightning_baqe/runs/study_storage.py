@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ from lightning_baqe.search.patience import ConnectionLost, Patience
 from lightning_baqe.search.study_lock import study_lock
 
 _BUSY_S = 20.0  # that SQLite waits in C, where Ctrl-C is not heard, before the wait is told and goes on
+
+
+class _Database(RDBStorage):
+    """Leaves no connection open where it cannot be opened: psycopg warns of those, at any later time."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super().__init__(*arguments, **options)
+        except BaseException:
+            if hasattr(self, "engine"):
+                self.engine.dispose()
+            raise
 
 
 def storage_url(run_dir: Path, storage: str | None) -> str:
@@ -52,9 +65,13 @@ def open_storage(url: str, patience: Patience | None = None) -> RDBStorage:
         )
 
     def opened() -> RDBStorage:
-        # Two processes that create the tables at once would collide, also those of two studies in one database.
-        with study_lock(url, "tables"):
-            return RDBStorage(url, engine_kwargs=options)
+        with ExitStack() as undo:
+            # Two processes that create the tables at once would collide, also those of two studies in one database.
+            with study_lock(url, "tables"):
+                storage = _Database(url, engine_kwargs=options)
+                undo.callback(storage.engine.dispose)
+            undo.pop_all()
+        return storage
 
     try:
         return opened() if patience is None else patience.repeat(opened)
