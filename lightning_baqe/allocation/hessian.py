@@ -1,14 +1,11 @@
 """Traces of the loss's Hessian by layer, by Hutchinson's method, and the sensitivity of HAWQ.
 
-| symbol | meaning | shape |
-| --- | --- | --- |
-| w | the weights of a layer, or its input | any |
-| H | second derivatives of the mean loss by w | (size of w, size of w) |
-| v | a probe, entries of 1 and -1 with equal chance | as w |
-| v' H v | one estimate: its expectation is the trace of H | scalar |
-
-H v comes from differentiating the gradient's product with v; H is never formed. All layers are probed at once: what one
-layer's probe adds to another's product has the expectation 0.
+For a random v of 1 and -1, the expectation of v' H v is the trace of H, and H v comes from differentiating the
+gradient's product with v: H is never formed. Probing all layers at once would be unbiased, but what one layer's probe
+adds to another's product is noise, in a deep network many times the trace. So the two parts of H are probed apart; see
+:mod:`lightning_baqe.allocation.curvature`. One gradient serves the Gauss-Newton part of all layers. The rest is probed
+layer by layer; where the output is piecewise linear in the weights of one layer, as with ReLU and pooling, it is 0,
+which its first probes show.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_baqe.allocation.curvature import Curvature, Tensors
 from lightning_baqe.allocation.evidence import Evidence, Loss, Sensitivities, Sensitivity, Tell, float_free
 from lightning_baqe.allocation.layer_gradients import layer_inputs, learning, watched_inputs
 from lightning_baqe.errors import ConfigError, DataError, UnsupportedModelError, check_at_least
@@ -35,7 +33,8 @@ from lightning_baqe.quantization.wrappers import refuse_lazy, unwrapped
 
 FLOOR = 0.01  # of the largest trace: smaller ones need not be known more exactly than one of this size
 _FEWEST = 10  # probes, before their spread is believed
-_PER_GRAPH = 4  # probes that share a forward and a first backward pass
+_FIRST = 2  # probes of the residual part, which show where it is 0
+_NOTHING = 1e-6  # of a trace: rounding of a part that is 0
 
 Of = Literal["weights", "inputs"]
 
@@ -46,7 +45,7 @@ class Traces(dict[str, float]):
     Attributes:
         standard_errors: of the figures, over the probes.
         counts: ``{layer: number of entries}``, of its weights or of one image's input.
-        samples: probes that were taken.
+        samples: probes of all layers that were taken.
     """
 
     def __init__(
@@ -55,16 +54,16 @@ class Traces(dict[str, float]):
         super().__init__(values)
         self.standard_errors, self.counts, self.samples = dict(standard_errors), dict(counts), samples
 
-    def unsure(self, tolerance: float) -> list[str]:
-        """Layers whose trace has a standard error above this part of the larger of itself and :data:`FLOOR` of the
-        largest."""
+    def scales(self) -> dict[str, float]:
+        """By layer, the larger of its trace and :data:`FLOOR` of the largest; what errors are compared with."""
         totals = {name: abs(value) * self.counts[name] for name, value in self.items()}
         floor = FLOOR * max(totals.values())
-        return [
-            name
-            for name, total in totals.items()
-            if self.standard_errors[name] * self.counts[name] > tolerance * max(total, floor)
-        ]
+        return {name: max(total, floor) for name, total in totals.items()}
+
+    def unsure(self, tolerance: float) -> list[str]:
+        """Layers whose trace has a standard error above this part of its scale."""
+        scales = self.scales()
+        return [name for name in self if self.standard_errors[name] * self.counts[name] > tolerance * scales[name]]
 
 
 def hessian_trace(
@@ -86,7 +85,7 @@ def hessian_trace(
 
     Args:
         model: float, trained; any that can be differentiated twice.
-        loss_fn: ``loss_fn(output, y)``, the mean over the batch.
+        loss_fn: ``loss_fn(output, y)``, the mean over the batch; it depends on weights through the output alone.
         batches: ``(x, y)``.
         samples: probes at most.
         of: ``"weights"``; ``"inputs"``: of each layer's input, the mean over images of the Hessian of an image's loss.
@@ -100,7 +99,7 @@ def hessian_trace(
         ``{layer: trace / number of entries}``. Figures may be negative: the curvature is, or probes were few.
 
     Raises:
-        ConfigError: no layers, no batches, or an argument out of range.
+        ConfigError: no layers, no batches, an argument out of range, or a loss that knows weights by itself.
         DataError: batches that are no ``(x, y)``, or a loss that is not finite.
         UnsupportedModelError: weights that are no parameters of their own.
     """
@@ -120,33 +119,96 @@ def hessian_trace(
     if not parts:
         raise ConfigError("batches is empty: give some (x, y), at least one image")
     images, generator = sum(len(x) for x, _ in parts), torch.Generator().manual_seed(seed)
-    estimates: list[dict[str, float]] = []
+    estimates = _Estimates(probed.names, samples)
     with evaluating(network), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), probed.ready():
-        while len(estimates) < samples:
-            fresh = [dict.fromkeys(probed.names, 0.0) for _ in range(min(_PER_GRAPH, samples - len(estimates)))]
+        while True:
+            jointly, alone = estimates.wanted(tolerance)
+            if not jointly and not alone:
+                return estimates.traces()
             for x, y in parts:
-                loss = loss_fn(network(x), y)
-                if not bool(torch.isfinite(loss)):
-                    raise DataError(f"the loss is {loss.item()}, but traces need a finite one: see to data and network")
-                for estimate, products in zip(fresh, probed.products(loss, len(fresh), generator), strict=True):
-                    for name, product in products.items():
-                        estimate[name] += product * len(x) / images
-            estimates += fresh
-            found = _traces(estimates, probed.counts)
+                output, share = network(x), len(x) / images
+                curvature = Curvature(output, y, loss_fn, probed.tensors(), generator)
+                joint = [curvature.gauss_newton() for _ in range(jointly)]
+                estimates.add(
+                    share,
+                    {name: [found.get(name, 0.0) for found in joint] for name in probed.names},
+                    curvature.residual(alone),
+                )
+            estimates.finish(probed.counts)
             if tell is not None:
-                tell(len(estimates), samples)
-            if len(estimates) >= _FEWEST and not found.unsure(tolerance):
-                break
-    return found
+                tell(estimates.samples, samples)
 
 
-def _traces(estimates: list[dict[str, float]], counts: Mapping[str, int]) -> Traces:
-    values, errors = {}, {}
-    for name, count in counts.items():
-        all_of = torch.tensor([estimate[name] for estimate in estimates], dtype=torch.float64) / count
-        values[name] = float(all_of.mean())
-        errors[name] = float(all_of.std()) / math.sqrt(len(all_of)) if len(all_of) > 1 else math.inf
-    return Traces(values, errors, counts, len(estimates))
+class _Estimates:
+    """Of the two parts of each layer's trace, by probe, and which are wanted next.
+
+    Args:
+        names: of the layers.
+        most: probes of each part.
+    """
+
+    def __init__(self, names: Sequence[str], most: int) -> None:
+        self._most = most
+        self._parts = tuple({name: torch.zeros(0, dtype=torch.float64) for name in names} for _ in range(2))
+        self._sums: tuple[dict[str, torch.Tensor], ...] = ({}, {})
+        self._counts = dict.fromkeys(names, 1)
+
+    @property
+    def samples(self) -> int:
+        """Probes of all layers."""
+        return len(next(iter(self._parts[0].values())))
+
+    def add(self, share: float, *parts: Mapping[str, Sequence[float]]) -> None:
+        """What some images add to the estimates that were wanted."""
+        for sums, part in zip(self._sums, parts, strict=True):
+            for name, values in part.items():
+                sums[name] = sums.get(name, 0.0) + share * torch.tensor(values, dtype=torch.float64)
+
+    def finish(self, counts: Mapping[str, int]) -> None:
+        """All images were there; ``counts`` are the layers' numbers of entries."""
+        for part, sums in zip(self._parts, self._sums, strict=True):
+            for name, values in sums.items():
+                part[name] = torch.cat([part[name], values])
+            sums.clear()
+        self._counts = dict(counts)
+
+    def traces(self) -> Traces:
+        """So far."""
+        joint, alone = self._parts
+        errors = self._errors()
+        values = {name: float(joint[name].mean() + alone[name].mean()) / n for name, n in self._counts.items()}
+        known = {name: math.hypot(*errors[name]) / n for name, n in self._counts.items()}
+        return Traces(values, known, self._counts, self.samples)
+
+    def _errors(self) -> dict[str, tuple[float, float]]:
+        """Standard errors of the two parts."""
+        return {name: (_error(self._parts[0][name]), _error(self._parts[1][name])) for name in self._counts}
+
+    def wanted(self, tolerance: float) -> tuple[int, dict[str, int]]:
+        """Probes of the Gauss-Newton part, and of the residual part by layer; none: all is known, or was tried."""
+        _, alone = self._parts
+        if not self.samples:
+            return min(_FEWEST, self._most), dict.fromkeys(alone, min(_FIRST, self._most))
+        found, errors = self.traces(), self._errors()
+        scales, unsure = found.scales(), {*found.unsure(tolerance)}
+        jointly, by_layer = False, dict[str, int]()
+        for name, taken in alone.items():
+            left = self._most - len(taken)
+            least = max(tolerance / 2, _NOTHING) * scales[name]
+            # Two probes may be near each other by chance, but hardly both be next to 0.
+            hardly_seen = len(taken) < _FEWEST and bool(taken.abs().max() > least)
+            of_joint, of_alone = errors[name]
+            unknown = name in unsure and of_alone > _NOTHING * scales[name]
+            if left and (hardly_seen or (unknown and (of_alone >= of_joint or self.samples == self._most))):
+                by_layer[name] = min(_FEWEST - len(taken) if hardly_seen else _FEWEST, left)
+            elif name in unsure:
+                jointly = True
+        return min(_FEWEST, self._most - self.samples) if jointly else 0, by_layer
+
+
+def _error(values: torch.Tensor) -> float:
+    """Of the mean, its standard error."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 class _Probed(ABC):
@@ -161,36 +223,12 @@ class _Probed(ABC):
         self.counts: dict[str, int] = dict.fromkeys(self.names, 1)
 
     @abstractmethod
-    def tensors(self) -> Mapping[str, Sequence[torch.Tensor]]:
-        """That the last loss was computed with."""
+    def tensors(self) -> Tensors:
+        """That the last output was computed with."""
 
     @abstractmethod
     def ready(self) -> AbstractContextManager[None]:
-        """Within the block, losses depend on the tensors."""
-
-    def products(self, loss: torch.Tensor, probes: int, generator: torch.Generator) -> Iterator[dict[str, float]]:
-        """``{layer: v' H v}`` for so many probes v."""
-        tensors = self.tensors()
-        unique = list({id(tensor): tensor for several in tensors.values() for tensor in several}.values())
-        gradients = torch.autograd.grad(loss, unique, create_graph=True, allow_unused=True)
-        curved = [(t, g) for t, g in zip(unique, gradients, strict=True) if g is not None and g.requires_grad]
-        for left in reversed(range(probes)):
-            vectors = [_probe(tensor, generator) for tensor in unique]
-            by_tensor = {id(tensor): 0.0 for tensor in unique}
-            if curved:
-                of = {id(tensor): vector for tensor, vector in zip(unique, vectors, strict=True)}
-                found = torch.autograd.grad(
-                    [gradient for _, gradient in curved], [tensor for tensor, _ in curved],
-                    [of[id(tensor)] for tensor, _ in curved], retain_graph=left > 0, allow_unused=True,
-                )  # fmt: skip
-                for (tensor, _), product in zip(curved, found, strict=True):
-                    by_tensor[id(tensor)] = 0.0 if product is None else float((product * of[id(tensor)]).sum())
-            yield {name: sum(by_tensor[id(tensor)] for tensor in tensors.get(name, ())) for name in self.names}
-
-
-def _probe(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int8)  # the same on every device
-    return torch.empty_like(tensor).copy_(signs).mul_(2).sub_(1)
+        """Within the block, outputs depend on the tensors."""
 
 
 class _Weights(_Probed):
@@ -209,7 +247,7 @@ class _Weights(_Probed):
         self.counts = {name: weight.numel() for name, weight in self._weights.items()}
         self._others = [p for p in network.parameters() if all(p is not weight for weight in self._weights.values())]
 
-    def tensors(self) -> Mapping[str, Sequence[torch.Tensor]]:
+    def tensors(self) -> Tensors:
         return {name: (weight,) for name, weight in self._weights.items()}
 
     @contextmanager
@@ -223,7 +261,7 @@ class _Inputs(_Probed):
         super().__init__(network)
         self._network, self._shifts = network, dict[str, list[torch.Tensor]]()
 
-    def tensors(self) -> Mapping[str, Sequence[torch.Tensor]]:
+    def tensors(self) -> Tensors:
         sizes = {name: sum(shift[0].numel() for shift in shifts) for name, shifts in self._shifts.items()}
         self.counts = {name: sizes.get(name, 1) for name in self.names}
         return self._shifts
