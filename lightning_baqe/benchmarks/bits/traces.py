@@ -61,7 +61,7 @@ def trained(folder: Path, scale: int = 1) -> tuple[nn.Module, float]:
         scale: divides images and epochs: does it run?
     """
     pl.seed_everything(0, verbose=False)
-    net, accuracy = network("resnet18", 62), 0.0
+    net, accuracy = network("resnet18", 62).to(memory_format=torch.channels_last), 0.0
     for size, images, epochs, rate in STAGES:
         data = GlyphsDataModule(images // scale, 500 // scale, 10, min(32, images // scale), seed=0)
         task = ImageClassifier(_Enlarged(net, size), 62, rate, 0.05, scheduler="onecycle")
@@ -97,7 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     batches = [(enlarged(batch_x, size), batch_y)]
     start = time.perf_counter()
-    found = hessian_trace(net, loss_of, batches, options.samples, tolerance=TOLERANCE, chunk=options.chunk)
+
+    def tell(done: int, most: int) -> None:
+        console.print(f"{done} of at most {most} probes, {time.perf_counter() - start:.0f} s")
+
+    found = hessian_trace(net, loss_of, batches, options.samples, tolerance=TOLERANCE, chunk=options.chunk, tell=tell)
     hessian_s = time.perf_counter() - start
     floor = FLOOR * max(abs(value) * found.counts[name] for name, value in found.items())
     rows = []
