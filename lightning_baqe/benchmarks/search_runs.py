@@ -81,13 +81,31 @@ def replay(problem: str, sampler: str, seed: int, trials: int, initial: int, noi
         each evaluation takes on the device, the first with what preparing took}`.
     """
     of = problem_named(problem)
-    told = problem_named(problem, seed) if noisy else of
+    told = problem_named(problem, seed) if noisy else None
     pool = of.candidates(POOL_SIZE, np.random.default_rng([seed, 0]))
     made = SAMPLERS[sampler](seed, of, pool, initial)
+    first = np.random.default_rng([seed, 1]).permutation(len(pool))[:initial] if sampler in POOLLESS else ()
+    return follow(of, made, trials, [pool[index] for index in first], told)
+
+
+def follow(
+    of: Problem, made: BaseSampler, trials: int, first: Pool = (), told: Problem | None = None
+) -> dict[str, Any]:
+    """Run a study of a problem.
+
+    Args:
+        of: gives the values that are returned.
+        made: proposes.
+        trials: of the study.
+        first: points that come before the sampler's.
+        told: gives the values that the study is told; None: ``of``.
+
+    Returns:
+        what `replay` does.
+    """
     study = optuna.create_study(directions=["minimize"] * len(of.objectives), sampler=made)
-    if sampler in POOLLESS:
-        for index in np.random.default_rng([seed, 1]).permutation(len(pool))[:initial]:
-            study.enqueue_trial(dict(pool[index]))
+    for point in first:
+        study.enqueue_trial(dict(point))
     values: list[list[float]] = []
     propose_s: list[float] = []
     seconds: list[float] = []
@@ -99,7 +117,7 @@ def replay(problem: str, sampler: str, seed: int, trials: int, initial: int, noi
         values.append([float(value) for value in of.evaluate(trial.params)])
         prepared = of.preparation_s() if not seconds and getattr(made, "knowledge", None) is not None else 0.0
         seconds.append(prepared + float(of.seconds(trial.params)))
-        study.tell(trial, [float(value) for value in told.evaluate(trial.params)] if noisy else values[-1])
+        study.tell(trial, values[-1] if told is None else [float(value) for value in told.evaluate(trial.params)])
     return {"values": values, "propose_s": propose_s, "seconds": seconds}
 
 

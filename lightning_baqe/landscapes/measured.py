@@ -120,7 +120,9 @@ class Landscape:
         self._pixels: Mapping[str, float] = latency["pixels"]
         self._correction = Correction.from_record(latency["correction"])
         self._latency_spread = float(latency["spread"])
-        self._scores: Mapping[str, Mapping[str, float]] = record.get("scores", {})
+        self._scores = {
+            layer: {int(bits): value for bits, value in of.items()} for layer, of in record.get("scores", {}).items()
+        }
         self._accuracy = from_record(record["accuracy"]["model"])
         self._accuracy_spread = float(record["accuracy"]["spread"])
         self._layers = tuple(record["accuracy"]["layers"])
@@ -156,8 +158,11 @@ class Landscape:
         """How long training, building and measuring a point takes on the CPU of the table."""
         return float(sum(self._seconds[part] for part in ("train", "build", "measure")))
 
-    def knowledge(self) -> Knowledge:
+    def knowledge(self, sensitivities: Mapping[str, Mapping[int, float]] | None = None) -> Knowledge:
         """What a search knows before any trial: sizes, the latencies of kernels that it tuned, sensitivities.
+
+        Args:
+            sensitivities: ``{layer: {bits: value}}``, in place of the divergences that were measured.
 
         Knobs are the space's defaults: the best of the few that a search tries of each kernel before it begins.
         """
@@ -174,11 +179,12 @@ class Landscape:
             }
         kernels, pixels, *_ = self.parts(plain)
         searched = sum(choices[base] for choices in latency.values())
+        known = self._scores if sensitivities is None else sensitivities
         exact: Kind = "estimate" if any(FLOAT_BITS in choices for choices in offered.values()) else "exact"
         scores = {
-            f"{leader}/bits": {b: self._scores[leader].get(str(b), 0.0) for b in choices}
+            f"{leader}/bits": {b: known[leader].get(b, 0.0) for b in choices}
             for leader, choices in offered.items()
-            if leader in self._scores
+            if leader in known
         }
         return Knowledge(
             [

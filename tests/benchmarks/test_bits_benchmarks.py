@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from small_data import small_elpv
 
-from lightning_baqe.benchmarks.bits import comparison, solver, traces
+from lightning_baqe.benchmarks import landscape_accuracy
+from lightning_baqe.benchmarks.accuracy_rows import SMALLEST
+from lightning_baqe.benchmarks.bits import comparison, priors, solver, traces
 
 
 def test_the_solver(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +54,23 @@ def test_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "Kendall" in shown
     assert comparison.main([*arguments, "--smallest"]) == 0  # nothing is done again
     assert len((tmp_path / "out" / "bits.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_priors(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = landscape_accuracy.SETTINGS["glyphs"]["resnet18"].with_epochs(1, 1)
+    monkeypatch.setitem(landscape_accuracy.SETTINGS["glyphs"], "resnet18", settings)
+    monkeypatch.setattr(priors, "PRIORS", {name: priors.PRIORS[name] for name in ("divergence", "fisher")})
+    trial = landscape_accuracy.Trial(2, 8, 16, 16, 16, calibration_batches=1, float_sizes=SMALLEST)
+    small = ["--networks", "resnet18", "--seeds", "2", "--trials", "4", "--initial", "2", "--jobs", "1"]
+    small += ["--population", "4", "--generations", "1", "--folder", str(tmp_path)]
+    assert priors.main(small, trial) == 0
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(row["sampler"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in (0, 1) for name in ("divergence", "fisher", "none")
+    ]
+    assert {len(row["values"]) for row in rows} == {4}
+    told = {prior: json.loads((tmp_path / f"resnet18-{prior}.json").read_text()) for prior in priors.PRIORS}
+    assert told["divergence"]["content"] != told["fisher"]["content"]
+    assert "2 + 2 trials, 2 seeds" in capsys.readouterr().out
+    assert priors.main(small, trial) == 0  # nothing is done again
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(rows)
