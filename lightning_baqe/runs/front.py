@@ -20,6 +20,7 @@ from lightning_baqe.runs.summary import Summary, Width, mean_width
 
 if TYPE_CHECKING:
     from lightning_baqe.deploy.artifact import Artifact
+    from lightning_baqe.quantization.config import BitConfig
 
 Bits = Mapping[str, tuple[Width, int]]
 
@@ -47,6 +48,13 @@ class FrontPoint:
     latency_us: float
     size_bytes: int
     artifact_path: Path
+
+    @property
+    def bit_config(self) -> BitConfig:
+        """Its bits for any other recipe: write ``bit_config.to_json()`` to a file and give ``bits.file=<file>``."""
+        from lightning_baqe.quantization.config import BitConfig, LayerBits  # needs torch, which a front does not
+
+        return BitConfig({name: LayerBits(*bits) for name, bits in self.bits.items()})
 
 
 @dataclass(frozen=True)

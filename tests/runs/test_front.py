@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from lightning_baqe.errors import ConfigError, DataError, InfeasibleError
+from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.runs.front import (
     Front,
     FrontPoint,
@@ -137,6 +138,12 @@ def test_select_loads_the_artifact(sample_run_dir: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "lightning_baqe.deploy.artifact", module)
     front = Front.load(sample_run_dir)
     assert front.select(latency_us=700) == ("loaded", front.select_point(latency_us=700).artifact_path)
+
+
+def test_a_point_is_a_bit_config_for_other_recipes(sample_run_dir: Path) -> None:
+    for of in Front.load(sample_run_dir):
+        read = BitConfig.from_json(of.bit_config.to_json())
+        assert {name: (bits.weight, bits.activation) for name, bits in read.items()} == dict(of.bits)
 
 
 def test_a_missing_artifact_is_named(sample_run_dir: Path) -> None:
