@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,10 +52,15 @@ class ActivationQuantizer(nn.Module, ABC):
         self.through: Expression | None = None
         self.scale = nn.Parameter(torch.ones((), device=device), requires_grad=self.learns)
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
+        self._is_set = False  # whether `initialized` was seen true: reading a tensor at each call would stall a GPU
 
-    @abstractmethod
     def zero_point(self) -> int:
         """The integer that stands for 0, within 0..Q."""
+        return int(self._zero_point())
+
+    @abstractmethod
+    def _zero_point(self) -> torch.Tensor:
+        """The same where it is computed, shape ``()``; NaN where training diverged."""
 
     @abstractmethod
     def _set_range(self, low: float, high: float) -> None:
@@ -74,6 +80,11 @@ class ActivationQuantizer(nn.Module, ABC):
         observer.check(self.name)
         self._set_range(*observer.range(self.qmax, self.range_method, self.symmetric, self.through))
         self.initialized.fill_(True)
+        self._is_set = True
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._is_set = False  # what was loaded says so
 
     def step(self) -> float:
         """The scale as it acts."""
@@ -104,22 +115,27 @@ class ActivationQuantizer(nn.Module, ABC):
         if self.observer is not None:
             self.observer.update(x.detach())
             return False
-        if not bool(self.initialized):
+        if not self._is_set:
+            self._set_by_first(x)
+        return True
+
+    @torch.compiler.disable
+    def _set_by_first(self, x: torch.Tensor) -> None:
+        self._is_set = bool(self.initialized)
+        if not self._is_set:
             if not self.training:
                 self.require_initialized()
             first = RangeObserver()
             first.update(x.detach())
             self.initialize(first)
-        return True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._ready(x):
             return x
-        if not self._is_finite():
-            return x * math.nan  # training diverged: the loss must show it, whoever computes it
+        # Where training diverged scale or zero point are not finite, and so is the output: the loss must show it.
         factor = 1.0 / math.sqrt(max(x[:1].numel() if x.ndim else 1, 1) * self.qmax)
         scale, offset = scale_gradient(self.scale, factor), scale_gradient(self._offset(), factor)
-        return quantize_activation(x, scale, offset, self.zero_point(), self.qmax)
+        return quantize_activation(x, scale, offset, self._zero_point(), self.qmax)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, name={self.name!r}"
@@ -134,8 +150,10 @@ class LSQPlusActivation(ActivationQuantizer):
         super().__init__(bits, name, device, range_method)
         self.offset = nn.Parameter(torch.zeros((), device=device))
 
-    def zero_point(self) -> int:
-        return min(max(round(-float(self.offset.detach()) / self.step()), 0), self.qmax)
+    def _zero_point(self) -> torch.Tensor:
+        offset = self.offset.detach()
+        whole = (-offset / self.scale.detach().clamp_min(MIN_SCALE)).round().clamp(0, self.qmax)
+        return whole + 0 * offset  # an infinite offset is no zero point, though it can be clamped
 
     def _offset(self) -> torch.Tensor:
         return self.offset
@@ -156,8 +174,8 @@ class _FixedZeroPoint(ActivationQuantizer):
         super().__init__(bits, name, device, range_method)
         self.register_buffer("fixed_zero_point", torch.zeros((), dtype=torch.int64, device=device))
 
-    def zero_point(self) -> int:
-        return int(self.fixed_zero_point)
+    def _zero_point(self) -> torch.Tensor:
+        return self.fixed_zero_point
 
     def _set_range(self, low: float, high: float) -> None:
         step = (high - low) / self.qmax
@@ -201,8 +219,8 @@ class ResidualStream(ActivationQuantizer):
         self._ready(x)
         return x
 
-    def zero_point(self) -> int:
-        return 0
+    def _zero_point(self) -> torch.Tensor:
+        return torch.zeros_like(self.scale)
 
     def _set_range(self, low: float, high: float) -> None:
         self.scale.fill_(max(abs(low), abs(high)) / 2**20)

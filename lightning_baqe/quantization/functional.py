@@ -1,5 +1,9 @@
 """Fake quantization with learnable scales, as stateless autograd functions of a few elementwise passes each.
 
+Each has two forms of the same arithmetic. On a CPU the passes go block by block through the cache, in place, and the
+numbers of a whole tensor are Python's. For ``torch.compile``, which fuses by itself, and for other devices, where a
+number of Python's would wait for the device, they are plain tensor operations.
+
 | symbol | meaning | shape |
 | --- | --- | --- |
 | w, x | weights, activations | ``(channels, ...)``, ``(n, ...)`` |
@@ -40,9 +44,14 @@ def scale_gradient(value: torch.Tensor, factor: float) -> torch.Tensor:
     return scaled
 
 
-def _blocks(rows: int, row_length: int, device: torch.device) -> list[slice]:
-    """Row ranges of about 1 MiB on a CPU, so that successive passes over a block stay in its cache; else one range."""
-    size = max(1, _BLOCK_ELEMENTS // max(row_length, 1)) if device.type == "cpu" else max(rows, 1)
+def _in_blocks(x: torch.Tensor) -> bool:
+    """Which of the two forms serves it."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _blocks(rows: int, row_length: int) -> list[slice]:
+    """Row ranges of about 1 MiB, so that successive passes over a block stay in the cache."""
+    size = max(1, _BLOCK_ELEMENTS // max(row_length, 1))
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
@@ -59,22 +68,31 @@ class _WeightQuantization(torch.autograd.Function):
         rows = weight.flatten(1)
         step = scale.detach().clamp_min(MIN_SCALE).to(weight.dtype)[:, None]
         inverse = step.reciprocal()
+        ctx.qn, ctx.qp, ctx.scale_dtype = qn, qp, scale.dtype
+        if not _in_blocks(weight):
+            ctx.save_for_backward(weight, step)
+            return ((rows * inverse).round().clamp(-qn, qp) * step).view_as(weight)
         out = torch.empty_like(rows)
-        for block in _blocks(rows.shape[0], rows.shape[1], rows.device):
+        for block in _blocks(rows.shape[0], rows.shape[1]):
             part = torch.mul(rows[block], inverse[block], out=out[block])
             part.round_().clamp_(-qn, qp).mul_(step[block])
         ctx.save_for_backward(weight, step, out)
-        ctx.qn, ctx.qp, ctx.scale_dtype = qn, qp, scale.dtype
         return out.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        weight, step, out = ctx.saved_tensors
+        weight, step, *rest = ctx.saved_tensors
         rows, grad = weight.flatten(1), grads[0].flatten(1)
         inverse = step.reciprocal()
+        if not rest:
+            ratio = rows * inverse
+            within = torch.where((ratio > -ctx.qn) & (ratio < ctx.qp), grad, 0.0)
+            at_scale = grad * ratio.round().clamp(-ctx.qn, ctx.qp) - within * ratio
+            return within.view_as(weight), at_scale.sum(1).to(ctx.scale_dtype), None, None
+        (out,) = rest
         inside = torch.empty_like(rows)
         grad_scale = torch.empty_like(step)
-        for block in _blocks(rows.shape[0], rows.shape[1], rows.device):
+        for block in _blocks(rows.shape[0], rows.shape[1]):
             ratio = rows[block] * inverse[block]
             _mask(grad[block], ratio, -ctx.qn, ctx.qp, out=inside[block])
             # grad * q everywhere, less grad * w/s inside the range; q = out / s.
@@ -97,7 +115,7 @@ def quantize_weight(weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int)
     Returns:
         Same shape as ``weight``.
     """
-    if _is_channels_last(weight):
+    if _in_blocks(weight) and _is_channels_last(weight):
         return quantize_weight(weight.permute(0, 2, 3, 1), scale, qn, qp).permute(0, 3, 1, 2)
     out: torch.Tensor = _WeightQuantization.apply(weight, scale, qn, qp)
     return out
@@ -112,47 +130,54 @@ class _ActivationQuantization(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, zero_point: int, qmax: int
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, zero_point: torch.Tensor, qmax: int
     ) -> torch.Tensor:
-        step = float(scale.detach().clamp_min(MIN_SCALE))
+        ctx.qmax, ctx.dtypes = qmax, (scale.dtype, offset.dtype)
+        step = scale.detach().clamp_min(MIN_SCALE)
         # The reciprocal in single precision: an integer graph multiplies the network's input by this very number.
-        inverse = float(torch.tensor(step, dtype=torch.float32).reciprocal())
-        low, high = -zero_point, qmax - zero_point
+        inverse = step.float().reciprocal()
+        if not _in_blocks(x):
+            ctx.save_for_backward(x, step, inverse, zero_point)
+            low = -zero_point.to(x.dtype)
+            return (x * inverse.to(x.dtype)).round().clamp(low, low + qmax) * step.to(x.dtype)
+        ctx.step, ctx.inverse, zero = float(step), float(inverse), float(zero_point)
+        ctx.low, ctx.high = -zero, qmax - zero
         flat, out = x.flatten(), torch.empty_like(x)
         flat_out = out.view(-1)
-        for block in _blocks(x.numel(), 1, x.device):
-            part = torch.mul(flat[block], inverse, out=flat_out[block])
-            part.round_().clamp_(low, high).mul_(step)
+        for block in _blocks(x.numel(), 1):
+            part = torch.mul(flat[block], ctx.inverse, out=flat_out[block])
+            part.round_().clamp_(ctx.low, ctx.high).mul_(ctx.step)
         ctx.save_for_backward(x, out)
-        ctx.step, ctx.inverse, ctx.low, ctx.high = step, inverse, low, high
-        ctx.dtypes = scale.dtype, offset.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        x, out = (tensor.view(-1) for tensor in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        # d/d beta is 1 outside the range. d/ds is round(x/s) - x/s inside, 0 below and Q above, which is what the
+        # clamped integer says once the zero point is taken off: low below, high = Q + low above.
+        if len(saved) > 2:
+            x, step, inverse, zero_point = saved
+            grad, low = grads[0], -zero_point.to(x.dtype)
+            ratio = x * inverse.to(x.dtype)
+            inside = torch.where((ratio > low) & (ratio < low + ctx.qmax), grad, 0.0)
+            outside = grad.sum() - inside.sum()
+            total = (grad * ratio.round().clamp(low, low + ctx.qmax) - inside * x / step.to(x.dtype)).sum()
+            return inside, (total - low * outside).to(ctx.dtypes[0]), outside.to(ctx.dtypes[1]), None, None
+        x, out = (tensor.view(-1) for tensor in saved)
         grad = grads[0].contiguous().view(-1)
         inside = torch.empty_like(grad)
         outside, total = grad.new_zeros(()), grad.new_zeros(())
-        for block in _blocks(x.numel(), 1, x.device):
+        for block in _blocks(x.numel(), 1):
             g, v, i = grad[block], x[block], inside[block]
             _mask(g, v * ctx.inverse, ctx.low, ctx.high, out=i)
             outside += g.sum() - i.sum()
             total += torch.dot(g, out[block]) - torch.dot(i, v)
-        # d/d beta is 1 outside the range. d/ds is round(x/s) - x/s inside, 0 below and Q = high - low above; grad * out
-        # over s counts low below and high above: both are too small by -low = z.
         grad_scale = total / ctx.step - ctx.low * outside
-        return (
-            inside.view_as(ctx.saved_tensors[0]),
-            grad_scale.to(ctx.dtypes[0]),
-            outside.to(ctx.dtypes[1]),
-            None,
-            None,
-        )
+        return inside.view_as(saved[0]), grad_scale.to(ctx.dtypes[0]), outside.to(ctx.dtypes[1]), None, None
 
 
 def quantize_activation(
-    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, zero_point: int, qmax: int
+    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, zero_point: torch.Tensor, qmax: int
 ) -> torch.Tensor:
     """``s * (clamp(round(x / s) + z, 0, Q) - z)``, asymmetric, one scale for the tensor.
 
@@ -163,10 +188,13 @@ def quantize_activation(
     Args:
         x: any shape.
         scale, offset: shape ``()``; ``offset`` only receives a gradient, its value enters through ``zero_point``.
-        zero_point: the integer z, 0 to ``qmax``.
+        zero_point: the integer z, 0 to ``qmax``, shape ``()``; NaN makes all of it NaN.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return quantize_activation(x.float(), scale, offset, zero_point, qmax).to(x.dtype)
+    if not _in_blocks(x):
+        compiled: torch.Tensor = _ActivationQuantization.apply(x, scale, offset, zero_point, qmax)
+        return compiled
     if _is_channels_last(x):
         by_pixel = quantize_activation(x.permute(0, 2, 3, 1), scale, offset, zero_point, qmax)
         return by_pixel.permute(0, 3, 1, 2)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_baqe.errors import CalibrationError, ConfigError
 from lightning_baqe.quantization.activation import ACTIVATION_QUANTIZERS, ActivationQuantizer
 from lightning_baqe.quantization.functional import quantize_activation, quantize_weight, scale_gradient
+from lightning_baqe.quantization.layers import QuantConv2d
 from lightning_baqe.quantization.observer import RANGE_METHODS, RangeObserver
 from lightning_baqe.quantization.weight import WEIGHT_INITS, WeightQuantizer, initial_weight_scale, weight_range
 
@@ -155,7 +157,7 @@ def test_activation_gradients_equal_the_closed_form(bits: int, seed: int, step: 
     zero = seed % (qmax + 1)
     scale = torch.tensor(step, dtype=torch.float64, requires_grad=True)
     offset = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
-    quantize_activation(x, scale, offset, zero, qmax).backward(grad)
+    quantize_activation(x, scale, offset, torch.tensor(zero), qmax).backward(grad)
     v = x.detach() / step
     below, above = v <= -zero, v >= qmax - zero
     inside = ~below & ~above
@@ -266,8 +268,53 @@ def test_scale_gradient_is_the_identity() -> None:
 
 def test_half_precision_inputs() -> None:
     x = torch.linspace(-1, 1, 32).to(torch.bfloat16)
-    out = quantize_activation(x, torch.tensor(0.1), torch.tensor(0.0), 8, 15)
+    out = quantize_activation(x, torch.tensor(0.1), torch.tensor(0.0), torch.tensor(8), 15)
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ACTIVATION_QUANTIZERS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_compiled_quantizers_are_the_same(kind: str, bits: int) -> None:
+    """In one graph, without a break, and with the gradients of the other form."""
+    torch.compiler.reset()
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(3, 5, 4, 6, generator=generator, requires_grad=True)
+    quantizer = ACTIVATION_QUANTIZERS[kind](bits, "q")  # type: ignore[call-arg]
+    observer = RangeObserver()
+    observer.update(x.detach() * 0.7)
+    quantizer.initialize(observer)
+    layer = nn.Conv2d(5, 7, 3)
+    layer = QuantConv2d(layer, WeightQuantizer(layer.weight, bits))
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantizer(x), layer.weight_quantizer(layer.weight)
+
+    found = []
+    for form in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        activation, weight = form(x)
+        learns = [
+            x,
+            layer.weight,
+            layer.weight_quantizer.scale,
+            *(p for p in quantizer.parameters() if p.requires_grad),
+        ]
+        loss = (activation * x.detach()).sum() + (weight * layer.weight.detach()).square().sum()
+        found.append((activation, weight, torch.autograd.grad(loss, learns)))
+    (one, other), (first, second), (gradients, others) = zip(*found, strict=True)
+    assert torch.equal(one, other)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lsq", "lsq+"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_training_that_diverged_shows(kind: str, value: float) -> None:
+    for name in ("scale", "offset") if kind == "lsq+" else ("scale",):
+        quantizer = ACTIVATION_QUANTIZERS[kind](4, "q")  # type: ignore[call-arg]
+        quantizer(torch.linspace(-1, 1, 50)[None])
+        quantizer.get_parameter(name).data.fill_(value)
+        for form in (quantizer, torch.compile(quantizer, backend="aot_eager")):
+            assert bool(form(torch.linspace(-1, 1, 50)[None]).isnan().all()), name
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -278,7 +325,7 @@ def test_memory_format_changes_nothing_but_the_order_in_memory(bits: int) -> Non
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         inputs = [t.clone().contiguous(memory_format=layout).requires_grad_() for t in (x, weight)]
-        activation = quantize_activation(inputs[0], scale, scale.detach(), 1, 2**bits - 1)
+        activation = quantize_activation(inputs[0], scale, scale.detach(), torch.tensor(1), 2**bits - 1)
         quantized = quantize_weight(inputs[1], steps, 2 ** (bits - 1), 2 ** (bits - 1) - 1)
         assert activation.is_contiguous(memory_format=layout)
         assert quantized.is_contiguous(memory_format=layout)
