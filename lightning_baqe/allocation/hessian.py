@@ -5,7 +5,7 @@ gradient's product with v: H is never formed. Probing all layers at once would b
 adds to another's product is noise, in a deep network many times the trace. So the two parts of H are probed apart; see
 :mod:`lightning_baqe.allocation.curvature`. One gradient serves the Gauss-Newton part of all layers. The rest is probed
 layer by layer; where the output is piecewise linear in the weights of one layer, as with ReLU and pooling, it is 0,
-which its first probes show.
+which its first probe shows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from lightning_baqe.quantization.wrappers import refuse_lazy, unwrapped
 
 FLOOR = 0.01  # of the largest trace: smaller ones need not be known more exactly than one of this size
 _FEWEST = 10  # probes, before their spread is believed
-_FIRST = 2  # probes of the residual part, which show where it is 0
 _NOTHING = 1e-6  # of a trace: rounding of a part that is 0
 
 Of = Literal["weights", "inputs"]
@@ -181,14 +180,18 @@ class _Estimates:
         return Traces(values, known, self._counts, self.samples)
 
     def _errors(self) -> dict[str, tuple[float, float]]:
-        """Standard errors of the two parts."""
-        return {name: (_error(self._parts[0][name]), _error(self._parts[1][name])) for name in self._counts}
+        """Standard errors of the two parts; of a single probe of the residual one, which is next to 0, its size."""
+        joint, alone = self._parts
+        return {
+            name: (_error(joint[name]), _error(alone[name]) if len(alone[name]) > 1 else float(alone[name].abs()))
+            for name in self._counts
+        }
 
     def wanted(self, tolerance: float) -> tuple[int, dict[str, int]]:
         """Probes of the Gauss-Newton part, and of the residual part by layer; none: all is known, or was tried."""
         _, alone = self._parts
         if not self.samples:
-            return min(_FEWEST, self._most), dict.fromkeys(alone, min(_FIRST, self._most))
+            return min(_FEWEST, self._most), dict.fromkeys(alone, 1)  # one probe shows where the residual part is 0
         found, errors = self.traces(), self._errors()
         scales, unsure = found.scales(), {*found.unsure(tolerance)}
         jointly, by_layer = False, dict[str, int]()
@@ -196,11 +199,12 @@ class _Estimates:
             left = self._most - len(taken)
             least = max(tolerance / 2, _NOTHING) * scales[name]
             # Two probes may be near each other by chance, but hardly both be next to 0.
-            hardly_seen = len(taken) < _FEWEST and bool(taken.abs().max() > least)
+            allowed = _NOTHING * scales[name] if len(taken) == 1 else least
+            hardly_seen = len(taken) < _FEWEST and bool(taken.abs().max() > allowed)
             of_joint, of_alone = errors[name]
             unknown = name in unsure and of_alone > _NOTHING * scales[name]
             if left and (hardly_seen or (unknown and (of_alone >= of_joint or self.samples == self._most))):
-                by_layer[name] = min(_FEWEST - len(taken) if hardly_seen else _FEWEST, left)
+                by_layer[name] = min(1 if len(taken) == 1 else _FEWEST - len(taken) if hardly_seen else _FEWEST, left)
             elif name in unsure:
                 jointly = True
         return min(_FEWEST, self._most - self.samples) if jointly else 0, by_layer
