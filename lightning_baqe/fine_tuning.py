@@ -21,6 +21,7 @@ from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, check_options
+from lightning_baqe.quantization.gradient_scaling import GradientScaling, gradient_scaling, scale_gradients
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint
 from lightning_baqe.tasks.pretrain import keep
 from lightning_baqe.tasks.scoring import Scorer
@@ -37,6 +38,7 @@ class FineTuning:
         batches: training batches that quantizers are calibrated on.
         freeze_after, fold: of :class:`~lightning_baqe.callbacks.FreezeBatchNorm`; None: never.
         distillation, temperature: of :class:`~lightning_baqe.callbacks.Distillation`; 0: none.
+        gradients: through the rounding of weights and of activations.
     """
 
     options: dict[str, str]
@@ -48,6 +50,7 @@ class FineTuning:
     fold: bool
     distillation: float
     temperature: float
+    gradients: tuple[GradientScaling, GradientScaling]
 
     @classmethod
     def of(cls, cfg: DictConfig) -> FineTuning:
@@ -56,6 +59,10 @@ class FineTuning:
         options = {name: given[name] for name in ("activation_quantizer", "activation_range")}
         check_options(**options)
         correction = correction_of(replace(correction_of(given.correct), reconstruct_s=given.reconstruct_s))
+        scaled = given.gradients
+        weights, activations = (
+            gradient_scaling(kind, scaled.delta, scaled.alpha) for kind in (scaled.weights, scaled.activations)
+        )
         after, fold = given.freeze_batch_norm_after, given.fold_batch_norm
         if fold and after is None:
             raise ConfigError(
@@ -75,7 +82,7 @@ class FineTuning:
             )
         return cls(
             options, correction, given.epochs, given.steps, given.calibration_batches, after, fold,
-            given.distillation, given.temperature,
+            given.distillation, given.temperature, (weights, activations),
         )  # fmt: skip
 
     def train(
@@ -97,6 +104,7 @@ class FineTuning:
             distillation.teacher, distillation.independent = teacher, scorer.kind == "labels"
             callbacks.append(distillation)
         quantized = task.quantize(bits, datamodule.example_input, **self.options)
+        scale_gradients(quantized, *self.gradients)
         if not checkpoint.exists():
             with _layer_progress(Console(stderr=True, highlight=False)) as tell:
                 calibrate(quantized, datamodule.train_dataloader(), self.batches, self.correction, tell)

@@ -317,7 +317,7 @@ def test_without_training_nothing_is_asked_of_it(
 
 
 def test_qat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ranges = ["qat.activation_range=percentile:99.5", "qat.activation_quantizer=static"]
+    ranges = ["qat.activation_range=percentile:99.5", "qat.activation_quantizer=static", "qat.gradients.weights=ewgs"]
     arguments = ["recipe=qat", *SMALLEST, *SMALLEST_OF["qat"], *ranges, "bits.weight=4", f"run_dir={tmp_path}/run"]
     assert main(arguments) == 0
     assert "trial_0" in capfd.readouterr().out
@@ -428,6 +428,8 @@ def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
     [
         ("activation_range=percentile:30", "above 50"),
         ("activation_quantizer=dynamic", "activation_quantizer must be one of"),
+        ("gradients.weights=straight", "'straight' is unknown"),
+        ("gradients.alpha=3 qat.gradients.activations=invtanh", "alpha=3"),
         ("freeze_batch_norm_after=-1", "after_epochs=-1"),
         ("fold_batch_norm=true", "qat.freeze_batch_norm_after=null never"),
     ],
@@ -435,7 +437,7 @@ def test_qat_of_a_bit_config_file(tmp_path: Path) -> None:
 def test_wrong_options_are_refused_before_any_training(
     option: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["recipe=qat", *SMALLEST, f"qat.{option}", f"run_dir={tmp_path}/run"]) == 1
+    assert main(["recipe=qat", *SMALLEST, *f"qat.{option}".split(), f"run_dir={tmp_path}/run"]) == 1
     assert wanted in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_baqe.errors import CalibrationError
 from lightning_baqe.quantization.functional import MIN_SCALE, quantize_activation, scale_gradient
+from lightning_baqe.quantization.gradient_scaling import STRAIGHT
 from lightning_baqe.quantization.observer import RangeObserver
 from lightning_baqe.quantization.pointwise import Expression
 
@@ -27,6 +28,8 @@ class ActivationQuantizer(nn.Module, ABC):
 
     Attributes:
         learns: whether the scale does.
+        gradient: how gradients pass the rounding; :func:`~lightning_baqe.quantization.gradient_scaling.scale_gradients`
+            sets it.
         symmetric: whether the zero point of a range with negative values is the middle one.
         through: the function that alone reads the tensor, if one does; see :meth:`RangeObserver.range`.
 
@@ -49,6 +52,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.name = name
         self.range_method = range_method
         self.observer: RangeObserver | None = None
+        self.gradient = STRAIGHT
         self.through: Expression | None = None
         self.scale = nn.Parameter(torch.ones((), device=device), requires_grad=self.learns)
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
@@ -135,7 +139,7 @@ class ActivationQuantizer(nn.Module, ABC):
         # Where training diverged scale or zero point are not finite, and so is the output: the loss must show it.
         factor = 1.0 / math.sqrt(max(x[:1].numel() if x.ndim else 1, 1) * self.qmax)
         scale, offset = scale_gradient(self.scale, factor), scale_gradient(self._offset(), factor)
-        return quantize_activation(x, scale, offset, self._zero_point(), self.qmax)
+        return quantize_activation(x, scale, offset, self._zero_point(), self.qmax, self.gradient)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, name={self.name!r}"

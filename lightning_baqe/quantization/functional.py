@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from lightning_baqe.quantization.gradient_scaling import STRAIGHT, GradientScaling
+
 MIN_SCALE = 1e-8
 _BLOCK_ELEMENTS = 2**18
 
@@ -64,11 +66,13 @@ class _WeightQuantization(torch.autograd.Function):
     """LSQ eqs. 1-3 for each channel of the first dimension."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int, gradient: GradientScaling
+    ) -> torch.Tensor:
         rows = weight.flatten(1)
         step = scale.detach().clamp_min(MIN_SCALE).to(weight.dtype)[:, None]
         inverse = step.reciprocal()
-        ctx.qn, ctx.qp, ctx.scale_dtype = qn, qp, scale.dtype
+        ctx.qn, ctx.qp, ctx.scale_dtype, ctx.gradient = qn, qp, scale.dtype, gradient
         if not _in_blocks(weight):
             ctx.save_for_backward(weight, step)
             return ((rows * inverse).round().clamp(-qn, qp) * step).view_as(weight)
@@ -80,7 +84,7 @@ class _WeightQuantization(torch.autograd.Function):
         return out.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         weight, step, *rest = ctx.saved_tensors
         rows, grad = weight.flatten(1), grads[0].flatten(1)
         inverse = step.reciprocal()
@@ -88,7 +92,8 @@ class _WeightQuantization(torch.autograd.Function):
             ratio = rows * inverse
             within = torch.where((ratio > -ctx.qn) & (ratio < ctx.qp), grad, 0.0)
             at_scale = grad * ratio.round().clamp(-ctx.qn, ctx.qp) - within * ratio
-            return within.view_as(weight), at_scale.sum(1).to(ctx.scale_dtype), None, None
+            within = ctx.gradient.scaled(within, ratio)
+            return within.view_as(weight), at_scale.sum(1).to(ctx.scale_dtype), None, None, None
         (out,) = rest
         inside = torch.empty_like(rows)
         grad_scale = torch.empty_like(step)
@@ -98,11 +103,15 @@ class _WeightQuantization(torch.autograd.Function):
             # grad * q everywhere, less grad * w/s inside the range; q = out / s.
             total = (grad[block] * out[block]).addcmul_(inside[block], rows[block], value=-1)
             torch.sum(total, 1, keepdim=True, out=grad_scale[block])
+            if ctx.gradient.kind != STRAIGHT.kind:
+                inside[block] = ctx.gradient.scaled(inside[block], ratio)
         grad_scale = (grad_scale * inverse).flatten().to(ctx.scale_dtype)
-        return inside.view_as(weight), grad_scale, None, None
+        return inside.view_as(weight), grad_scale, None, None, None
 
 
-def quantize_weight(weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int) -> torch.Tensor:
+def quantize_weight(
+    weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int, gradient: GradientScaling = STRAIGHT
+) -> torch.Tensor:
     """``s * clamp(round(w / s), -Qn, Qp)``, symmetric, one scale for each output channel (LSQ eqs. 1 and 2).
 
     Gradients are LSQ's: through to ``w`` where ``-Qn < w/s < Qp``; to ``s`` ``round(w/s) - w/s`` there, ``-Qn`` below
@@ -111,13 +120,14 @@ def quantize_weight(weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int)
     Args:
         weight: ``(channels, ...)``.
         scale: ``(channels,)``.
+        gradient: what becomes of the gradient to ``w`` within the range.
 
     Returns:
         Same shape as ``weight``.
     """
     if _in_blocks(weight) and _is_channels_last(weight):
-        return quantize_weight(weight.permute(0, 2, 3, 1), scale, qn, qp).permute(0, 3, 1, 2)
-    out: torch.Tensor = _WeightQuantization.apply(weight, scale, qn, qp)
+        return quantize_weight(weight.permute(0, 2, 3, 1), scale, qn, qp, gradient).permute(0, 3, 1, 2)
+    out: torch.Tensor = _WeightQuantization.apply(weight, scale, qn, qp, gradient)
     return out
 
 
@@ -130,9 +140,15 @@ class _ActivationQuantization(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, zero_point: torch.Tensor, qmax: int
+        ctx: Any,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        offset: torch.Tensor,
+        zero_point: torch.Tensor,
+        qmax: int,
+        gradient: GradientScaling,
     ) -> torch.Tensor:
-        ctx.qmax, ctx.dtypes = qmax, (scale.dtype, offset.dtype)
+        ctx.qmax, ctx.gradient, ctx.dtypes = qmax, gradient, (scale.dtype, offset.dtype)
         step = scale.detach().clamp_min(MIN_SCALE)
         # The reciprocal in single precision: an integer graph multiplies the network's input by this very number.
         inverse = step.float().reciprocal()
@@ -151,7 +167,7 @@ class _ActivationQuantization(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
         saved = ctx.saved_tensors
         # d/d beta is 1 outside the range. d/ds is round(x/s) - x/s inside, 0 below and Q above, which is what the
         # clamped integer says once the zero point is taken off: low below, high = Q + low above.
@@ -162,7 +178,8 @@ class _ActivationQuantization(torch.autograd.Function):
             inside = torch.where((ratio > low) & (ratio < low + ctx.qmax), grad, 0.0)
             outside = grad.sum() - inside.sum()
             total = (grad * ratio.round().clamp(low, low + ctx.qmax) - inside * x / step.to(x.dtype)).sum()
-            return inside, (total - low * outside).to(ctx.dtypes[0]), outside.to(ctx.dtypes[1]), None, None
+            at_scale = (total - low * outside).to(ctx.dtypes[0])
+            return ctx.gradient.scaled(inside, ratio), at_scale, outside.to(ctx.dtypes[1]), None, None, None
         x, out = (tensor.view(-1) for tensor in saved)
         grad = grads[0].contiguous().view(-1)
         inside = torch.empty_like(grad)
@@ -172,12 +189,19 @@ class _ActivationQuantization(torch.autograd.Function):
             _mask(g, v * ctx.inverse, ctx.low, ctx.high, out=i)
             outside += g.sum() - i.sum()
             total += torch.dot(g, out[block]) - torch.dot(i, v)
+            if ctx.gradient.kind != STRAIGHT.kind:
+                inside[block] = ctx.gradient.scaled(i, v * ctx.inverse)
         grad_scale = total / ctx.step - ctx.low * outside
-        return inside.view_as(saved[0]), grad_scale.to(ctx.dtypes[0]), outside.to(ctx.dtypes[1]), None, None
+        return inside.view_as(saved[0]), grad_scale.to(ctx.dtypes[0]), outside.to(ctx.dtypes[1]), None, None, None
 
 
 def quantize_activation(
-    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, zero_point: torch.Tensor, qmax: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    zero_point: torch.Tensor,
+    qmax: int,
+    gradient: GradientScaling = STRAIGHT,
 ) -> torch.Tensor:
     """``s * (clamp(round(x / s) + z, 0, Q) - z)``, asymmetric, one scale for the tensor.
 
@@ -189,14 +213,15 @@ def quantize_activation(
         x: any shape.
         scale, offset: shape ``()``; ``offset`` only receives a gradient, its value enters through ``zero_point``.
         zero_point: the integer z, 0 to ``qmax``, shape ``()``; NaN makes all of it NaN.
+        gradient: what becomes of the gradient to ``x`` within the range.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
-        return quantize_activation(x.float(), scale, offset, zero_point, qmax).to(x.dtype)
+        return quantize_activation(x.float(), scale, offset, zero_point, qmax, gradient).to(x.dtype)
     if not _in_blocks(x):
-        compiled: torch.Tensor = _ActivationQuantization.apply(x, scale, offset, zero_point, qmax)
+        compiled: torch.Tensor = _ActivationQuantization.apply(x, scale, offset, zero_point, qmax, gradient)
         return compiled
     if _is_channels_last(x):
-        by_pixel = quantize_activation(x.permute(0, 2, 3, 1), scale, offset, zero_point, qmax)
+        by_pixel = quantize_activation(x.permute(0, 2, 3, 1), scale, offset, zero_point, qmax, gradient)
         return by_pixel.permute(0, 3, 1, 2)
-    out: torch.Tensor = _ActivationQuantization.apply(x.contiguous(), scale, offset, zero_point, qmax)
+    out: torch.Tensor = _ActivationQuantization.apply(x.contiguous(), scale, offset, zero_point, qmax, gradient)
     return out

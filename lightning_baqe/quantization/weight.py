@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.functional import MIN_SCALE, quantize_weight, scale_gradient
+from lightning_baqe.quantization.gradient_scaling import STRAIGHT
 
 WEIGHT_INITS = ("mse", "lsq", "lsq+")
 
@@ -87,6 +88,10 @@ class WeightQuantizer(nn.Module):
     The buffer ``sign``, ``(channels,)`` of 1 and -1, or None for 1 throughout, makes it ``s * sign * clamp(round(sign *
     w / s), -Qn, Qp)``: a channel that folding multiplied by a negative gain keeps its integers.
 
+    Attributes:
+        gradient: how gradients pass the rounding; :func:`~lightning_baqe.quantization.gradient_scaling.scale_gradients`
+            sets it.
+
     Args:
         weight: the weights to initialise the scales from, shape ``(channels, ...)``.
         bits: 2 to 8.
@@ -99,6 +104,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits = bits
         self.qn, self.qp = weight_range(bits)
+        self.gradient = STRAIGHT
         self.scale = nn.Parameter(initial_weight_scale(weight, bits, init))
         self.register_buffer("sign", None)  # no key in a state_dict until there is one
 
@@ -106,9 +112,9 @@ class WeightQuantizer(nn.Module):
         factor = 1.0 / math.sqrt(weight[0].numel() * self.qp)
         scale = scale_gradient(self.scale, factor)
         if self.sign is None:
-            return quantize_weight(weight, scale, self.qn, self.qp)
+            return quantize_weight(weight, scale, self.qn, self.qp, self.gradient)
         sign = self.sign.reshape(-1, *[1] * (weight.ndim - 1))
-        return quantize_weight(weight * sign, scale, self.qn, self.qp) * sign
+        return quantize_weight(weight * sign, scale, self.qn, self.qp, self.gradient) * sign
 
     @torch.no_grad()
     def integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
