@@ -36,7 +36,7 @@ _HOMES = {
     "calibration.calibrate": ("calibrate",),
     "quantization.config": ("BitConfig", "LayerBits"),
     "quantization.convert": ("QuantizedModel",),
-    "quantization.gradient_scaling": ("gradient_scaling", "scale_gradients"),
+    "quantization.gradient_scaling": ("gradient_scaling",),
     "runs.front": ("Front",),
 }
 

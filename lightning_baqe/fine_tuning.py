@@ -21,7 +21,7 @@ from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, check_options
-from lightning_baqe.quantization.gradient_scaling import GradientScaling, gradient_scaling, scale_gradients
+from lightning_baqe.quantization.gradient_scaling import GradientScaling, gradient_scaling
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint
 from lightning_baqe.tasks.pretrain import keep
 from lightning_baqe.tasks.scoring import Scorer
@@ -104,7 +104,7 @@ class FineTuning:
             distillation.teacher, distillation.independent = teacher, scorer.kind == "labels"
             callbacks.append(distillation)
         quantized = task.quantize(bits, datamodule.example_input, **self.options)
-        scale_gradients(quantized, *self.gradients)
+        quantized.scale_gradients(*self.gradients)
         if not checkpoint.exists():
             with _layer_progress(Console(stderr=True, highlight=False)) as tell:
                 calibrate(quantized, datamodule.train_dataloader(), self.batches, self.correction, tell)

@@ -28,8 +28,7 @@ class ActivationQuantizer(nn.Module, ABC):
 
     Attributes:
         learns: whether the scale does.
-        gradient: how gradients pass the rounding; :func:`~lightning_baqe.quantization.gradient_scaling.scale_gradients`
-            sets it.
+        gradient: how gradients pass the rounding; ``QuantizedModel.scale_gradients`` sets it.
         symmetric: whether the zero point of a range with negative values is the middle one.
         through: the function that alone reads the tensor, if one does; see :meth:`RangeObserver.range`.
 

@@ -32,6 +32,7 @@ from lightning_baqe.quantization.activation import (
 )
 from lightning_baqe.quantization.aten import ORIGIN, Origin, origin
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
+from lightning_baqe.quantization.gradient_scaling import GradientScaling
 from lightning_baqe.quantization.layers import QUANT_LAYERS, outputs_first
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.quantization.ops import TRANSPARENT, OpReader
@@ -73,6 +74,12 @@ class QuantizedModel(fx.GraphModule):
     def quantizers(self) -> dict[str, ActivationQuantizer]:
         """Activation quantizers by module path, in network order."""
         return {name: m for name, m in self.named_modules() if isinstance(m, ActivationQuantizer)}
+
+    def scale_gradients(self, weights: GradientScaling, activations: GradientScaling) -> None:
+        """Set how gradients pass the rounding; the best of Schaefer et al. are ``ewgs`` and ``invtanh``."""
+        for module in self.modules():
+            if isinstance(module, WeightQuantizer | ActivationQuantizer):
+                module.gradient = weights if isinstance(module, WeightQuantizer) else activations
 
     def __reduce__(self) -> tuple[Any, ...]:
         function, arguments = super().__reduce__()[:2]

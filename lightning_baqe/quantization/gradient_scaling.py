@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_baqe.errors import ConfigError
 
@@ -76,23 +76,3 @@ def gradient_scaling(kind: str, delta: float = DELTA, alpha: float = GradientSca
     if not 0 < alpha < (2 if kind == "invtanh" else math.inf):
         raise ConfigError(f"gradient scaling {kind!r} has alpha={alpha!r}, wanted is above 0, and below 2 for invtanh")
     return GradientScaling(kind, delta, alpha)
-
-
-def scale_gradients(
-    model: nn.Module, weights: GradientScaling = STRAIGHT, activations: GradientScaling = STRAIGHT
-) -> None:
-    """Set how gradients pass a network's quantizers; the paper's best are ``ewgs`` and ``invtanh``.
-
-    Raises:
-        ConfigError: no quantizers.
-    """
-    from lightning_baqe.quantization.activation import ActivationQuantizer
-    from lightning_baqe.quantization.weight import WeightQuantizer
-
-    found = 0
-    for module in model.modules():
-        if isinstance(module, WeightQuantizer | ActivationQuantizer):
-            module.gradient = weights if isinstance(module, WeightQuantizer) else activations
-            found += 1
-    if not found:
-        raise ConfigError(f"{type(model).__name__} has no quantizers: quantize it first")

@@ -89,8 +89,7 @@ class WeightQuantizer(nn.Module):
     w / s), -Qn, Qp)``: a channel that folding multiplied by a negative gain keeps its integers.
 
     Attributes:
-        gradient: how gradients pass the rounding; :func:`~lightning_baqe.quantization.gradient_scaling.scale_gradients`
-            sets it.
+        gradient: how gradients pass the rounding; ``QuantizedModel.scale_gradients`` sets it.
 
     Args:
         weight: the weights to initialise the scales from, shape ``(channels, ...)``.

@@ -18,7 +18,6 @@ from lightning_baqe.quantization.gradient_scaling import (
     STRAIGHT,
     GradientScaling,
     gradient_scaling,
-    scale_gradients,
 )
 from lightning_baqe.quantization.observer import RangeObserver
 
@@ -79,7 +78,7 @@ def test_activations(kind: str, quantizer_kind: str, compiled: bool) -> None:
     observer.update(x * 0.5)
     quantizer.initialize(observer)
     scaling = gradient_scaling(kind, 0.3, 1.5)
-    scale_gradients(quantizer, activations=scaling)
+    quantizer.gradient = scaling
     x.requires_grad_()
     out = (torch.compile(quantizer, backend="aot_eager") if compiled else quantizer)(x)
     (found,) = torch.autograd.grad(out, x, gradient)
@@ -90,15 +89,13 @@ def test_activations(kind: str, quantizer_kind: str, compiled: bool) -> None:
 
 def test_a_network_gets_one_for_weights_and_one_for_activations() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(ConfigError, match="Sequential has no quantizers: quantize it first"):
-        scale_gradients(net)
     model = quantize(net, BitConfig.uniform(net, 4, 4), example_input=torch.randn(2, 3, 3, 3))
     ewgs, invtanh = gradient_scaling("ewgs"), gradient_scaling("invtanh")
-    scale_gradients(model, ewgs, invtanh)
+    model.scale_gradients(ewgs, invtanh)
     assert {quantizer.gradient for quantizer in model.quantizers().values()} == {invtanh}
     weights = [module.weight_quantizer.gradient for module in model.modules() if hasattr(module, "weight_quantizer")]
     assert weights == [ewgs] * 2
-    scale_gradients(model)
+    model.scale_gradients(STRAIGHT, STRAIGHT)
     assert {quantizer.gradient for quantizer in model.quantizers().values()} == {STRAIGHT}
 
 
