@@ -23,7 +23,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # In the order in which data passes them: a module may import from its own room and from every room above it.
 ORDER = (
     "errors", "lazy", "interrupts", "resources", "scratch", "files", "data", "quantization", "calibration", "integer",
-    "onnx", "allocation", "search", "hardware", "kernels", "entrance", "tasks", "deploy", "measurement", "tuning",
+    "onnx", "allocation", "search", "hardware", "kernels", "entrance", "learned_bits", "tasks", "deploy",
+    "measurement", "tuning",
     "costs", "supernet", "runs", "landscapes", "engines", "callbacks", "records", "fine_tuning", "train", "flows",
     "benchmarks", "recipes",
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Bit-widths learned by gradient (Schaefer et al.)."""

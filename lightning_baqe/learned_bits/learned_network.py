@@ -1,0 +1,178 @@
+"""A network whose bits are learned: made once, trained, and read off as a bit-config at the end.
+
+Its structure is that of the deployed network whatever the bits: each layer reads its input through a quantizer of its
+own kind, behind the 8-bit one of whatever else reads that tensor. Sizes are those of Schaefer et al.: of all weights,
+and of all layers' inputs together, for one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_baqe.allocation.program import allocate_bits
+from lightning_baqe.calibration.calibrate import calibrate
+from lightning_baqe.entrance.admission import Network, admit
+from lightning_baqe.entrance.quantize import quantize
+from lightning_baqe.errors import ConfigError
+from lightning_baqe.learned_bits.learned_quantizers import LearnedQuantizer, learned_weights
+from lightning_baqe.quantization.activation import ActivationQuantizer
+from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS, BitConfig, LayerBits, layers
+from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.layers import outputs_first
+from lightning_baqe.quantization.sensitivity import quantizers_of_layers
+from lightning_baqe.quantization.train_modes import evaluating
+
+_WIDTHS = range(MIN_BITS, MAX_BITS + 1)
+
+
+@dataclass(frozen=True)
+class LearnedNetwork:
+    """What :func:`learn_bits` makes.
+
+    Attributes:
+        model: to be trained as any other module; it holds the quantizers.
+        weights: by layer.
+        activations: by the quantizer's path; several layers may read one.
+        readers: ``{quantizer's path: its layers}``.
+    """
+
+    model: QuantizedModel
+    weights: Mapping[str, LearnedQuantizer]
+    activations: Mapping[str, LearnedQuantizer]
+    readers: Mapping[str, tuple[str, ...]]
+
+    @property
+    def quantizers(self) -> tuple[LearnedQuantizer, ...]:
+        """All of them."""
+        return (*self.weights.values(), *self.activations.values())
+
+    def weight_bytes(self) -> Tensor:
+        """Of all weights, ``()``; differentiable."""
+        return torch.stack([of.size_bits() for of in self.weights.values()]).sum() / 8
+
+    def activation_bytes(self) -> Tensor:
+        """Of all layers' inputs, one sample, ``()``; differentiable."""
+        return torch.stack([of.size_bits() for of in self.activations.values()]).sum() / 8
+
+    def mean_bits(self) -> tuple[float, float]:
+        """Of a weight, and of an activation."""
+        weights, activations = self.bytes_of(1)
+        return float(self.weight_bytes().detach()) / weights, float(self.activation_bytes().detach()) / activations
+
+    def bytes_of(self, bits: float) -> tuple[float, float]:
+        """Of weights and of activations where all have so many bits."""
+        weights, activations = (sum(of.values for of in part.values()) for part in (self.weights, self.activations))
+        return bits * weights / 8, bits * activations / 8
+
+    def project(self) -> None:
+        """Bring all bits back within 2 to 8; after each step of an optimizer."""
+        for quantizer in self.quantizers:
+            quantizer.project()
+
+    def materialise(self, weight_bytes: float | None = None, activation_bytes: float | None = None) -> BitConfig:
+        """Whole bits, the nearest to those that were learned: the smallest sum of squared differences, each weighted by
+        how much it holds, that keeps the sizes.
+
+        Args:
+            weight_bytes, activation_bytes: limits; None: what was learned.
+
+        Raises:
+            InfeasibleError: a limit below the smallest network; names its size.
+        """
+        of_weights = _nearest(
+            self.weights, float(self.weight_bytes().detach()) if weight_bytes is None else weight_bytes, ()
+        )
+        shared = {layer: [tensor for tensor, of in self.readers.items() if layer in of] for layer in self.weights}
+        of_tensors = _nearest(
+            self.activations,
+            float(self.activation_bytes().detach()) if activation_bytes is None else activation_bytes,
+            [tensors for tensors in shared.values() if len(tensors) > 1],  # a layer that is called more than once
+        )
+        bits = {
+            layer: LayerBits(of_weights[layer], of_tensors[tensors[0]] if tensors else MAX_BITS)
+            for layer, tensors in shared.items()
+        }
+        return self.model.bits.replace(bits)
+
+
+def _nearest(
+    quantizers: Mapping[str, LearnedQuantizer], limit_bytes: float, tied: Iterable[Iterable[str]]
+) -> Mapping[str, int]:
+    learned = {name: float(of.bits().detach()) for name, of in quantizers.items()}
+    counts = {name: of.count for name, of in quantizers.items()}
+    heaviest = max(counts.values())
+    away = {n: {b: counts[n] / heaviest * (b - learned[n]) ** 2 for b in _WIDTHS} for n in learned}
+    # In bits, which are whole numbers, and so exact.
+    costs = {"bits": {n: {b: counts[n] * b for b in _WIDTHS} for n in learned}}
+    return allocate_bits(away, costs, {"bits": 8 * limit_bytes}, tied)
+
+
+def learn_bits(
+    network: nn.Module | Network, batches: Iterable[Any], bits: int = 8, example_input: Any = None
+) -> LearnedNetwork:
+    """A network whose layers all learn the bits of their weights and of their inputs, the first and the last too.
+
+    Args:
+        network: float, trained; untouched.
+        batches: to calibrate on.
+        bits: of all, at first; 2 to 8.
+        example_input: of :func:`lightning_baqe.quantize`; needed where ``network`` is no :class:`Network`.
+
+    Raises:
+        ConfigError: bits out of range, or no layers.
+        UnsupportedModelError: a network that cannot be quantized.
+    """
+    if bits not in _WIDTHS:
+        raise ConfigError(f"bits={bits!r}, wanted is a whole number of {MIN_BITS} to {MAX_BITS}")
+    admitted = network if isinstance(network, Network) else admit(network, example_input)
+    # Not 8, which is what everything that is no layer reads at: each layer's input must have a quantizer of its own.
+    apart = min(bits, MAX_BITS - 1)
+    config = BitConfig(dict.fromkeys(layers(admitted.model), LayerBits(bits, apart)))
+    model = calibrate(quantize(admitted, config, activation_quantizer="lsq"), batches)
+    found = quantizers_of_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    own = {name: [names[id(call[-1])] for call in of.calls if call] for name, of in found.items()}
+    counts = _counts(model, {path for paths in own.values() for path in paths}, admitted.inputs)
+    weights, activations = {}, {}
+    for name, of in found.items():
+        layer: Any = model.get_submodule(of.path)
+        weights[name] = learned_weights(outputs_first(layer), of.weight.scale, bits, by_channel=False)
+        layer.weight_quantizer = weights[name]
+    for path, count in counts.items():
+        activations[path] = _learned(model.get_submodule(path), bits, count)
+        parent, _, leaf = path.rpartition(".")
+        model.get_submodule(parent).add_module(leaf, activations[path])
+    readers = {path: tuple(name for name, paths in own.items() if path in paths) for path in activations}
+    return LearnedNetwork(model, weights, activations, readers)
+
+
+def _counts(model: QuantizedModel, paths: set[str], inputs: tuple[Tensor, ...]) -> dict[str, int]:
+    """Values of one sample that each of these modules reads."""
+    found: dict[str, int] = {}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda module, values, path=path: found.update({path: values[0][:1].numel()})
+        )
+        for path in sorted(paths)
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _learned(quantizer: nn.Module, bits: int, count: int) -> LearnedQuantizer:
+    """Of the same range."""
+    assert isinstance(quantizer, ActivationQuantizer)
+    zero = quantizer.zero_point()
+    signed, top = zero > 0, max(zero, quantizer.qmax - zero) * quantizer.step()
+    step = torch.tensor(top / (2 ** (bits - signed) - 1), device=quantizer.scale.device)
+    return LearnedQuantizer(step, bits, signed, count)

@@ -1,0 +1,130 @@
+"""Networks with learned bits: sizes in closed form, training to a size, and the bit-config at the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import lightning_baqe as baqe
+from lightning_baqe.errors import ConfigError, InfeasibleError
+from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits
+from lightning_baqe.quantization.config import BitConfig
+
+
+class Net(nn.Module):
+    """A tensor that two layers and a sum read, a depthwise layer, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.deep = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+        self.short = nn.Conv2d(4, 4, 1)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.deep(x) + self.short(x) + x)
+        x = torch.relu(self.twice(torch.relu(self.twice(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def learned(bits: int = 8) -> tuple[LearnedNetwork, Tensor]:
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(8, 3, 6, 6)
+    return learn_bits(net, [x], bits, x), x
+
+
+WEIGHTS = {"first": 108, "deep": 36, "short": 16, "twice": 16, "fc": 12}
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_sizes(bits: int) -> None:
+    network, x = learned(bits)
+    assert {name: of.values for name, of in network.weights.items()} == WEIGHTS
+    # The input, the tensor that two layers read, those that `twice` and the classifier read.
+    assert sorted(of.values for of in network.activations.values()) == [4, 108, 144, 144, 144]
+    assert sorted(network.readers.values()) == [("deep", "short"), ("fc",), ("first",), ("twice",), ("twice",)]
+    assert float(network.weight_bytes().detach()) == pytest.approx(bits * 188 / 8, rel=1e-5)
+    assert float(network.activation_bytes().detach()) == pytest.approx(bits * 544 / 8, rel=1e-5)
+    assert network.mean_bits() == pytest.approx((bits, bits), rel=1e-5)
+    assert network.bytes_of(3) == (3 * 188 / 8, 3 * 544 / 8)
+    assert network.materialise() == network.model.bits.replace({name: baqe.LayerBits(bits, bits) for name in WEIGHTS})
+    net = Net().eval()
+    torch.manual_seed(0)
+    assert network.model(x).shape == net(x).shape
+
+
+def test_it_starts_near_the_network_at_these_bits() -> None:
+    network, x = learned(8)
+    torch.manual_seed(0)
+    wanted = Net().eval()(x)
+    found = network.model(x)
+    assert float((found - wanted).abs().max().detach()) < 0.05 * float(wanted.abs().max().detach())
+
+
+def test_training_reaches_a_size_and_its_bits_are_a_network() -> None:
+    """Cross entropy and penalty together; materialised, it keeps the size, is within a bit of what was learned, and
+    runs."""
+    torch.manual_seed(0)
+    net, y = Net().eval(), torch.arange(8) % 3
+    x = torch.randn(8, 3, 6, 6) + 3 * functional.one_hot(y, 3)[:, :, None, None]
+    network = learn_bits(net, [x], 8, x)
+    network.model.train()
+    weights, activations = network.bytes_of(4)
+    quantizers = [parameter for of in network.quantizers for parameter in of.parameters()]
+    known = set(map(id, quantizers))
+    rest = [parameter for parameter in network.model.parameters() if id(parameter) not in known]
+    optimizer = torch.optim.RMSprop([{"params": quantizers, "lr": 0.02}, {"params": rest, "lr": 3e-3}])
+    for _ in range(400):
+        optimizer.zero_grad()
+        over = [
+            functional.relu(size / limit - 1)
+            for size, limit in ((network.weight_bytes(), weights), (network.activation_bytes(), activations))
+        ]
+        loss = functional.cross_entropy(network.model(x), y) + 100 * (over[0].square() + over[1].square())
+        loss.backward()
+        optimizer.step()
+        network.project()
+    assert network.mean_bits() == pytest.approx((4, 4), abs=0.2)
+    assert float(loss.detach()) < 0.3
+    bits = network.materialise(weights, activations)
+    assert sum(bits[name].weight * count for name, count in WEIGHTS.items()) <= 8 * weights
+    for name, of in network.weights.items():
+        assert abs(bits[name].weight - float(of.bits().detach())) < 1.5
+    for path, layers in network.readers.items():
+        assert len({bits[layer].activation for layer in layers}) == 1, path
+    model = baqe.calibrate(baqe.quantize(net, bits, x), [x]).eval()
+    assert baqe.lower(model).run(x).shape == (8, 3)
+
+
+def test_a_size_that_cannot_be_met_names_the_smallest() -> None:
+    network, _ = learned(4)
+    with pytest.raises(InfeasibleError, match="the smallest that these bits can reach is 376"):
+        network.materialise(weight_bytes=46)
+    assert {bits.weight for bits in network.materialise(weight_bytes=47).values()} == {2}
+
+
+def test_the_nearest_bits_win() -> None:
+    network, _ = learned(4)
+    with torch.no_grad():
+        network.weights["deep"].log_top += 1.5
+        network.weights["first"].log_top -= 0.5
+    bits = network.materialise(weight_bytes=1000, activation_bytes=1000)
+    assert {name: bits[name].weight for name in WEIGHTS} == {"first": 4, "deep": 5, "short": 4, "twice": 4, "fc": 4}
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.5])
+def test_bits_out_of_range(bits: int) -> None:
+    with pytest.raises(ConfigError, match=f"bits={bits}, wanted is a whole number of 2 to 8"):
+        learn_bits(Net(), [torch.randn(2, 3, 6, 6)], bits, torch.randn(2, 3, 6, 6))
+
+
+def test_the_float_network_stays() -> None:
+    net, x = Net().eval(), torch.randn(2, 3, 6, 6)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    learn_bits(net, [x], 4, x)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert BitConfig.uniform(net).keys() == WEIGHTS.keys()
