@@ -38,18 +38,22 @@ class LearnedNetwork:
         model: to be trained as any other module; it holds the quantizers.
         weights: by layer.
         activations: by the quantizer's path; several layers may read one.
-        readers: ``{quantizer's path: its layers}``.
+        others: 8-bit ones of whatever is no layer, by path; their ranges learn, and they do not count.
+        inputs: ``{layer: paths of what it reads through}``, one for each time that the network calls it.
+        network: the float one that it was made of.
     """
 
     model: QuantizedModel
     weights: Mapping[str, LearnedQuantizer]
     activations: Mapping[str, LearnedQuantizer]
-    readers: Mapping[str, tuple[str, ...]]
+    others: Mapping[str, LearnedQuantizer]
+    inputs: Mapping[str, tuple[str, ...]]
+    network: Network
 
     @property
     def quantizers(self) -> tuple[LearnedQuantizer, ...]:
         """All of them."""
-        return (*self.weights.values(), *self.activations.values())
+        return (*self.weights.values(), *self.activations.values(), *self.others.values())
 
     def weight_bytes(self) -> Tensor:
         """Of all weights, ``()``; differentiable."""
@@ -87,17 +91,51 @@ class LearnedNetwork:
         of_weights = _nearest(
             self.weights, float(self.weight_bytes().detach()) if weight_bytes is None else weight_bytes, ()
         )
-        shared = {layer: [tensor for tensor, of in self.readers.items() if layer in of] for layer in self.weights}
         of_tensors = _nearest(
             self.activations,
             float(self.activation_bytes().detach()) if activation_bytes is None else activation_bytes,
-            [tensors for tensors in shared.values() if len(tensors) > 1],  # a layer that is called more than once
+            [
+                paths for paths in self.inputs.values() if len(set(paths)) > 1
+            ],  # of a layer that is called more than once
         )
         bits = {
-            layer: LayerBits(of_weights[layer], of_tensors[tensors[0]] if tensors else MAX_BITS)
-            for layer, tensors in shared.items()
+            layer: LayerBits(of_weights[layer], of_tensors[paths[0]] if paths else MAX_BITS)
+            for layer, paths in self.inputs.items()
         }
         return self.model.bits.replace(bits)
+
+    def fix(self, bits: BitConfig) -> None:
+        """Have these bits, within the ranges that were learned, from now on; ranges learn on."""
+        for layer, paths in self.inputs.items():
+            weight = bits[layer].weight
+            assert isinstance(weight, int)
+            self.weights[layer].fix(weight)
+            for path in paths:
+                self.activations[path].fix(bits[layer].activation)
+
+    def release(self) -> None:
+        """Learn bits, from those on that there are."""
+        for quantizer in (*self.weights.values(), *self.activations.values()):
+            quantizer.fixed_bits = None
+
+    def deployable(self, bits: BitConfig) -> QuantizedModel:
+        """The network as trained, on whole bits and within the ranges that were learned, its scales of the usual kind:
+        to be tuned further, or lowered.
+
+        It computes what this one does at these bits, but for two things: of signed values one lower integer more is
+        left, and a layer with inputs of 8 bits shares their quantizer with whatever else reads the tensor.
+        """
+        model = quantize(self.network, bits, activation_quantizer="lsq")
+        trained = self.model.state_dict()
+        model.load_state_dict({name: trained.get(name, tensor) for name, tensor in model.state_dict().items()})
+        quantizers = model.quantizers()
+        for path, learned in self.others.items():
+            _take(quantizers[path], learned)
+        for name, of in quantizers_of_layers(model).items():
+            of.weight.scale.data.copy_(self.weights[name].top().detach() / of.weight.qp)
+            for call, path in zip((call for call in of.calls if call), self.inputs[name], strict=True):
+                _take(call[-1], self.activations[path])
+        return model.train(self.model.training)
 
 
 def _nearest(
@@ -110,6 +148,13 @@ def _nearest(
     # In bits, which are whole numbers, and so exact.
     costs = {"bits": {n: {b: counts[n] * b for b in _WIDTHS} for n in learned}}
     return allocate_bits(away, costs, {"bits": 8 * limit_bytes}, tied)
+
+
+def _take(quantizer: ActivationQuantizer, learned: LearnedQuantizer) -> None:
+    """Its range."""
+    step = float(learned.top().detach()) / (quantizer.qmax >> learned.signed)
+    low = -(quantizer.qmax // 2 + 1) * step if learned.signed else 0.0
+    quantizer.set_range(low, low + quantizer.qmax * step)
 
 
 def learn_bits(
@@ -136,29 +181,35 @@ def learn_bits(
     model = calibrate(quantize(admitted, config, activation_quantizer="lsq"), batches)
     found = quantizers_of_layers(model)
     names = {id(module): name for name, module in model.named_modules()}
-    own = {name: [names[id(call[-1])] for call in of.calls if call] for name, of in found.items()}
-    counts = _counts(model, {path for paths in own.values() for path in paths}, admitted.inputs)
-    weights, activations = {}, {}
+    inputs = {name: tuple(names[id(call[-1])] for call in of.calls if call) for name, of in found.items()}
+    counts = _counts(model, admitted.inputs)
+    weights: dict[str, LearnedQuantizer] = {}
+    activations: dict[str, LearnedQuantizer] = {}
+    others: dict[str, LearnedQuantizer] = {}
     for name, of in found.items():
         layer: Any = model.get_submodule(of.path)
         weights[name] = learned_weights(outputs_first(layer), of.weight.scale, bits, by_channel=False)
         layer.weight_quantizer = weights[name]
-    for path, count in counts.items():
-        activations[path] = _learned(model.get_submodule(path), bits, count)
+    of_layers = {path for paths in inputs.values() for path in paths}
+    for path, quantizer in model.quantizers().items():
+        learns = path in of_layers
+        learned = _learned(quantizer, bits if learns else MAX_BITS, counts[path])
+        (activations if learns else others)[path] = learned
         parent, _, leaf = path.rpartition(".")
-        model.get_submodule(parent).add_module(leaf, activations[path])
-    readers = {path: tuple(name for name, paths in own.items() if path in paths) for path in activations}
-    return LearnedNetwork(model, weights, activations, readers)
+        model.get_submodule(parent).add_module(leaf, learned)
+    for learned in others.values():
+        learned.fix(MAX_BITS)
+    return LearnedNetwork(model, weights, activations, others, inputs, admitted)
 
 
-def _counts(model: QuantizedModel, paths: set[str], inputs: tuple[Tensor, ...]) -> dict[str, int]:
-    """Values of one sample that each of these modules reads."""
+def _counts(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> dict[str, int]:
+    """Values of one sample that each quantizer reads."""
     found: dict[str, int] = {}
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(
+        quantizer.register_forward_pre_hook(
             lambda module, values, path=path: found.update({path: values[0][:1].numel()})
         )
-        for path in sorted(paths)
+        for path, quantizer in model.quantizers().items()
     ]
     try:
         with evaluating(model), torch.no_grad():
@@ -169,9 +220,8 @@ def _counts(model: QuantizedModel, paths: set[str], inputs: tuple[Tensor, ...]) 
     return found
 
 
-def _learned(quantizer: nn.Module, bits: int, count: int) -> LearnedQuantizer:
+def _learned(quantizer: ActivationQuantizer, bits: int, count: int) -> LearnedQuantizer:
     """Of the same range."""
-    assert isinstance(quantizer, ActivationQuantizer)
     zero = quantizer.zero_point()
     signed, top = zero > 0, max(zero, quantizer.qmax - zero) * quantizer.step()
     step = torch.tensor(top / (2 ** (bits - signed) - 1), device=quantizer.scale.device)

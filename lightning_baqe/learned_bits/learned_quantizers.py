@@ -82,6 +82,7 @@ class LearnedQuantizer(nn.Module):
     Attributes:
         log_step, log_top: log2 of d and of q, the parameters. :meth:`project` brings them back to where bits are in
             range; until then what acts is the nearest step there.
+        fixed_bits: that it has; d then follows q, which learns on. None: bits are learned.
         gradient: how gradients pass the rounding.
 
     Args:
@@ -94,6 +95,7 @@ class LearnedQuantizer(nn.Module):
     def __init__(self, step: Tensor, bits: float, signed: bool, count: int) -> None:
         super().__init__()
         self.signed, self.count, self.gradient = signed, count, STRAIGHT
+        self.fixed_bits: float | None = None
         self._least, self._most = (math.log2(self._integers(b)) for b in (MIN_BITS, MAX_BITS))
         log_step = step.detach().clamp_min(MIN_SCALE).log2()
         self.log_step = nn.Parameter(log_step)
@@ -103,8 +105,10 @@ class LearnedQuantizer(nn.Module):
         """n of so many bits."""
         return 2.0 ** (bits - self.signed) - 1
 
-    def _log_step(self) -> Tensor:
-        return torch.clamp(self.log_step, self.log_top - self._most, self.log_top - self._least)
+    def _log_step(self, log_top: Tensor) -> Tensor:
+        if self.fixed_bits is not None:
+            return log_top - math.log2(self._integers(self.fixed_bits))
+        return torch.clamp(self.log_step, log_top - self._most, log_top - self._least)
 
     def bits(self) -> Tensor:
         """b, of the shape of d; differentiable by d alone.
@@ -112,8 +116,8 @@ class LearnedQuantizer(nn.Module):
         A penalty on bits must make steps coarser, not ranges smaller: by d and q as they are its gradients are as n to
         1, but by their logarithms they would be alike, and half of what is saved would be clipped away.
         """
-        log_step = torch.clamp(self.log_step, *(self.log_top.detach() - most for most in (self._most, self._least)))
-        return torch.log2(torch.exp2(self.log_top.detach() - log_step) + 1) + float(self.signed)
+        log_top = self.log_top.detach()
+        return torch.log2(torch.exp2(log_top - self._log_step(log_top)) + 1) + float(self.signed)
 
     def size_bits(self) -> Tensor:
         """Bits of all values together, ``()``; differentiable as :meth:`bits`."""
@@ -124,15 +128,23 @@ class LearnedQuantizer(nn.Module):
         """How many they are."""
         return self.log_step.numel() * self.count
 
+    def top(self) -> Tensor:
+        """q, of the shape of d."""
+        return torch.exp2(self.log_top)
+
+    def fix(self, bits: float) -> None:
+        """Have these bits, within the same range, from now on."""
+        self.fixed_bits = bits
+        self.project()
+
     @torch.no_grad()
     def project(self) -> None:
         """Bring the parameters where they act: a step that is too small or large for its range is taken along."""
-        self.log_step.copy_(self._log_step())
+        self.log_step.copy_(self._log_step(self.log_top))
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
-        step, top = torch.exp2(self._log_step()), torch.exp2(self.log_top)
-        return learned_quantization(x, step, top, self.signed, self.gradient)
+        return learned_quantization(x, torch.exp2(self._log_step(self.log_top)), self.top(), self.signed, self.gradient)
 
     def extra_repr(self) -> str:
         """Whether values may be negative."""

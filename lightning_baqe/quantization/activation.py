@@ -67,7 +67,7 @@ class ActivationQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def _set_range(self, low: float, high: float) -> None:
-        """Set scale and zero point from a clipping range with ``low <= 0 <= high``, ``low < high``."""
+        """What :meth:`set_range` does."""
 
     def _offset(self) -> torch.Tensor:
         """The tensor that receives the offset's gradient, shape ``()``."""
@@ -81,7 +81,12 @@ class ActivationQuantizer(nn.Module, ABC):
             CalibrationError: nothing was observed, or values that are not finite.
         """
         observer.check(self.name)
-        self._set_range(*observer.range(self.qmax, self.range_method, self.symmetric, self.through))
+        self.set_range(*observer.range(self.qmax, self.range_method, self.symmetric, self.through))
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float) -> None:
+        """Set scale and zero point from a clipping range with ``low <= 0 <= high``, ``low < high``."""
+        self._set_range(low, high)
         self.initialized.fill_(True)
         self._is_set = True
 

@@ -46,7 +46,8 @@ def test_sizes(bits: int) -> None:
     assert {name: of.values for name, of in network.weights.items()} == WEIGHTS
     # The input, the tensor that two layers read, those that `twice` and the classifier read.
     assert sorted(of.values for of in network.activations.values()) == [4, 108, 144, 144, 144]
-    assert sorted(network.readers.values()) == [("deep", "short"), ("fc",), ("first",), ("twice",), ("twice",)]
+    assert network.inputs["deep"] == network.inputs["short"]
+    assert [len(paths) for paths in network.inputs.values()] == [1, 1, 1, 2, 1]
     assert float(network.weight_bytes().detach()) == pytest.approx(bits * 188 / 8, rel=1e-5)
     assert float(network.activation_bytes().detach()) == pytest.approx(bits * 544 / 8, rel=1e-5)
     assert network.mean_bits() == pytest.approx((bits, bits), rel=1e-5)
@@ -94,10 +95,28 @@ def test_training_reaches_a_size_and_its_bits_are_a_network() -> None:
     assert sum(bits[name].weight * count for name, count in WEIGHTS.items()) <= 8 * weights
     for name, of in network.weights.items():
         assert abs(bits[name].weight - float(of.bits().detach())) < 1.5
-    for path, layers in network.readers.items():
-        assert len({bits[layer].activation for layer in layers}) == 1, path
-    model = baqe.calibrate(baqe.quantize(net, bits, x), [x]).eval()
-    assert baqe.lower(model).run(x).shape == (8, 3)
+    assert bits["deep"].activation == bits["short"].activation
+    model = network.deployable(bits).eval()
+    assert float(functional.cross_entropy(model(x), y).detach()) < 0.6
+    assert (baqe.lower(model).run(x).argmax(1) == y).all()
+
+
+@pytest.mark.parametrize("weight", [2, 3, 8])
+@pytest.mark.parametrize("activation", [3, 7])
+def test_the_deployable_network_computes_the_same(weight: int, activation: int) -> None:
+    network, x = learned(5)
+    with torch.no_grad():
+        for of in network.quantizers:
+            of.log_top += 0.4  # nothing is beyond a range
+    bits = network.materialise().replace({name: baqe.LayerBits(weight, activation) for name in ("deep", "short", "fc")})
+    bits = bits.replace(twice=baqe.LayerBits(4, 6))
+    network.fix(bits)
+    network.model.eval()
+    model = network.deployable(bits).eval()
+    torch.testing.assert_close(model(x), network.model(x))
+    assert model.bits == bits
+    integers = baqe.lower(model).run(x)
+    torch.testing.assert_close(integers, model(x), rtol=0.05, atol=0.02)
 
 
 def test_a_size_that_cannot_be_met_names_the_smallest() -> None:
