@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from lightning_baqe.callbacks.bayesian_search import BayesianSearch
     from lightning_baqe.callbacks.distillation import Distillation
     from lightning_baqe.callbacks.freeze_batch_norm import FreezeBatchNorm
+    from lightning_baqe.callbacks.learned_bits import LearnedBits
     from lightning_baqe.callbacks.pareto_checkpoint import ParetoCheckpoint
 
 _HOMES = {
     "bayesian_search": ("BayesianSearch",),
     "distillation": ("Distillation",),
     "freeze_batch_norm": ("FreezeBatchNorm",),
+    "learned_bits": ("LearnedBits",),
     "pareto_checkpoint": ("ParetoCheckpoint",),
 }
 
 __getattr__, __dir__ = on_first_use(__name__, _HOMES)
 
-__all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm", "ParetoCheckpoint"]
+__all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm", "LearnedBits", "ParetoCheckpoint"]

@@ -1,0 +1,195 @@
+"""Bits that are learned while a network is trained, in anybody's Trainer and with anybody's LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_baqe.errors import ConfigError, InfeasibleError, check_at_least
+from lightning_baqe.learned_bits.learned_network import LearnedNetwork
+from lightning_baqe.learned_bits.pressure import Controller, Pressure, size_penalty
+from lightning_baqe.quantization.config import MIN_BITS, BitConfig
+
+SETTLED = 0.7  # of learning bits, after which steps of the quantizers grow smaller
+
+
+class LearnedBits(pl.Callback):
+    """Trains a network in three phases (Schaefer et al., section 3, figure 3): at the bits that it has; with bits that
+    learn, under a growing pressure towards a size; at the whole bits that came of it, to the end of fit.
+
+    The quantizers' parameters are taken out of the module's optimisers: RMSProp moves them, by the mean gradient of
+    ``every`` steps while bits are learned, of each step before and after that. Loss, optimisers and everything else
+    stay the module's own. Fit may be interrupted in any phase and go on from a checkpoint.
+
+    Example::
+
+        learned = learn_bits(net, batches, bits=8, example_input=x)
+        module.net = learned.model
+        callback = LearnedBits(learned, weights=3, activations=3, pretrain_epochs=1, learn_epochs=3)
+        pl.Trainer(max_epochs=6, callbacks=[callback]).fit(module, loader)
+        model = learned.deployable(callback.bits)
+
+    Attributes:
+        bits: whole ones, from the third phase on; None before.
+        curve: mean bits of weights and of activations and both betas, at each update.
+
+    Args:
+        learned: whose ``model`` the module trains.
+        weights, activations: targets, mean bits.
+        pretrain_epochs, learn_epochs: of the first and the second phase; fit must be longer than both.
+        every: steps from one update of the quantizers to the next while bits are learned.
+        learning_rate: of the quantizers' logarithms, for one update while bits are learned; an ``every``-th of it for
+            the ranges' steps before and after. It falls to 0 in the last part of learning.
+        pressure: beta of weights and of activations; None: a :class:`Controller` each.
+
+    Raises:
+        ConfigError: arguments out of range. When fit starts: a fit that ends before the third phase, or that does not
+            train the network.
+        InfeasibleError: a target below the smallest bits.
+    """
+
+    def __init__(
+        self,
+        learned: LearnedNetwork,
+        weights: float,
+        activations: float,
+        pretrain_epochs: int = 1,
+        learn_epochs: int = 3,
+        every: int = 20,
+        learning_rate: float = 0.05,
+        pressure: Sequence[Pressure] | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("pretrain_epochs", pretrain_epochs, 0)
+        check_at_least("learn_epochs", learn_epochs, 1)
+        check_at_least("every", every, 1)
+        if not learning_rate > 0:
+            raise ConfigError(f"learning_rate={learning_rate!r}, but a number above 0 is wanted")
+        for name, bits, smallest in zip(
+            ("weights", "activations"), (weights, activations), learned.bytes_of(MIN_BITS), strict=True
+        ):
+            if not bits >= MIN_BITS:
+                raise InfeasibleError(
+                    f"{name}={bits!r} mean bits cannot be reached: the smallest network has {MIN_BITS}, "
+                    f"{smallest:,.0f} bytes of {name}"
+                )
+        self.learned, self.every, self.learning_rate = learned, every, learning_rate
+        self.pretrain_epochs, self.learn_epochs = pretrain_epochs, learn_epochs
+        self.pressure = tuple(pressure) if pressure is not None else (Controller(), Controller())
+        self.targets = (learned.bytes_of(weights)[0], learned.bytes_of(activations)[1])
+        self.bits: BitConfig | None = None
+        self.curve: list[list[float]] = []
+        self._parameters = [parameter for of in learned.quantizers for parameter in of.parameters()]
+        self._optimizer = torch.optim.RMSprop(self._parameters, learning_rate)
+        self._gradients: list[Tensor | None] = [None] * len(self._parameters)
+        self._steps = self._updates = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that the network is trained, and long enough."""
+        known = set(map(id, pl_module.parameters()))
+        if any(id(parameter) not in known for parameter in self._parameters):
+            raise ConfigError(
+                f"{type(pl_module).__name__} does not hold the learned network: set module.net to its model"
+            )
+        longest = trainer.max_epochs
+        if longest is not None and 0 <= longest <= self.pretrain_epochs + self.learn_epochs:
+            raise ConfigError(
+                f"max_epochs={longest}, but {self.pretrain_epochs} epochs at fixed bits and {self.learn_epochs} of "
+                "learning them are to be followed by some at the bits that were learned: give more"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Enter the phase that a checkpoint was written in."""
+        if math.isinf(trainer.num_training_batches):
+            raise ConfigError(
+                "the training loader has no length, and progress is counted in it: give limit_train_batches"
+            )
+        self._enter(trainer.current_epoch)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Enter the epoch's phase."""
+        self._enter(trainer.current_epoch)
+
+    def _enter(self, epoch: int) -> None:
+        if epoch < self.pretrain_epochs:
+            for quantizer in self.learned.quantizers:
+                quantizer.fix(float(quantizer.bits().detach().mean().round()))
+        elif epoch < self.pretrain_epochs + self.learn_epochs:
+            self.learned.release()
+        else:
+            self.bits = self.bits or self.learned.materialise(*self.targets)
+            self.learned.fix(self.bits)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Take the quantizers' gradients out of the module's optimiser."""
+        for place, parameter in enumerate(self._parameters):
+            if parameter.grad is None:
+                continue
+            sum_so_far = self._gradients[place]
+            self._gradients[place] = parameter.grad if sum_so_far is None else sum_so_far + parameter.grad
+            parameter.grad = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the quantizers where it is time."""
+        self._steps += 1
+        learns = self.pretrain_epochs <= trainer.current_epoch < self.pretrain_epochs + self.learn_epochs
+        if self._steps < (self.every if learns else 1):
+            return
+        for place, parameter in enumerate(self._parameters):
+            total = self._gradients[place]
+            parameter.grad = None if total is None else total / self._steps
+        rate = self.learning_rate
+        if learns:
+            progress = min(self._updates * self.every / (int(trainer.num_training_batches) * self.learn_epochs), 1.0)
+            rate *= min((1 - progress) / (1 - SETTLED), 1.0)
+            self._press(progress)
+            self._updates += 1
+        else:
+            rate /= self.every
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.learned.project()
+        self._gradients, self._steps = [None] * len(self._parameters), 0
+
+    def _press(self, progress: float) -> None:
+        sizes = list(zip((self.learned.weight_bytes(), self.learned.activation_bytes()), self.targets, strict=True))
+        ratios = [float(size.detach()) / target for size, target in sizes]
+        betas = [of.beta(progress, ratio) for of, ratio in zip(self.pressure, ratios, strict=True)]
+        size_penalty(sizes, betas).backward()
+        self.curve.append([*self.learned.mean_bits(), *betas])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {
+            "bits": None if self.bits is None else self.bits.to_json(),
+            "curve": self.curve,
+            "optimizer": self._optimizer.state_dict(),
+            "gradients": self._gradients,
+            "steps": self._steps,
+            "updates": self._updates,
+            "pressure": [of.state() for of in self.pressure],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        bits = state_dict["bits"]
+        self.bits = None if bits is None else BitConfig.from_json(bits)
+        self.curve = [*map(list, state_dict["curve"])]
+        self._optimizer.load_state_dict(state_dict["optimizer"])
+        self._gradients = list(state_dict["gradients"])
+        self._steps, self._updates = state_dict["steps"], state_dict["updates"]
+        for of, state in zip(self.pressure, state_dict["pressure"], strict=True):
+            of.restore(state)
+        if not all(map(math.isfinite, (value for row in self.curve for value in row))):
+            raise ConfigError("the checkpoint's bits are not finite: training diverged before it was written")
