@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel
     from lightning_baqe.tasks import ImageClassifier
+    from lightning_baqe.tasks.scoring import Scorer
 
 # Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
 _KNOWN_WARNINGS = (
@@ -147,11 +148,56 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     Raises:
         BaqeError: whatever went wrong on purpose.
     """
+    from lightning_baqe.fine_tuning import FineTuning
+
+    tuning, device = FineTuning.of(cfg), _device(cfg)
+
+    def train(task: ImageClassifier, datamodule: Any, make_trainer: Any, net: nn.Module, scorer: Scorer) -> Any:
+        checkpoint = run_dir / "checkpoints" / "qat.ckpt"
+        return tuning.train(task, _bits(cfg, net), datamodule, checkpoint, make_trainer, net, scorer)
+
+    _one_network(cfg, run_dir, device, lambda network: device.check_bits(network, _bits(cfg, network)), train)
+
+
+def learned_bits(cfg: DictConfig, run_dir: Path) -> None:
+    """Learn bits by gradient and deploy what comes of it; the run folder is that of a search with one trial.
+
+    Raises:
+        BaqeError: whatever went wrong on purpose.
+    """
+    from lightning_baqe.bit_learning import BitLearning
+    from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS, BitConfig
+
+    learning, device = BitLearning.of(cfg, partial(make, cfg.pressure)), _device(cfg)
+
+    def check(network: nn.Module) -> None:
+        for bits in range(MIN_BITS, MAX_BITS + 1):
+            device.check_bits(network, BitConfig.uniform(network, bits, bits, first_last=None))
+
+    def train(task: ImageClassifier, datamodule: Any, make_trainer: Any, net: nn.Module, scorer: Scorer) -> Any:
+        checkpoint = run_dir / "checkpoints" / "learned_bits.ckpt"
+        return learning.train(task, datamodule, checkpoint, make_trainer, net, scorer)
+
+    _one_network(cfg, run_dir, device, check, train)
+
+
+def _one_network(
+    cfg: DictConfig,
+    run_dir: Path,
+    device: DeviceDescription,
+    check: Callable[[nn.Module], None],
+    train: Callable[[ImageClassifier, Any, Any, nn.Module, Scorer], QuantizedModel],
+) -> None:
+    """Train one quantized network from the float one, deploy both, and write the run.
+
+    Args:
+        check: of the float network, before anything is trained.
+        train: gives the quantized network of a task, its data, what makes Trainers, the float network and its scorer.
+    """
     import torch
 
     from lightning_baqe.deploy.artifact import Artifact
     from lightning_baqe.entrance.quantize import quantize
-    from lightning_baqe.fine_tuning import FineTuning
     from lightning_baqe.hardware.identity import versions
     from lightning_baqe.measurement.local import reach
     from lightning_baqe.quantization.config import BitConfig
@@ -167,21 +213,16 @@ def qat(cfg: DictConfig, run_dir: Path) -> None:
     from lightning_baqe.runs.study import bits_entry
     from lightning_baqe.runs.summary import Trial
 
-    # What can be wrong is known before the float training.
-    metric, tuning = _metric(cfg), FineTuning.of(cfg)
-    device = _device(cfg)
+    metric = _metric(cfg)  # what can be wrong is known before the float training
     measurement = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
-    datamodule, task, make_trainer = _prepare(
-        cfg, run_dir, lambda network: device.check_bits(network, _bits(cfg, network)), metric
-    )
+    datamodule, task, make_trainer = _prepare(cfg, run_dir, check, metric)
     example, net = datamodule.example_input, task.net.cpu()
     scorer = module_scorer(net, datamodule.val_dataloader(), torch.device("cpu"), metric)
     Console(stderr=True, highlight=False).print(f"{scorer.line}.", markup=False, soft_wrap=True)
-    bits = _bits(cfg, net)
     reference = quantize(net, BitConfig.uniform(net, 32, 32), example).eval()
 
     start = time.perf_counter()
-    quantized = tuning.train(task, bits, datamodule, run_dir / "checkpoints" / "qat.ckpt", make_trainer, net, scorer)
+    quantized = train(task, datamodule, make_trainer, net, scorer)
     begun = Trial(
         number=0,
         phase=recipe_name(cfg),

@@ -61,6 +61,10 @@ SMALLEST = [
     "deploy.repeats=3",
     "deploy.warmup=1",
 ]
+LEARNED_BITS = [
+    *("data=digits", "learned_bits.learn_epochs=2", "learned_bits.tune_epochs=1", "learned_bits.calibration_batches=1"),
+    *("learned_bits.every=1", "learned_bits.learning_rate=0.5", "learned_bits.weights=5", "learned_bits.activations=6"),
+]
 HAWQ = [
     *("data=digits", "qat.steps=2", "qat.calibration_batches=1", "allocation.images=8", "allocation.tune_s=0"),
     *("sensitivity.samples=4", "allocation.baselines=[8]", "~allocation.budget.levels.medium"),

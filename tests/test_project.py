@@ -25,8 +25,8 @@ ORDER = (
     "errors", "lazy", "interrupts", "resources", "scratch", "files", "data", "quantization", "calibration", "integer",
     "onnx", "allocation", "search", "hardware", "kernels", "entrance", "learned_bits", "tasks", "deploy",
     "measurement", "tuning",
-    "costs", "supernet", "runs", "landscapes", "engines", "callbacks", "records", "fine_tuning", "train", "flows",
-    "benchmarks", "recipes",
+    "costs", "supernet", "runs", "landscapes", "engines", "callbacks", "records", "fine_tuning", "bit_learning",
+    "train", "flows", "benchmarks", "recipes",
 )  # fmt: skip
 OPTIONAL = {"onnx"}  # rooms of optional dependencies: a function of an earlier room may import them when it needs them
 THIRD_PARTIES = {"search": {"pytorch_lightning", "tvm"}, "quantization": {"pytorch_lightning", "tvm"}}

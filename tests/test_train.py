@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.metrics import f1_score
 from small_data import mixed_pictures, small_elpv
-from smallest import HAWQ, SMALLEST
+from smallest import HAWQ, LEARNED_BITS, SMALLEST
 
 from lightning_baqe import flows
 from lightning_baqe.errors import ConfigError
@@ -28,7 +28,9 @@ from lightning_baqe.train import compose, main, open_run, quoted, recipe_groups,
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
-GROUPS = ("data", "deploy", "logger", "model", "recipe", "search", "sensitivity", "strategy", "task", "trainer")
+GROUPS = (
+    "data", "deploy", "logger", "model", "pressure", "recipe", "search", "sensitivity", "strategy", "task", "trainer",
+)  # fmt: skip
 
 
 def test_help_lists_every_choice_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +272,7 @@ SMALLEST_OF = {
         *("search.calibration_batches=1", "search.n_initial=1", "search.pool_size=8", "search.tune_s=1"),
     ],
     "hawq": HAWQ,
+    "learned_bits": LEARNED_BITS,
     "tune": ["model._target_=smallest.network", "image_size=16", "num_classes=10", "candidates=2"],
 }
 
@@ -573,9 +576,13 @@ def test_wrong_options_of_tune(option: str, wanted: str, tmp_path: Path, capsys:
     assert wanted in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", recipe_groups()["sensitivity"])
-def test_sensitivities_have_the_defaults_of_their_classes(name: str) -> None:
-    made = flows.make(compose(["recipe=hawq", f"sensitivity={name}"]).sensitivity)
+@pytest.mark.parametrize(
+    ("recipe", "group", "name"),
+    [(recipe, group, name) for recipe, group in (("hawq", "sensitivity"), ("learned_bits", "pressure"))
+     for name in recipe_groups()[group]],
+)  # fmt: skip
+def test_groups_have_the_defaults_of_their_classes(recipe: str, group: str, name: str) -> None:
+    made = flows.make(compose([f"recipe={recipe}", f"{group}={name}"])[group])
     assert made == type(made)()
 
 

@@ -110,6 +110,7 @@ class Controller(Pressure):
 
     def __post_init__(self) -> None:
         _check_share(self.share)
+        self.gains = tuple(self.gains)
         self._log_beta = math.log(self.first)
         self._start: float | None = None
         self._errors: list[float] = []

@@ -79,7 +79,7 @@ def keep(task: ImageClassifier, checkpoint: Path) -> None:
         content: dict[str, Any] = {"state_dict": task.state_dict()}
         task.on_save_checkpoint(content)
         CheckpointBeside().save_checkpoint(content, checkpoint)
-    _load(task, checkpoint)
+    load(task, checkpoint)
 
 
 def fit_to_checkpoint(
@@ -112,7 +112,7 @@ def fit_to_checkpoint(
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
         _fit(task, datamodule, checkpoint, epochs, trainer, callbacks)
-    _load(task, checkpoint)
+    load(task, checkpoint)
 
 
 def _fit(
@@ -128,8 +128,32 @@ def _fit(
     best = ModelCheckpoint(
         scratch, "best", monitor=metric, mode="max", save_weights_only=True, enable_version_counter=False
     )
+    trainer = fit_resumable(task, datamodule, scratch, epochs, make_trainer, [*callbacks, best])
+    if best.best_model_score is None:
+        raise DataError(f"training ended without {metric}: the data module needs validation batches.")
+    done = Path(best.best_model_path)
+    if bool(trainer.callback_metrics[metric] >= best.best_model_score):
+        done = scratch / "done.ckpt"
+        trainer.save_checkpoint(done, weights_only=True)
+    os.replace(done, checkpoint)
+    shutil.rmtree(scratch)
+
+
+def fit_resumable(
+    task: ImageClassifier,
+    datamodule: pl.LightningDataModule,
+    scratch: Path,
+    epochs: int,
+    make_trainer: TrainerFactory,
+    callbacks: Sequence[pl.Callback],
+) -> pl.Trainer:
+    """Fit ``task``; the folder ``scratch`` holds ``last.ckpt``, from which a killed training goes on.
+
+    Raises:
+        DataError: that checkpoint cannot be read, or is another network's.
+    """
     last = ModelCheckpoint(scratch, "last", enable_version_counter=False)
-    trainer = make_trainer(max_epochs=epochs, callbacks=[*callbacks, best, last], num_sanity_val_steps=0)
+    trainer = make_trainer(max_epochs=epochs, callbacks=[*callbacks, last], num_sanity_val_steps=0)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a strategy's own stays
         trainer.strategy.checkpoint_io = CheckpointBeside()
     resume = scratch / "last.ckpt"
@@ -139,14 +163,7 @@ def _fit(
         # To find it not empty is what resuming is about.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         trainer.fit(task, datamodule, ckpt_path=str(resume) if resume.exists() else None)
-    if best.best_model_score is None:
-        raise DataError(f"training ended without {metric}: the data module needs validation batches.")
-    done = Path(best.best_model_path)
-    if bool(trainer.callback_metrics[metric] >= best.best_model_score):
-        done = scratch / "done.ckpt"
-        trainer.save_checkpoint(done, weights_only=True)
-    os.replace(done, checkpoint)
-    shutil.rmtree(scratch)
+    return trainer
 
 
 def _check_resumable(path: Path) -> None:
@@ -159,7 +176,12 @@ def _check_resumable(path: Path) -> None:
         ) from error
 
 
-def _load(task: ImageClassifier, path: Path) -> None:
+def load(task: ImageClassifier, path: Path) -> None:
+    """Take the weights of a checkpoint, and the structure that it was written with.
+
+    Raises:
+        DataError: it cannot be read, or is another network's.
+    """
     try:
         content = read_checkpoint(path, task.device)
         state = check_state(content.get("state_dict"), path)

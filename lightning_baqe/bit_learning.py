@@ -1,0 +1,144 @@
+"""Training a network whose bits are learned, as the configuration says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+
+from lightning_baqe.callbacks import Distillation, LearnedBits
+from lightning_baqe.errors import check_at_least
+from lightning_baqe.learned_bits.learned_figure import draw_bits
+from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits
+from lightning_baqe.learned_bits.pressure import Pressure
+from lightning_baqe.quantization.batches import network_input
+from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.gradient_scaling import GradientScaling, gradient_scaling
+from lightning_baqe.tasks import ImageClassifier
+from lightning_baqe.tasks.pretrain import fit_resumable, keep, load
+from lightning_baqe.tasks.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class BitLearning:
+    """What ``learned_bits`` of the configuration says, checked.
+
+    Attributes:
+        weights, activations: mean bits that are wanted.
+        start: bits of all at first.
+        epochs: of the three phases of :class:`~lightning_baqe.callbacks.LearnedBits`.
+        every, learning_rate: of its quantizers.
+        pressure: makes one for each of weights and activations.
+        batches: training batches that quantizers are calibrated on.
+        distillation, temperature: of :class:`~lightning_baqe.callbacks.Distillation`; 0: none.
+        gradients: through the rounding of weights and of activations.
+    """
+
+    weights: float
+    activations: float
+    start: int
+    epochs: tuple[int, int, int]
+    every: int
+    learning_rate: float
+    pressure: Callable[[], Pressure]
+    batches: int
+    distillation: float
+    temperature: float
+    gradients: tuple[GradientScaling, GradientScaling]
+
+    @classmethod
+    def of(cls, cfg: DictConfig, pressure: Callable[[], Pressure]) -> BitLearning:
+        """Raises ConfigError for what cannot be right."""
+        given = cfg.learned_bits
+        scaled = given.gradients
+        weights, activations = (
+            gradient_scaling(kind, scaled.delta, scaled.alpha) for kind in (scaled.weights, scaled.activations)
+        )
+        Distillation(weight=given.distillation, temperature=given.temperature)
+        for name, least in (
+            ("pretrain_epochs", 0),
+            ("learn_epochs", 1),
+            ("tune_epochs", 1),
+            ("calibration_batches", 1),
+        ):
+            check_at_least(f"learned_bits.{name}", given[name], least)
+        pressure()
+        return cls(
+            given.weights, given.activations, given.start,
+            (given.pretrain_epochs, given.learn_epochs, given.tune_epochs), given.every, given.learning_rate, pressure,
+            given.calibration_batches, given.distillation, given.temperature, (weights, activations),
+        )  # fmt: skip
+
+    def train(
+        self,
+        task: ImageClassifier,
+        datamodule: Any,
+        checkpoint: Path,
+        make_trainer: Callable[..., pl.Trainer],
+        teacher: nn.Module,
+        scorer: Scorer,
+    ) -> QuantizedModel:
+        """Learn the bits of a task's network; give the deployable one back, in eval mode on the CPU. Goes on from what
+        an interrupted training left; what is in the checkpoint is not trained again.
+        """
+        if not checkpoint.exists():
+            self._fit(task, datamodule, checkpoint, make_trainer, teacher, scorer)
+        load(task, checkpoint)
+        assert isinstance(task.net, QuantizedModel)
+        return task.net.cpu().eval()
+
+    def _fit(
+        self,
+        task: ImageClassifier,
+        datamodule: Any,
+        checkpoint: Path,
+        make_trainer: Callable[..., pl.Trainer],
+        teacher: nn.Module,
+        scorer: Scorer,
+    ) -> None:
+        images = [
+            network_input(batch, "the train loader") for batch in islice(datamodule.train_dataloader(), self.batches)
+        ]
+        learned = learn_bits(task.net, images, self.start, datamodule.example_input)
+        for kind, quantizers in zip(self.gradients, (learned.weights, learned.activations), strict=True):
+            for quantizer in quantizers.values():
+                quantizer.gradient = kind
+        pretrain, learn, tune = self.epochs
+        bits = LearnedBits(
+            learned, self.weights, self.activations, pretrain, learn, self.every, self.learning_rate,
+            (self.pressure(), self.pressure()),
+        )  # fmt: skip
+        callbacks: list[pl.Callback] = [bits]
+        if self.distillation > 0:
+            distillation = Distillation(weight=self.distillation, temperature=self.temperature)
+            distillation.teacher, distillation.independent = teacher, scorer.kind == "labels"
+            callbacks.append(distillation)
+        task.net = learned.model.train()
+        scratch = checkpoint.with_name(f"{checkpoint.stem}-training")
+        fit_resumable(task, datamodule, scratch, pretrain + learn + tune, make_trainer, callbacks)
+        assert bits.bits is not None
+        task.net = learned.deployable(bits.bits)
+        _tell(learned, bits, checkpoint.parent.parent)
+        keep(task, checkpoint)
+        shutil.rmtree(scratch)
+
+
+def _tell(learned: LearnedNetwork, callback: LearnedBits, run_dir: Path) -> None:
+    assert callback.bits is not None
+    found = learned.mean_bits()
+    sizes = (float(learned.weight_bytes().detach()), float(learned.activation_bytes().detach()))
+    wanted = [8 * target / of for target, of in zip(callback.targets, learned.bytes_of(8), strict=True)]
+    lines = (
+        f"{name}: {bits:.2f} mean bits of {target:g} wanted, {size:,.0f} bytes"
+        for name, bits, target, size in zip(("weights", "activations"), found, wanted, sizes, strict=True)
+    )
+    Console(stderr=True, highlight=False).print("; ".join(lines), markup=False, soft_wrap=True)
+    draw_bits(callback.bits, callback.curve, run_dir / "bits.png")

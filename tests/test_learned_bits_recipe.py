@@ -1,0 +1,84 @@
+"""The recipe of learned bits in its smallest form: sizes are kept, runs go on, what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from smallest import LEARNED_BITS, SMALLEST
+
+from lightning_baqe.callbacks import LearnedBits
+from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.train import main
+
+OURS = ["recipe=learned_bits", *SMALLEST, *LEARNED_BITS]
+
+
+@pytest.fixture(autouse=True)
+def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_BAQE_CACHE", str(tmp_path / "cache"))
+
+
+def trial_of(run_dir: Path) -> dict[str, Any]:
+    (trial,) = json.loads((run_dir / "summary.json").read_text())["trials"]
+    return trial
+
+
+def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    assert main([*OURS, f"run_dir={run_dir}"]) == 0
+    shown = capfd.readouterr()
+    assert "trial_0" in shown.out
+    assert "mean bits of 5 wanted" in shown.err
+    assert (run_dir / "bits.png").stat().st_size > 5000
+    trial = trial_of(run_dir)
+    assert trial["phase"] == "learned_bits"
+    counts = {"stem.0": 216, "conv1.0": 576, "conv2.0": 576, "fc": 80}
+    assert sum(trial["bits"][layer][0] * n for layer, n in counts.items()) <= 5 * sum(counts.values())
+    artifact = Artifact.load(run_dir / "artifacts" / "trial_0")
+    assert artifact.graph.is_integer_only
+    artifact.close()
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["float.ckpt", "learned_bits.ckpt"]
+    before = (run_dir / "checkpoints" / "learned_bits.ckpt").stat().st_mtime_ns
+    assert main([*OURS, f"run_dir={run_dir}"]) == 0  # nothing is trained again
+    assert (run_dir / "checkpoints" / "learned_bits.ckpt").stat().st_mtime_ns == before
+    assert trial_of(run_dir)["accuracy"] == trial["accuracy"]
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([*OURS, f"run_dir={tmp_path}/whole"]) == 0
+
+    def interrupted(self: LearnedBits, epoch: int) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        enter(self, epoch)
+
+    enter = LearnedBits._enter
+    monkeypatch.setattr(LearnedBits, "_enter", interrupted)
+    assert main([*OURS, f"run_dir={tmp_path}/run"]) != 0
+    monkeypatch.setattr(LearnedBits, "_enter", enter)
+    assert main([*OURS, f"run_dir={tmp_path}/run"]) == 0
+    whole, run = trial_of(tmp_path / "whole"), trial_of(tmp_path / "run")
+    assert run["bits"] == whole["bits"]
+    assert run["accuracy"] == whole["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["learned_bits.weights=1.5"], "weights=1.5 mean bits cannot be reached: the smallest network has 2"),
+        (["learned_bits.tune_epochs=0"], "learned_bits.tune_epochs"),
+        (["learned_bits.gradients.weights=dsq"], "'dsq' is unknown"),
+        (["pressure=ramp", "pressure.share=2"], "share=2"),
+        (["learned_bits.distillation=2"], "weight=2"),
+        (["deploy.bits.convolution.weight=[8,32]"], "has weights of [8, 32] bit"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    options: list[str], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*OURS, *options, f"run_dir={tmp_path}/run"]) == 1
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "run" / "artifacts").exists()
