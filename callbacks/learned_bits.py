@@ -88,6 +88,7 @@ class LearnedBits(pl.Callback):
         self._optimizer = torch.optim.RMSprop(self._parameters, learning_rate)
         self._gradients: list[Tensor | None] = [None] * len(self._parameters)
         self._steps = self._updates = 0
+        self._loaded: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that the network is trained, and long enough."""
@@ -109,6 +110,13 @@ class LearnedBits(pl.Callback):
             raise ConfigError(
                 "the training loader has no length, and progress is counted in it: give limit_train_batches"
             )
+        if self._loaded is not None:  # only now are parameters where they are trained
+            self._optimizer.load_state_dict(self._loaded["optimizer"])
+            self._gradients = [
+                None if of is None else of.to(parameter.device)
+                for of, parameter in zip(self._loaded["gradients"], self._parameters, strict=True)
+            ]
+            self._loaded = None
         self._enter(trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -129,27 +137,30 @@ class LearnedBits(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Take the quantizers' gradients out of the module's optimiser."""
+        if all(parameter.grad is None for parameter in self._parameters):
+            return  # one of several optimisers, of other parameters
+        self._steps += 1
         for place, parameter in enumerate(self._parameters):
             if parameter.grad is None:
                 continue
-            sum_so_far = self._gradients[place]
-            self._gradients[place] = parameter.grad if sum_so_far is None else sum_so_far + parameter.grad
+            before = self._gradients[place]
+            self._gradients[place] = parameter.grad if before is None else before + parameter.grad
             parameter.grad = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the quantizers where it is time."""
-        self._steps += 1
         learns = self.pretrain_epochs <= trainer.current_epoch < self.pretrain_epochs + self.learn_epochs
-        if self._steps < (self.every if learns else 1):
+        if self._steps < (self.every if learns else 1):  # not yet, or gradients are still being accumulated
             return
         for place, parameter in enumerate(self._parameters):
             total = self._gradients[place]
             parameter.grad = None if total is None else total / self._steps
         rate = self.learning_rate
         if learns:
-            progress = min(self._updates * self.every / (int(trainer.num_training_batches) * self.learn_epochs), 1.0)
+            steps = trainer.num_training_batches / trainer.accumulate_grad_batches * self.learn_epochs
+            progress = min(self._updates * self.every / steps, 1.0)
             rate *= min((1 - progress) / (1 - SETTLED), 1.0)
             self._press(progress)
             self._updates += 1
@@ -186,8 +197,7 @@ class LearnedBits(pl.Callback):
         bits = state_dict["bits"]
         self.bits = None if bits is None else BitConfig.from_json(bits)
         self.curve = [*map(list, state_dict["curve"])]
-        self._optimizer.load_state_dict(state_dict["optimizer"])
-        self._gradients = list(state_dict["gradients"])
+        self._loaded = state_dict
         self._steps, self._updates = state_dict["steps"], state_dict["updates"]
         for of, state in zip(self.pressure, state_dict["pressure"], strict=True):
             of.restore(state)

@@ -105,7 +105,7 @@ class Controller(Pressure):
     """
 
     share: float = 0.7
-    gains: tuple[float, float, float] = (20.0, 4.0, 0.0)
+    gains: tuple[float, ...] = (20.0, 4.0, 0.0)
     first: float = 1.0
 
     def __post_init__(self) -> None:

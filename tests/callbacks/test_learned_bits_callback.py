@@ -108,6 +108,14 @@ def test_an_interrupted_fit_goes_on_exactly(last: int, tmp_path: Path) -> None:
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
+def test_gradients_that_are_accumulated_count_as_one_step(tmp_path: Path) -> None:
+    network = learned()
+    of = callback(network, learn_epochs=4, learning_rate=0.5)
+    fit(network, [of], tmp_path, max_epochs=6, accumulate_grad_batches=2)
+    assert len(of.curve) == 4 * 8 // 2 // 2
+    assert of.curve[-1][:2] == pytest.approx([3, 4], rel=0.25)
+
+
 def test_the_optimisers_of_the_module_leave_quantizers_alone(tmp_path: Path) -> None:
     network = learned()
     before = [parameter.detach().clone() for of in network.quantizers for parameter in of.parameters()]
