@@ -15,11 +15,12 @@ from rich.console import Console
 from torch import nn
 
 from lightning_baqe.callbacks import Distillation, LearnedBits
-from lightning_baqe.errors import check_at_least
+from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.learned_bits.learned_figure import draw_bits
 from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits
 from lightning_baqe.learned_bits.pressure import Pressure
 from lightning_baqe.quantization.batches import network_input
+from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.gradient_scaling import GradientScaling, gradient_scaling
 from lightning_baqe.tasks import ImageClassifier
@@ -70,6 +71,12 @@ class BitLearning:
             ("calibration_batches", 1),
         ):
             check_at_least(f"learned_bits.{name}", given[name], least)
+        for name in ("weights", "activations"):
+            if not MIN_BITS <= given[name] <= MAX_BITS:
+                raise ConfigError(
+                    f"learned_bits.{name}={given[name]!r}, wanted are mean bits of {MIN_BITS}, which the smallest "
+                    f"network has, to {MAX_BITS}"
+                )
         pressure()
         return cls(
             given.weights, given.activations, given.start,

@@ -68,7 +68,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        (["learned_bits.weights=1.5"], "weights=1.5 mean bits cannot be reached: the smallest network has 2"),
+        (["learned_bits.weights=1.5"], "weights=1.5, wanted are mean bits of 2, which the smallest network has, to 8"),
+        (["learned_bits.activations=9"], "activations=9, wanted are mean bits of 2"),
         (["learned_bits.tune_epochs=0"], "learned_bits.tune_epochs"),
         (["learned_bits.gradients.weights=dsq"], "'dsq' is unknown"),
         (["pressure=ramp", "pressure.share=2"], "share=2"),
@@ -81,4 +82,4 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     assert main([*OURS, *options, f"run_dir={tmp_path}/run"]) == 1
     assert wanted in capsys.readouterr().err
-    assert not (tmp_path / "run" / "artifacts").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -41,10 +41,11 @@ def test_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setitem(comparison.SETTINGS, "elpv", {"mobilenetv2_035": narrow})
     methods = {name: comparison.METHODS[name] for name in ("output fisher", "divergence")}
     monkeypatch.setattr(comparison, "METHODS", methods)
+    monkeypatch.setattr(comparison, "MEANS", (4,))
     arguments = ["--data", "elpv", "--root", str(tmp_path / "elpv"), "--seeds", "0", "--folder", str(tmp_path / "out")]
     assert comparison.main([*arguments, "--smallest"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "bits.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 2 * 2 + 1
+    assert len(rows) == 4 * 2 + 1
     for row in rows[:-1]:
         assert 0 <= row["accuracy"] <= 1
         uniform = next(r for r in rows if (r["method"], r.get("mean")) == ("uniform", row["mean"]))

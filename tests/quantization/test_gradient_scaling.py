@@ -47,8 +47,11 @@ def arrived(gradient: Tensor, x: Tensor, step: float, low: int, high: int, scali
     return torch.tensor(found, dtype=x.dtype).view_as(x)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", SCALES)
+# Each kind, and two of them compiled.
+CASES = [*((kind, False) for kind in SCALES), ("ste", True), ("invtanh", True)]
+
+
+@pytest.mark.parametrize(("kind", "compiled"), CASES)
 def test_the_published_formulas(kind: str, compiled: bool) -> None:
     torch.compiler.reset()
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +69,8 @@ def test_the_published_formulas(kind: str, compiled: bool) -> None:
     torch.testing.assert_close(*at_scale)  # LSQ's gradient to the scale is no gradient through the rounding
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("quantizer_kind", ACTIVATION_QUANTIZERS)
-@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize(("kind", "compiled"), CASES)
 def test_activations(kind: str, quantizer_kind: str, compiled: bool) -> None:
     torch.compiler.reset()
     generator = torch.Generator().manual_seed(1)
