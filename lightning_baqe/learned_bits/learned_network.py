@@ -122,7 +122,7 @@ class LearnedNetwork:
         """The network as trained, on whole bits and within the ranges that were learned, its scales of the usual kind:
         to be tuned further, or lowered.
 
-        It computes what this one does at these bits, but for two things: of signed values one lower integer more is
+        It computes what this one does at these bits, but for two things: of signed inputs one lower integer more is
         left, and a layer with inputs of 8 bits shares their quantizer with whatever else reads the tensor.
         """
         model = quantize(self.network, bits, activation_quantizer="lsq")
@@ -132,7 +132,10 @@ class LearnedNetwork:
         for path, learned in self.others.items():
             _take(quantizers[path], learned)
         for name, of in quantizers_of_layers(model).items():
-            of.weight.scale.data.copy_(self.weights[name].top().detach() / of.weight.qp)
+            top, layer = self.weights[name].top().detach(), model.get_submodule(of.path)
+            of.weight.scale.data.copy_(top / of.weight.qp)
+            # Clipped for good: the usual quantizer has one lower integer more, and would take what is below the range.
+            layer.get_parameter("weight").data.clamp_(-top, top)
             for call, path in zip((call for call in of.calls if call), self.inputs[name], strict=True):
                 _take(call[-1], self.activations[path])
         return model.train(self.model.training)
