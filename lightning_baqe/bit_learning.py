@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_baqe.callbacks import Distillation, LearnedBits
 from lightning_baqe.errors import ConfigError, check_at_least
+from lightning_baqe.fine_tuning import distilling
 from lightning_baqe.learned_bits.learned_figure import draw_bits
 from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits
 from lightning_baqe.learned_bits.pressure import Pressure
@@ -97,19 +98,14 @@ class BitLearning:
         an interrupted training left; what is in the checkpoint is not trained again.
         """
         if not checkpoint.exists():
-            self._fit(task, datamodule, checkpoint, make_trainer, teacher, scorer)
+            companions = distilling(self.distillation, self.temperature, teacher, scorer)
+            self._fit(task, datamodule, checkpoint, make_trainer, companions)
         load(task, checkpoint)
         assert isinstance(task.net, QuantizedModel)
         return task.net.cpu().eval()
 
     def _fit(
-        self,
-        task: ImageClassifier,
-        datamodule: Any,
-        checkpoint: Path,
-        make_trainer: Callable[..., pl.Trainer],
-        teacher: nn.Module,
-        scorer: Scorer,
+        self, task: ImageClassifier, datamodule: Any, checkpoint: Path, make_trainer: Any, companions: list[pl.Callback]
     ) -> None:
         images = [
             network_input(batch, "the train loader") for batch in islice(datamodule.train_dataloader(), self.batches)
@@ -123,14 +119,9 @@ class BitLearning:
             learned, self.weights, self.activations, pretrain, learn, self.every, self.learning_rate,
             (self.pressure(), self.pressure()),
         )  # fmt: skip
-        callbacks: list[pl.Callback] = [bits]
-        if self.distillation > 0:
-            distillation = Distillation(weight=self.distillation, temperature=self.temperature)
-            distillation.teacher, distillation.independent = teacher, scorer.kind == "labels"
-            callbacks.append(distillation)
         task.net = learned.model.train()
         scratch = checkpoint.with_name(f"{checkpoint.stem}-training")
-        fit_resumable(task, datamodule, scratch, pretrain + learn + tune, make_trainer, callbacks)
+        fit_resumable(task, datamodule, scratch, pretrain + learn + tune, make_trainer, [bits, *companions])
         assert bits.bits is not None
         task.net = learned.deployable(bits.bits)
         _tell(learned, bits, checkpoint.parent.parent)

@@ -99,10 +99,7 @@ class FineTuning:
         callbacks: list[pl.Callback] = []
         if self.freeze_after is not None:
             callbacks.append(FreezeBatchNorm(after_epochs=self.freeze_after, fold=self.fold))
-        if self.distillation > 0:
-            distillation = Distillation(weight=self.distillation, temperature=self.temperature)
-            distillation.teacher, distillation.independent = teacher, scorer.kind == "labels"
-            callbacks.append(distillation)
+        callbacks += distilling(self.distillation, self.temperature, teacher, scorer)
         quantized = task.quantize(bits, datamodule.example_input, **self.options)
         quantized.scale_gradients(*self.gradients)
         if not checkpoint.exists():
@@ -115,6 +112,15 @@ class FineTuning:
             fit_to_checkpoint(task, datamodule, checkpoint, self.epochs, limited, callbacks)
         assert isinstance(task.net, QuantizedModel)
         return task.net.cpu().eval()
+
+
+def distilling(weight: float, temperature: float, teacher: nn.Module, scorer: Scorer) -> list[pl.Callback]:
+    """What has a network learn from the float one; nothing where the weight is 0."""
+    if weight == 0:
+        return []
+    callback = Distillation(weight=weight, temperature=temperature)
+    callback.teacher, callback.independent = teacher, scorer.kind == "labels"
+    return [callback]
 
 
 @contextmanager
