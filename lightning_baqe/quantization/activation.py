@@ -92,7 +92,7 @@ class ActivationQuantizer(nn.Module, ABC):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self._is_set = False  # what was loaded says so
+        self._is_set = not self.initialized.is_meta and bool(self.initialized)
 
     def step(self) -> float:
         """The scale as it acts."""

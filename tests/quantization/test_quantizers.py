@@ -283,6 +283,9 @@ def test_compiled_quantizers_are_the_same(kind: str, bits: int) -> None:
     observer = RangeObserver()
     observer.update(x.detach() * 0.7)
     quantizer.initialize(observer)
+    again = ACTIVATION_QUANTIZERS[kind](bits, "q")  # type: ignore[call-arg]
+    again.load_state_dict(quantizer.state_dict())  # a loaded one compiles as well
+    quantizer = again
     layer = nn.Conv2d(5, 7, 3)
     layer = QuantConv2d(layer, WeightQuantizer(layer.weight, bits))
 
