@@ -16,14 +16,14 @@ from torch import nn
 
 from lightning_baqe.callbacks import Distillation, LearnedBits
 from lightning_baqe.errors import ConfigError, check_at_least
-from lightning_baqe.fine_tuning import distilling
+from lightning_baqe.fine_tuning import distilling, gradients_of
 from lightning_baqe.learned_bits.learned_figure import draw_bits
 from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits
 from lightning_baqe.learned_bits.pressure import Pressure
 from lightning_baqe.quantization.batches import network_input
 from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.quantization.gradient_scaling import GradientScaling, gradient_scaling
+from lightning_baqe.quantization.gradient_scaling import GradientScaling
 from lightning_baqe.tasks import ImageClassifier
 from lightning_baqe.tasks.pretrain import fit_resumable, keep, load
 from lightning_baqe.tasks.scoring import Scorer
@@ -60,10 +60,7 @@ class BitLearning:
     def of(cls, cfg: DictConfig, pressure: Callable[[], Pressure]) -> BitLearning:
         """Raises ConfigError for what cannot be right."""
         given = cfg.learned_bits
-        scaled = given.gradients
-        weights, activations = (
-            gradient_scaling(kind, scaled.delta, scaled.alpha) for kind in (scaled.weights, scaled.activations)
-        )
+        gradients = gradients_of(given.gradients)
         Distillation(weight=given.distillation, temperature=given.temperature)
         for name, least in (
             ("pretrain_epochs", 0),
@@ -82,7 +79,7 @@ class BitLearning:
         return cls(
             given.weights, given.activations, given.start,
             (given.pretrain_epochs, given.learn_epochs, given.tune_epochs), given.every, given.learning_rate, pressure,
-            given.calibration_batches, given.distillation, given.temperature, (weights, activations),
+            given.calibration_batches, given.distillation, given.temperature, gradients,
         )  # fmt: skip
 
     def train(

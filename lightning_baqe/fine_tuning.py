@@ -59,10 +59,7 @@ class FineTuning:
         options = {name: given[name] for name in ("activation_quantizer", "activation_range")}
         check_options(**options)
         correction = correction_of(replace(correction_of(given.correct), reconstruct_s=given.reconstruct_s))
-        scaled = given.gradients
-        weights, activations = (
-            gradient_scaling(kind, scaled.delta, scaled.alpha) for kind in (scaled.weights, scaled.activations)
-        )
+        gradients = gradients_of(given.gradients)
         after, fold = given.freeze_batch_norm_after, given.fold_batch_norm
         if fold and after is None:
             raise ConfigError(
@@ -82,7 +79,7 @@ class FineTuning:
             )
         return cls(
             options, correction, given.epochs, given.steps, given.calibration_batches, after, fold,
-            given.distillation, given.temperature, (weights, activations),
+            given.distillation, given.temperature, gradients,
         )  # fmt: skip
 
     def train(
@@ -112,6 +109,14 @@ class FineTuning:
             fit_to_checkpoint(task, datamodule, checkpoint, self.epochs, limited, callbacks)
         assert isinstance(task.net, QuantizedModel)
         return task.net.cpu().eval()
+
+
+def gradients_of(given: DictConfig) -> tuple[GradientScaling, GradientScaling]:
+    """Through the rounding of weights and of activations. Raises ConfigError for what cannot be right."""
+    weights, activations = (
+        gradient_scaling(kind, given.delta, given.alpha) for kind in (given.weights, given.activations)
+    )
+    return weights, activations
 
 
 def distilling(weight: float, temperature: float, teacher: nn.Module, scorer: Scorer) -> list[pl.Callback]:
