@@ -42,6 +42,7 @@ class BitLearning:
         batches: training batches that quantizers are calibrated on.
         distillation, temperature: of :class:`~lightning_baqe.callbacks.Distillation`; 0: none.
         gradients: through the rounding of weights and of activations.
+        by_channel: learn bits of each output channel's weights.
     """
 
     weights: float
@@ -55,6 +56,7 @@ class BitLearning:
     distillation: float
     temperature: float
     gradients: tuple[GradientScaling, GradientScaling]
+    by_channel: bool
 
     @classmethod
     def of(cls, cfg: DictConfig, pressure: Callable[[], Pressure]) -> BitLearning:
@@ -79,7 +81,7 @@ class BitLearning:
         return cls(
             given.weights, given.activations, given.start,
             (given.pretrain_epochs, given.learn_epochs, given.tune_epochs), given.every, given.learning_rate, pressure,
-            given.calibration_batches, given.distillation, given.temperature, gradients,
+            given.calibration_batches, given.distillation, given.temperature, gradients, given.by_channel,
         )  # fmt: skip
 
     def train(
@@ -107,7 +109,7 @@ class BitLearning:
         images = [
             network_input(batch, "the train loader") for batch in islice(datamodule.train_dataloader(), self.batches)
         ]
-        learned = learn_bits(task.net, images, self.start, datamodule.example_input)
+        learned = learn_bits(task.net, images, self.start, datamodule.example_input, self.by_channel)
         for kind, quantizers in zip(self.gradients, (learned.weights, learned.activations), strict=True):
             for quantizer in quantizers.values():
                 quantizer.gradient = kind

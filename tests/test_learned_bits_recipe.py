@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from smallest import LEARNED_BITS, SMALLEST
 
@@ -26,9 +27,11 @@ def trial_of(run_dir: Path) -> dict[str, Any]:
     return trial
 
 
-def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], by_channel: bool) -> None:
     run_dir = tmp_path / "run"
-    assert main([*OURS, f"run_dir={run_dir}"]) == 0
+    ours = [*OURS, f"run_dir={run_dir}", f"learned_bits.by_channel={by_channel}"]
+    assert main(ours) == 0
     shown = capfd.readouterr()
     assert "trial_0" in shown.out
     assert "mean bits of 5 wanted" in shown.err
@@ -36,13 +39,15 @@ def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trial = trial_of(run_dir)
     assert trial["phase"] == "learned_bits"
     counts = {"stem.0": 216, "conv1.0": 576, "conv2.0": 576, "fc": 80}
-    assert sum(trial["bits"][layer][0] * n for layer, n in counts.items()) <= 5 * sum(counts.values())
+    weights = {layer: trial["bits"][layer][0] for layer in counts}
+    assert all(isinstance(bits, list) == by_channel for bits in weights.values())
+    assert sum(np.mean(weights[layer]) * n for layer, n in counts.items()) <= 5 * sum(counts.values())
     artifact = Artifact.load(run_dir / "artifacts" / "trial_0")
     assert artifact.graph.is_integer_only
     artifact.close()
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["float.ckpt", "learned_bits.ckpt"]
     before = (run_dir / "checkpoints" / "learned_bits.ckpt").stat().st_mtime_ns
-    assert main([*OURS, f"run_dir={run_dir}"]) == 0  # nothing is trained again
+    assert main(ours) == 0  # nothing is trained again
     assert (run_dir / "checkpoints" / "learned_bits.ckpt").stat().st_mtime_ns == before
     assert trial_of(run_dir)["accuracy"] == trial["accuracy"]
 

@@ -49,7 +49,7 @@ class Layerwise:
         self._layers: dict[str, dict[int, tuple[nn.Module, LayerQuantizers]]] = {name: {} for name in names.pop()}
         for bits, of in owners.items():
             for name, own in of.items():
-                self._layers[name].setdefault(own.weight.bits, (quantized[bits].get_submodule(own.path), own))
+                self._layers[name].setdefault(own.width, (quantized[bits].get_submodule(own.path), own))
         self._may_be_float = {name for name in self._layers if FLOAT_BITS in models and name not in kept}
         first = owners[min(owners)]
         self.paths = {name: own.path for name, own in first.items()}

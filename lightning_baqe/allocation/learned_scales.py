@@ -48,5 +48,5 @@ class LearnedScales(Sensitivity):
             for name, own in quantizers_of_layers(trained).items():
                 scales = float(own.weight.scale.detach().mean())
                 scales += self.input_weight * sum(call[-1].step() for call in own.calls if call)
-                values[name].setdefault(own.weight.bits, scales)
+                values[name].setdefault(own.width, scales)
         return Sensitivities(float_free(values, choices))

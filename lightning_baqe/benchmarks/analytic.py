@@ -66,7 +66,7 @@ def weights_bytes(graph: IntegerGraph) -> float:
     total = 0.0
     for node in graph:
         if isinstance(node, ir.Conv | ir.Linear):
-            total += node.weight.numel() * node.weight_bits / 8
+            total += node.weight.numel() * float(node.mean_weight_bits) / 8
         elif isinstance(node, ir.FloatConv | ir.FloatLinear):
             total += 4 * (node.weight.numel() + node.bias.numel())
     return total

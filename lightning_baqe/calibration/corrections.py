@@ -128,7 +128,8 @@ def correct_weights(place: Place, correction: Correction) -> None:
     known = quantizer.scale.detach().double().cpu().clamp_min(MIN_SCALE).reshape(shape)
     sign = torch.ones_like(known) if quantizer.sign is None else quantizer.sign.double().cpu().reshape(shape)
     target = target * sign
-    qn, qp, H = quantizer.qn, quantizer.qp, moments.H
+    qn, qp = (bound.double().cpu() if isinstance(bound, Tensor) else bound for bound in quantizer.bounds(shape))
+    H = moments.H
     step = best_step(target, H, qn, qp, known)
     integers = nearest(target, step, qn, qp)
     if correction.round:

@@ -23,6 +23,7 @@ from lightning_baqe.calibration.moments import Weighted
 from lightning_baqe.calibration.walk import Walk
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.functional import clamped
 from lightning_baqe.quantization.layers import QuantLayer
 from lightning_baqe.quantization.ops import OpReader
 from lightning_baqe.quantization.train_modes import evaluating
@@ -316,7 +317,7 @@ class SoftRounding(nn.Module):
         integers, scale = quantizer.integers(weight)
         step = scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
         integers = integers.to(weight)
-        reached = (integers - torch.sign(slope * step)).clamp(-quantizer.qn, quantizer.qp)
+        reached = clamped(integers - torch.sign(slope * step), *quantizer.bounds(step.shape))
         self.start, self.move = integers * step, (reached - integers) * step
         self.undecided = nn.Parameter(torch.full_like(weight, math.log((_BEGIN - _LOW) / (_HIGH - _BEGIN))))
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_baqe.calibration.moments import Moments
+from lightning_baqe.quantization.functional import Bound, clamped
 
 DAMPING = 0.1  # of the mean variance of an input
 SWEEPS = 4
@@ -56,12 +57,12 @@ def error_of(difference: Tensor, H: Tensor) -> Tensor:
     return ((difference @ H) * difference).sum(-1)
 
 
-def nearest(target: Tensor, step: Tensor, qn: int, qp: int) -> Tensor:
-    """Integers on the grid nearest to T."""
-    return torch.round(target / step).clamp_(-qn, qp)
+def nearest(target: Tensor, step: Tensor, qn: Bound, qp: Bound) -> Tensor:
+    """Integers on the grid nearest to T; its bounds are those of all channels, or ``(groups, channels, 1)``."""
+    return clamped(torch.round(target / step), qn, qp)
 
 
-def best_step(target: Tensor, H: Tensor, qn: int, qp: int, known: Tensor) -> Tensor:
+def best_step(target: Tensor, H: Tensor, qn: Bound, qp: Bound, known: Tensor) -> Tensor:
     """The steps, of fractions of each channel's largest weight and of the known ones, with the least error when T is
     rounded to the nearest.
     """
@@ -75,12 +76,12 @@ def best_step(target: Tensor, H: Tensor, qn: int, qp: int, known: Tensor) -> Ten
     return best
 
 
-def best_integers(target: Tensor, step: Tensor, H: Tensor, qn: int, qp: int, sweeps: int = SWEEPS) -> Tensor:
+def best_integers(target: Tensor, step: Tensor, H: Tensor, qn: Bound, qp: Bound, sweeps: int = SWEEPS) -> Tensor:
     """Integers whose error is locally least: no single one could be changed for the better, if sweeps suffice.
 
     Args:
         target, step, H: T, s and H.
-        qn, qp: of the grid.
+        qn, qp: of the grid; of all channels, or ``(groups, channels, 1)``.
         sweeps: over all weights, at most.
 
     Returns:
@@ -93,6 +94,7 @@ def best_integers(target: Tensor, step: Tensor, H: Tensor, qn: int, qp: int, swe
     q = nearest(target, step, qn, qp)
     slope = (q * step - target) @ H  # half the error's gradient
     unit = step[..., 0]
+    bounds = [bound[..., 0] if isinstance(bound, Tensor) else bound for bound in (qn, qp)]
     for _ in range(sweeps):
         changed = False
         for start in range(0, q.shape[2], _BLOCK):
@@ -101,7 +103,7 @@ def best_integers(target: Tensor, step: Tensor, H: Tensor, qn: int, qp: int, swe
             for i in range(moved.shape[2]):
                 at = start + i
                 wanted = q[:, :, at] - local[:, :, i] / (variance[:, :, at] * unit)
-                value = torch.round(wanted).clamp_(-qn, qp)
+                value = clamped(torch.round(wanted), *bounds)
                 moved[:, :, i] = (value - q[:, :, at]) * unit
                 q[:, :, at] = value
                 local += moved[:, :, i, None] * near[:, None, i]

@@ -135,7 +135,7 @@ class SizeTable:
         for graph in graphs.values():
             for node in graph:
                 if isinstance(node, _LAYERS) and node.layer in graph.bits:
-                    layers.setdefault(node.layer, {})[graph.bits[node.layer][0]] = node_bytes(node)
+                    layers.setdefault(node.layer, {})[graph.bits[node.layer][1]] = node_bytes(node)
         by_name = {node.name: node_bytes(node) for node in graphs[8] if not isinstance(node, _LAYERS)}
         operators = {name: by_name[label] for name, label in labels.items() if by_name.get(label)}
         return cls(layers, operators)

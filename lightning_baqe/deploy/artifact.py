@@ -78,8 +78,8 @@ class Artifact:
         return self.plan.schedules
 
     @property
-    def bits(self) -> Mapping[str, tuple[int, int]]:
-        """``{layer: (weight bits, activation bits)}``."""
+    def bits(self) -> Mapping[str, tuple[int | tuple[int, ...], int]]:
+        """``{layer: (weight bits, activation bits)}``; of weights one number, or one for each output channel."""
         return self.graph.bits
 
     @property

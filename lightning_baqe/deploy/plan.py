@@ -296,7 +296,7 @@ class _Planner:
             weight = weight.reshape(weight.shape[0], source.channels, source.height, source.width)
         fields = self._window(node, source, layout, weight) | {
             "groups": getattr(node, "groups", 1),
-            "weight_bits": 32 if is_float else 4 if node.weight_bits <= 4 else 8,
+            "weight_bits": 32 if is_float else 4 if node.widest_weight_bits <= 4 else 8,
         }
         params: dict[str, Any] = {"pad": self.values.pads[result]}
         residual = name

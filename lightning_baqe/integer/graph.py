@@ -41,7 +41,8 @@ class IntegerGraph:
 
     Args:
         nodes: the operators; the first is the only :class:`~lightning_baqe.integer.nodes.Input`, the last the output.
-        bits: ``{layer: (weight bits, activation bits)}`` in network order, 32 = float.
+        bits: ``{layer: (weight bits, activation bits)}`` in network order, 32 = float. Weights have one number, or one
+            for each output channel.
         returned: the shape in which the network returns the output, elements in the same order; None: as it is.
 
     Raises:
@@ -50,7 +51,7 @@ class IntegerGraph:
     """
 
     nodes: tuple[Node, ...]
-    bits: Mapping[str, tuple[int, int]]
+    bits: Mapping[str, tuple[int | tuple[int, ...], int]]
     returned: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -190,7 +191,7 @@ class IntegerGraph:
     def bops(self) -> int:
         """Bit operations per image: weight bits x activation bits x MACs (HAWQ-V3 section III-E), float = 32 x 32."""
         return sum(
-            node_macs(node) * (node.weight_bits * node.activation_bits if isinstance(node, Layer) else 1024)
+            int(node_macs(node) * (node.mean_weight_bits * node.activation_bits if isinstance(node, Layer) else 1024))
             for node in self.nodes
         )
 
@@ -224,7 +225,7 @@ def node_bytes(node: Node) -> int:
         case Affine():
             total += OFFSET_BYTES * node.offset.numel()
         case Layer():
-            total += math.ceil(node.weight.numel() * node.weight_bits / 8) + BIAS_BYTES * node.bias.numel()
+            total += math.ceil(node.weight.numel() * node.mean_weight_bits / 8) + BIAS_BYTES * node.bias.numel()
             total += 0 if node.fraction is None else MULTIPLIER_BYTES * node.fraction.numel()
     return total
 

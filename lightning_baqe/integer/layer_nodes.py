@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch.nn import functional
@@ -25,6 +26,7 @@ class Layer(Node):
     Args:
         layer: path of the module in the network that it was made of.
         weight: int64, ``(out, ...)``, within ``weight_bits`` signed bits.
+        weight_bits: of all output channels, or of each; they are stored so, and computed with as with the widest.
         bias: int64 within 32 bits, shape ``(out,)``.
         fraction: int64, ``(out,)``, what rounding took from the bias, in steps of ``2^-shift`` of the output's grid:
             ``clip(((acc * m + fraction + half) >> shift) + zero_point)``. With few bits a step of the accumulator is
@@ -33,7 +35,7 @@ class Layer(Node):
 
     layer: str
     weight: torch.Tensor
-    weight_bits: int
+    weight_bits: int | tuple[int, ...]
     activation_bits: int
     bias: torch.Tensor
     input_range: tuple[int, int]
@@ -42,6 +44,18 @@ class Layer(Node):
 
     def __post_init__(self) -> None:
         check_accumulator(self.layer, self.weight, self.bias, self.input_range)
+
+    @property
+    def widest_weight_bits(self) -> int:
+        """Bits of the channel that has the most."""
+        return max(self.weight_bits) if isinstance(self.weight_bits, tuple) else self.weight_bits
+
+    @property
+    def mean_weight_bits(self) -> Fraction:
+        """Bits of a weight."""
+        if isinstance(self.weight_bits, tuple):
+            return Fraction(sum(self.weight_bits), len(self.weight_bits))
+        return Fraction(self.weight_bits)
 
     def _finish(self, products: torch.Tensor) -> torch.Tensor:
         """The output for sums of products, float64 of shape ``(n, out, ...)``."""

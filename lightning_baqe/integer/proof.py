@@ -370,10 +370,15 @@ def _of_layer(node: Layer, kind: TensorType) -> None:
     low, high = node.input_range
     inside = low <= kind.limits[0] and kind.limits[1] <= high
     _want(node, inside, f"it was made for values {low}..{high}, what it reads is {_name(kind)}")
-    _want(node, 1 <= node.weight_bits <= 32, f"its weights have {node.weight_bits} bits")
-    first, last = (int(value) for value in node.weight.aminmax())
-    bound = 1 << (node.weight_bits - 1)
-    _want(node, -bound <= first and last < bound, f"weights {first}..{last} have not {node.weight_bits} bits")
+    widths = node.weight_bits if isinstance(node.weight_bits, tuple) else (node.weight_bits,)
+    _want(node, all(1 <= bits <= 32 for bits in widths), f"its weights have {node.weight_bits} bits")
+    fits = len(widths) in (1, len(node.weight))
+    _want(node, fits, f"it has {len(node.weight)} output channels, and bits for {len(widths)}")
+    lowest, highest = node.weight.flatten(1).aminmax(dim=1)
+    for bits in set(widths):
+        channels = (torch.tensor(widths) == bits).expand(len(lowest))
+        first, last, bound = int(lowest[channels].min()), int(highest[channels].max()), 1 << (bits - 1)
+        _want(node, -bound <= first and last < bound, f"weights {first}..{last} have not {bits} bits")
     out = node.type.shape[:1]
     for name, values in (("bias", node.bias), ("fraction", node.fraction)):
         if values is not None:

@@ -30,19 +30,28 @@ _UNION: Any = typing.Union  # of types that are known when it runs
 _TUPLE: Any = tuple
 
 
-def pack_bits(values: torch.Tensor, bits: int) -> np.ndarray:
+def pack_bits(values: torch.Tensor, bits: int | tuple[int, ...]) -> np.ndarray:
     """Integers of ``bits`` signed bits as a dense bit string.
 
     Args:
         values: int64, any shape, each within ``-2^(bits-1) .. 2^(bits-1) - 1``.
-        bits: 1 to 32.
+        bits: 1 to 32; or one such number for each entry of the first dimension.
 
     Returns:
-        uint8, shape ``(ceil(numel * bits / 8),)``; value i occupies bits ``i * bits`` and up, least significant first.
+        uint8, of as many bytes as all bits take, rounded up; each value lies behind the one before it, least
+        significant bit first: value i occupies bits ``i * bits`` and up.
 
     Raises:
         ConfigError: a value does not fit, or bits are out of range.
     """
+    if isinstance(bits, tuple):
+        if len(bits) != len(values):
+            raise ConfigError(f"{len(bits)} numbers of bits for the {len(values)} channels of the values")
+        planes = (
+            np.unpackbits(pack_bits(row, width), count=row.numel() * width, bitorder="little")
+            for row, width in zip(values, bits, strict=True)
+        )
+        return np.packbits(np.concatenate(list(planes)), bitorder="little")
     _check_width(bits)
     flat = values.detach().cpu().reshape(-1).to(torch.int64).numpy()
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
@@ -56,17 +65,29 @@ def pack_bits(values: torch.Tensor, bits: int) -> np.ndarray:
     return np.packbits(np.unpackbits(octets, axis=1, count=bits, bitorder="little").reshape(-1), bitorder="little")
 
 
-def unpack_bits(packed: np.ndarray, bits: int, count: int) -> torch.Tensor:
+def unpack_bits(packed: np.ndarray, bits: int | tuple[int, ...], count: int) -> torch.Tensor:
     """The inverse of :func:`pack_bits`: int64, shape ``(count,)``. ConfigError where the array has another length than
     ``count`` values take.
     """
-    _check_width(bits)
-    wanted = (count * bits + 7) // 8
+    by_channel = bits if isinstance(bits, tuple) else (bits,)
+    for width in by_channel:
+        _check_width(width)
+    each, left = divmod(count, len(by_channel))
+    if left:
+        raise ConfigError(f"{count} values are no channels of {len(by_channel)}; the file is damaged")
+    wanted = (each * sum(by_channel) + 7) // 8
     if packed.dtype != np.uint8 or packed.shape != (wanted,):
         raise ConfigError(
             f"{count} values of {bits} bits are {wanted} bytes of uint8, got {packed.dtype} of shape {packed.shape}; "
             "the file is damaged or of another graph"
         )
+    if isinstance(bits, tuple):
+        parts = np.split(np.unpackbits(packed, bitorder="little"), np.cumsum([each * width for width in bits]))
+        rows = (
+            unpack_bits(np.packbits(row, bitorder="little"), width, each)
+            for row, width in zip(parts, bits, strict=False)  # behind the last are bits that fill a byte
+        )
+        return torch.cat(list(rows))
     if bits == 8:
         return torch.from_numpy(packed.view(np.int8).astype(np.int64))
     planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
@@ -80,7 +101,7 @@ def graph_to_parts(graph: IntegerGraph) -> tuple[dict[str, Any], dict[str, np.nd
     """Describe a graph: ``(JSON-able description, arrays by name)``."""
     arrays: dict[str, np.ndarray] = {}
     nodes = [_describe(node, index, arrays) for index, node in enumerate(graph.nodes)]
-    bits = {layer: list(pair) for layer, pair in graph.bits.items()}
+    bits = {layer: _lists(pair) for layer, pair in graph.bits.items()}
     returned = None if graph.returned is None else list(graph.returned)
     return {"version": FORMAT_VERSION, "bits": bits, "nodes": nodes, "returned": returned}, arrays
 
@@ -118,10 +139,14 @@ class _Plain(_Part):
     form: Literal["float32", "int32", "int64", "bool"]
 
 
+_Width = Annotated[int, Field(ge=1, le=32)]
+_Widths = Annotated[tuple[_Width, ...], Strict(False), Field(min_length=1)]
+
+
 class _Packed(_Part):
     array: str
     form: Literal["packed"]
-    bits: int = Field(ge=1, le=32)
+    bits: _Width | _Widths
     shape: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Strict(False)]
 
 
@@ -137,7 +162,7 @@ class _Tensors(_Part):
     tensors: dict[str, _Array]
 
 
-_Bits = Annotated[tuple[Annotated[int, Field(ge=2, le=32)], Annotated[int, Field(ge=2, le=32)]], Strict(False)]
+_Bits = Annotated[tuple[_Width | _Widths, _Width], Strict(False)]
 
 
 class _Graph(_Part):
@@ -210,10 +235,10 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _store(value: torch.Tensor, bits: int, key: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    if not value.is_floating_point() and bits < 32:
+def _store(value: torch.Tensor, bits: int | tuple[int, ...], key: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    if not value.is_floating_point() and bits != 32:
         arrays[key] = pack_bits(value, bits)
-        return {"array": key, "form": "packed", "bits": bits, "shape": list(value.shape)}
+        return {"array": key, "form": "packed", "bits": _lists(bits), "shape": list(value.shape)}
     form = "float32"
     if value.dtype == torch.bool:
         form = "bool"

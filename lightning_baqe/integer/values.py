@@ -99,7 +99,7 @@ class Builder:
         self.floats: dict[str, Value] = {}  # dequantized integer values by the integer node's name
         self.moved: dict[tuple[str, bytes, tuple[int, ...]], Value] = {}  # values whose elements were moved already
         self.done: dict[fx.Node, None] = {}  # what their producer has done besides
-        self.bits: dict[str, tuple[int, int]] = {}
+        self.bits: dict[str, tuple[int | tuple[int, ...], int]] = {}
 
     def state(self) -> tuple[int, ...]:
         """What :meth:`reset` returns to."""

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_baqe.files import replace_file
@@ -13,7 +14,8 @@ from lightning_baqe.quantization.config import BitConfig
 
 
 def draw_bits(bits: BitConfig, curve: Sequence[Sequence[float]], path: Path) -> None:
-    """Bars of the bits of weights and of inputs by layer; below, mean bits and beta, update by update.
+    """Bars of the bits of weights (the mean of their channels) and of inputs by layer; below, mean bits and beta, each
+    update.
 
     Args:
         bits: of all layers.
@@ -24,7 +26,7 @@ def draw_bits(bits: BitConfig, curve: Sequence[Sequence[float]], path: Path) -> 
     figure = Figure(figsize=(max(6.0, 0.35 * len(layers)), 7.0), layout="constrained")
     weights, inputs, learning = figure.subplots(3, 1)
     for axis, name, colour, values in (
-        (weights, "weights", "#2166ac", [bits[layer].weight for layer in layers]),
+        (weights, "weights", "#2166ac", [float(np.mean(bits[layer].weight)) for layer in layers]),
         (inputs, "inputs", "#5aae61", [bits[layer].activation for layer in layers]),
     ):
         axis.bar(range(len(layers)), values, color=colour, width=0.8)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from lightning_baqe.allocation.program import allocate_bits
 from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.entrance.admission import Network, admit
 from lightning_baqe.entrance.quantize import quantize
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.learned_bits.learned_quantizers import LearnedQuantizer, learned_weights
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS, BitConfig, LayerBits, layers
@@ -41,6 +42,7 @@ class LearnedNetwork:
         others: 8-bit ones of whatever is no layer, by path; their ranges learn, and they do not count.
         inputs: ``{layer: paths of what it reads through}``, one for each time that the network calls it.
         network: the float one that it was made of.
+        by_channel: each output channel's weights learn bits of their own.
     """
 
     model: QuantizedModel
@@ -49,6 +51,7 @@ class LearnedNetwork:
     others: Mapping[str, LearnedQuantizer]
     inputs: Mapping[str, tuple[str, ...]]
     network: Network
+    by_channel: bool = False
 
     @property
     def quantizers(self) -> tuple[LearnedQuantizer, ...]:
@@ -80,7 +83,7 @@ class LearnedNetwork:
 
     def materialise(self, weight_bytes: float | None = None, activation_bytes: float | None = None) -> BitConfig:
         """Whole bits, the nearest to those that were learned: the smallest sum of squared differences, each weighted by
-        how much it holds, that keeps the sizes.
+        how much it holds, that keeps the sizes; of channels see :func:`nearest_by_channel`.
 
         Args:
             weight_bytes, activation_bytes: limits; None: what was learned.
@@ -88,35 +91,35 @@ class LearnedNetwork:
         Raises:
             InfeasibleError: a limit below the smallest network; names its size.
         """
-        of_weights = _nearest(
-            self.weights, float(self.weight_bytes().detach()) if weight_bytes is None else weight_bytes, ()
-        )
-        of_tensors = _nearest(
-            self.activations,
-            float(self.activation_bytes().detach()) if activation_bytes is None else activation_bytes,
-            [
-                paths for paths in self.inputs.values() if len(set(paths)) > 1
-            ],  # of a layer that is called more than once
-        )
+        weights = float(self.weight_bytes().detach()) if weight_bytes is None else weight_bytes
+        activations = float(self.activation_bytes().detach()) if activation_bytes is None else activation_bytes
+        called_more_than_once = [paths for paths in self.inputs.values() if len(set(paths)) > 1]
+        of_weights = self._bits_of_channels(weights) if self.by_channel else _nearest(self.weights, weights)
+        of_tensors = _nearest(self.activations, activations, called_more_than_once)
         bits = {
             layer: LayerBits(of_weights[layer], of_tensors[paths[0]] if paths else MAX_BITS)
             for layer, paths in self.inputs.items()
         }
         return self.model.bits.replace(bits)
 
+    def _bits_of_channels(self, limit_bytes: float) -> dict[str, tuple[int, ...]]:
+        channels = {name: of.bits().detach().flatten().double().cpu().numpy() for name, of in self.weights.items()}
+        counts = np.concatenate([np.full(len(bits), self.weights[name].count) for name, bits in channels.items()])
+        found = nearest_by_channel(np.concatenate(list(channels.values())), counts, 8 * limit_bytes)
+        parts = np.split(found, np.cumsum([len(bits) for bits in channels.values()])[:-1])
+        return {name: tuple(part.tolist()) for name, part in zip(channels, parts, strict=True)}
+
     def fix(self, bits: BitConfig) -> None:
         """Have these bits, within the ranges that were learned, from now on; ranges learn on."""
         for layer, paths in self.inputs.items():
-            weight = bits[layer].weight
-            assert isinstance(weight, int)
-            self.weights[layer].fix(weight)
+            self.weights[layer].fix(bits[layer].weight)
             for path in paths:
                 self.activations[path].fix(bits[layer].activation)
 
     def release(self) -> None:
         """Learn bits, from those on that there are."""
         for quantizer in (*self.weights.values(), *self.activations.values()):
-            quantizer.fixed_bits = None
+            quantizer.release()
 
     def deployable(self, bits: BitConfig) -> QuantizedModel:
         """The network as trained, on whole bits and within the ranges that were learned, its scales of the usual kind:
@@ -133,7 +136,7 @@ class LearnedNetwork:
             _take(quantizers[path], learned)
         for name, of in quantizers_of_layers(model).items():
             top, layer = self.weights[name].top().detach(), model.get_submodule(of.path)
-            of.weight.scale.data.copy_(top / of.weight.qp)
+            of.weight.scale.data.copy_(top.flatten() / of.weight.qp)
             # Clipped for good: the usual quantizer has one lower integer more, and would take what is below the range.
             layer.get_parameter("weight").data.clamp_(-top, top)
             for call, path in zip((call for call in of.calls if call), self.inputs[name], strict=True):
@@ -142,8 +145,9 @@ class LearnedNetwork:
 
 
 def _nearest(
-    quantizers: Mapping[str, LearnedQuantizer], limit_bytes: float, tied: Iterable[Iterable[str]]
+    quantizers: Mapping[str, LearnedQuantizer], limit_bytes: float, tied: Iterable[Iterable[str]] = ()
 ) -> Mapping[str, int]:
+    """Whole bits of quantizers that have one number each."""
     learned = {name: float(of.bits().detach()) for name, of in quantizers.items()}
     counts = {name: of.count for name, of in quantizers.items()}
     heaviest = max(counts.values())
@@ -151,6 +155,42 @@ def _nearest(
     # In bits, which are whole numbers, and so exact.
     costs = {"bits": {n: {b: counts[n] * b for b in _WIDTHS} for n in learned}}
     return allocate_bits(away, costs, {"bits": 8 * limit_bytes}, tied)
+
+
+def nearest_by_channel(learned: np.ndarray, counts: np.ndarray, limit_bits: float) -> np.ndarray:
+    """Whole bits of each of many channels: all are lowered by the same number, and then rounded.
+
+    The smallest number that keeps the limit is taken. That is what a price on size makes of the sum of squared
+    differences, each weighted by what the channel holds; an integer program of ten thousand channels takes minutes.
+    What a whole channel leaves of the limit goes back to those that were lowered last.
+
+    Args:
+        learned: ``(channels,)``, 2 to 8.
+        counts: values of each.
+        limit_bits: of all together.
+
+    Raises:
+        InfeasibleError: below 2 bits of all.
+    """
+    smallest = MIN_BITS * int(counts.sum())
+    if limit_bits < smallest:
+        raise InfeasibleError(
+            f"weights of {limit_bits / 8:,.0f} bytes cannot be reached: the smallest network has {smallest / 8:,.0f}"
+        )
+    bits = np.clip(np.rint(learned), MIN_BITS, MAX_BITS).astype(np.int64)
+    steps = [
+        (learned[at] - (b - 0.5), at, b) for b in range(MAX_BITS, MIN_BITS, -1) for at in np.flatnonzero(bits >= b)
+    ]
+    left, lowered = limit_bits - int((bits * counts).sum()), []
+    for _, at, b in sorted(steps):
+        if left >= 0:
+            break
+        bits[at], left = b - 1, left + counts[at]
+        lowered.append((at, b))
+    for at, b in reversed(lowered):
+        if bits[at] == b - 1 and counts[at] <= left:
+            bits[at], left = b, left - counts[at]
+    return bits
 
 
 def _take(quantizer: ActivationQuantizer, learned: LearnedQuantizer) -> None:
@@ -161,7 +201,11 @@ def _take(quantizer: ActivationQuantizer, learned: LearnedQuantizer) -> None:
 
 
 def learn_bits(
-    network: nn.Module | Network, batches: Iterable[Any], bits: int = 8, example_input: Any = None
+    network: nn.Module | Network,
+    batches: Iterable[Any],
+    bits: int = 8,
+    example_input: Any = None,
+    by_channel: bool = False,
 ) -> LearnedNetwork:
     """A network whose layers all learn the bits of their weights and of their inputs, the first and the last too.
 
@@ -170,6 +214,7 @@ def learn_bits(
         batches: to calibrate on.
         bits: of all, at first; 2 to 8.
         example_input: of :func:`lightning_baqe.quantize`; needed where ``network`` is no :class:`Network`.
+        by_channel: learn bits of each output channel's weights; else of each layer's.
 
     Raises:
         ConfigError: bits out of range, or no layers.
@@ -191,7 +236,7 @@ def learn_bits(
     others: dict[str, LearnedQuantizer] = {}
     for name, of in found.items():
         layer: Any = model.get_submodule(of.path)
-        weights[name] = learned_weights(outputs_first(layer), of.weight.scale, bits, by_channel=False)
+        weights[name] = learned_weights(outputs_first(layer), of.weight.scale, bits, by_channel)
         layer.weight_quantizer = weights[name]
     of_layers = {path for paths in inputs.values() for path in paths}
     for path, quantizer in model.quantizers().items():
@@ -202,7 +247,7 @@ def learn_bits(
         model.get_submodule(parent).add_module(leaf, learned)
     for learned in others.values():
         learned.fix(MAX_BITS)
-    return LearnedNetwork(model, weights, activations, others, inputs, admitted)
+    return LearnedNetwork(model, weights, activations, others, inputs, admitted, by_channel)
 
 
 def _counts(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> dict[str, int]:
@@ -227,5 +272,4 @@ def _learned(quantizer: ActivationQuantizer, bits: int, count: int) -> LearnedQu
     """Of the same range."""
     zero = quantizer.zero_point()
     signed, top = zero > 0, max(zero, quantizer.qmax - zero) * quantizer.step()
-    step = torch.tensor(top / (2 ** (bits - signed) - 1), device=quantizer.scale.device)
-    return LearnedQuantizer(step, bits, signed, count)
+    return LearnedQuantizer(torch.tensor(top, device=quantizer.scale.device), bits, signed, count)

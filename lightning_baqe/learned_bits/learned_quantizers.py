@@ -1,12 +1,12 @@
-"""Quantizers whose bits are learned: step size and range are parameters, bits follow (Schaefer et al., eq. 1).
+"""Quantizers whose bits are learned: range and levels are parameters, step and bits follow (Schaefer et al., eq. 1).
 
 | symbol | meaning | shape |
 | --- | --- | --- |
 | x | weights or activations | any |
 | d | step size | ``()``, or ``(channels, 1, ...)`` |
 | q | dynamic range, the largest magnitude | as d |
-| n | q / d: the largest integer, before it is rounded | as d |
-| b | bits, log2(n + 1), and 1 more where x is signed | as d |
+| n | q / d: the largest integer, before it is rounded | as d, or ``()`` |
+| b | bits, log2(n + 1), and 1 more where x is signed | as n |
 
 As printed, b is log2(n) + 1, which would give 2^b + 1 levels; n + 1 gives those that b bits have. Integers are
 within -round(n)..round(n), or 0..round(n) where x is never negative. The gradients are those of the straight-through
@@ -16,6 +16,7 @@ surrogate: rounding adds a constant to what it rounds, and that constant has no 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,91 +75,100 @@ def learned_quantization(
 
 
 class LearnedQuantizer(nn.Module):
-    """Learns step size and range; its bits stay within 2 to 8 whatever an optimizer does.
+    """Learns range and bits; they stay within 2 to 8 whatever an optimizer does.
 
-    The parameters are logarithms: d and q stay positive, and a step of an optimizer changes as many bits in a layer of
-    small weights as in one of large ones.
+    The parameters are logarithms: q and n stay positive, and a step of an optimizer changes as many bits in a layer of
+    small weights as in one of large ones. They are q and n, not q and d: a penalty on bits must make steps coarser, not
+    ranges smaller, and several ranges can share their bits.
 
     Attributes:
-        log_step, log_top: log2 of d and of q, the parameters. :meth:`project` brings them back to where bits are in
-            range; until then what acts is the nearest step there.
-        fixed_bits: that it has; d then follows q, which learns on. None: bits are learned.
+        log_top: log2 of q, a parameter.
+        log_levels: log2 of n, a parameter. :meth:`project` brings it back to where bits are in range; until then what
+            acts is the nearest value there.
+        fixed_bits: that it has, n with them; q learns on. None: bits are learned.
         gradient: how gradients pass the rounding.
 
     Args:
-        step: first step size, ``()`` or ``(channels, 1, ...)``.
+        top: first range, ``()`` or ``(channels, 1, ...)``.
         bits: at first.
         signed: whether values may be negative.
         count: values that one number of bits is for: weights, or activations of a sample.
+        apart: each channel has bits of its own; else all ranges share them.
     """
 
-    def __init__(self, step: Tensor, bits: float, signed: bool, count: int) -> None:
+    def __init__(self, top: Tensor, bits: float, signed: bool, count: int, apart: bool = False) -> None:
         super().__init__()
         self.signed, self.count, self.gradient = signed, count, STRAIGHT
-        self.fixed_bits: float | None = None
-        self._least, self._most = (math.log2(self._integers(b)) for b in (MIN_BITS, MAX_BITS))
-        log_step = step.detach().clamp_min(MIN_SCALE).log2()
-        self.log_step = nn.Parameter(log_step)
-        self.log_top = nn.Parameter(log_step + math.log2(self._integers(bits)))
+        self.fixed_bits: Tensor | None = None
+        # In single precision, as the parameter is: one that lies on a bound must not be beyond it, without a gradient.
+        self._least, self._most = torch.tensor([MIN_BITS, MAX_BITS]).sub(float(signed)).exp2().sub(1).log2().tolist()
+        log_top = top.detach().clamp_min(MIN_SCALE).log2()
+        self.log_top = nn.Parameter(log_top)
+        self.log_levels = nn.Parameter(
+            torch.full_like(log_top if apart else log_top.flatten()[:1].squeeze(), math.log2(self._integers(bits)))
+        )
 
     def _integers(self, bits: float) -> float:
         """n of so many bits."""
         return 2.0 ** (bits - self.signed) - 1
 
-    def _log_step(self, log_top: Tensor) -> Tensor:
+    def _log_levels(self) -> Tensor:
         if self.fixed_bits is not None:
-            return log_top - math.log2(self._integers(self.fixed_bits))
-        return torch.clamp(self.log_step, log_top - self._most, log_top - self._least)
+            return torch.log2(torch.exp2(self.fixed_bits - float(self.signed)) - 1)
+        levels = self.log_levels
+        within = (levels >= self._least) & (levels <= self._most)  # torch.clamp has no gradient on a bound
+        return torch.where(within, levels, levels.detach().clamp(self._least, self._most))
 
     def bits(self) -> Tensor:
-        """b, of the shape of d; differentiable by d alone.
-
-        A penalty on bits must make steps coarser, not ranges smaller: by d and q as they are its gradients are as n to
-        1, but by their logarithms they would be alike, and half of what is saved would be clipped away.
-        """
-        log_top = self.log_top.detach()
-        return torch.log2(torch.exp2(log_top - self._log_step(log_top)) + 1) + float(self.signed)
+        """b, ``()`` or ``(channels, 1, ...)``; differentiable."""
+        return torch.log2(torch.exp2(self._log_levels()) + 1) + float(self.signed)
 
     def size_bits(self) -> Tensor:
-        """Bits of all values together, ``()``; differentiable as :meth:`bits`."""
+        """Bits of all values together, ``()``; differentiable."""
         return self.bits().sum() * self.count
 
     @property
     def values(self) -> int:
         """How many they are."""
-        return self.log_step.numel() * self.count
+        return self.log_levels.numel() * self.count
 
     def top(self) -> Tensor:
-        """q, of the shape of d."""
+        """q, ``()`` or ``(channels, 1, ...)``."""
         return torch.exp2(self.log_top)
 
-    def fix(self, bits: float) -> None:
-        """Have these bits, within the same range, from now on."""
-        self.fixed_bits = bits
+    def fix(self, bits: float | Sequence[int]) -> None:
+        """Have these bits, one number or one for each channel, within the same ranges, from now on."""
+        wanted = torch.as_tensor(bits, dtype=self.log_levels.dtype, device=self.log_levels.device)
+        self.fixed_bits = wanted.expand(self.log_levels.numel()).reshape(self.log_levels.shape)
         self.project()
+
+    def release(self) -> None:
+        """Learn bits, from those on that there are."""
+        self.fixed_bits = None
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the parameters where they act: a step that is too small or large for its range is taken along."""
-        self.log_step.copy_(self._log_step(self.log_top))
+        """Bring the bits where they act."""
+        self.log_levels.copy_(self._log_levels())
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
-        return learned_quantization(x, torch.exp2(self._log_step(self.log_top)), self.top(), self.signed, self.gradient)
+        top = self.top()
+        return learned_quantization(x, top / torch.exp2(self._log_levels()), top, self.signed, self.gradient)
 
     def extra_repr(self) -> str:
         """Whether values may be negative."""
         return f"signed={self.signed}"
 
 
-def learned_weights(weight: Tensor, step: Tensor, bits: float, by_channel: bool) -> LearnedQuantizer:
-    """Of a layer's weights.
+def learned_weights(weight: Tensor, scale: Tensor, bits: int, by_channel: bool) -> LearnedQuantizer:
+    """Of a layer's weights, each output channel with a range of its own.
 
     Args:
         weight: ``(channels, ...)``.
-        step: as its quantizer has it so far, ``(channels,)``.
+        scale: step sizes at these bits, ``(channels,)``.
         bits: at first.
-        by_channel: learn bits of each output channel; else the largest step is for all.
+        by_channel: learn bits of each output channel; else they share them.
     """
-    shaped = step.detach().reshape(-1, *[1] * (weight.ndim - 1)) if by_channel else step.detach().max()
-    return LearnedQuantizer(shaped, bits, True, weight.numel() // shaped.numel())
+    top = scale.detach().reshape(-1, *[1] * (weight.ndim - 1)) * (2 ** (bits - 1) - 1)
+    return LearnedQuantizer(top, bits, True, weight.numel() // (top.numel() if by_channel else 1), by_channel)

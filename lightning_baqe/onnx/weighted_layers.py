@@ -40,7 +40,7 @@ def write_weights(
     Raises:
         UnsupportedModelError: weights or biases that do not fit their types.
     """
-    plain = pack_int4 and node.weight_bits <= 4
+    plain = pack_int4 and node.widest_weight_bits <= 4
     by_weight = scale / source.scale
     dead = (scale.abs() < SMALLEST) | (by_weight.abs() < SMALLEST)
     sign = torch.where(dead, 0, torch.where(scale < 0, -1, 1))

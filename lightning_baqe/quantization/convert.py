@@ -121,7 +121,12 @@ def fake_quantize(
     check_options(weight_quantizer, activation_quantizer, weight_init, activation_range)
     for name, layer_bits in bits.items():
         if isinstance(layer_bits.weight, tuple):
-            raise ConfigError(f"layer {name!r}: weight bits by channel are not supported yet; give one number")
+            channels = len(outputs_first(network.get_submodule(name)))
+            if len(layer_bits.weight) != channels:
+                raise ConfigError(
+                    f"layer {name!r} has {channels} output channels, and {len(layer_bits.weight)} weight bits by "
+                    "channel; give one number for each, or one for all"
+                )
     root = copy.deepcopy(network)
     graph = root.graph
     device = next((p.device for p in root.parameters()), None)
@@ -275,7 +280,6 @@ def _swap(root: nn.Module, path: str, bits: LayerBits, init: str) -> None:
     layer = root.get_submodule(path)
     if type(layer) not in QUANT_LAYERS:
         return  # called more than once in the graph
-    assert isinstance(bits.weight, int)
     quantizer = WeightQuantizer(outputs_first(layer).detach(), bits.weight, init)
     new = QUANT_LAYERS[type(layer)](layer, quantizer)
     for name, child in layer.named_children():

@@ -26,12 +26,20 @@ import torch
 from lightning_baqe.quantization.gradient_scaling import STRAIGHT, GradientScaling
 
 MIN_SCALE = 1e-8
+Bound = int | torch.Tensor  # of all channels, or of each, ``(channels,)``
 _BLOCK_ELEMENTS = 2**18
+
+
+def clamped(values: torch.Tensor, qn: Bound, qp: Bound) -> torch.Tensor:
+    """Within -Qn..Qp."""
+    low: Any = -qn
+    high: Any = qp
+    return values.clamp(low, high)
 
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
         ctx.factor = factor
         return value.view_as(value)
 
@@ -40,7 +48,7 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-def scale_gradient(value: torch.Tensor, factor: float) -> torch.Tensor:
+def scale_gradient(value: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     """The value itself, bit for bit, with ``factor`` times its gradient (LSQ, section 2.2)."""
     scaled: torch.Tensor = _ScaleGradient.apply(value, factor)
     return scaled
@@ -67,15 +75,16 @@ class _WeightQuantization(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int, gradient: GradientScaling
+        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: Bound, qp: Bound, gradient: GradientScaling
     ) -> torch.Tensor:
         rows = weight.flatten(1)
         step = scale.detach().clamp_min(MIN_SCALE).to(weight.dtype)[:, None]
         inverse = step.reciprocal()
         ctx.qn, ctx.qp, ctx.scale_dtype, ctx.gradient = qn, qp, scale.dtype, gradient
-        if not _in_blocks(weight):
+        if isinstance(qn, torch.Tensor) or isinstance(qp, torch.Tensor) or not _in_blocks(weight):
+            ctx.qn, ctx.qp = (bound[:, None] if isinstance(bound, torch.Tensor) else bound for bound in (qn, qp))
             ctx.save_for_backward(weight, step)
-            return ((rows * inverse).round().clamp(-qn, qp) * step).view_as(weight)
+            return (clamped((rows * inverse).round(), ctx.qn, ctx.qp) * step).view_as(weight)
         out = torch.empty_like(rows)
         for block in _blocks(rows.shape[0], rows.shape[1]):
             part = torch.mul(rows[block], inverse[block], out=out[block])
@@ -91,7 +100,7 @@ class _WeightQuantization(torch.autograd.Function):
         if not rest:
             ratio = rows * inverse
             within = torch.where((ratio > -ctx.qn) & (ratio < ctx.qp), grad, 0.0)
-            at_scale = grad * ratio.round().clamp(-ctx.qn, ctx.qp) - within * ratio
+            at_scale = grad * clamped(ratio.round(), ctx.qn, ctx.qp) - within * ratio
             within = ctx.gradient.scaled(within, ratio)
             return within.view_as(weight), at_scale.sum(1).to(ctx.scale_dtype), None, None, None
         (out,) = rest
@@ -110,7 +119,7 @@ class _WeightQuantization(torch.autograd.Function):
 
 
 def quantize_weight(
-    weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int, gradient: GradientScaling = STRAIGHT
+    weight: torch.Tensor, scale: torch.Tensor, qn: Bound, qp: Bound, gradient: GradientScaling = STRAIGHT
 ) -> torch.Tensor:
     """``s * clamp(round(w / s), -Qn, Qp)``, symmetric, one scale for each output channel (LSQ eqs. 1 and 2).
 
@@ -120,6 +129,7 @@ def quantize_weight(
     Args:
         weight: ``(channels, ...)``.
         scale: ``(channels,)``.
+        qn, qp: of all channels, or of each, ``(channels,)``.
         gradient: what becomes of the gradient to ``w`` within the range.
 
     Returns:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.aten import origin
 from lightning_baqe.quantization.convert import QuantizedModel
@@ -96,6 +97,13 @@ class LayerQuantizers:
     path: str
     weight: WeightQuantizer
     calls: list[list[ActivationQuantizer]] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        """Bits of the weights; ConfigError where they differ by channel."""
+        if isinstance(self.weight.bits, tuple):
+            raise ConfigError(f"{self.path!r} has weight bits by channel, and layers are compared: give one number")
+        return self.weight.bits
 
     @property
     def inputs(self) -> list[ActivationQuantizer]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.quantization.functional import MIN_SCALE, quantize_weight, scale_gradient
+from lightning_baqe.quantization.functional import MIN_SCALE, Bound, clamped, quantize_weight, scale_gradient
 from lightning_baqe.quantization.gradient_scaling import STRAIGHT
 
 WEIGHT_INITS = ("mse", "lsq", "lsq+")
@@ -24,11 +25,12 @@ def weight_range(bits: int) -> tuple[int, int]:
     return (top if bits == 8 else top + 1), top
 
 
-def initial_weight_scale(weight: torch.Tensor, bits: int, init: str = "mse") -> torch.Tensor:
+def initial_weight_scale(weight: torch.Tensor, bits: int | tuple[int, ...], init: str = "mse") -> torch.Tensor:
     """First guess of the scales.
 
     Args:
         weight: ``(channels, ...)``.
+        bits: 2 to 8, or one such number for each channel.
         init: ``"lsq"``: ``2 mean|w| / sqrt(Qp)`` (LSQ, section 2.1); ``"lsq+"``:
             ``max(|mean - 3 std|, |mean + 3 std|) / 2^(bits - 1)`` (LSQ+, section 3.3); ``"mse"``: the
             fraction of the largest weight with the least squared error, which costs a trained network least.
@@ -44,6 +46,11 @@ def initial_weight_scale(weight: torch.Tensor, bits: int, init: str = "mse") -> 
     flat = weight.detach().flatten(1)
     if not bool(torch.isfinite(flat).all()):
         raise ConfigError("weights must be finite to be quantized; the float model has NaN or infinite ones")
+    if isinstance(bits, tuple):
+        scale, widths = torch.empty_like(flat[:, 0]), torch.tensor(bits, device=flat.device)
+        for width in set(bits):
+            scale[widths == width] = initial_weight_scale(flat[widths == width], width, init)
+        return scale
     qn, qp = weight_range(bits)
     if init == "lsq":
         scale = 2 * flat.abs().mean(1) / math.sqrt(qp)
@@ -93,23 +100,28 @@ class WeightQuantizer(nn.Module):
 
     Args:
         weight: the weights to initialise the scales from, shape ``(channels, ...)``.
-        bits: 2 to 8.
+        bits: 2 to 8, or one such number for each channel.
         init: see :func:`initial_weight_scale`.
     """
 
     sign: torch.Tensor | None
+    qn: Bound
+    qp: Bound
 
-    def __init__(self, weight: torch.Tensor, bits: int, init: str = "mse") -> None:
+    def __init__(self, weight: torch.Tensor, bits: int | tuple[int, ...], init: str = "mse") -> None:
         super().__init__()
         self.bits = bits
-        self.qn, self.qp = weight_range(bits)
+        if isinstance(bits, tuple):
+            for name, values in zip(("qn", "qp"), zip(*map(weight_range, bits), strict=True), strict=True):
+                self.register_buffer(name, torch.tensor(values, dtype=weight.dtype, device=weight.device), False)
+        else:
+            self.qn, self.qp = weight_range(bits)
         self.gradient = STRAIGHT
         self.scale = nn.Parameter(initial_weight_scale(weight, bits, init))
         self.register_buffer("sign", None)  # no key in a state_dict until there is one
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        factor = 1.0 / math.sqrt(weight[0].numel() * self.qp)
-        scale = scale_gradient(self.scale, factor)
+        scale = scale_gradient(self.scale, (weight[0].numel() * self.qp) ** -0.5)
         if self.sign is None:
             return quantize_weight(weight, scale, self.qn, self.qp, self.gradient)
         sign = self.sign.reshape(-1, *[1] * (weight.ndim - 1))
@@ -123,8 +135,16 @@ class WeightQuantizer(nn.Module):
         if self.sign is not None:
             scale, step = scale * self.sign, step * self.sign.to(weight.dtype)
         step = step.reshape(-1, *[1] * (weight.ndim - 1))
-        values = torch.round(weight.detach() * step.reciprocal()).clamp_(-self.qn, self.qp)
+        values = clamped(torch.round(weight.detach() * step.reciprocal()), *self.bounds(step.shape))
         return values.to(torch.int64), scale.to(torch.float64)
 
+    def bounds(self, shape: Sequence[int]) -> tuple[Bound, Bound]:
+        """Qn and Qp; where they differ by channel, of this shape of as many elements."""
+        if isinstance(self.qn, torch.Tensor) and isinstance(self.qp, torch.Tensor):
+            return self.qn.reshape(tuple(shape)), self.qp.reshape(tuple(shape))
+        return self.qn, self.qp
+
     def extra_repr(self) -> str:
+        if isinstance(self.bits, tuple):
+            return f"bits={min(self.bits)}..{max(self.bits)} by channel"
         return f"bits={self.bits}, range={-self.qn}..{self.qp}"

@@ -50,10 +50,12 @@ def parameter_groups(net: nn.Module, learning_rate: float, weight_decay: float, 
             if relative and isinstance(module, ActivationQuantizer):
                 module.require_initialized()
             kind = "activation" if isinstance(module, ActivationQuantizer) else "weight"
-            scale = float(module.scale.detach().abs().mean())
+            by_channel = isinstance(module.bits, tuple)
+            scales, width = module.scale.detach().abs(), "channelwise_" if by_channel else f"{module.bits}"
+            scale = float(scales.min() if by_channel else scales.mean())  # no channel may leap over its own
             for name, parameter in module.named_parameters(recurse=False):
-                steps = 2**module.bits - 1 if name == "offset" else 1
-                add(f"{kind}_{name}_{module.bits}bit", parameter, 0.0, scale * steps)
+                steps = module.qmax if isinstance(module, ActivationQuantizer) and name == "offset" else 1
+                add(f"{kind}_{name}_{width}bit", parameter, 0.0, scale * steps)
     for parameter in net.parameters():
         matrix = parameter.ndim > 1
         add("weights" if matrix else "vectors", parameter, weight_decay if matrix else 0.0)

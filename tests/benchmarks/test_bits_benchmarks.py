@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from small_data import small_elpv
+from torch import nn
 
 from lightning_baqe.benchmarks import landscape_accuracy
 from lightning_baqe.benchmarks.accuracy_rows import SMALLEST
-from lightning_baqe.benchmarks.bits import comparison, priors, solver, traces
+from lightning_baqe.benchmarks.bits import comparison, priors, sizes, solver, traces
 
 
 def test_the_solver(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +23,15 @@ def test_the_solver(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert " 0 wrong" in shown
     monkeypatch.setattr(solver, "smallest", lambda problem: -1e9)
     assert solver.main(["--instances", "3", "--seeds", "1"]) == 1
+
+
+def test_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sizes.main(["--side", "32"]) == 0
+    assert "tf_efficientnet_lite0" in capsys.readouterr().out
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    found = sizes.sizes_of(net, 8)
+    assert found == sizes.Sizes(108 + 288, 192 + 144, 192 + 144, 192, 8)
+    assert found.megabytes == pytest.approx(2 * (396 + 144 + 8) / 1e6)
 
 
 def test_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

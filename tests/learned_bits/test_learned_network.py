@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 import lightning_baqe as baqe
 from lightning_baqe.errors import ConfigError, InfeasibleError
-from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits
+from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits, nearest_by_channel
 from lightning_baqe.quantization.config import BitConfig
 
 
@@ -31,10 +34,10 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def learned(bits: int = 8) -> tuple[LearnedNetwork, Tensor]:
+def learned(bits: int = 8, by_channel: bool = False) -> tuple[LearnedNetwork, Tensor]:
     torch.manual_seed(0)
     net, x = Net().eval(), torch.randn(8, 3, 6, 6)
-    return learn_bits(net, [x], bits, x), x
+    return learn_bits(net, [x], bits, x, by_channel), x
 
 
 WEIGHTS = {"first": 108, "deep": 36, "short": 16, "twice": 16, "fc": 12}
@@ -131,10 +134,60 @@ def test_a_size_that_cannot_be_met_names_the_smallest() -> None:
 def test_the_nearest_bits_win() -> None:
     network, _ = learned(4)
     with torch.no_grad():
-        network.weights["deep"].log_top += 1.5
-        network.weights["first"].log_top -= 0.5
+        network.weights["deep"].log_levels += 1.5
+        network.weights["first"].log_levels -= 0.5
     bits = network.materialise(weight_bytes=1000, activation_bytes=1000)
     assert {name: bits[name].weight for name in WEIGHTS} == {"first": 4, "deep": 5, "short": 4, "twice": 4, "fc": 4}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0, 1))
+def test_bits_of_channels_keep_the_size_and_are_the_nearest(seed: int, channels: int, share: float) -> None:
+    """Against all of the combinations: at most the best within the limit less the largest channel."""
+    rng = np.random.default_rng(seed)
+    learned, counts = rng.uniform(2, 8, channels), rng.integers(1, 30, channels)
+    limit = int(counts.sum()) * (2 + 6 * share)
+    found = nearest_by_channel(learned, counts, limit)
+    assert (found * counts).sum() <= limit
+    assert ((found >= 2) & (found <= 8)).all()
+    every = np.stack(np.meshgrid(*[np.arange(2, 9)] * channels, indexing="ij"), -1).reshape(-1, channels)
+    away = (counts * (every - learned) ** 2).sum(1)
+    mine = (counts * (found - learned) ** 2).sum()
+    sizes = (every * counts).sum(1)
+    assert away[sizes <= limit].min() <= mine + 1e-9
+    assert mine <= away[sizes <= limit - counts.max()].min(initial=np.inf) + 1e-9
+
+
+def test_channels_of_equal_size_have_the_nearest_bits() -> None:
+    learned = np.array([2.4, 3.6, 5.2, 7.9])
+    assert nearest_by_channel(learned, np.ones(4, int), 100).tolist() == [2, 4, 5, 8]
+    assert nearest_by_channel(learned, np.ones(4, int), 18).tolist() == [2, 3, 5, 8]
+    assert nearest_by_channel(learned, np.ones(4, int), 17).tolist() == [2, 3, 5, 7]
+    with pytest.raises(InfeasibleError, match="weights of 1 bytes cannot be reached: the smallest network has 1"):
+        nearest_by_channel(learned, np.ones(4, int), 7)
+
+
+def test_bits_by_channel_are_deployed() -> None:
+    network, x = learned(5, by_channel=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for of in network.weights.values():
+            of.log_levels += torch.randn(of.log_levels.shape, generator=generator)
+        network.project()
+    limit = 0.9 * float(network.weight_bytes().detach())
+    bits = network.materialise(weight_bytes=limit)
+    weights = {name: bits[name].weight for name in WEIGHTS}
+    assert all(isinstance(of, tuple) for of in weights.values())
+    assert {name: len(of) for name, of in weights.items()} == {"first": 4, "deep": 4, "short": 4, "twice": 4, "fc": 3}
+    assert len(set(weights["first"])) > 1
+    size = sum(WEIGHTS[name] * sum(of) / len(of) for name, of in weights.items()) / 8
+    assert 0.95 * limit < size <= limit
+    network.fix(bits)
+    assert float(network.weight_bytes().detach()) == pytest.approx(size)
+    network.model.eval()
+    model = network.deployable(bits).eval()
+    torch.testing.assert_close(model(x), network.model(x))
+    torch.testing.assert_close(baqe.lower(model).run(x), model(x), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 4.5])

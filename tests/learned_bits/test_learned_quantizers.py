@@ -18,7 +18,8 @@ ALL_BITS = range(2, 9)
 
 def make(bits: float = 4, signed: bool = True, step: float = 0.1, channels: int = 0) -> LearnedQuantizer:
     shape = (channels, 1, 1, 1) if channels else ()
-    return LearnedQuantizer(torch.full(shape, step), bits, signed, 10)
+    top = step * (2 ** (bits - signed) - 1)
+    return LearnedQuantizer(torch.full(shape, top), bits, signed, 10, apart=bool(channels))
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -77,7 +78,7 @@ def test_gradient_scaling_changes_the_gradient_to_the_values_alone(kind: str) ->
         quantizer, leaf = make(3), x.clone().requires_grad_()
         quantizer.gradient = gradient_scaling(name, 0.2)
         quantizer(leaf).backward(grad)
-        found[name] = (leaf.grad, quantizer.log_step.grad, quantizer.log_top.grad)
+        found[name] = (leaf.grad, quantizer.log_levels.grad, quantizer.log_top.grad)
     (plain, *others), (scaled, *same) = found["ste"], found[kind]
     torch.testing.assert_close(others, same)
     ratio = x / 0.1
@@ -87,10 +88,10 @@ def test_gradient_scaling_changes_the_gradient_to_the_values_alone(kind: str) ->
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(-200, 200), st.floats(-200, 200), st.booleans(), st.integers(2, 8))
-def test_bits_stay_in_range_whatever_a_step_does(at_step: float, at_top: float, signed: bool, bits: int) -> None:
+def test_bits_stay_in_range_whatever_a_step_does(at_levels: float, at_top: float, signed: bool, bits: int) -> None:
     quantizer = make(bits, signed)
     with torch.no_grad():
-        quantizer.log_step += at_step / 10
+        quantizer.log_levels += at_levels / 10
         quantizer.log_top += at_top / 10
     x = torch.linspace(-1, 1, 9)
     for _ in ("before", "after"):
@@ -141,10 +142,16 @@ def test_channels_have_their_own_bits() -> None:
     assert (quantizer.count, quantizer.values) == (12, 48)
     assert float(quantizer.size_bits().detach()) == pytest.approx(4 * 48)
     with torch.no_grad():
-        quantizer.log_top[2] += 1  # 2^3 - 1 = 7 becomes 14 integers
+        quantizer.log_levels[2] += 1  # 2^3 - 1 = 7 becomes 14 integers
     assert float(quantizer.bits()[2].detach()) == pytest.approx(math.log2(15) + 1)
     assert float(quantizer.size_bits().detach()) == pytest.approx(12 * (3 * 4 + math.log2(15) + 1))
-    assert learned_weights(weight, step, 4, by_channel=False).bits().shape == ()
+    together = learned_weights(weight, step, 4, by_channel=False)
+    assert (together.bits().shape, together.top().shape) == ((), (4, 1, 1, 1))
+    assert (together.count, together.values) == (48, 48)
+    torch.testing.assert_close(together(weight), learned_weights(weight, step, 4, by_channel=True)(weight))
+    quantizer.fix([2, 3, 4, 5])
+    assert quantizer.bits().flatten().tolist() == pytest.approx([2, 3, 4, 5])
+    assert quantizer.top().flatten().tolist() == pytest.approx([0.7, 1.4, 2.1, 2.8])
 
 
 @pytest.mark.parametrize("signed", [False, True])

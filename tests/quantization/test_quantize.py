@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_baqe import BitConfig, LayerBits, calibrate, quantize
 from lightning_baqe.errors import CalibrationError, ConfigError, UnsupportedModelError
-from quantization.small_networks import INPUT_SHAPE, NETWORKS, ManyReaders, Residual, images, settled
+from quantization.small_networks import INPUT_SHAPE, NETWORKS, Residual, images, settled
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -143,12 +143,6 @@ def test_calibrate_refuses_no_data_and_bad_data() -> None:
         quantize(model, BitConfig.uniform(model), images(), activation_quantizer="pact")
     with pytest.raises(ConfigError, match="quantized already"):
         quantize(quantized, BitConfig.uniform(model), images())
-
-
-def test_bits_by_channel_are_refused_for_now() -> None:
-    model = ManyReaders()
-    with pytest.raises(ConfigError, match="by channel are not supported yet"):
-        quantize(model, BitConfig.uniform(model).replace(b=LayerBits((4, 4, 4, 8, 8, 8), 8)), images())
 
 
 class _Branches(nn.Module):

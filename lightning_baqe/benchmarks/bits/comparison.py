@@ -5,14 +5,16 @@
 
 The float networks are those of ``benchmarks.accuracy``. Each method allocates 2, 3, 4, 6 or 8 bits to all layers but
 the first and the last, within the size of the uniform network of 4 and of 3 bits; beside them that uniform network, and
-one of random bits that fills the budget. Each network is deployed twice: corrected without training, and tuned for some
-steps with the float network as its teacher; its accuracy is that of the compiled network on the test split.
+one of random bits that fills the budget. Each network is deployed twice: corrected without training, and tuned from
+there for some steps with the float network as its teacher; its accuracy is that of the compiled network on the test
+split.
 
 Kendall's tau is between what a method predicts and what is measured: the rise of the loss on validation images, over
 60 random bit-configs of all sizes, calibrated and neither corrected nor tuned.
 
-Methods, their settings and the tuning were fixed before any figure was taken. Every finished row is added to
-``rows.jsonl`` at once; a restart goes on behind it.
+Methods and their settings were fixed before any figure was taken; the rate of the tuning by the validation accuracy of
+the first seed's uniform network of 3 bits. Every finished row is added to ``bits.jsonl`` at once; a restart goes on
+behind it.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ from lightning_baqe.tasks.classifier import loss_of
 
 WIDTHS, MEANS, IMAGES, CONFIGS, LOSS_IMAGES = (2, 3, 4, 6, 8), (4, 3), 64, 60, 1000
 STEPS = {"fashion_mnist": 50, "elpv": 100}  # of 128 and of 32 images
+RATES = {"fashion_mnist": 1e-4, "elpv": 1e-4}
 METHODS: dict[str, Sensitivity] = {
     "hessian": HessianTrace(),
     "fisher": Fisher(),
@@ -81,6 +84,7 @@ class Extent:
     """How much is done; smaller ones are for tests."""
 
     steps: int
+    rate: float = 1e-4
     images: int = IMAGES
     configs: int = CONFIGS
     loss_images: int = LOSS_IMAGES
@@ -186,9 +190,12 @@ class Subject:
     def _tuned(self, config: BitConfig) -> QuantizedModel:
         settings = self.request.settings
         pl.seed_everything(self.request.seed, verbose=False)
-        task = ImageClassifier(copy.deepcopy(self.net).train(), self.data.num_classes, 1e-3, 0.01, scheduler="onecycle")
+        task = ImageClassifier(
+            copy.deepcopy(self.net).train(), self.data.num_classes, self.extent.rate, 0.01, scheduler="cosine"
+        )
         model = task.quantize(config, self.data.example_input)
-        calibrate(model, [x for x, _ in self.batches[: settings.calibration_batches]])
+        images = [x for x, _ in self.batches[: settings.calibration_batches]]
+        calibrate(model, images, correct=self.extent.correct)
         teacher = Distillation("net", self.net, settings.weight, settings.temperature)
         trainer = quiet_trainer(
             max_steps=self.extent.steps, callbacks=[teacher], enable_checkpointing=False, limit_val_batches=0
@@ -299,7 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
     console, rows, found = console_of(150), Rows(options.folder / "bits.jsonl"), []
     ((name, settings),) = SETTINGS[options.data].items()
     extent, sizes = (
-        (Extent(1, 4, 3, 4, "none"), SMALLEST) if options.smallest else (Extent(STEPS[options.data]), Sizes())
+        (Extent(1, 1e-4, 4, 3, 4, "none"), SMALLEST)
+        if options.smallest
+        else (Extent(STEPS[options.data], RATES[options.data]), Sizes())
     )
     settings = settings.with_epochs(1 if options.smallest else None, None)
     for seed in options.seeds:
