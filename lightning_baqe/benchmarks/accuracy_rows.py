@@ -33,6 +33,7 @@ from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.evaluation import deployed_accuracy, module_accuracy
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, network
+from lightning_baqe.tasks.frozen import Frozen
 from lightning_baqe.tasks.scoring import Predict
 from lightning_baqe.tasks.weights import IMAGENET
 
@@ -48,6 +49,7 @@ class Training:
     Args:
         optimizer, scheduler: as for :class:`~lightning_baqe.tasks.ImageClassifier`.
         precision: Lightning's, ``"bf16-mixed"``.
+        frozen, freeze_batch_norm: as for :func:`~lightning_baqe.tasks.pretrain`.
     """
 
     epochs: int
@@ -56,6 +58,15 @@ class Training:
     scheduler: str = "onecycle"
     optimizer: str = "adamw"
     precision: str = "32-true"
+    frozen: tuple[str, ...] = ()
+    freeze_batch_norm: bool = False
+
+    def key(self) -> dict[str, Any]:
+        """Of a row; where nothing is frozen as it was before anything could be."""
+        key = {**asdict(self), "frozen": [*self.frozen]}
+        if not (self.frozen or self.freeze_batch_norm):
+            del key["frozen"], key["freeze_batch_norm"]
+        return key
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class Request:
             "model": self.settings.model,
             "images": self.settings.images,
             "root": None if self.root is None else str(self.root.resolve()),
-            "float_training": asdict(self.settings.float_training),
+            "float_training": self.settings.float_training.key(),
         }
 
     @property
@@ -156,7 +167,7 @@ class Request:
         if tuning is None:
             return {**key, "correct": CORRECT}
         teacher = {"weight": self.settings.weight, "temperature": self.settings.temperature}
-        return {**key, "tuning": asdict(tuning), "distillation": teacher}
+        return {**key, "tuning": tuning.key(), "distillation": teacher}
 
     def data_module(self) -> ImageDataModule:
         """The images."""
@@ -330,7 +341,8 @@ def _fit(
     curve = _Curve(checkpoint.with_suffix(".json"), say)
 
     def trainer(**options: Any) -> pl.Trainer:
-        options |= {"callbacks": [*options["callbacks"], curve, *callbacks], "precision": training.precision}
+        still = Frozen(task.net, training.frozen, training.freeze_batch_norm)
+        options |= {"callbacks": [*options["callbacks"], curve, still, *callbacks], "precision": training.precision}
         return quiet_trainer(**options)
 
     fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer)

@@ -16,6 +16,7 @@ from pytorch_lightning.plugins import TorchCheckpointIO
 from lightning_baqe.errors import DataError, check_at_least
 from lightning_baqe.tasks.checkpoint import CheckpointBeside, check_state, read_checkpoint
 from lightning_baqe.tasks.classifier import ImageClassifier
+from lightning_baqe.tasks.frozen import Frozen
 
 TrainerFactory = Callable[..., pl.Trainer]
 
@@ -30,6 +31,8 @@ def pretrain(
     optimizer: str = "adamw",
     scheduler: str = "onecycle",
     label_smoothing: float = 0.0,
+    frozen: Sequence[str] = (),
+    freeze_batch_norm: bool = False,
     trainer: TrainerFactory = pl.Trainer,
 ) -> ImageClassifier:
     """Train ``task.net`` in float, with settings of its own: those of ``task`` are for fine-tuning.
@@ -42,6 +45,8 @@ def pretrain(
         checkpoint: read if it exists, else written. ``ImageClassifier.load_from_checkpoint`` reads it, too.
         epochs: of training; 0: the weights stay as they are.
         learning_rate, weight_decay, optimizer, scheduler, label_smoothing: as for :class:`ImageClassifier`.
+        frozen, freeze_batch_norm: modules that are not trained, and whether statistics stay as they are: see
+            :class:`~lightning_baqe.tasks.frozen.Frozen`.
         trainer: called with ``max_epochs``, ``callbacks`` and the like; returns the Trainer.
 
     Returns:
@@ -51,6 +56,7 @@ def pretrain(
         ConfigError: an argument out of range.
         DataError: the checkpoint cannot be read, or is another network's.
     """
+    still = Frozen(task.net, frozen, freeze_batch_norm)
     if epochs == 0 and not isinstance(epochs, bool):
         keep(task, Path(checkpoint))
         return task
@@ -65,7 +71,7 @@ def pretrain(
         log_prefix="float/",
         metric=task.metric,
     )
-    fit_to_checkpoint(float_task, datamodule, checkpoint, epochs, trainer)
+    fit_to_checkpoint(float_task, datamodule, checkpoint, epochs, trainer, [still])
     return task
 
 
