@@ -75,16 +75,12 @@ class _WeightQuantization(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: Bound, qp: Bound, gradient: GradientScaling
+        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: int, qp: int, gradient: GradientScaling
     ) -> torch.Tensor:
         rows = weight.flatten(1)
         step = scale.detach().clamp_min(MIN_SCALE).to(weight.dtype)[:, None]
         inverse = step.reciprocal()
         ctx.qn, ctx.qp, ctx.scale_dtype, ctx.gradient = qn, qp, scale.dtype, gradient
-        if isinstance(qn, torch.Tensor) or isinstance(qp, torch.Tensor) or not _in_blocks(weight):
-            ctx.qn, ctx.qp = (bound[:, None] if isinstance(bound, torch.Tensor) else bound for bound in (qn, qp))
-            ctx.save_for_backward(weight, step)
-            return (clamped((rows * inverse).round(), ctx.qn, ctx.qp) * step).view_as(weight)
         out = torch.empty_like(rows)
         for block in _blocks(rows.shape[0], rows.shape[1]):
             part = torch.mul(rows[block], inverse[block], out=out[block])
@@ -94,28 +90,50 @@ class _WeightQuantization(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        weight, step, *rest = ctx.saved_tensors
+        weight, step, out = ctx.saved_tensors
         rows, grad = weight.flatten(1), grads[0].flatten(1)
         inverse = step.reciprocal()
-        if not rest:
-            ratio = rows * inverse
-            within = torch.where((ratio > -ctx.qn) & (ratio < ctx.qp), grad, 0.0)
-            at_scale = grad * clamped(ratio.round(), ctx.qn, ctx.qp) - within * ratio
-            within = ctx.gradient.scaled(within, ratio)
-            return within.view_as(weight), at_scale.sum(1).to(ctx.scale_dtype), None, None, None
-        (out,) = rest
         inside = torch.empty_like(rows)
         grad_scale = torch.empty_like(step)
-        for block in _blocks(rows.shape[0], rows.shape[1]):
-            ratio = rows[block] * inverse[block]
+        blocks = _blocks(rows.shape[0], rows.shape[1])
+        buffers = torch.empty(
+            2, *rows[blocks[0]].shape, dtype=rows.dtype
+        )  # fresh memory would cost more than the passes
+        for block in blocks:
+            ratio, total = buffers[:, : len(rows[block])]
+            torch.mul(rows[block], inverse[block], out=ratio)
             _mask(grad[block], ratio, -ctx.qn, ctx.qp, out=inside[block])
             # grad * q everywhere, less grad * w/s inside the range; q = out / s.
-            total = (grad[block] * out[block]).addcmul_(inside[block], rows[block], value=-1)
+            torch.mul(grad[block], out[block], out=total).addcmul_(inside[block], rows[block], value=-1)
             torch.sum(total, 1, keepdim=True, out=grad_scale[block])
             if ctx.gradient.kind != STRAIGHT.kind:
                 inside[block] = ctx.gradient.scaled(inside[block], ratio)
         grad_scale = (grad_scale * inverse).flatten().to(ctx.scale_dtype)
         return inside.view_as(weight), grad_scale, None, None, None
+
+
+class _PlainWeightQuantization(torch.autograd.Function):
+    """The same in tensor operations, whatever the memory's order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, qn: Bound, qp: Bound, gradient: GradientScaling
+    ) -> torch.Tensor:
+        shape = (-1, *[1] * (weight.ndim - 1))
+        step = scale.detach().clamp_min(MIN_SCALE).to(weight.dtype).reshape(shape)
+        ctx.qn, ctx.qp = (bound.reshape(shape) if isinstance(bound, torch.Tensor) else bound for bound in (qn, qp))
+        ctx.scale_dtype, ctx.gradient = scale.dtype, gradient
+        ctx.save_for_backward(weight, step)
+        return clamped((weight * step.reciprocal()).round(), ctx.qn, ctx.qp) * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        weight, step = ctx.saved_tensors
+        ratio = weight * step.reciprocal()
+        within = torch.where((ratio > -ctx.qn) & (ratio < ctx.qp), grads[0], 0.0)
+        at_scale = grads[0] * clamped(ratio.round(), ctx.qn, ctx.qp) - within * ratio
+        grad_scale = at_scale.sum(tuple(range(1, weight.ndim))).to(ctx.scale_dtype)
+        return ctx.gradient.scaled(within, ratio), grad_scale, None, None, None
 
 
 def quantize_weight(
@@ -135,7 +153,10 @@ def quantize_weight(
     Returns:
         Same shape as ``weight``.
     """
-    if _in_blocks(weight) and _is_channels_last(weight):
+    if isinstance(qn, torch.Tensor) or isinstance(qp, torch.Tensor) or not _in_blocks(weight):
+        plain: torch.Tensor = _PlainWeightQuantization.apply(weight, scale, qn, qp, gradient)
+        return plain
+    if _is_channels_last(weight):
         return quantize_weight(weight.permute(0, 2, 3, 1), scale, qn, qp, gradient).permute(0, 3, 1, 2)
     out: torch.Tensor = _WeightQuantization.apply(weight, scale, qn, qp, gradient)
     return out
@@ -194,13 +215,16 @@ class _ActivationQuantization(torch.autograd.Function):
         grad = grads[0].contiguous().view(-1)
         inside = torch.empty_like(grad)
         outside, total = grad.new_zeros(()), grad.new_zeros(())
-        for block in _blocks(x.numel(), 1):
+        blocks = _blocks(x.numel(), 1)
+        buffer = torch.empty_like(x[blocks[0]]) if blocks else x
+        for block in blocks:
             g, v, i = grad[block], x[block], inside[block]
-            _mask(g, v * ctx.inverse, ctx.low, ctx.high, out=i)
+            ratio = torch.mul(v, ctx.inverse, out=buffer[: len(v)])
+            _mask(g, ratio, ctx.low, ctx.high, out=i)
             outside += g.sum() - i.sum()
             total += torch.dot(g, out[block]) - torch.dot(i, v)
             if ctx.gradient.kind != STRAIGHT.kind:
-                inside[block] = ctx.gradient.scaled(i, v * ctx.inverse)
+                inside[block] = ctx.gradient.scaled(i, ratio)
         grad_scale = total / ctx.step - ctx.low * outside
         return inside.view_as(saved[0]), grad_scale.to(ctx.dtypes[0]), outside.to(ctx.dtypes[1]), None, None, None
 

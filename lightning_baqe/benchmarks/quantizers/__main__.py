@@ -4,8 +4,11 @@
 
 ResNet-18, 4 bits (first and last layer 8), learned scales and offsets (LSQ+); forward, backward, SGD. All candidates
 take one step each in turns, in one process; a ratio is the median over the rounds of what both took in the same round,
-with its quartiles. Memory is that of a process of its own for each: the largest resident set of some steps, less that
-before the network was made; on a GPU the largest allocation.
+with its quartiles. Memory is that of a process of its own for each: the largest resident set during some steps, once
+the network is made and quantized, less that before; on a GPU the largest allocation.
+
+Brevitas is compared if it is there. It asks for an older setuptools than PyTorch does, so that no extra installs it:
+``pip install --no-deps brevitas dependencies==2.0.1 unfoldNd``. torchao's training has no convolutions.
 
 The limits, on two cores, of 32 images of 64x64: compiled at most 1.3 of compiled float and 0.5 of Brevitas; not
 compiled at most 1.7 of float, with at most 1.6 of its memory.
@@ -14,12 +17,13 @@ compiled at most 1.7 of float, with at most 1.6 of its memory.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -61,18 +65,22 @@ def peak_bytes(name: str, options: argparse.Namespace) -> int:
     """Of some steps of a candidate alone, in this process."""
     if options.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    before = _resident_bytes()
+    before = _memory("VmRSS")
     trainee = _trainee(name, options)
+    if CANDIDATES[name][1]:
+        trainee.step()  # compiles
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the network took
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     for _ in range(_WARM_UP):
         trainee.step()
-    if options.device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _memory("VmHWM") - before if options.device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _memory(field: str) -> int:
+    """Of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _peak_elsewhere(name: str, options: argparse.Namespace) -> float:

@@ -69,7 +69,6 @@ CANDIDATES: dict[str, tuple[Make, bool]] = {
     "ours, compiled": (_ours, True),
     "Brevitas": (_brevitas, False),
 }
-# torchao's training quantizes nn.Linear and nn.Embedding only: it has no convolution to be compared with.
 
 
 def available() -> list[str]:
