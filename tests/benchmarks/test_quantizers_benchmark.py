@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from small_data import small_fashion_mnist
 
 from lightning_baqe.benchmarks.quantizers import __main__ as quantizers
+from lightning_baqe.benchmarks.quantizers import gradients
 from lightning_baqe.benchmarks.quantizers.candidates import CANDIDATES, Trainee, available
 
 SMALL = ["--batch", "2", "--side", "32", "--rounds", "3", "--threads", "1"]
@@ -24,6 +29,32 @@ def test_a_comparison(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert quantizers.main([*SMALL, "--candidates", "float", "ours"]) == 1
     assert "of float's memory, 1e-06 allowed" in capsys.readouterr().out
     torch.set_num_threads(threads)
+
+
+def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_fashion_mnist(tmp_path / "data", 5200, 20)
+    small = ["--seeds", "0", "1", "--float-epochs", "1", "--steps", "1", "--root", str(tmp_path / "data")]
+    assert gradients.main([*small, "--folder", str(tmp_path)]) == 0
+    assert "ewgs / invtanh" in capsys.readouterr().out
+    assert (tmp_path / "gradients.png").stat().st_size > 5000
+    rows = (tmp_path / "gradients.jsonl").read_text()
+    assert gradients.main([*small, "--folder", str(tmp_path)]) == 0  # nothing is trained again
+    assert "seed 0, ste / ste" not in capsys.readouterr().out
+    assert (tmp_path / "gradients.jsonl").read_text() == rows
+
+
+def test_verdicts_are_those_of_paired_differences() -> None:
+    def rows(shift: float) -> list[dict[str, Any]]:
+        values = {("ste", "ste"): 0.0, ("ewgs", "ewgs"): shift, ("tanh", "tanh"): -shift}
+        return [
+            {"mix": list(mix), "seed": seed, "accuracy": 0.8 + 0.05 * seed + value + 0.001 * (seed if value else 0)}
+            for mix, value in values.items()
+            for seed in range(4)
+        ]
+
+    assert gradients.verdict(rows(0.01)).endswith("better ewgs / ewgs; worse tanh / tanh")
+    assert gradients.verdict(rows(0.0)).endswith("better none; worse none")
+    assert gradients.differences(rows(0.01), ("tanh", "tanh")) == pytest.approx([-1.0, -0.9, -0.8, -0.7])
 
 
 def test_ratios_are_those_of_the_same_round() -> None:
