@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_baqe.errors import ConfigError, InfeasibleError, check_at_least
 from lightning_baqe.learned_bits.learned_network import LearnedNetwork
-from lightning_baqe.learned_bits.pressure import Controller, Pressure, size_penalty
+from lightning_baqe.learned_bits.learned_quantizers import bits_and_counts
+from lightning_baqe.learned_bits.pressure import Controller, Pressure
 from lightning_baqe.quantization.config import MIN_BITS, BitConfig
 
 SETTLED = 0.7  # of learning bits, after which steps of the quantizers grow smaller
@@ -36,7 +37,7 @@ class LearnedBits(pl.Callback):
 
     Attributes:
         bits: whole ones, from the third phase on; None before.
-        curve: mean bits of weights and of activations and both betas, at each update.
+        curve: mean bits of weights and of activations and both penalties' factors, at each update.
 
     Args:
         learned: whose ``model`` the module trains.
@@ -45,7 +46,7 @@ class LearnedBits(pl.Callback):
         every: steps from one update of the quantizers to the next while bits are learned.
         learning_rate: of the quantizers' logarithms, for one update while bits are learned; an ``every``-th of it for
             the ranges' steps before and after. It falls to 0 in the last part of learning.
-        pressure: beta of weights and of activations; None: a :class:`Controller` each.
+        pressure: of weights and of activations; None: a :class:`Controller` each.
 
     Raises:
         ConfigError: arguments out of range. When fit starts: a fit that ends before the third phase, or that does not
@@ -174,11 +175,13 @@ class LearnedBits(pl.Callback):
         self._gradients, self._steps = [None] * len(self._parameters), 0
 
     def _press(self, progress: float) -> None:
-        sizes = list(zip((self.learned.weight_bytes(), self.learned.activation_bytes()), self.targets, strict=True))
-        ratios = [float(size.detach()) / target for size, target in sizes]
-        betas = [of.beta(progress, ratio) for of, ratio in zip(self.pressure, ratios, strict=True)]
-        size_penalty(sizes, betas).backward()
-        self.curve.append([*self.learned.mean_bits(), *betas])
+        factors = []
+        parts = (self.learned.weights, self.learned.activations)
+        for of, quantizers, target in zip(self.pressure, parts, self.targets, strict=True):
+            penalty, factor = of.penalty(progress, *bits_and_counts(quantizers.values()), 8 * target)
+            penalty.backward()
+            factors.append(factor)
+        self.curve.append([*self.learned.mean_bits(), *factors])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

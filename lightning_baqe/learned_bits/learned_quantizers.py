@@ -16,7 +16,7 @@ surrogate: rounding adds a constant to what it rounds, and that constant has no 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -172,3 +172,10 @@ def learned_weights(weight: Tensor, scale: Tensor, bits: int, by_channel: bool) 
     """
     top = scale.detach().reshape(-1, *[1] * (weight.ndim - 1)) * (2 ** (bits - 1) - 1)
     return LearnedQuantizer(top, bits, True, weight.numel() // (top.numel() if by_channel else 1), by_channel)
+
+
+def bits_and_counts(quantizers: Iterable[LearnedQuantizer]) -> tuple[Tensor, Tensor]:
+    """All their bits, ``(n,)``, differentiable, and how many values each is for."""
+    found = [(of.bits().flatten(), of.count) for of in quantizers]
+    counts = [torch.full_like(bits, count, requires_grad=False) for bits, count in found]
+    return torch.cat([bits for bits, _ in found]), torch.cat(counts)

@@ -16,7 +16,7 @@ import lightning_baqe as baqe
 from lightning_baqe.callbacks import LearnedBits
 from lightning_baqe.errors import ConfigError, InfeasibleError
 from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bits
-from lightning_baqe.learned_bits.pressure import Ramp
+from lightning_baqe.learned_bits.pressure import Admm, Pressure, Ramp
 
 Y = torch.arange(32) % 3
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 2 * functional.one_hot(Y, 3)[..., None, None]
@@ -47,7 +47,7 @@ def learned(bits: int = 8) -> LearnedNetwork:
     return network
 
 
-def callback(network: LearnedNetwork, **more: Any) -> LearnedBits:
+def make_callback(network: LearnedNetwork, **more: Any) -> LearnedBits:
     options = {"weights": 3, "activations": 4, "every": 2, "pretrain_epochs": 1, "learn_epochs": 8}
     return LearnedBits(network, **(options | more))
 
@@ -76,7 +76,7 @@ def fit(
 
 def test_three_phases(tmp_path: Path) -> None:
     network = learned()
-    of, watch = callback(network), Watch(network)
+    of, watch = make_callback(network), Watch(network)
     fit(network, [of, watch], tmp_path)
     assert watch.bits[0] == pytest.approx([8.0] * len(watch.bits[0]), abs=1e-3)
     assert watch.bits[4] != pytest.approx(watch.bits[3], abs=1e-3)
@@ -91,10 +91,13 @@ def test_three_phases(tmp_path: Path) -> None:
     assert (baqe.lower(model).run(X).argmax(1) == Y).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("last", [0, 3, 8, 10])
-def test_an_interrupted_fit_goes_on_exactly(last: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("last", "pressure"), [(0, None), (3, None), (8, None), (10, None), (3, Admm)])
+def test_an_interrupted_fit_goes_on_exactly(last: int, pressure: type[Pressure] | None, tmp_path: Path) -> None:
+    def callback(network: LearnedNetwork) -> LearnedBits:
+        return make_callback(network, pressure=pressure and [pressure(), pressure()])
+
     whole = learned()
-    of = callback(whole, learn_epochs=8)
+    of = callback(whole)
     fit(whole, [of], tmp_path)
     first = learned()
     trainer = fit(first, [callback(first), Watch(first, last)], tmp_path)
@@ -110,7 +113,7 @@ def test_an_interrupted_fit_goes_on_exactly(last: int, tmp_path: Path) -> None:
 
 def test_gradients_that_are_accumulated_count_as_one_step(tmp_path: Path) -> None:
     network = learned()
-    of = callback(network, learn_epochs=4, learning_rate=0.5)
+    of = make_callback(network, learn_epochs=4, learning_rate=0.5)
     fit(network, [of], tmp_path, max_epochs=6, accumulate_grad_batches=2)
     assert len(of.curve) == 4 * 8 // 2 // 2
     assert max(of.curve[-1][:2]) < 7
@@ -119,7 +122,7 @@ def test_gradients_that_are_accumulated_count_as_one_step(tmp_path: Path) -> Non
 def test_the_optimisers_of_the_module_leave_quantizers_alone(tmp_path: Path) -> None:
     network = learned()
     before = [parameter.detach().clone() for of in network.quantizers for parameter in of.parameters()]
-    of = callback(network, learning_rate=1e-12, pressure=[Ramp(1e-9), Ramp(1e-9)])
+    of = make_callback(network, learning_rate=1e-12, pressure=[Ramp(1e-9), Ramp(1e-9)])
     fit(network, [of], tmp_path, max_epochs=10, limit_train_batches=2)
     after = [parameter.detach() for of in network.quantizers for parameter in of.parameters()]
     moved = [float((a - b).abs().max()) for a, b in zip(before, after, strict=True)]
@@ -127,17 +130,27 @@ def test_the_optimisers_of_the_module_leave_quantizers_alone(tmp_path: Path) -> 
     assert max(moved[0::2]) < 1e-6
 
 
+def test_multipliers_reach_the_target_too(tmp_path: Path) -> None:
+    network = learned()
+    of = make_callback(network, pressure=[Admm(), Admm()])
+    fit(network, [of], tmp_path)
+    assert of.curve[-1][:2] == pytest.approx([3, 4], rel=0.15)
+    assert of.bits is not None
+    counts = {name: quantizer.values for name, quantizer in network.weights.items()}
+    assert sum(of.bits[name].weight * n for name, n in counts.items()) <= 3 * sum(counts.values())
+
+
 def test_what_cannot_be_right(tmp_path: Path) -> None:
     network = learned()
     with pytest.raises(InfeasibleError, match=r"weights=1.5 mean bits .* smallest network has 2, 294 bytes of weights"):
-        callback(network, weights=1.5)
+        make_callback(network, weights=1.5)
     for option, message in (
         ({"every": 0}, "every"), ({"learn_epochs": 0}, "learn_epochs"), ({"learning_rate": 0.0}, "learning_rate=0.0"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
-            callback(network, **option)
+            make_callback(network, **option)
     with pytest.raises(ConfigError, match="max_epochs=9, but 1 epochs at fixed bits and 8 of learning"):
-        fit(network, [callback(network)], tmp_path, max_epochs=9)
+        fit(network, [make_callback(network)], tmp_path, max_epochs=9)
     other = learned()
     with pytest.raises(ConfigError, match=r"Foreign does not hold the learned network"):
-        fit(other, [callback(network)], tmp_path)
+        fit(other, [make_callback(network)], tmp_path)

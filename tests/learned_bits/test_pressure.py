@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_baqe.errors import ConfigError
-from lightning_baqe.learned_bits.pressure import RAMPS, Controller, Ramp, size_penalty
+from lightning_baqe.learned_bits.pressure import RAMPS, Admm, Controller, Ramp, within_target
 
 
 @pytest.mark.parametrize("kind", RAMPS)
@@ -58,15 +60,54 @@ def test_it_goes_on_from_its_state() -> None:
 
 
 def test_penalties() -> None:
-    size = torch.tensor(150.0, requires_grad=True)
-    within = torch.tensor(90.0, requires_grad=True)
-    found = size_penalty([(size, 100.0), (within, 100.0)], [8.0, 8.0])
+    bits, counts = torch.tensor([3.0, 6.0], requires_grad=True), torch.tensor([10.0, 20.0])
+    found, factor = Ramp(8.0, share=0.5).penalty(0.5, bits, counts, 100.0)
+    assert factor == 8.0
     assert float(found.detach()) == pytest.approx(8 * 0.25)
     found.backward()
-    assert size.grad is not None
-    assert float(size.grad) == pytest.approx(8 * 2 * 0.5 / 100)
-    assert within.grad is not None
-    assert float(within.grad) == 0
+    torch.testing.assert_close(bits.grad, 8 * 2 * 0.5 * counts / 100)
+    bits.grad = None
+    Ramp(8.0, share=0.5).penalty(0.5, bits, counts, 160.0)[0].backward()
+    assert bits.grad is not None
+    assert float(bits.grad.abs().max()) == 0
+
+
+@given(st.lists(st.tuples(st.floats(-3, 12), st.integers(1, 50)), min_size=1, max_size=8), st.floats(0, 1))
+def test_the_nearest_within_a_target(values: list[tuple[float, int]], share: float) -> None:
+    """Optimal by the conditions of Karush, Kuhn and Tucker: where bits are inside of their range, all have moved alike,
+    and not at all where the target is not reached."""
+    bits = torch.tensor([bits for bits, _ in values], dtype=torch.float64)
+    counts = torch.tensor([float(count) for _, count in values], dtype=torch.float64)
+    target = float(counts.sum()) * (2 + 6 * share)
+    found = within_target(bits, counts, target)
+    total = float((counts * found).sum())
+    assert total <= target + 1e-6
+    assert 2 <= float(found.min()) <= float(found.max()) <= 8
+    inside = (found > 2 + 1e-9) & (found < 8 - 1e-9)
+    moved = (bits - found)[inside]
+    if len(moved):
+        assert float(moved.max() - moved.min()) < 1e-9
+        assert float(moved.max()) < 1e-9 or total == pytest.approx(target, rel=1e-6)
+
+
+def test_multipliers_bring_bits_to_the_target() -> None:
+    """With a loss that wants 8 bits of one and 4 of another, b, z and the target agree in the end, where the loss is
+    the smallest: 1 * (8 - b1) = 4 * (4 - b2) / 3."""
+    admm, bits = Admm(2.0), torch.tensor([8.0, 8.0], requires_grad=True)
+    counts = torch.tensor([1.0, 3.0])
+    optimizer = torch.optim.SGD([bits], 0.05)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        penalty, factor = admm.penalty(0.9, bits, counts, 16.0)
+        assert factor == 2.0
+        (0.5 * (8 - bits[0]).square() + 2 * (4 - bits[1]).square() + penalty).backward()
+        optimizer.step()
+    first, second = bits.tolist()
+    assert first + 3 * second == pytest.approx(16.0, abs=1e-3)
+    assert 8 - first == pytest.approx(4 * (4 - second) / 3, abs=1e-3)
+    again = Admm(2.0)
+    again.restore(admm.state())
+    torch.testing.assert_close(again.penalty(0.9, bits, counts, 16.0)[0], admm.penalty(0.9, bits, counts, 16.0)[0])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +117,7 @@ def test_penalties() -> None:
         (lambda: Ramp(share=0.0), "share=0.0"),
         (lambda: Ramp(final=-1.0), "beta=-1.0"),
         (lambda: Controller(share=1.5), "share=1.5"),
+        (lambda: Admm(0.0), "rho=0.0"),
     ],
 )
 def test_what_cannot_be_right(make: object, message: str) -> None:
