@@ -111,6 +111,12 @@ class LearnedBits(pl.Callback):
             raise ConfigError(
                 "the training loader has no length, and progress is counted in it: give limit_train_batches"
             )
+        steps = trainer.num_training_batches * self.learn_epochs // trainer.accumulate_grad_batches
+        if steps < self.every:
+            raise ConfigError(
+                f"learn_epochs={self.learn_epochs} are {steps} steps; the quantizers learn at every {self.every}th: "
+                f"give more of them, or every={max(steps // 10, 1)}"
+            )
         if self._loaded is not None:  # only now are parameters where they are trained
             self._optimizer.load_state_dict(self._loaded["optimizer"])
             self._gradients = [

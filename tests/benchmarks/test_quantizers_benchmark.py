@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from small_data import small_fashion_mnist
 
 from lightning_baqe.benchmarks.quantizers import __main__ as quantizers
-from lightning_baqe.benchmarks.quantizers import gradients
+from lightning_baqe.benchmarks.quantizers import gradients, schedules
 from lightning_baqe.benchmarks.quantizers.candidates import CANDIDATES, Trainee, available
 
 SMALL = ["--batch", "2", "--side", "32", "--rounds", "3", "--threads", "1"]
@@ -41,6 +42,20 @@ def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gradients.main([*small, "--folder", str(tmp_path)]) == 0  # nothing is trained again
     assert "seed 0, ste / ste" not in capsys.readouterr().out
     assert (tmp_path / "gradients.jsonl").read_text() == rows
+
+
+def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_fashion_mnist(tmp_path / "data", 5200, 20)
+    small = ["--seeds", "0", "--float-epochs", "1", "--steps", "2", "--trials", "2", "--root", str(tmp_path / "data")]
+    assert schedules.main([*small, "--folder", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "black box" in shown
+    assert "20 steps each, 1 seeds; 2 trials" in shown
+    rows = (tmp_path / "schedules.jsonl").read_text()
+    assert len(rows.splitlines()) == 2 + 2 * 3
+    assert all(max(json.loads(row)["sizes"]) <= 1 for row in rows.splitlines())
+    assert schedules.main([*small, "--folder", str(tmp_path)]) == 0  # nothing is trained again, the search is the same
+    assert (tmp_path / "schedules.jsonl").read_text() == rows
 
 
 def test_verdicts_are_those_of_paired_differences() -> None:

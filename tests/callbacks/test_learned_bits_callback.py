@@ -151,6 +151,8 @@ def test_what_cannot_be_right(tmp_path: Path) -> None:
             make_callback(network, **option)
     with pytest.raises(ConfigError, match="max_epochs=9, but 1 epochs at fixed bits and 8 of learning"):
         fit(network, [make_callback(network)], tmp_path, max_epochs=9)
+    with pytest.raises(ConfigError, match="learn_epochs=8 are 64 steps; the quantizers learn at every 65th"):
+        fit(network, [make_callback(network, every=65)], tmp_path)
     other = learned()
     with pytest.raises(ConfigError, match=r"Foreign does not hold the learned network"):
         fit(other, [make_callback(network)], tmp_path)

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -147,8 +148,8 @@ def _begin(data: ImageDataModule, seed: int) -> None:
 
 
 def _images(data: ImageDataModule) -> list[torch.Tensor]:
-    loader = iter(data.train_dataloader())
-    return [network_input(next(loader), "the train loader") for _ in range(CALIBRATION_BATCHES)]
+    batches = islice(data.train_dataloader(), CALIBRATION_BATCHES)
+    return [network_input(batch, "the train loader") for batch in batches]
 
 
 def _fit(model: nn.Module, teacher: nn.Module, data: ImageDataModule, length: Length, callbacks: list[Any]) -> None:
