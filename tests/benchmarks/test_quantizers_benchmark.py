@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from small_data import small_fashion_mnist
 
 from lightning_baqe.benchmarks.quantizers import __main__ as quantizers
-from lightning_baqe.benchmarks.quantizers import gradients, schedules
+from lightning_baqe.benchmarks.quantizers import gradients, mixed, schedules
 from lightning_baqe.benchmarks.quantizers.candidates import CANDIDATES, Trainee, available
+from lightning_baqe.benchmarks.quantizers.learning import Length
 
+FEW = replace(gradients.SETTINGS, images={"image_size": 28, "val_size": 40})
 SMALL = ["--batch", "2", "--side", "32", "--rounds", "3", "--threads", "1"]
 
 
@@ -32,8 +35,10 @@ def test_a_comparison(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     torch.set_num_threads(threads)
 
 
-def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small_fashion_mnist(tmp_path / "data", 5200, 20)
+def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small_fashion_mnist(tmp_path / "data", 300, 20)
+    monkeypatch.setattr(gradients, "SETTINGS", FEW)
+    monkeypatch.setattr(gradients, "MIXES", (("ste", "ste"), ("ewgs", "invtanh")))
     small = ["--seeds", "0", "1", "--float-epochs", "1", "--steps", "1", "--root", str(tmp_path / "data")]
     assert gradients.main([*small, "--folder", str(tmp_path)]) == 0
     assert "ewgs / invtanh" in capsys.readouterr().out
@@ -44,18 +49,38 @@ def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "gradients.jsonl").read_text() == rows
 
 
-def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small_fashion_mnist(tmp_path / "data", 5200, 20)
+def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small_fashion_mnist(tmp_path / "data", 300, 20)
+    monkeypatch.setattr(schedules, "SETTINGS", FEW)
+    monkeypatch.setattr(schedules, "MEANS", (2.5,))
+    for name in ("LENGTH", "SEARCH_LENGTH"):
+        monkeypatch.setattr(schedules, name, Length(2, 1, 1, 1))
     small = ["--seeds", "0", "--float-epochs", "1", "--steps", "2", "--trials", "2", "--root", str(tmp_path / "data")]
     assert schedules.main([*small, "--folder", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "black box" in shown
-    assert "20 steps each, 1 seeds; 2 trials" in shown
+    assert "6 steps each, 1 seeds; 2 trials" in shown
     rows = (tmp_path / "schedules.jsonl").read_text()
-    assert len(rows.splitlines()) == 2 + 2 * 3
+    assert len(rows.splitlines()) == 2 + 3
     assert all(max(json.loads(row)["sizes"]) <= 1 for row in rows.splitlines())
     assert schedules.main([*small, "--folder", str(tmp_path)]) == 0  # nothing is trained again, the search is the same
     assert (tmp_path / "schedules.jsonl").read_text() == rows
+
+
+def test_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small_fashion_mnist(tmp_path / "data", 300, 20)
+    monkeypatch.setitem(mixed.NETWORKS, "fashion_mnist", {"resnet8": FEW})  # type: ignore[misc]
+    monkeypatch.setattr(mixed, "LENGTH", Length(2, 1, 1, 1))
+    small = ["--smallest", "--seeds", "0", "--means", "2.5", "--steps", "2", "--root", str(tmp_path / "data")]
+    assert mixed.main([*small, "--folder", str(tmp_path)]) == 0
+    assert "learned less homogeneous" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "mixed.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == list(mixed.METHODS)
+    assert max(size for row in rows for size in row["sizes"]) <= 2.5 + 1e-6
+    assert set(map(tuple, rows[1]["bits"].values())) == {(3, 3), (2, 2)}
+    assert min(rows[2]["sizes"]) > 2.3  # the Hessian's spends what it has
+    assert mixed.main([*small, "--folder", str(tmp_path)]) == 0  # nothing is trained again
+    assert len((tmp_path / "mixed.jsonl").read_text().splitlines()) == 3
 
 
 def test_verdicts_are_those_of_paired_differences() -> None:
