@@ -55,11 +55,11 @@ def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(schedules, "MEANS", (2.5,))
     for name in ("LENGTH", "SEARCH_LENGTH"):
         monkeypatch.setattr(schedules, name, Length(2, 1, 1, 1))
-    small = ["--seeds", "0", "--float-epochs", "1", "--steps", "2", "--trials", "2", "--root", str(tmp_path / "data")]
+    small = ["--seeds", "0", "--float-epochs", "1", "--steps", "5", "--trials", "2", "--root", str(tmp_path / "data")]
     assert schedules.main([*small, "--folder", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "black box" in shown
-    assert "6 steps each, 1 seeds; 2 trials" in shown
+    assert "15 steps each, 1 seeds; 2 trials" in shown
     rows = (tmp_path / "schedules.jsonl").read_text()
     assert len(rows.splitlines()) == 2 + 3
     assert all(max(json.loads(row)["sizes"]) <= 1 for row in rows.splitlines())
