@@ -50,7 +50,7 @@ def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    small_fashion_mnist(tmp_path / "data", 300, 20)
+    small_fashion_mnist(tmp_path / "data", 900, 20)
     monkeypatch.setattr(schedules, "SETTINGS", FEW)
     monkeypatch.setattr(schedules, "MEANS", (2.5,))
     for name in ("LENGTH", "SEARCH_LENGTH"):
