@@ -22,7 +22,7 @@ from lightning_baqe.learned_bits.learned_network import LearnedNetwork, learn_bi
 from lightning_baqe.learned_bits.pressure import Pressure
 from lightning_baqe.quantization.batches import network_input
 from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS
-from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.convert import QuantizedModel, check_options
 from lightning_baqe.quantization.gradient_scaling import GradientScaling
 from lightning_baqe.tasks import ImageClassifier
 from lightning_baqe.tasks.pretrain import fit_resumable, keep, load
@@ -43,6 +43,7 @@ class BitLearning:
         distillation, temperature: of :class:`~lightning_baqe.callbacks.Distillation`; 0: none.
         gradients: through the rounding of weights and of activations.
         by_channel: learn bits of each output channel's weights.
+        ranges: first ones, of weights and of activations.
     """
 
     weights: float
@@ -57,6 +58,7 @@ class BitLearning:
     temperature: float
     gradients: tuple[GradientScaling, GradientScaling]
     by_channel: bool
+    ranges: tuple[str, str]
 
     @classmethod
     def of(cls, cfg: DictConfig, pressure: Callable[[], Pressure]) -> BitLearning:
@@ -78,10 +80,12 @@ class BitLearning:
                     f"network has, to {MAX_BITS}"
                 )
         pressure()
+        check_options("lsq", "lsq", given.weight_init, given.activation_range)
         return cls(
             given.weights, given.activations, given.start,
             (given.pretrain_epochs, given.learn_epochs, given.tune_epochs), given.every, given.learning_rate, pressure,
             given.calibration_batches, given.distillation, given.temperature, gradients, given.by_channel,
+            (given.weight_init, given.activation_range),
         )  # fmt: skip
 
     def train(
@@ -109,7 +113,7 @@ class BitLearning:
         images = [
             network_input(batch, "the train loader") for batch in islice(datamodule.train_dataloader(), self.batches)
         ]
-        learned = learn_bits(task.net, images, self.start, datamodule.example_input, self.by_channel)
+        learned = learn_bits(task.net, images, self.start, datamodule.example_input, self.by_channel, *self.ranges)
         for kind, quantizers in zip(self.gradients, (learned.weights, learned.activations), strict=True):
             for quantizer in quantizers.values():
                 quantizer.gradient = kind

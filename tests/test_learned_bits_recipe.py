@@ -78,6 +78,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["learned_bits.tune_epochs=0"], "learned_bits.tune_epochs"),
         (["learned_bits.gradients.weights=dsq"], "'dsq' is unknown"),
         (["pressure=ramp", "pressure.share=2"], "share=2"),
+        (["learned_bits.weight_init=median"], "weight_init must be one of"),
+        (["learned_bits.activation_range=max"], "activation_range must be one of"),
         (["learned_bits.distillation=2"], "weight=2"),
         (["deploy.bits.convolution.weight=[8,32]"], "has weights of [8, 32] bit"),
     ],

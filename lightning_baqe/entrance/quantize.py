@@ -37,7 +37,7 @@ def quantize(
         weight_quantizer: ``"lsq"``.
         activation_quantizer: ``"lsq+"`` (scale and offset learn), ``"lsq"`` (scale learns) or ``"static"`` (neither
             does: ranges stay as calibration sets them).
-        weight_init: of the weight scales: ``"mse"``, or as published, ``"lsq"`` or ``"lsq+"``;
+        weight_init: of the weight scales: ``"mse"``, ``"max"``, or as published, ``"lsq"`` or ``"lsq+"``;
             see :func:`initial_weight_scale`.
         activation_range: what calibration derives ranges by: ``"mse"``, ``"minmax"``, ``"ema"``, ``"percentile"``
             (99.99 % at each end) or ``"percentile:99.9"``; see :meth:`RangeObserver.range`.

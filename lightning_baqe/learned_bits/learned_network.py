@@ -206,6 +206,8 @@ def learn_bits(
     bits: int = 8,
     example_input: Any = None,
     by_channel: bool = False,
+    weight_init: str = "mse",
+    activation_range: str = "mse",
 ) -> LearnedNetwork:
     """A network whose layers all learn the bits of their weights and of their inputs, the first and the last too.
 
@@ -215,9 +217,11 @@ def learn_bits(
         bits: of all, at first; 2 to 8.
         example_input: of :func:`lightning_baqe.quantize`; needed where ``network`` is no :class:`Network`.
         by_channel: learn bits of each output channel's weights; else of each layer's.
+        weight_init, activation_range: first ranges, as for :func:`lightning_baqe.quantize`; Schaefer et al. take
+            ``"lsq+"`` (of a Gaussian) and ``"percentile"`` (99.99).
 
     Raises:
-        ConfigError: bits out of range, or no layers.
+        ConfigError: bits or a range out of range, or no layers.
         UnsupportedModelError: a network that cannot be quantized.
     """
     if bits not in _WIDTHS:
@@ -226,7 +230,8 @@ def learn_bits(
     # Not 8, which is what everything that is no layer reads at: each layer's input must have a quantizer of its own.
     apart = min(bits, MAX_BITS - 1)
     config = BitConfig(dict.fromkeys(layers(admitted.model), LayerBits(bits, apart)))
-    model = calibrate(quantize(admitted, config, activation_quantizer="lsq"), batches)
+    ranges = {"weight_init": weight_init, "activation_range": activation_range}
+    model = calibrate(quantize(admitted, config, activation_quantizer="lsq", **ranges), batches)
     found = quantizers_of_layers(model)
     names = {id(module): name for name, module in model.named_modules()}
     inputs = {name: tuple(names[id(call[-1])] for call in of.calls if call) for name, of in found.items()}

@@ -12,7 +12,7 @@ from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.functional import MIN_SCALE, Bound, clamped, quantize_weight, scale_gradient
 from lightning_baqe.quantization.gradient_scaling import STRAIGHT
 
-WEIGHT_INITS = ("mse", "lsq", "lsq+")
+WEIGHT_INITS = ("mse", "lsq", "lsq+", "max")
 
 
 def weight_range(bits: int) -> tuple[int, int]:
@@ -32,7 +32,8 @@ def initial_weight_scale(weight: torch.Tensor, bits: int | tuple[int, ...], init
         weight: ``(channels, ...)``.
         bits: 2 to 8, or one such number for each channel.
         init: ``"lsq"``: ``2 mean|w| / sqrt(Qp)`` (LSQ, section 2.1); ``"lsq+"``:
-            ``max(|mean - 3 std|, |mean + 3 std|) / 2^(bits - 1)`` (LSQ+, section 3.3); ``"mse"``: the
+            ``max(|mean - 3 std|, |mean + 3 std|) / 2^(bits - 1)``, of a Gaussian (LSQ+, section 3.3); ``"max"``: the
+            largest weight; ``"mse"``: the
             fraction of the largest weight with the least squared error, which costs a trained network least.
 
     Returns:
@@ -57,6 +58,8 @@ def initial_weight_scale(weight: torch.Tensor, bits: int | tuple[int, ...], init
     elif init == "lsq+":
         mean, std = flat.mean(1), flat.std(1, correction=0)
         scale = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()) / 2 ** (bits - 1)
+    elif init == "max":
+        scale = flat.abs().amax(1) / qp
     else:
         scale = _least_squares_scale(flat, qn, qp)
     return scale.clamp_min(MIN_SCALE)

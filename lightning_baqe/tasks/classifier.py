@@ -49,8 +49,9 @@ class ImageClassifier(pl.LightningModule):
         num_classes: outputs of ``net``: classes, independent labels, or 1 for two classes.
         learning_rate: the largest, if there is a scheduler.
         weight_decay: of weights, not of biases, batch norms and quantizers.
-        optimizer: ``"adamw"`` or ``"sgd"``; see :func:`lightning_baqe.tasks.optimizers.make_optimizer`.
-        scheduler: ``"none"``, ``"cosine"`` or ``"onecycle"``; the latter two need a Trainer with an end.
+        optimizer: ``"adamw"``, ``"sgd"`` or ``"rmsprop"``; see :func:`lightning_baqe.tasks.optimizers.make_optimizer`.
+        scheduler: ``"none"``, ``"cosine"``, ``"warmup_cosine"`` or ``"onecycle"``; all but the first need a Trainer
+            with an end.
         label_smoothing: 0 to below 1.
         log_prefix: ``"float/"`` logs ``float/train/loss``.
         metric: what ``acc`` is, a torchmetrics metric of which higher is better; each stage has a copy. Kept out of the

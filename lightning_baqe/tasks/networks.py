@@ -12,7 +12,9 @@ from rich.console import Console
 from torch import nn
 
 from lightning_baqe.errors import ConfigError, check_at_least
-from lightning_baqe.tasks.small_resnet import NAMES, SmallResNet
+from lightning_baqe.tasks import small_resnet, squeezenext
+from lightning_baqe.tasks.small_resnet import SmallResNet
+from lightning_baqe.tasks.squeezenext import SqueezeNext
 from lightning_baqe.tasks.weights import IMAGENET, in_order, load_weights, pretrained, read_weights
 
 LIBRARIES = ("torchvision", "timm", "small")
@@ -32,8 +34,8 @@ def network(
     Args:
         name: as the library knows it, ``"resnet18"``.
         num_classes: outputs.
-        library: ``"torchvision"``, ``"timm"``, or ``"small"``: ResNets for images of 32 pixels, see
-            :mod:`lightning_baqe.tasks.small_resnet`.
+        library: ``"torchvision"``, ``"timm"``, or ``"small"``: ResNets for images of 32 pixels and SqueezeNext, see
+            :mod:`lightning_baqe.tasks.small_resnet` and :mod:`lightning_baqe.tasks.squeezenext`.
         zero_init_residual: start the last batch norm of each residual block at gain 0, so that the blocks start as
             identities (not timm's, which have their own default).
         weights: None: random ones, from torch's global generator; a file, see :mod:`lightning_baqe.tasks.weights`;
@@ -85,7 +87,11 @@ def _random(name: str, num_classes: int, library: str, zero_init_residual: bool,
             raise ConfigError("zero_init_residual is torchvision's; timm's networks have a default: leave it out.")
         return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
     if library == "small":
-        _check_name(name, library, list(NAMES))
+        _check_name(name, library, [*small_resnet.NAMES, *squeezenext.NAMES])
+        if name in squeezenext.NAMES:
+            if zero_init_residual:
+                raise ConfigError(f"{name} adds its shortcuts before a ReLU: leave zero_init_residual out.")
+            return SqueezeNext(name, num_classes, in_channels)
         return SmallResNet(name, num_classes, in_channels, zero_init_residual)
     _check_name(name, library, torchvision.models.list_models(module=torchvision.models))
     options = {"zero_init_residual": True} if zero_init_residual else {}
