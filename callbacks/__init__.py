@@ -11,16 +11,28 @@ if TYPE_CHECKING:
     from lightning_baqe.callbacks.distillation import Distillation
     from lightning_baqe.callbacks.freeze_batch_norm import FreezeBatchNorm
     from lightning_baqe.callbacks.learned_bits import LearnedBits
+    from lightning_baqe.callbacks.oscillations import Oscillations
     from lightning_baqe.callbacks.pareto_checkpoint import ParetoCheckpoint
+    from lightning_baqe.callbacks.reestimate_batch_norm import ReestimateBatchNorm
 
 _HOMES = {
     "bayesian_search": ("BayesianSearch",),
     "distillation": ("Distillation",),
     "freeze_batch_norm": ("FreezeBatchNorm",),
     "learned_bits": ("LearnedBits",),
+    "oscillations": ("Oscillations",),
     "pareto_checkpoint": ("ParetoCheckpoint",),
+    "reestimate_batch_norm": ("ReestimateBatchNorm",),
 }
 
 __getattr__, __dir__ = on_first_use(__name__, _HOMES)
 
-__all__ = ["BayesianSearch", "Distillation", "FreezeBatchNorm", "LearnedBits", "ParetoCheckpoint"]
+__all__ = [
+    "BayesianSearch",
+    "Distillation",
+    "FreezeBatchNorm",
+    "LearnedBits",
+    "Oscillations",
+    "ParetoCheckpoint",
+    "ReestimateBatchNorm",
+]

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.calibration.corrections import Correction, correction_of
-from lightning_baqe.callbacks import Distillation, FreezeBatchNorm
+from lightning_baqe.callbacks import Distillation, FreezeBatchNorm, Oscillations, ReestimateBatchNorm
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, check_options
@@ -39,6 +39,8 @@ class FineTuning:
         freeze_after, fold: of :class:`~lightning_baqe.callbacks.FreezeBatchNorm`; None: never.
         distillation, temperature: of :class:`~lightning_baqe.callbacks.Distillation`; 0: none.
         gradients: through the rounding of weights and of activations.
+        damping, freeze_above: of :class:`~lightning_baqe.callbacks.Oscillations`.
+        reestimated: batches of :class:`~lightning_baqe.callbacks.ReestimateBatchNorm`; 0: none.
     """
 
     options: dict[str, str]
@@ -51,6 +53,9 @@ class FineTuning:
     distillation: float
     temperature: float
     gradients: tuple[GradientScaling, GradientScaling]
+    damping: float
+    freeze_above: float | None
+    reestimated: int
 
     @classmethod
     def of(cls, cfg: DictConfig) -> FineTuning:
@@ -69,6 +74,8 @@ class FineTuning:
         if after is not None:
             FreezeBatchNorm(after_epochs=after, fold=fold)
         Distillation(weight=given.distillation, temperature=given.temperature)
+        Oscillations(damping=given.damping, freeze_above=given.freeze_above)
+        check_at_least("qat.reestimate_batch_norm", given.reestimate_batch_norm, 0)
         check_at_least("qat.epochs", given.epochs, 0)
         if given.steps is not None:
             check_at_least("qat.steps", given.steps, 1)
@@ -79,7 +86,8 @@ class FineTuning:
             )
         return cls(
             options, correction, given.epochs, given.steps, given.calibration_batches, after, fold,
-            given.distillation, given.temperature, gradients,
+            given.distillation, given.temperature, gradients, given.damping, given.freeze_above,
+            given.reestimate_batch_norm,
         )  # fmt: skip
 
     def train(
@@ -96,6 +104,10 @@ class FineTuning:
         callbacks: list[pl.Callback] = []
         if self.freeze_after is not None:
             callbacks.append(FreezeBatchNorm(after_epochs=self.freeze_after, fold=self.fold))
+        if self.damping > 0 or self.freeze_above is not None:
+            callbacks.append(Oscillations(damping=self.damping, freeze_above=self.freeze_above))
+        if self.reestimated > 0:
+            callbacks.append(ReestimateBatchNorm(batches=self.reestimated))
         callbacks += distilling(self.distillation, self.temperature, teacher, scorer)
         quantized = task.quantize(bits, datamodule.example_input, **self.options)
         quantized.scale_gradients(*self.gradients)

@@ -1,0 +1,51 @@
+"""Statistics of batch norms that suit the weights as they are, taken anew before each validation."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.states import TrainerFn
+from torch.optim.swa_utils import update_bn
+
+from lightning_baqe.callbacks.host import network_of
+from lightning_baqe.errors import ConfigError, check_at_least
+from lightning_baqe.quantization.batches import network_input
+
+
+class ReestimateBatchNorm(pl.Callback):
+    """Take running statistics anew, from some training batches, before the network is validated and kept.
+
+    Running means lag behind weights that are rounded: one that crosses the border between two integers changes its
+    channel's output at once (Nagel et al., ICML 2022, section 5.2). Frozen and folded batch norms stay as they are.
+
+    Args:
+        network: attribute of the LightningModule that holds the network; dots reach deeper.
+        batches: of the training loader, from its start; nothing that is drawn from torch's generators is used up.
+
+    Raises:
+        ConfigError: ``batches`` below 1. When validation starts: no such network, or no training batches.
+    """
+
+    def __init__(self, network: str = "net", batches: int = 20) -> None:
+        super().__init__()
+        check_at_least("batches", batches, 1)
+        self.network, self.batches = network, batches
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See the class."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        network = network_of(pl_module, self.network)
+        modes = {module: module.training for module in network.modules()}
+        with torch.random.fork_rng():
+            images = [
+                network_input(batch, "the train loader").to(pl_module.device)
+                for batch in islice(trainer.train_dataloader or (), self.batches)
+            ]
+            if not images:
+                raise ConfigError("batch norms need training batches, got none")
+            update_bn(images, network)
+        for module, training in modes.items():
+            module.training = training
