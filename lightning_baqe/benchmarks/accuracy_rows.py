@@ -29,6 +29,7 @@ from lightning_baqe.files import Rows
 from lightning_baqe.hardware.identity import device_info, digest, versions
 from lightning_baqe.integer.lowering import lower
 from lightning_baqe.measurement.build import build
+from lightning_baqe.quantization.batch_norm import freeze_batch_norm
 from lightning_baqe.quantization.config import BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.runs.evaluation import deployed_accuracy, module_accuracy
@@ -339,9 +340,11 @@ def _fit(
     """Train to the epoch of best validation accuracy, or read what was trained; then both accuracies."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     curve = _Curve(checkpoint.with_suffix(".json"), say)
+    if training.freeze_batch_norm:
+        freeze_batch_norm(task.net)
 
     def trainer(**options: Any) -> pl.Trainer:
-        still = Frozen(task.net, training.frozen, training.freeze_batch_norm)
+        still = Frozen(task.net, training.frozen)
         options |= {"callbacks": [*options["callbacks"], curve, still, *callbacks], "precision": training.precision}
         return quiet_trainer(**options)
 

@@ -14,6 +14,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins import TorchCheckpointIO
 
 from lightning_baqe.errors import DataError, check_at_least
+from lightning_baqe.quantization import batch_norm
+from lightning_baqe.quantization.train_modes import is_frozen
 from lightning_baqe.tasks.checkpoint import CheckpointBeside, check_state, read_checkpoint
 from lightning_baqe.tasks.classifier import ImageClassifier
 from lightning_baqe.tasks.frozen import Frozen
@@ -45,8 +47,9 @@ def pretrain(
         checkpoint: read if it exists, else written. ``ImageClassifier.load_from_checkpoint`` reads it, too.
         epochs: of training; 0: the weights stay as they are.
         learning_rate, weight_decay, optimizer, scheduler, label_smoothing: as for :class:`ImageClassifier`.
-        frozen, freeze_batch_norm: modules that are not trained, and whether statistics stay as they are: see
-            :class:`~lightning_baqe.tasks.frozen.Frozen`.
+        frozen: modules that are not trained: see :class:`~lightning_baqe.tasks.frozen.Frozen`.
+        freeze_batch_norm: keep the batch norms' statistics, now and in whatever training follows: those of small
+            batches of few pictures are noise. Gains and shifts learn.
         trainer: called with ``max_epochs``, ``callbacks`` and the like; returns the Trainer.
 
     Returns:
@@ -56,7 +59,9 @@ def pretrain(
         ConfigError: an argument out of range.
         DataError: the checkpoint cannot be read, or is another network's.
     """
-    still = Frozen(task.net, frozen, freeze_batch_norm)
+    still = Frozen(task.net, frozen)
+    if freeze_batch_norm:
+        batch_norm.freeze_batch_norm(task.net)
     if epochs == 0 and not isinstance(epochs, bool):
         keep(task, Path(checkpoint))
         return task
@@ -168,6 +173,8 @@ def fit_resumable(
     with warnings.catch_warnings():
         # To find it not empty is what resuming is about.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        if any(map(is_frozen, task.net.modules())):
+            warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode at the start of training")
         trainer.fit(task, datamodule, ckpt_path=str(resume) if resume.exists() else None)
     return trainer
 
