@@ -162,7 +162,11 @@ class _Tensors(_Part):
     tensors: dict[str, _Array]
 
 
-_Bits = Annotated[tuple[_Width | _Widths, _Width], Strict(False)]
+_LayerWidth = Annotated[int, Field(ge=2, le=32)]
+_Bits = Annotated[
+    tuple[_LayerWidth | Annotated[tuple[_LayerWidth, ...], Strict(False), Field(min_length=1)], _LayerWidth],
+    Strict(False),
+]
 
 
 class _Graph(_Part):
