@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from lightning_baqe.tasks import ImageClassifier
     from lightning_baqe.tasks.scoring import Scorer
 
-# Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short.
+# Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short, batch norms
+# may be frozen.
 _KNOWN_WARNINGS = (
+    "Found .* module.s. in eval mode at the start of training",
     ".*does not have many workers",
     "The number of training batches .* is smaller than the logging interval",
     ".*isinstance.treespec, LeafSpec.. is deprecated",

@@ -270,6 +270,7 @@ SMALLEST_OF = {
         *("model.weights=null", "data.image_size=32", "data.batch_size=8", "search.trials=2"),
         *("search.bit_choices=[4,8]", "search.steps_per_trial=2", "search.baselines=[8]"),
         *("search.calibration_batches=1", "search.n_initial=1", "search.pool_size=8", "search.tune_s=1"),
+        "pretrain.frozen=[stem]",
     ],
     "hawq": HAWQ,
     "learned_bits": LEARNED_BITS,
