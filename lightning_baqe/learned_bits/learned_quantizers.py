@@ -114,7 +114,8 @@ class LearnedQuantizer(nn.Module):
 
     def _log_levels(self) -> Tensor:
         if self.fixed_bits is not None:
-            return torch.log2(torch.exp2(self.fixed_bits - float(self.signed)) - 1)
+            fixed = self.fixed_bits.to(self.log_levels)  # of a module that was moved since
+            return torch.log2(torch.exp2(fixed - float(self.signed)) - 1)
         levels = self.log_levels
         within = (levels >= self._least) & (levels <= self._most)  # torch.clamp has no gradient on a bound
         return torch.where(within, levels, levels.detach().clamp(self._least, self._most))

@@ -170,6 +170,14 @@ def test_compiled_and_other_layouts_and_precisions(signed: bool) -> None:
     torch.testing.assert_close(half.float(), quantizer(x.bfloat16().float()), rtol=1e-2, atol=1e-2)
 
 
+def test_fixed_bits_go_where_the_module_goes() -> None:
+    quantizer = make(4, channels=3)
+    quantizer.fix([2, 3, 8])
+    moved = quantizer.to("meta")
+    assert moved(torch.randn(3, 2, 2, 2, device="meta")).device.type == "meta"
+    assert moved.double().bits().dtype == torch.float64
+
+
 def test_state_dicts_round_trip() -> None:
     first, second = make(3, step=0.2), make(7)
     second.load_state_dict(first.state_dict())
