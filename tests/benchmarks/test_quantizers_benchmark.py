@@ -52,10 +52,22 @@ def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
 def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     small_fashion_mnist(tmp_path / "data", 900, 20)
     monkeypatch.setattr(schedules, "SETTINGS", FEW)
-    monkeypatch.setattr(schedules, "MEANS", (2.5,))
     for name in ("LENGTH", "SEARCH_LENGTH"):
         monkeypatch.setattr(schedules, name, Length(2, 1, 1, 1))
-    small = ["--seeds", "0", "--float-epochs", "1", "--steps", "5", "--trials", "2", "--root", str(tmp_path / "data")]
+    small = [
+        "--seeds",
+        "0",
+        "--means",
+        "2.5",
+        "--float-epochs",
+        "1",
+        "--steps",
+        "5",
+        "--trials",
+        "2",
+        "--root",
+        str(tmp_path / "data"),
+    ]
     assert schedules.main([*small, "--folder", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "black box" in shown

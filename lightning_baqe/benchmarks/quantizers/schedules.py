@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 0."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--means", nargs="+", type=float, default=list(MEANS), metavar="BITS")
     parser.add_argument("--trials", type=int, default=20, help="of the search")
     parser.add_argument("--network", default="resnet8")
     parser.add_argument("--float-epochs", type=int, default=SETTINGS.float_training.epochs)
@@ -138,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     searched, cost = bench.search(options.trials)
     console.print(f"{SEARCHED}: {asdict(searched)}")
     cells = []
-    for mean in MEANS:
+    for mean in options.means:
         for name, schedule in (*GIVEN.items(), (SEARCHED, searched)):
             rows = [bench.row(schedule, mean, seed, lengths[1], "test") for seed in options.seeds]
             values = [100 * row["accuracy"] for row in rows]
