@@ -75,6 +75,10 @@ class Oscillations(pl.Callback):
             raise ConfigError(
                 f"{self.network!r} is a {type(network).__name__}, whose weights have no integers: quantize it first"
             )
+        if not any(True for _ in _layers(network)):
+            raise ConfigError(
+                f"{self.network!r} has no layer whose weights have integers of fixed bits: leave this out"
+            )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

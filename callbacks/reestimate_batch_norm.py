@@ -7,11 +7,13 @@ from itertools import islice
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
-from torch.optim.swa_utils import update_bn
+from torch import Tensor, nn
 
 from lightning_baqe.callbacks.host import network_of
 from lightning_baqe.errors import ConfigError, check_at_least
+from lightning_baqe.quantization.batch_norm import BATCH_NORMS
 from lightning_baqe.quantization.batches import network_input
+from lightning_baqe.quantization.train_modes import is_frozen
 
 
 class ReestimateBatchNorm(pl.Callback):
@@ -46,6 +48,23 @@ class ReestimateBatchNorm(pl.Callback):
             ]
             if not images:
                 raise ConfigError("batch norms need training batches, got none")
-            update_bn(images, network)
+            _take_anew(network, images)
         for module, training in modes.items():
             module.training = training
+
+
+@torch.no_grad()
+def _take_anew(network: nn.Module, images: list[Tensor]) -> None:
+    """Means over the batches; torch's ``update_bn`` would reset frozen statistics, too."""
+    norms = [m for m in network.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats and not is_frozen(m)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    try:
+        for x in images if norms else ():
+            network(x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -66,8 +66,12 @@ def test_they_are_those_of_the_batches(batches: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:Found 1 module")
 def test_frozen_ones_stay() -> None:
-    frozen = freeze_batch_norm(net())
-    assert torch.equal(fit(frozen).validated[-1][1].running_mean, torch.zeros(4))
+    frozen = net()
+    frozen[1].running_mean.fill_(0.7)
+    frozen[1].running_var.fill_(2.5)
+    last = fit(freeze_batch_norm(frozen)).validated[-1][1]
+    assert torch.equal(last.running_mean, torch.full((4,), 0.7))
+    assert torch.equal(last.running_var, torch.full((4,), 2.5))
 
 
 def test_batches_are_wanted() -> None:
