@@ -234,6 +234,15 @@ class Rows:
             rows.append(row)
         return rows
 
+    def of(self, key: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The finished rows whose ``"key"`` is this one as JSON holds it, oldest first.
+
+        Raises:
+            DataError: a line that is no row.
+        """
+        wanted = json.loads(json.dumps(key))  # a tuple is a list there
+        return [row for row in self.read() if row.get("key") == wanted]
+
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row, in one write, and see it to the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,16 @@ def test_a_row_that_was_cut_off_is_none_and_a_damaged_one_is_named(tmp_path: Pat
         rows.read()
 
 
+def test_rows_are_found_by_their_key_as_json_holds_it(tmp_path: Path) -> None:
+    rows, key = Rows(tmp_path / "rows.jsonl"), {"frozen": ("stem",), "by": {3: None}}
+    for number in range(2):
+        rows.append({"key": key, "number": number})
+    rows.append({"key": {**key, "frozen": ()}})
+    rows.append({"number": 2})
+    assert [row["number"] for row in rows.of(key)] == [0, 1]
+    assert rows.of({}) == []
+
+
 def test_folders_are_made_and_nothing_is_left_in_them(tmp_path: Path) -> None:
     folder = tmp_path / "été = 1" / "deeper"
     assert make_folder(make_folder(folder, "run_dir"), "run_dir") == folder

@@ -188,7 +188,7 @@ class Request:
 
 def find_row(rows: Rows, request: Request) -> dict[str, Any] | None:
     """The row of this very request, the latest one; None: not finished."""
-    return next((row for row in reversed(rows.read()) if row["key"] == request.key), None)
+    return next(reversed(rows.of(request.key)), None)
 
 
 quiet_trainer = partial(

@@ -143,7 +143,7 @@ def make_record(request: Request) -> dict[str, Any]:
     found = Rows(latency.rows_folder(request.folder, request.device) / "whole.jsonl").read()
     whole = [row for row in found if row["point"] in points]
     key = row_key(request.network, request.trial)
-    rows = [row for row in Rows(request.folder / "rows.jsonl").read() if row["key"] == key]
+    rows = Rows(request.folder / "rows.jsonl").of(key)
     if len(whole) < 5:
         raise ConfigError(f"{len(whole)} whole networks are measured, 5 or more are wanted: run the latency stage")
     reference = latency.measure_float(subject, request.device, request.folder)

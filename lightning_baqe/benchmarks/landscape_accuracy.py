@@ -174,7 +174,7 @@ def measure_bits(
 
 def row_key(name: str, trial: Trial) -> dict[str, Any]:
     """All that a row depends on, but for its bits, its number, the machine and the code."""
-    return {"network": name, "trial": asdict(trial), "float_training": asdict(SETTINGS["glyphs"][name].float_training)}
+    return {"network": name, "trial": asdict(trial), "float_training": SETTINGS["glyphs"][name].float_training.key()}
 
 
 def measure_rows(
@@ -194,7 +194,7 @@ def measure_rows(
     rows, key = Rows(folder / "rows.jsonl"), row_key(name, trial)
     net = float_network(name, trial, folder / "float.ckpt", say)
     base = BitConfig.uniform(net, 8, 8)
-    done = {row["number"] for row in rows.read() if row["key"] == key}
+    done = {row["number"] for row in rows.of(key)}
     left = [row for row in wanted_rows(base, n)[share[0] :: share[1]] if row[0] not in done]
     yield len(left)
     data = trial.data()

@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         net = None
         for mix in MIXES:
             key = {"float": request.float_key, "mix": list(mix), "steps": options.steps, "bits": BITS, "rate": RATE}
-            row = next((row for row in kept.read() if row["key"] == key), None)
+            row = next(iter(kept.of(key)), None)
             if row is None:
                 if net is None:
                     data, trained = float_network(request, options.folder, console.print)

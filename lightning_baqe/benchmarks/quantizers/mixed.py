@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         for mean, method in itertools.product(options.means, METHODS):
             key = {"float": request.float_key, "method": method, "mean": mean, "length": asdict(length),
                    "schedule": asdict(SCHEDULE) if method == "learned" else None}  # fmt: skip
-            row = next((row for row in kept.read() if row["key"] == key), None)
+            row = next(iter(kept.of(key)), None)
             if row is None:
                 if subject is None:
                     data, trained = float_network(request, options.folder, console.print)

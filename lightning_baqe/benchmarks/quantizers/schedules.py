@@ -77,7 +77,7 @@ class Bench:
         request = Request("fashion_mnist", self.network, "", seed, Sizes(), self.settings, self.root)
         key = {"float": request.float_key, "schedule": asdict(schedule), "mean": mean, "length": asdict(length),
                "split": split}  # fmt: skip
-        known = next((row for row in self.rows.read() if row["key"] == key), None)
+        known = next(iter(self.rows.of(key)), None)
         if known is not None:
             return known
         if seed not in self._nets:
