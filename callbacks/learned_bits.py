@@ -14,7 +14,7 @@ from lightning_baqe.errors import ConfigError, InfeasibleError, check_at_least
 from lightning_baqe.learned_bits.learned_network import LearnedNetwork
 from lightning_baqe.learned_bits.learned_quantizers import bits_and_counts
 from lightning_baqe.learned_bits.pressure import Controller, Pressure
-from lightning_baqe.quantization.config import MIN_BITS, BitConfig
+from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS, BitConfig
 
 SETTLED = 0.7  # of learning bits, after which steps of the quantizers grow smaller
 
@@ -41,12 +41,17 @@ class LearnedBits(pl.Callback):
 
     Args:
         learned: whose ``model`` the module trains.
-        weights, activations: targets, mean bits.
+        weights, activations: targets, mean bits; or None, where there is one in bytes.
         pretrain_epochs, learn_epochs: of the first and the second phase; fit must be longer than both.
+        start: bits of all in the first phase, in turn, each for as many of its epochs, such as ``(8, 6, 4)``; those of
+            the first epochs come first. None: what they are.
         every: steps from one update of the quantizers to the next while bits are learned.
         learning_rate: of the quantizers' logarithms, for one update while bits are learned; an ``every``-th of it for
             the ranges' steps before and after. It falls to 0 in the last part of learning.
         pressure: of weights and of activations; None: a :class:`Controller` each.
+        weight_bytes, activation_bytes: targets instead of mean bits. That of weights is for all that a network's file
+            holds: batch norms, and biases that are not quantized, count 2 bytes a value. Activations are all layers'
+            inputs of one sample.
 
     Raises:
         ConfigError: arguments out of range. When fit starts: a fit that ends before the third phase, or that does not
@@ -57,13 +62,16 @@ class LearnedBits(pl.Callback):
     def __init__(
         self,
         learned: LearnedNetwork,
-        weights: float,
-        activations: float,
+        weights: float | None = None,
+        activations: float | None = None,
         pretrain_epochs: int = 1,
         learn_epochs: int = 3,
         every: int = 20,
         learning_rate: float = 0.05,
         pressure: Sequence[Pressure] | None = None,
+        weight_bytes: float | None = None,
+        activation_bytes: float | None = None,
+        start: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_at_least("pretrain_epochs", pretrain_epochs, 0)
@@ -71,21 +79,16 @@ class LearnedBits(pl.Callback):
         check_at_least("every", every, 1)
         if not learning_rate > 0:
             raise ConfigError(f"learning_rate={learning_rate!r}, but a number above 0 is wanted")
-        for name, bits, smallest in zip(
-            ("weights", "activations"), (weights, activations), learned.bytes_of(MIN_BITS), strict=True
-        ):
-            if not bits >= MIN_BITS:
-                raise InfeasibleError(
-                    f"{name}={bits!r} mean bits cannot be reached: the smallest network has {MIN_BITS}, "
-                    f"{smallest:,.0f} bytes of {name}"
-                )
+        if start is not None:
+            check_start(start, pretrain_epochs)
         self.learned, self.every, self.learning_rate = learned, every, learning_rate
         self.pretrain_epochs, self.learn_epochs = pretrain_epochs, learn_epochs
         self.pressure = tuple(pressure) if pressure is not None else (Controller(), Controller())
-        self.targets = (learned.bytes_of(weights)[0], learned.bytes_of(activations)[1])
+        self.targets = targets_of(learned, (weights, activations), (weight_bytes, activation_bytes))
+        self.start = None if start is None else tuple(start)
         self.bits: BitConfig | None = None
         self.curve: list[list[float]] = []
-        self._parameters = [parameter for of in learned.quantizers for parameter in of.parameters()]
+        self._parameters = learned.parameters()
         self._optimizer = torch.optim.RMSprop(self._parameters, learning_rate)
         self._gradients: list[Tensor | None] = [None] * len(self._parameters)
         self._steps = self._updates = 0
@@ -132,13 +135,20 @@ class LearnedBits(pl.Callback):
 
     def _enter(self, epoch: int) -> None:
         if epoch < self.pretrain_epochs:
-            for quantizer in self.learned.quantizers:
-                quantizer.fix(float(quantizer.bits().detach().mean().round()))
+            self._enter_pretraining(epoch)
         elif epoch < self.pretrain_epochs + self.learn_epochs:
             self.learned.release()
         else:
             self.bits = self.bits or self.learned.materialise(*self.targets)
             self.learned.fix(self.bits)
+
+    def _enter_pretraining(self, epoch: int) -> None:
+        for quantizer in self.learned.quantizers:
+            quantizer.fix(float(quantizer.bits().detach().mean().round()))
+        if self.start is not None:
+            bits = self.start[epoch * len(self.start) // self.pretrain_epochs]
+            for quantizer in (*self.learned.weights.values(), *self.learned.activations.values()):
+                quantizer.fix(bits)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -212,3 +222,45 @@ class LearnedBits(pl.Callback):
             of.restore(state)
         if not all(map(math.isfinite, (value for row in self.curve for value in row))):
             raise ConfigError("the checkpoint's bits are not finite: training diverged before it was written")
+
+
+def targets_of(
+    learned: LearnedNetwork, mean_bits: Sequence[float | None], in_bytes: Sequence[float | None]
+) -> tuple[float, float]:
+    """Bytes that weights, and activations, may have at most.
+
+    Args:
+        learned: that is to keep them.
+        mean_bits, in_bytes: of both; of each one of the two is None. Bytes of weights are with what is not quantized.
+
+    Raises:
+        ConfigError: both are given, or none.
+        InfeasibleError: below the smallest network; names its size.
+    """
+    found = []
+    for place, (name, argument, apart) in enumerate(
+        (("weights", "weight_bytes", learned.unquantized_bytes), ("activations", "activation_bytes", 0))
+    ):
+        bits, size, smallest = mean_bits[place], in_bytes[place], learned.bytes_of(MIN_BITS)[place]
+        if bits is not None and size is None:
+            limit, wanted = learned.bytes_of(bits)[place], f"{name}={bits!r} mean bits"
+        elif bits is None and size is not None:
+            limit, wanted = size - apart, f"{argument}={size!r}"
+        else:
+            raise ConfigError(f"{name}={bits!r} and {argument}={size!r}, but one of the two is wanted, the other None")
+        if not limit >= smallest:
+            beside = f", and {apart:,} that are not quantized" if apart and bits is None else ""
+            raise InfeasibleError(
+                f"{wanted} cannot be reached: the smallest network, of {MIN_BITS} bits, has {smallest:,.0f} bytes of "
+                f"{name}{beside}"
+            )
+        found.append(limit)
+    return found[0], found[1]
+
+
+def check_start(start: Sequence[int], pretrain_epochs: int) -> None:
+    """Raises ConfigError for bits of the first phase that cannot be right."""
+    if not start or any(bits not in range(MIN_BITS, MAX_BITS + 1) for bits in start):
+        raise ConfigError(f"start={start!r}, wanted are bits of {MIN_BITS} to {MAX_BITS}, one or more in turn")
+    if len(start) > max(pretrain_epochs, 1):
+        raise ConfigError(f"start={start!r} are {len(start)} bits in turn for {pretrain_epochs} epochs: give more")

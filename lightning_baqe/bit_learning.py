@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,8 @@ from rich.console import Console
 from torch import nn
 
 from lightning_baqe.callbacks import Distillation, LearnedBits
+from lightning_baqe.callbacks.learned_bits import check_start, targets_of
+from lightning_baqe.entrance.admission import Network
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.fine_tuning import distilling, gradients_of
 from lightning_baqe.learned_bits.learned_figure import draw_bits
@@ -34,8 +36,9 @@ class BitLearning:
     """What ``learned_bits`` of the configuration says, checked.
 
     Attributes:
-        weights, activations: mean bits that are wanted.
-        start: bits of all at first.
+        weights, activations: mean bits that are wanted; None: see ``bytes``.
+        bytes: of weights and of activations that are wanted instead.
+        start: bits of all at first, in turn.
         epochs: of the three phases of :class:`~lightning_baqe.callbacks.LearnedBits`.
         every, learning_rate: of its quantizers.
         pressure: makes one for each of weights and activations.
@@ -43,12 +46,14 @@ class BitLearning:
         distillation, temperature: of :class:`~lightning_baqe.callbacks.Distillation`; 0: none.
         gradients: through the rounding of weights and of activations.
         by_channel: learn bits of each output channel's weights.
+        biases: are quantized, too.
         ranges: first ones, of weights and of activations.
     """
 
-    weights: float
-    activations: float
-    start: int
+    weights: float | None
+    activations: float | None
+    bytes: tuple[float | None, float | None]
+    start: tuple[int, ...]
     epochs: tuple[int, int, int]
     every: int
     learning_rate: float
@@ -58,6 +63,7 @@ class BitLearning:
     temperature: float
     gradients: tuple[GradientScaling, GradientScaling]
     by_channel: bool
+    biases: bool
     ranges: tuple[str, str]
 
     @classmethod
@@ -73,20 +79,35 @@ class BitLearning:
             ("calibration_batches", 1),
         ):
             check_at_least(f"learned_bits.{name}", given[name], least)
-        for name in ("weights", "activations"):
-            if not MIN_BITS <= given[name] <= MAX_BITS:
+        for name, other in (("weights", "weight_bytes"), ("activations", "activation_bytes")):
+            if (given[name] is None) == (given[other] is None):
+                raise ConfigError(
+                    f"learned_bits.{name}={given[name]!r} and learned_bits.{other}={given[other]!r}, but one of the "
+                    "two is wanted, the other null"
+                )
+            if given[name] is not None and not MIN_BITS <= given[name] <= MAX_BITS:
                 raise ConfigError(
                     f"learned_bits.{name}={given[name]!r}, wanted are mean bits of {MIN_BITS}, which the smallest "
                     f"network has, to {MAX_BITS}"
                 )
+        start = (given.start,) if isinstance(given.start, int) else tuple(given.start)
+        check_start(start, given.pretrain_epochs)
         pressure()
         check_options("lsq", "lsq", given.weight_init, given.activation_range)
         return cls(
-            given.weights, given.activations, given.start,
+            given.weights, given.activations, (given.weight_bytes, given.activation_bytes), start,
             (given.pretrain_epochs, given.learn_epochs, given.tune_epochs), given.every, given.learning_rate, pressure,
             given.calibration_batches, given.distillation, given.temperature, gradients, given.by_channel,
-            (given.weight_init, given.activation_range),
+            given.biases, (given.weight_init, given.activation_range),
         )  # fmt: skip
+
+    def check(self, network: Network) -> None:
+        """Raises InfeasibleError for sizes that the network cannot be brought to."""
+        if any(size is not None for size in self.bytes):  # mean bits are known to be right
+            targets_of(self._learned(network, [network.inputs]), (self.weights, self.activations), self.bytes)
+
+    def _learned(self, network: nn.Module | Network, images: Iterable[Any], example: Any = None) -> LearnedNetwork:
+        return learn_bits(network, images, self.start[0], example, self.by_channel, *self.ranges, self.biases)
 
     def train(
         self,
@@ -113,14 +134,12 @@ class BitLearning:
         images = [
             network_input(batch, "the train loader") for batch in islice(datamodule.train_dataloader(), self.batches)
         ]
-        learned = learn_bits(task.net, images, self.start, datamodule.example_input, self.by_channel, *self.ranges)
-        for kind, quantizers in zip(self.gradients, (learned.weights, learned.activations), strict=True):
-            for quantizer in quantizers.values():
-                quantizer.gradient = kind
+        learned = self._learned(task.net, images, datamodule.example_input)
+        learned.scale_gradients(*self.gradients)
         pretrain, learn, tune = self.epochs
         bits = LearnedBits(
             learned, self.weights, self.activations, pretrain, learn, self.every, self.learning_rate,
-            (self.pressure(), self.pressure()),
+            (self.pressure(), self.pressure()), *self.bytes, self.start,
         )  # fmt: skip
         task.net = learned.model.train()
         scratch = checkpoint.with_name(f"{checkpoint.stem}-training")

@@ -19,7 +19,7 @@ from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.calibration.corrections import Correction, correction_of
 from lightning_baqe.callbacks import Distillation, FreezeBatchNorm, Oscillations, ReestimateBatchNorm
 from lightning_baqe.errors import ConfigError, check_at_least
-from lightning_baqe.quantization.config import BitConfig
+from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS, BitConfig
 from lightning_baqe.quantization.convert import QuantizedModel, check_options
 from lightning_baqe.quantization.gradient_scaling import GradientScaling, gradient_scaling
 from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint
@@ -41,6 +41,7 @@ class FineTuning:
         gradients: through the rounding of weights and of activations.
         damping, freeze_above: of :class:`~lightning_baqe.callbacks.Oscillations`.
         reestimated: batches of :class:`~lightning_baqe.callbacks.ReestimateBatchNorm`; 0: none.
+        progressive: bits that all layers have at least, in networks that are trained before and gone on from.
     """
 
     options: dict[str, str]
@@ -56,6 +57,7 @@ class FineTuning:
     damping: float
     freeze_above: float | None
     reestimated: int
+    progressive: tuple[int, ...]
 
     @classmethod
     def of(cls, cfg: DictConfig) -> FineTuning:
@@ -79,15 +81,17 @@ class FineTuning:
         check_at_least("qat.epochs", given.epochs, 0)
         if given.steps is not None:
             check_at_least("qat.steps", given.steps, 1)
-        if given.epochs == 0 and (after is not None or given.distillation > 0):
+        progressive = tuple(given.progressive)
+        _check_descending(progressive)
+        if given.epochs == 0 and (after is not None or given.distillation > 0 or progressive):
             raise ConfigError(
-                "qat.epochs=0 trains nothing, so that neither qat.distillation nor qat.freeze_batch_norm_after would "
-                "do anything: leave them out, or give qat.epochs."
+                "qat.epochs=0 trains nothing, so that qat.distillation, qat.progressive and "
+                "qat.freeze_batch_norm_after would do nothing: leave them out, or give qat.epochs."
             )
         return cls(
             options, correction, given.epochs, given.steps, given.calibration_batches, after, fold,
             given.distillation, given.temperature, gradients, given.damping, given.freeze_above,
-            given.reestimate_batch_norm,
+            given.reestimate_batch_norm, progressive,
         )  # fmt: skip
 
     def train(
@@ -109,7 +113,28 @@ class FineTuning:
         if self.reestimated > 0:
             callbacks.append(ReestimateBatchNorm(batches=self.reestimated))
         callbacks += distilling(self.distillation, self.temperature, teacher, scorer)
+        started = task.net
+        for least in self.progressive if not checkpoint.exists() else ():
+            wider = checkpoint.with_name(f"{checkpoint.stem}_{least}_bit.ckpt")
+            companions = distilling(self.distillation, self.temperature, teacher, scorer)
+            self._tune(task, started, bits.at_least(least), datamodule, wider, make_trainer, companions)
+        return self._tune(task, started, bits, datamodule, checkpoint, make_trainer, callbacks)
+
+    def _tune(
+        self,
+        task: ImageClassifier,
+        network: nn.Module,
+        bits: BitConfig,
+        datamodule: Any,
+        checkpoint: Path,
+        make_trainer: Callable[..., pl.Trainer],
+        callbacks: list[pl.Callback],
+    ) -> QuantizedModel:
+        """One training of a float network at some bits, from the weights that the task's last one left."""
+        before, task.net = task.net, network
         quantized = task.quantize(bits, datamodule.example_input, **self.options)
+        if isinstance(before, QuantizedModel):
+            quantized.take_weights(before)
         quantized.scale_gradients(*self.gradients)
         if not checkpoint.exists():
             with _layer_progress(Console(stderr=True, highlight=False)) as tell:
@@ -121,6 +146,16 @@ class FineTuning:
             fit_to_checkpoint(task, datamodule, checkpoint, self.epochs, limited, callbacks)
         assert isinstance(task.net, QuantizedModel)
         return task.net.cpu().eval()
+
+
+def _check_descending(progressive: tuple[int, ...]) -> None:
+    if any(not isinstance(bits, int) or not MIN_BITS < bits <= MAX_BITS for bits in progressive) or list(
+        progressive
+    ) != sorted(set(progressive), reverse=True):
+        raise ConfigError(
+            f"qat.progressive={list(progressive)}, wanted are bits of {MAX_BITS} down to {MIN_BITS + 1}, fewer each "
+            "time, such as [4,3]"
+        )
 
 
 def gradients_of(given: DictConfig) -> tuple[GradientScaling, GradientScaling]:

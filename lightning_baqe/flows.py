@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torchmetrics import Metric
 
+    from lightning_baqe.entrance.admission import Network
     from lightning_baqe.hardware.description import DeviceDescription
     from lightning_baqe.quantization.config import BitConfig
     from lightning_baqe.quantization.convert import QuantizedModel
@@ -94,7 +95,11 @@ def _normalise_as_trained(datamodule: Any, net: nn.Module, cfg: DictConfig) -> N
 
 
 def _prepare(
-    cfg: DictConfig, run_dir: Path, check: Callable[[nn.Module], None], metric: Metric | None
+    cfg: DictConfig,
+    run_dir: Path,
+    check: Callable[[nn.Module], None],
+    metric: Metric | None,
+    check_admitted: Callable[[Network], None] | None = None,
 ) -> tuple[Any, ImageClassifier, Callable[..., pl.Trainer]]:
     """The data module, the task over a trained float network, and what makes Trainers; first the network is checked."""
     import pytorch_lightning as pl
@@ -113,7 +118,9 @@ def _prepare(
     _normalise_as_trained(datamodule, net, cfg)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    admit(net, datamodule.example_input)
+    admitted = admit(net, datamodule.example_input)
+    if check_admitted is not None:
+        check_admitted(admitted)
     check_module(net, datamodule.val_dataloader(), metric)
     task = make(cfg.task, net=net, num_classes=datamodule.num_classes, **({} if metric is None else {"metric": metric}))
     trainer = make(cfg.trainer, logger=make(cfg.logger) if cfg.logger else False)
@@ -180,7 +187,7 @@ def learned_bits(cfg: DictConfig, run_dir: Path) -> None:
         checkpoint = run_dir / "checkpoints" / "learned_bits.ckpt"
         return learning.train(task, datamodule, checkpoint, make_trainer, net, scorer)
 
-    _one_network(cfg, run_dir, device, check, train)
+    _one_network(cfg, run_dir, device, check, train, learning.check)
 
 
 def _one_network(
@@ -189,12 +196,14 @@ def _one_network(
     device: DeviceDescription,
     check: Callable[[nn.Module], None],
     train: Callable[[ImageClassifier, Any, Any, nn.Module, Scorer], QuantizedModel],
+    check_admitted: Callable[[Network], None] | None = None,
 ) -> None:
     """Train one quantized network from the float one, deploy both, and write the run.
 
     Args:
         check: of the float network, before anything is trained.
         train: gives the quantized network of a task, its data, what makes Trainers, the float network and its scorer.
+        check_admitted: of the network with its inputs, before anything is trained, too.
     """
     import torch
 
@@ -217,7 +226,7 @@ def _one_network(
 
     metric = _metric(cfg)  # what can be wrong is known before the float training
     measurement = MeasureOptions(repeats=cfg.deploy.repeats, warmup=cfg.deploy.warmup)
-    datamodule, task, make_trainer = _prepare(cfg, run_dir, check, metric)
+    datamodule, task, make_trainer = _prepare(cfg, run_dir, check, metric, check_admitted)
     example, net = datamodule.example_input, task.net.cpu()
     scorer = module_scorer(net, datamodule.val_dataloader(), torch.device("cpu"), metric)
     Console(stderr=True, highlight=False).print(f"{scorer.line}.", markup=False, soft_wrap=True)

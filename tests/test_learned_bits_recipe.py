@@ -70,6 +70,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run["accuracy"] == whole["accuracy"]
 
 
+def test_bytes_biases_and_several_bits_in_turn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ours = [*OURS, "learned_bits.weights=null", "learned_bits.weight_bytes=900", "learned_bits.biases=true"]
+    assert main([*ours, "learned_bits.pretrain_epochs=2", "learned_bits.start=[8,7]", f"run_dir={tmp_path}"]) == 0
+    assert "trial_0" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
@@ -81,6 +87,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["learned_bits.weight_init=median"], "weight_init must be one of"),
         (["learned_bits.activation_range=max"], "activation_range must be one of"),
         (["learned_bits.distillation=2"], "weight=2"),
+        (["learned_bits.start=[8,4]"], "start=(8, 4) are 2 bits in turn for 1 epochs"),
+        (["learned_bits.weight_bytes=900"], "learned_bits.weights=5 and learned_bits.weight_bytes=900, but one of the"),
+        (["learned_bits.weights=null", "learned_bits.weight_bytes=300"], "weight_bytes=300 cannot be reached"),
         (["deploy.bits.convolution.weight=[8,32]"], "has weights of [8, 32] bit"),
     ],
 )

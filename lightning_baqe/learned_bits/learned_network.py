@@ -8,7 +8,7 @@ and of all layers' inputs together, for one sample.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.entrance.admission import Network, admit
 from lightning_baqe.entrance.quantize import quantize
 from lightning_baqe.errors import ConfigError, InfeasibleError
-from lightning_baqe.learned_bits.learned_quantizers import LearnedQuantizer, learned_weights
+from lightning_baqe.learned_bits.learned_quantizers import BiasQuantizer, LearnedQuantizer, learned_weights
 from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS, BitConfig, LayerBits, layers
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.gradient_scaling import GradientScaling
 from lightning_baqe.quantization.layers import outputs_first
 from lightning_baqe.quantization.sensitivity import quantizers_of_layers
 from lightning_baqe.quantization.train_modes import evaluating
@@ -43,6 +44,7 @@ class LearnedNetwork:
         inputs: ``{layer: paths of what it reads through}``, one for each time that the network calls it.
         network: the float one that it was made of.
         by_channel: each output channel's weights learn bits of their own.
+        biases: by layer, at the bits of its weights and counted with them; empty: biases are not quantized.
     """
 
     model: QuantizedModel
@@ -52,11 +54,36 @@ class LearnedNetwork:
     inputs: Mapping[str, tuple[str, ...]]
     network: Network
     by_channel: bool = False
+    biases: Mapping[str, BiasQuantizer] = field(default_factory=dict)
 
     @property
     def quantizers(self) -> tuple[LearnedQuantizer, ...]:
-        """All of them."""
+        """All that have bits of their own."""
         return (*self.weights.values(), *self.activations.values(), *self.others.values())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all quantizers."""
+        return [parameter for of in (*self.quantizers, *self.biases.values()) for parameter in of.parameters()]
+
+    def scale_gradients(self, weights: GradientScaling, activations: GradientScaling) -> None:
+        """Set how gradients pass the rounding."""
+        for of in self.weights.values():
+            of.gradient = weights
+        for of_biases in self.biases.values():
+            of_biases.gradient = weights
+        for of in self.activations.values():
+            of.gradient = activations
+
+    @property
+    def unquantized_bytes(self) -> int:
+        """Of batch norms' gains and shifts, and of biases that are not quantized, 2 bytes each: bfloat16, as Schaefer
+        et al. count them (section 4.3).
+        """
+        net = self.network.model
+        norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        biases = [net.get_submodule(name).bias for name in self.weights if name not in self.biases]
+        affine = [parameter for norm in norms for parameter in norm.parameters()]
+        return 2 * sum(of.numel() for of in (*affine, *biases) if isinstance(of, Tensor))
 
     def weight_bytes(self) -> Tensor:
         """Of all weights, ``()``; differentiable."""
@@ -139,6 +166,9 @@ class LearnedNetwork:
             of.weight.scale.data.copy_(top.flatten() / of.weight.qp)
             # Clipped for good: the usual quantizer has one lower integer more, and would take what is below the range.
             layer.get_parameter("weight").data.clamp_(-top, top)
+            if name in self.biases:
+                bias = layer.get_parameter("bias")
+                bias.data.copy_(self.biases[name](bias).detach())
             for call, path in zip((call for call in of.calls if call), self.inputs[name], strict=True):
                 _take(call[-1], self.activations[path])
         return model.train(self.model.training)
@@ -208,6 +238,7 @@ def learn_bits(
     by_channel: bool = False,
     weight_init: str = "mse",
     activation_range: str = "mse",
+    biases: bool = False,
 ) -> LearnedNetwork:
     """A network whose layers all learn the bits of their weights and of their inputs, the first and the last too.
 
@@ -219,6 +250,8 @@ def learn_bits(
         by_channel: learn bits of each output channel's weights; else of each layer's.
         weight_init, activation_range: first ranges, as for :func:`lightning_baqe.quantize`; Schaefer et al. take
             ``"lsq+"`` (of a Gaussian) and ``"percentile"`` (99.99).
+        biases: quantize layers' biases, too, at the bits of their weights; else they are what they are, since
+            accumulators of 32 bits take them in.
 
     Raises:
         ConfigError: bits or a range out of range, or no layers.
@@ -239,10 +272,14 @@ def learn_bits(
     weights: dict[str, LearnedQuantizer] = {}
     activations: dict[str, LearnedQuantizer] = {}
     others: dict[str, LearnedQuantizer] = {}
+    of_biases: dict[str, BiasQuantizer] = {}
     for name, of in found.items():
         layer: Any = model.get_submodule(of.path)
-        weights[name] = learned_weights(outputs_first(layer), of.weight.scale, bits, by_channel)
+        bias = layer.bias if biases else None
+        weights[name] = learned_weights(outputs_first(layer), of.weight.scale, bits, by_channel, bias)
         layer.weight_quantizer = weights[name]
+        if bias is not None:
+            of_biases[name] = layer.bias_quantizer = BiasQuantizer(bias, weights[name])
     of_layers = {path for paths in inputs.values() for path in paths}
     for path, quantizer in model.quantizers().items():
         learns = path in of_layers
@@ -252,7 +289,7 @@ def learn_bits(
         model.get_submodule(parent).add_module(leaf, learned)
     for learned in others.values():
         learned.fix(MAX_BITS)
-    return LearnedNetwork(model, weights, activations, others, inputs, admitted, by_channel)
+    return LearnedNetwork(model, weights, activations, others, inputs, admitted, by_channel, of_biases)
 
 
 def _counts(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> dict[str, int]:

@@ -112,7 +112,8 @@ class LearnedQuantizer(nn.Module):
         """n of so many bits."""
         return 2.0 ** (bits - self.signed) - 1
 
-    def _log_levels(self) -> Tensor:
+    def log_levels_in_range(self) -> Tensor:
+        """log2 of n as it acts; differentiable."""
         if self.fixed_bits is not None:
             fixed = self.fixed_bits.to(self.log_levels)  # of a module that was moved since
             return torch.log2(torch.exp2(fixed - float(self.signed)) - 1)
@@ -122,7 +123,7 @@ class LearnedQuantizer(nn.Module):
 
     def bits(self) -> Tensor:
         """b, ``()`` or ``(channels, 1, ...)``; differentiable."""
-        return torch.log2(torch.exp2(self._log_levels()) + 1) + float(self.signed)
+        return torch.log2(torch.exp2(self.log_levels_in_range()) + 1) + float(self.signed)
 
     def size_bits(self) -> Tensor:
         """Bits of all values together, ``()``; differentiable."""
@@ -150,19 +151,46 @@ class LearnedQuantizer(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Bring the bits where they act."""
-        self.log_levels.copy_(self._log_levels())
+        self.log_levels.copy_(self.log_levels_in_range())
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
         top = self.top()
-        return learned_quantization(x, top / torch.exp2(self._log_levels()), top, self.signed, self.gradient)
+        return learned_quantization(x, top / torch.exp2(self.log_levels_in_range()), top, self.signed, self.gradient)
 
     def extra_repr(self) -> str:
         """Whether values may be negative."""
         return f"signed={self.signed}"
 
 
-def learned_weights(weight: Tensor, scale: Tensor, bits: int, by_channel: bool) -> LearnedQuantizer:
+class BiasQuantizer(nn.Module):
+    """A layer's biases at the bits of its weights, within a range of their own (Schaefer et al., section 4.4.1).
+
+    Attributes:
+        log_top: log2 of the range, a parameter.
+        gradient: how gradients pass the rounding.
+
+    Args:
+        bias: ``(channels,)``, to set the first range from.
+        weights: whose bits it has, of all or of each channel.
+    """
+
+    def __init__(self, bias: Tensor, weights: LearnedQuantizer) -> None:
+        super().__init__()
+        self.gradient = STRAIGHT
+        self.log_top = nn.Parameter(bias.detach().abs().amax().clamp_min(MIN_SCALE).log2())
+        self._weights = (weights,)  # no submodule: its parameters are the layer's already
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """Same shape."""
+        levels, top = self._weights[0].log_levels_in_range(), torch.exp2(self.log_top)
+        step = top / torch.exp2(levels.flatten() if levels.ndim else levels)
+        return learned_quantization(bias, step, top.expand(step.shape), True, self.gradient)
+
+
+def learned_weights(
+    weight: Tensor, scale: Tensor, bits: int, by_channel: bool, bias: Tensor | None = None
+) -> LearnedQuantizer:
     """Of a layer's weights, each output channel with a range of its own.
 
     Args:
@@ -170,9 +198,11 @@ def learned_weights(weight: Tensor, scale: Tensor, bits: int, by_channel: bool) 
         scale: step sizes at these bits, ``(channels,)``.
         bits: at first.
         by_channel: learn bits of each output channel; else they share them.
+        bias: ``(channels,)``, counted with the weights; None: without.
     """
+    count = weight.numel() + (0 if bias is None else bias.numel())
     top = scale.detach().reshape(-1, *[1] * (weight.ndim - 1)) * (2 ** (bits - 1) - 1)
-    return LearnedQuantizer(top, bits, True, weight.numel() // (top.numel() if by_channel else 1), by_channel)
+    return LearnedQuantizer(top, bits, True, count // (top.numel() if by_channel else 1), by_channel)
 
 
 def bits_and_counts(quantizers: Iterable[LearnedQuantizer]) -> tuple[Tensor, Tensor]:

@@ -196,6 +196,16 @@ class BitConfig(Mapping[str, LayerBits]):
             self._require(name, "replace")
         return BitConfig({**self.layers, **wanted}, self.ties, self.other, self.signature, self.residual)
 
+    def at_least(self, bits: int) -> BitConfig:
+        """A copy whose layers have so many bits of weights and of inputs, or more where they had more."""
+
+        def wider(layer: LayerBits) -> LayerBits:
+            weight, activation = layer.weight, layer.activation
+            many = tuple(max(of, bits) for of in weight) if isinstance(weight, tuple) else max(weight, bits)
+            return LayerBits(many, max(activation, bits))
+
+        return self.replace({name: wider(layer) for name, layer in self.layers.items()})
+
     def check(self, model: nn.Module) -> None:
         """Refuse a model that this bit-config was not made for.
 

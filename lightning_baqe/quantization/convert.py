@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lightning_baqe.errors import ConfigError
@@ -33,7 +34,7 @@ from lightning_baqe.quantization.activation import (
 from lightning_baqe.quantization.aten import ORIGIN, Origin, origin
 from lightning_baqe.quantization.config import FLOAT_BITS, BitConfig, LayerBits
 from lightning_baqe.quantization.gradient_scaling import GradientScaling
-from lightning_baqe.quantization.layers import QUANT_LAYERS, outputs_first
+from lightning_baqe.quantization.layers import QUANT_LAYERS, QuantLayer, outputs_first
 from lightning_baqe.quantization.observer import parse_range
 from lightning_baqe.quantization.ops import TRANSPARENT, OpReader
 from lightning_baqe.quantization.pointwise import Expression
@@ -81,9 +82,31 @@ class QuantizedModel(fx.GraphModule):
             if isinstance(module, WeightQuantizer | ActivationQuantizer):
                 module.gradient = weights if isinstance(module, WeightQuantizer) else activations
 
+    def take_weights(self, trained: QuantizedModel) -> None:
+        """Go on from the weights and batch norms of the same network at other bits; scales of weights are set anew from
+        them, ranges are left to :func:`lightning_baqe.calibrate`.
+
+        Raises:
+            ConfigError: another network, or one whose batch norms are folded.
+        """
+        found, own = _without_quantizers(trained), _without_quantizers(self)
+        differ = [n for n in {**own, **found} if n not in own or n not in found or own[n].shape != found[n].shape]
+        if differ:
+            raise ConfigError(f"take_weights wants the same network at other bits, but {differ[0]!r} differs")
+        self.load_state_dict(found, strict=False)
+        for module in self.modules():
+            if isinstance(module, QuantLayer):
+                module.weight_quantizer.initialize(outputs_first(module).detach())
+
     def __reduce__(self) -> tuple[Any, ...]:
         function, arguments = super().__reduce__()[:2]
         return _restore, (function, arguments, self.meta[_META])
+
+
+def _without_quantizers(model: QuantizedModel) -> dict[str, torch.Tensor]:
+    """Its state, but for what quantizers hold."""
+    quantizers = {n for n, m in model.named_modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)}
+    return {name: of for name, of in model.state_dict().items() if name.rpartition(".")[0] not in quantizers}
 
 
 def _restore(function: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], record: Any) -> QuantizedModel:

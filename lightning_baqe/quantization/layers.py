@@ -33,10 +33,11 @@ class QuantConv2d(nn.Conv2d):
         )
         self.weight, self.bias = conv.weight, conv.bias
         self.weight_quantizer = quantizer
+        self.register_module("bias_quantizer", None)
         self.train(conv.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+        return self._conv_forward(input, self.weight_quantizer(self.weight), _bias_of(self))
 
 
 class QuantConv1d(nn.Conv1d):
@@ -56,10 +57,11 @@ class QuantConv1d(nn.Conv1d):
         )
         self.weight, self.bias = conv.weight, conv.bias
         self.weight_quantizer = quantizer
+        self.register_module("bias_quantizer", None)
         self.train(conv.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+        return self._conv_forward(input, self.weight_quantizer(self.weight), _bias_of(self))
 
 
 class QuantConvTranspose2d(nn.ConvTranspose2d):
@@ -82,6 +84,7 @@ class QuantConvTranspose2d(nn.ConvTranspose2d):
         )
         self.weight, self.bias = conv.weight, conv.bias
         self.weight_quantizer = quantizer
+        self.register_module("bias_quantizer", None)
         self.train(conv.training)
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
@@ -89,7 +92,7 @@ class QuantConvTranspose2d(nn.ConvTranspose2d):
         assert not isinstance(self.padding, str)
         weight = swap_channels(self.weight_quantizer(outputs_first(self)), self.groups)
         return functional.conv_transpose2d(
-            input, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            input, weight, _bias_of(self), self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
 
@@ -100,10 +103,17 @@ class QuantLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.weight_quantizer = quantizer
+        self.register_module("bias_quantizer", None)
         self.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return functional.linear(input, self.weight_quantizer(self.weight), self.bias)
+        return functional.linear(input, self.weight_quantizer(self.weight), _bias_of(self))
+
+
+def _bias_of(layer: nn.Module) -> torch.Tensor | None:
+    """As it acts: a layer's ``bias_quantizer`` is None but where bits of biases are learned."""
+    bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
+    return bias if bias is None or layer.bias_quantizer is None else layer.bias_quantizer(bias)  # type: ignore[operator]
 
 
 def outputs_first(layer: nn.Module) -> torch.Tensor:

@@ -113,7 +113,7 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bits: int | tuple[int, ...], init: str = "mse") -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.init = bits, init
         if isinstance(bits, tuple):
             for name, values in zip(("qn", "qp"), zip(*map(weight_range, bits), strict=True), strict=True):
                 self.register_buffer(name, torch.tensor(values, dtype=weight.dtype, device=weight.device), False)
@@ -122,6 +122,11 @@ class WeightQuantizer(nn.Module):
         self.gradient = STRAIGHT
         self.scale = nn.Parameter(initial_weight_scale(weight, bits, init))
         self.register_buffer("sign", None)  # no key in a state_dict until there is one
+
+    @torch.no_grad()
+    def initialize(self, weight: torch.Tensor) -> None:
+        """Set the scales from weights, shape ``(channels, ...)``, as the first ones were."""
+        self.scale.copy_(initial_weight_scale(weight, self.bits, self.init))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         scale = scale_gradient(self.scale, (weight[0].numel() * self.qp) ** -0.5)

@@ -140,9 +140,40 @@ def test_multipliers_reach_the_target_too(tmp_path: Path) -> None:
     assert sum(of.bits[name].weight * n for name, n in counts.items()) <= 3 * sum(counts.values())
 
 
+def test_bits_of_pretraining_in_turn(tmp_path: Path) -> None:
+    network = learned(7)
+    of, watch = make_callback(network, pretrain_epochs=5, learn_epochs=1, start=(7, 5, 3)), Watch(network)
+    fit(network, [of, watch], tmp_path, max_epochs=7)
+    layers = len(network.weights) + len(network.activations)
+    for bits, wanted in zip(watch.bits, (7, 7, 5, 5, 3), strict=False):
+        assert bits[:layers] == pytest.approx([wanted] * layers, abs=1e-3)
+
+
+def test_targets_in_bytes_count_what_is_not_quantized(tmp_path: Path) -> None:
+    network = learned()
+    apart = 2 * (2 * 8 + 8 + 8 + 3)  # a batch norm and three biases
+    assert network.unquantized_bytes == apart
+    weights, activations = network.bytes_of(3)
+    of = make_callback(
+        network, weights=None, activations=None, weight_bytes=weights + apart, activation_bytes=activations
+    )
+    assert of.targets == make_callback(network, weights=3, activations=3).targets
+    message = "weight_bytes=300 cannot be reached: the smallest network, of 2 bits, has 294 bytes of weights, and 70 "
+    with pytest.raises(InfeasibleError, match=message):
+        make_callback(network, weights=None, weight_bytes=300)
+    for both in ({"weight_bytes": 900}, {"weights": None}):
+        with pytest.raises(ConfigError, match="but one of the two is wanted, the other None"):
+            make_callback(network, **both)
+    for start, wanted in (((), "one or more"), ((9,), "2 to 8"), ((8, 4), "2 bits in turn for 1 epochs")):
+        with pytest.raises(ConfigError, match=wanted):
+            make_callback(network, start=start)
+
+
 def test_what_cannot_be_right(tmp_path: Path) -> None:
     network = learned()
-    with pytest.raises(InfeasibleError, match=r"weights=1.5 mean bits .* smallest network has 2, 294 bytes of weights"):
+    with pytest.raises(
+        InfeasibleError, match=r"weights=1.5 mean bits .* smallest network, of 2 bits, has 294 bytes of weights"
+    ):
         make_callback(network, weights=1.5)
     for option, message in (
         ({"every": 0}, "every"), ({"learn_epochs": 0}, "learn_epochs"), ({"learning_rate": 0.0}, "learning_rate=0.0"),

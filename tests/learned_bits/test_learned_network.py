@@ -190,6 +190,28 @@ def test_bits_by_channel_are_deployed() -> None:
     torch.testing.assert_close(baqe.lower(model).run(x), model(x), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_biases_have_the_bits_of_their_weights_and_count(by_channel: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(8, 3, 6, 6)
+    network, without = (learn_bits(net, [x], 4, x, by_channel, biases=biases) for biases in (True, False))
+    biases = {"first": 4, "short": 4, "twice": 4, "fc": 3}
+    assert set(network.biases) == set(biases)
+    assert {name: of.values - WEIGHTS[name] for name, of in network.weights.items()} == {"deep": 0, **biases}
+    assert (network.unquantized_bytes, without.unquantized_bytes) == (0, 2 * sum(biases.values()))
+    bits = network.materialise().replace(fc=baqe.LayerBits((2, 3, 4) if by_channel else 3, 4))
+    network.fix(bits)
+    network.model.eval()
+    model = network.deployable(bits).eval()
+    torch.testing.assert_close(model(x), network.model(x))
+    torch.testing.assert_close(baqe.lower(model).run(x), model(x), rtol=0.05, atol=0.02)
+    bias, quantizer = net.fc.bias.detach(), network.biases["fc"]
+    steps = bias.abs().max() / torch.tensor([1.0, 3.0, 7.0] if by_channel else [3.0] * 3)
+    torch.testing.assert_close(quantizer(bias).detach(), (bias / steps).round() * steps)
+    functional.cross_entropy(network.model(x), torch.zeros(8, dtype=torch.long)).backward()
+    assert all(parameter.grad is not None for parameter in quantizer.parameters())
+
+
 @pytest.mark.parametrize("bits", [1, 9, 4.5])
 def test_bits_out_of_range(bits: int) -> None:
     with pytest.raises(ConfigError, match=f"bits={bits}, wanted is a whole number of 2 to 8"):

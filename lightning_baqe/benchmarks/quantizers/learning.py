@@ -112,9 +112,7 @@ def learn(net: nn.Module, data: ImageDataModule, mean: float, schedule: Schedule
     """Bits that are learned down to a mean of weights and of activations."""
     _begin(data, seed)
     learned = learn_bits(admit(net, data.example_input), _images(data), schedule.start)
-    for kind, quantizers in zip(GRADIENTS, (learned.weights, learned.activations), strict=True):
-        for quantizer in quantizers.values():
-            quantizer.gradient = gradient_scaling(kind)
+    learned.scale_gradients(*map(gradient_scaling, GRADIENTS))
     of = LearnedBits(
         learned, mean, mean, length.pretrain, length.learn, schedule.every, schedule.rate, schedule.pressures()
     )
