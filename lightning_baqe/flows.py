@@ -7,7 +7,6 @@ import inspect
 import itertools
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -34,16 +33,6 @@ if TYPE_CHECKING:
     from lightning_baqe.tasks import ImageClassifier
     from lightning_baqe.tasks.scoring import Scorer
 
-# Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short, batch norms
-# may be frozen.
-_KNOWN_WARNINGS = (
-    "Found .* module.s. in eval mode at the start of training",
-    ".*does not have many workers",
-    "The number of training batches .* is smaller than the logging interval",
-    ".*isinstance.treespec, LeafSpec.. is deprecated",
-    ".*torch.jit.* is deprecated",
-)
-
 
 def make(node: DictConfig, **more: Any) -> Any:
     """Call a node's ``_target_`` with its arguments and ``more``; with ``_partial_``, return what calls it.
@@ -65,11 +54,6 @@ def make(node: DictConfig, **more: Any) -> Any:
     except ModuleNotFoundError as error:
         name = "'lightning-baqe[tensorboard]'" if target.endswith("TensorBoardLogger") else str(error.name)
         raise ConfigError(f"{target} needs a package that is not installed ({error}): pip install {name}") from error
-
-
-def _ignore_known_warnings() -> None:
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _network(cfg: DictConfig, num_classes: int, channels: int = 3) -> nn.Module:
@@ -109,7 +93,6 @@ def _prepare(
     from lightning_baqe.runs.evaluation import check_module
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and tips, anew for each Trainer
-    _ignore_known_warnings()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     _check_has_weights(cfg)
     datamodule = make(cfg.data)
@@ -422,7 +405,6 @@ def tune(cfg: DictConfig, run_dir: Path) -> None:
             raise ConfigError(f"{name}={cfg[name]!r}, but a whole number of 1 or more is wanted: change {name}.")
     if cfg.budget_s is not None and not (isinstance(cfg.budget_s, int | float) and cfg.budget_s >= 0):
         raise ConfigError(f"budget_s={cfg.budget_s!r}, but seconds are wanted, or null for no limit: change budget_s.")
-    _ignore_known_warnings()
     device, strategy = _device(cfg), make(cfg.strategy)
     console = Console(stderr=True, highlight=False)
     torch.manual_seed(cfg.seed)

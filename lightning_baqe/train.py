@@ -11,7 +11,9 @@ import functools
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -50,6 +52,15 @@ MAY_CHANGE = (
     ),
     "search.limits",  # checked by the search: not once a trial is complete
 )
+# Of third parties, about what is meant so: images in memory need no loader processes, epochs may be short, batch norms
+# may be frozen.
+_KNOWN_WARNINGS = (
+    "Found .* module.s. in eval mode at the start of training",
+    ".*does not have many workers",
+    "The number of training batches .* is smaller than the logging interval",
+    ".*isinstance.treespec, LeafSpec.. is deprecated",
+    ".*torch.jit.* is deprecated",
+)
 # Values that are paths: read as they are written, whatever their characters mean in Hydra's grammar.
 PATHS = (
     *("run_dir", "data.root", "data.cache_dir", "model.weights", "bits.file", "records"),
@@ -87,7 +98,8 @@ def _run(arguments: Sequence[str]) -> int:
         cfg = compose(arguments)
         run_dir = open_run(cfg)
         flow: Callable[[DictConfig, Path], None] = hydra.utils.get_method(cfg.flow._target_)
-        flow(cfg, run_dir)
+        with _known_warnings_ignored():  # the imports of a flow warn, too
+            flow(cfg, run_dir)
     except UsageError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return USAGE
@@ -313,6 +325,14 @@ def _new_folder(path: Path) -> Path:
             folder = path.with_name(f"{path.name}_{number}")
         except OSError as error:
             raise ConfigError(f"run_dir={folder} cannot be made ({error}): give another run_dir.") from error
+
+
+@contextmanager
+def _known_warnings_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for message in _KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def recipe_name(cfg: DictConfig) -> str:
