@@ -37,7 +37,7 @@ class LearnedBits(pl.Callback):
 
     Attributes:
         bits: whole ones, from the third phase on; None before.
-        curve: mean bits of weights and of activations and both penalties' factors, at each update.
+        curve: mean bits of weights and of activations after each update, and both penalties' factors in it.
 
     Args:
         learned: whose ``model`` the module trains.
@@ -120,6 +120,11 @@ class LearnedBits(pl.Callback):
                 f"learn_epochs={self.learn_epochs} are {steps} steps; the quantizers learn at every {self.every}th: "
                 f"give more of them, or every={max(steps // 10, 1)}"
             )
+        before = trainer.num_training_batches * (self.pretrain_epochs + self.learn_epochs)
+        if -1 < trainer.max_steps <= before // trainer.accumulate_grad_batches:
+            raise ConfigError(
+                f"max_steps={trainer.max_steps} ends fit before the bits that were learned are trained at: give more"
+            )
         if self._loaded is not None:  # only now are parameters where they are trained
             self._optimizer.load_state_dict(self._loaded["optimizer"])
             self._gradients = [
@@ -156,6 +161,12 @@ class LearnedBits(pl.Callback):
         """Take the quantizers' gradients out of the module's optimiser."""
         if all(parameter.grad is None for parameter in self._parameters):
             return  # one of several optimisers, of other parameters
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+            # In mixed precision a step whose gradients overflow is left out for the weights, too.
+            for parameter in self._parameters:
+                parameter.grad = None
+            return
         self._steps += 1
         for place, parameter in enumerate(self._parameters):
             if parameter.grad is None:
@@ -174,12 +185,12 @@ class LearnedBits(pl.Callback):
         for place, parameter in enumerate(self._parameters):
             total = self._gradients[place]
             parameter.grad = None if total is None else total / self._steps
-        rate = self.learning_rate
+        rate, factors = self.learning_rate, list[float]()
         if learns:
             steps = trainer.num_training_batches / trainer.accumulate_grad_batches * self.learn_epochs
             progress = min(self._updates * self.every / steps, 1.0)
             rate *= min((1 - progress) / (1 - SETTLED), 1.0)
-            self._press(progress)
+            factors = self._press(progress)
             self._updates += 1
         else:
             rate /= self.every
@@ -188,16 +199,19 @@ class LearnedBits(pl.Callback):
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.learned.project()
+        if learns:
+            self.curve.append([*self.learned.mean_bits(), *factors])
         self._gradients, self._steps = [None] * len(self._parameters), 0
 
-    def _press(self, progress: float) -> None:
+    def _press(self, progress: float) -> list[float]:
+        """Add both penalties' gradients; their factors."""
         factors = []
         parts = (self.learned.weights, self.learned.activations)
         for of, quantizers, target in zip(self.pressure, parts, self.targets, strict=True):
             penalty, factor = of.penalty(progress, *bits_and_counts(quantizers.values()), 8 * target)
             penalty.backward()
             factors.append(factor)
-        self.curve.append([*self.learned.mean_bits(), *factors])
+        return factors
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -260,7 +274,7 @@ def targets_of(
 
 def check_start(start: Sequence[int], pretrain_epochs: int) -> None:
     """Raises ConfigError for bits of the first phase that cannot be right."""
-    if not start or any(bits not in range(MIN_BITS, MAX_BITS + 1) for bits in start):
+    if not isinstance(start, Sequence) or not start or any(bits not in range(MIN_BITS, MAX_BITS + 1) for bits in start):
         raise ConfigError(f"start={start!r}, wanted are bits of {MIN_BITS} to {MAX_BITS}, one or more in turn")
     if len(start) > max(pretrain_epochs, 1):
         raise ConfigError(f"start={start!r} are {len(start)} bits in turn for {pretrain_epochs} epochs: give more")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_baqe.callbacks.host import network_of
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
-from lightning_baqe.quantization.layers import QuantConvTranspose2d, QuantLayer, outputs_first, swap_channels
+from lightning_baqe.quantization.layers import QuantLayer, as_stored, outputs_first
 from lightning_baqe.quantization.weight import WeightQuantizer
 
 MOMENTUM = 0.01
@@ -48,6 +48,7 @@ class Oscillations(pl.Callback):
             raise ConfigError(f"freeze_above={freeze_above!r}, but a number above 0, up to 1, is wanted, or None")
         self.network, self.damping, self.freeze_above = network, damping, freeze_above
         self._tracks: dict[str, dict[str, Tensor]] = {}
+        self._step = 0  # of the optimizer, that was looked at last
 
     @property
     def frozen(self) -> float:
@@ -63,10 +64,11 @@ class Oscillations(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What is known of each weight."""
-        return {"tracks": self._tracks}
+        return {"tracks": self._tracks, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._tracks = {name: dict(track) for name, track in state_dict["tracks"].items()}
+        self._step = state_dict["step"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that there is something to be quantized."""
@@ -99,15 +101,16 @@ class Oscillations(pl.Callback):
                 step = scale.abs().to(own.dtype).reshape(-1, *[1] * (own.ndim - 1))
                 # Beyond the range the nearest integer is the last one, and clipping alone decides.
                 away = torch.where(away.abs() <= step / 2 * (1 + 1e-4), away, 0.0)
-                weight.grad.add_(_as_stored(layer, away), alpha=2 * strength)
+                weight.grad.add_(as_stored(layer, away), alpha=2 * strength)
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow each weight's integer, and hold those that oscillate."""
-        if self.freeze_above is None:
-            return
+        if self.freeze_above is None or trainer.global_step == self._step:
+            return  # gradients are still being accumulated
+        self._step = trainer.global_step
         for name, layer, quantizer in _layers(network_of(pl_module, self.network)):
             own = outputs_first(layer)
             integers, scale = quantizer.integers(own)
@@ -132,7 +135,7 @@ class Oscillations(pl.Callback):
             track["integers"] = torch.where(track["held"], target, integers)
             step = scale.to(own.dtype).reshape(-1, *[1] * (own.ndim - 1))
             wanted = torch.where(track["held"], track["integers"].to(own.dtype) * step, own)
-            layer.weight.copy_(_as_stored(layer, wanted))  # type: ignore[operator]
+            layer.weight.copy_(as_stored(layer, wanted))  # type: ignore[operator]
 
 
 def _risen(trainer: pl.Trainer) -> float:
@@ -147,8 +150,3 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module, WeightQuantize
     for name, module in network.named_modules():
         if isinstance(module, QuantLayer) and isinstance(module.weight_quantizer, WeightQuantizer):
             yield name, module, module.weight_quantizer
-
-
-def _as_stored(layer: nn.Module, values: Tensor) -> Tensor:
-    """Of outputs first, as the layer's weight lies."""
-    return swap_channels(values, layer.groups) if isinstance(layer, QuantConvTranspose2d) else values

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_baqe.callbacks.host import network_of
+from lightning_baqe.callbacks.host import Host, network_of
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.quantization.batch_norm import BATCH_NORMS
-from lightning_baqe.quantization.batches import network_input
 from lightning_baqe.quantization.train_modes import is_frozen
 
 
@@ -24,7 +25,7 @@ class ReestimateBatchNorm(pl.Callback):
 
     Args:
         network: attribute of the LightningModule that holds the network; dots reach deeper.
-        batches: of the training loader, from its start; nothing that is drawn from torch's generators is used up.
+        batches: of the training loader, from its start; what torch's generators and the loader's draw is not used up.
 
     Raises:
         ConfigError: ``batches`` below 1. When validation starts: no such network, or no training batches.
@@ -41,16 +42,26 @@ class ReestimateBatchNorm(pl.Callback):
             return
         network = network_of(pl_module, self.network)
         modes = {module: module.training for module in network.modules()}
-        with torch.random.fork_rng():
-            images = [
-                network_input(batch, "the train loader").to(pl_module.device)
-                for batch in islice(trainer.train_dataloader or (), self.batches)
-            ]
+        with torch.random.fork_rng(), _orders_kept(trainer.train_dataloader):
+            images = Host(trainer, pl_module, self.network).training_images(self.batches)
             if not images:
                 raise ConfigError("batch norms need training batches, got none")
-            _take_anew(network, images)
+            _take_anew(network, [x.to(pl_module.device) for x in images])
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _orders_kept(loader: Any) -> Iterator[None]:
+    """Have a loader's own generators go on as if nothing had been drawn."""
+    owners = (loader, getattr(loader, "sampler", None))
+    generators = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
+    states = {key: generator.get_state() for key, generator in generators.items()}
+    try:
+        yield
+    finally:
+        for key, generator in generators.items():
+            generator.set_state(states[key])
 
 
 @torch.no_grad()

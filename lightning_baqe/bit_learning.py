@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_baqe.callbacks import Distillation, LearnedBits
-from lightning_baqe.callbacks.learned_bits import check_start, targets_of
+from lightning_baqe.callbacks.learned_bits import check_start
 from lightning_baqe.entrance.admission import Network
 from lightning_baqe.errors import ConfigError, check_at_least
 from lightning_baqe.fine_tuning import distilling, gradients_of
@@ -90,7 +90,7 @@ class BitLearning:
                     f"learned_bits.{name}={given[name]!r}, wanted are mean bits of {MIN_BITS}, which the smallest "
                     f"network has, to {MAX_BITS}"
                 )
-        start = (given.start,) if isinstance(given.start, int) else tuple(given.start)
+        start = (given.start,) if given.start is None or isinstance(given.start, int) else tuple(given.start)
         check_start(start, given.pretrain_epochs)
         pressure()
         check_options("lsq", "lsq", given.weight_init, given.activation_range)
@@ -102,9 +102,15 @@ class BitLearning:
         )  # fmt: skip
 
     def check(self, network: Network) -> None:
-        """Raises InfeasibleError for sizes that the network cannot be brought to."""
-        if any(size is not None for size in self.bytes):  # mean bits are known to be right
-            targets_of(self._learned(network, [network.inputs]), (self.weights, self.activations), self.bytes)
+        """Raises ConfigError or InfeasibleError for what this network cannot be trained to."""
+        self._callback(self._learned(network, [network.inputs]))
+
+    def _callback(self, learned: LearnedNetwork) -> LearnedBits:
+        pretrain, learn, _ = self.epochs
+        return LearnedBits(
+            learned, self.weights, self.activations, pretrain, learn, self.every, self.learning_rate,
+            (self.pressure(), self.pressure()), *self.bytes, self.start,
+        )  # fmt: skip
 
     def _learned(self, network: nn.Module | Network, images: Iterable[Any], example: Any = None) -> LearnedNetwork:
         return learn_bits(network, images, self.start[0], example, self.by_channel, *self.ranges, self.biases)
@@ -136,14 +142,10 @@ class BitLearning:
         ]
         learned = self._learned(task.net, images, datamodule.example_input)
         learned.scale_gradients(*self.gradients)
-        pretrain, learn, tune = self.epochs
-        bits = LearnedBits(
-            learned, self.weights, self.activations, pretrain, learn, self.every, self.learning_rate,
-            (self.pressure(), self.pressure()), *self.bytes, self.start,
-        )  # fmt: skip
+        bits = self._callback(learned)
         task.net = learned.model.train()
         scratch = checkpoint.with_name(f"{checkpoint.stem}-training")
-        fit_resumable(task, datamodule, scratch, pretrain + learn + tune, make_trainer, [bits, *companions])
+        fit_resumable(task, datamodule, scratch, sum(self.epochs), make_trainer, [bits, *companions])
         assert bits.bits is not None
         task.net = learned.deployable(bits.bits)
         _tell(learned, bits, checkpoint.parent.parent)

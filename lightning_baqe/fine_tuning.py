@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
@@ -81,13 +81,16 @@ class FineTuning:
         check_at_least("qat.epochs", given.epochs, 0)
         if given.steps is not None:
             check_at_least("qat.steps", given.steps, 1)
-        progressive = tuple(given.progressive)
-        _check_descending(progressive)
-        if given.epochs == 0 and (after is not None or given.distillation > 0 or progressive):
-            raise ConfigError(
-                "qat.epochs=0 trains nothing, so that qat.distillation, qat.progressive and "
-                "qat.freeze_batch_norm_after would do nothing: leave them out, or give qat.epochs."
-            )
+        check_at_least("qat.calibration_batches", given.calibration_batches, 1)
+        progressive = _descending(given.progressive)
+        idle = {
+            "freeze_batch_norm_after": after is not None, "distillation": given.distillation > 0,
+            "progressive": bool(progressive), "damping": given.damping > 0, "steps": given.steps is not None,
+            "freeze_above": given.freeze_above is not None, "reestimate_batch_norm": given.reestimate_batch_norm > 0,
+        }  # fmt: skip
+        if given.epochs == 0 and any(idle.values()):
+            names = ", ".join(f"qat.{name}" for name, is_given in idle.items() if is_given)
+            raise ConfigError(f"qat.epochs=0 trains nothing, so that {names} would do nothing: leave it out, or train.")
         return cls(
             options, correction, given.epochs, given.steps, given.calibration_batches, after, fold,
             given.distillation, given.temperature, gradients, given.damping, given.freeze_above,
@@ -148,14 +151,15 @@ class FineTuning:
         return task.net.cpu().eval()
 
 
-def _check_descending(progressive: tuple[int, ...]) -> None:
-    if any(not isinstance(bits, int) or not MIN_BITS < bits <= MAX_BITS for bits in progressive) or list(
-        progressive
-    ) != sorted(set(progressive), reverse=True):
+def _descending(given: Any) -> tuple[int, ...]:
+    found = list(given) if isinstance(given, ListConfig) else None
+    fits = found is not None and all(isinstance(bits, int) and MIN_BITS < bits <= MAX_BITS for bits in found)
+    if found is None or not fits or found != sorted(set(found), reverse=True):
         raise ConfigError(
-            f"qat.progressive={list(progressive)}, wanted are bits of {MAX_BITS} down to {MIN_BITS + 1}, fewer each "
-            "time, such as [4,3]"
+            f"qat.progressive={given!r}, wanted are bits of {MAX_BITS} down to {MIN_BITS + 1}, fewer each time, such "
+            "as [4,3], or []"
         )
+    return tuple(found)
 
 
 def gradients_of(given: DictConfig) -> tuple[GradientScaling, GradientScaling]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from smallest import SMALLEST
 
+from lightning_baqe.errors import ConfigError
 from lightning_baqe.quantization.convert import QuantizedModel
+from lightning_baqe.quantization.layers import QuantConv2d
+from lightning_baqe.quantization.weight import initial_weight_scale
 from lightning_baqe.train import main
 
 OURS = ["recipe=qat", "data=digits", *SMALLEST, "qat.calibration_batches=1", "qat.epochs=1", "bits.weight=2"]
@@ -26,6 +30,13 @@ def test_fewer_bits_go_on_from_the_weights_of_more(
         taken.append({int(layer.weight) for layer in m.bits.values()} for m in (trained, self))  # type: ignore[arg-type]
         weights = [{n: p for n, p in m.state_dict().items() if n.endswith(".weight")} for m in (trained, self)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        for layer in (layer for layer in self.modules() if isinstance(layer, QuantConv2d)):
+            torch.testing.assert_close(layer.weight_quantizer.scale.detach(), initial_weight_scale(
+                layer.weight, layer.weight_quantizer.bits))  # fmt: skip
+        folded = copy.deepcopy(trained)
+        del folded.get_submodule("stem").__dict__["_modules"]["1"]
+        with pytest.raises(ConfigError, match=r"take_weights wants the same network at other bits, but 'stem.1"):
+            take(self, folded)
 
     monkeypatch.setattr(QuantizedModel, "take_weights", watched)
     ours = [*OURS, "qat.progressive=[4,3]", f"run_dir={tmp_path}/run"]

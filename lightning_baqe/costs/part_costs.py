@@ -25,6 +25,7 @@ from scipy.optimize import minimize
 from lightning_baqe.errors import ConfigError, MeasurementError
 
 Array = np.ndarray
+LEAST_NOISE = 1e-4
 RIDGE = 0.1  # of a known machine's costs, which parts that come together do not tell apart
 OWN = 0.01  # share of a part's variance that no other machine explains
 USUAL_NOISE, NOISE_SPREAD = 0.05, 1.0  # of measurements over their mean: median and log deviation, before any is seen
@@ -84,14 +85,17 @@ class PartCosts:
         expected, spread = counts @ self.mean, counts @ self.covariance @ counts.T
 
         def unlikely(at: Array) -> float:
-            scale, noise = np.exp(at)
+            scale, noise = np.exp(at[0]), _noise(at[1])
             root = np.linalg.cholesky(spread + noise**2 * np.eye(len(latency)))
             apart = np.linalg.solve(root, latency / scale - expected)
             rare = (at[1] - math.log(USUAL_NOISE)) / NOISE_SPREAD
             return float(apart @ apart / 2 + np.log(np.diag(root)).sum() + len(latency) * at[0] + rare**2 / 2)
 
+        if not expected.sum() > 0:
+            raise MeasurementError("the networks that were measured have no parts that cost anything: measure others")
         start = [math.log(latency.sum() / expected.sum()), math.log(USUAL_NOISE)]
-        scale, noise = np.exp(minimize(unlikely, start, method="Nelder-Mead").x)
+        best = minimize(unlikely, start, method="Nelder-Mead").x
+        scale, noise = np.exp(best[0]), _noise(best[1])
         gain = np.linalg.solve(spread + noise**2 * np.eye(len(latency)), counts @ self.covariance).T
         mean = self.mean + gain @ (latency / scale - expected)
         covariance = self.covariance - gain @ counts @ self.covariance
@@ -123,6 +127,11 @@ class PartCosts:
             covariance = covariance - np.outer(known, known) / (variance[best] + self.noise**2)
             found.append(best)
         return found
+
+
+def _noise(logarithm: float) -> float:
+    """Never nothing, also where latencies are sums of parts to the last digit."""
+    return math.hypot(math.exp(logarithm), LEAST_NOISE)
 
 
 def _check(counts: Array, latency: Array, name: str) -> None:

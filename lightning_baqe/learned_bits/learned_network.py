@@ -25,7 +25,7 @@ from lightning_baqe.quantization.activation import ActivationQuantizer
 from lightning_baqe.quantization.config import MAX_BITS, MIN_BITS, BitConfig, LayerBits, layers
 from lightning_baqe.quantization.convert import QuantizedModel
 from lightning_baqe.quantization.gradient_scaling import GradientScaling
-from lightning_baqe.quantization.layers import outputs_first
+from lightning_baqe.quantization.layers import as_stored, outputs_first
 from lightning_baqe.quantization.sensitivity import quantizers_of_layers
 from lightning_baqe.quantization.train_modes import evaluating
 
@@ -161,11 +161,14 @@ class LearnedNetwork:
         quantizers = model.quantizers()
         for path, learned in self.others.items():
             _take(quantizers[path], learned)
-        for name, of in quantizers_of_layers(model).items():
+        found = quantizers_of_layers(model)
+        for name, of in found.items():
+            if name not in self.weights:
+                continue  # no module of the network's own
             top, layer = self.weights[name].top().detach(), model.get_submodule(of.path)
             of.weight.scale.data.copy_(top.flatten() / of.weight.qp)
             # Clipped for good: the usual quantizer has one lower integer more, and would take what is below the range.
-            layer.get_parameter("weight").data.clamp_(-top, top)
+            layer.get_parameter("weight").data.copy_(as_stored(layer, outputs_first(layer).detach().clamp(-top, top)))
             if name in self.biases:
                 bias = layer.get_parameter("bias")
                 bias.data.copy_(self.biases[name](bias).detach())
@@ -254,18 +257,20 @@ def learn_bits(
             accumulators of 32 bits take them in.
 
     Raises:
-        ConfigError: bits or a range out of range, or no layers.
+        ConfigError: bits or a range out of range, no layers, or several that share their weights.
         UnsupportedModelError: a network that cannot be quantized.
     """
     if bits not in _WIDTHS:
         raise ConfigError(f"bits={bits!r}, wanted is a whole number of {MIN_BITS} to {MAX_BITS}")
     admitted = network if isinstance(network, Network) else admit(network, example_input)
+    _refuse_shared(admitted.model)
     # Not 8, which is what everything that is no layer reads at: each layer's input must have a quantizer of its own.
     apart = min(bits, MAX_BITS - 1)
     config = BitConfig(dict.fromkeys(layers(admitted.model), LayerBits(bits, apart)))
     ranges = {"weight_init": weight_init, "activation_range": activation_range}
     model = calibrate(quantize(admitted, config, activation_quantizer="lsq", **ranges), batches)
-    found = quantizers_of_layers(model)
+    # Functions that are called with weights of the network's own are no layers: they have no bits, and keep 8.
+    found = {name: of for name, of in quantizers_of_layers(model).items() if name in config}
     names = {id(module): name for name, module in model.named_modules()}
     inputs = {name: tuple(names[id(call[-1])] for call in of.calls if call) for name, of in found.items()}
     counts = _counts(model, admitted.inputs)
@@ -292,12 +297,25 @@ def learn_bits(
     return LearnedNetwork(model, weights, activations, others, inputs, admitted, by_channel, of_biases)
 
 
+def _refuse_shared(net: nn.Module) -> None:
+    """Of one tensor, each layer would learn a range and bits of its own."""
+    owners: dict[int, str] = {}
+    for name in layers(net):
+        first = owners.setdefault(id(net.get_submodule(name).weight), name)
+        if first != name:
+            raise ConfigError(
+                f"layers {first!r} and {name!r} share their weights, for which each would learn bits of its own: call "
+                "one layer twice, or give each weights of its own"
+            )
+
+
 def _counts(model: QuantizedModel, inputs: tuple[Tensor, ...]) -> dict[str, int]:
-    """Values of one sample that each quantizer reads."""
+    """Values of one sample that each quantizer reads, whichever axis samples are on by then."""
+    samples = len(inputs[0])
     found: dict[str, int] = {}
     handles = [
         quantizer.register_forward_pre_hook(
-            lambda module, values, path=path: found.update({path: values[0][:1].numel()})
+            lambda module, values, path=path: found.update({path: values[0].numel() // samples})
         )
         for path, quantizer in model.quantizers().items()
     ]

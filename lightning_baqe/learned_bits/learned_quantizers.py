@@ -116,7 +116,8 @@ class LearnedQuantizer(nn.Module):
         """log2 of n as it acts; differentiable."""
         if self.fixed_bits is not None:
             fixed = self.fixed_bits.to(self.log_levels)  # of a module that was moved since
-            return torch.log2(torch.exp2(fixed - float(self.signed)) - 1)
+            # With a gradient, of 0: distributed training wants one for every parameter.
+            return torch.log2(torch.exp2(fixed - float(self.signed)) - 1) + 0 * self.log_levels
         levels = self.log_levels
         within = (levels >= self._least) & (levels <= self._most)  # torch.clamp has no gradient on a bound
         return torch.where(within, levels, levels.detach().clamp(self._least, self._most))

@@ -115,7 +115,7 @@ class Controller(RectifiedPressure):
         first: beta at first.
 
     Raises:
-        ConfigError: a share out of range.
+        ConfigError: a share out of range, other than three gains, or beta of 0 or less.
     """
 
     share: float = 0.7
@@ -125,6 +125,10 @@ class Controller(RectifiedPressure):
     def __post_init__(self) -> None:
         _check_share(self.share)
         self.gains = tuple(self.gains)
+        if len(self.gains) != 3 or not self.first > 0:
+            raise ConfigError(
+                f"gains={self.gains!r} and first={self.first!r}, but three numbers and one above 0 are wanted"
+            )
         self._log_beta = math.log(self.first)
         self._start: float | None = None
         self._errors: list[float] = []

@@ -122,6 +122,11 @@ def outputs_first(layer: nn.Module) -> torch.Tensor:
     return swap_channels(weight, layer.groups) if isinstance(layer, nn.ConvTranspose2d) else weight
 
 
+def as_stored(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """What :func:`outputs_first` gave, or values of its shape, as the layer's ``weight`` lies."""
+    return swap_channels(weight, layer.groups) if isinstance(layer, nn.ConvTranspose2d) else weight
+
+
 def swap_channels(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """``(groups * a, b, ...)`` as ``(groups * b, a, ...)``, group by group; twice is as before."""
     by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)

@@ -98,6 +98,9 @@ class _Rebuilder:
         self.model, self.program = model, program
         self.layers = frozenset(layers(model))
         self.modules = dict(model.named_modules())
+        names = {id(module): name for name, module in self.modules.items()}
+        # A module that stands at several paths is the one at the first.
+        self.first = {path: names[id(m)] for path, m in model.named_modules(remove_duplicate=False)}
         self.root, self.graph = nn.Module(), fx.Graph()
         self.new: dict[fx.Node, Any] = {}
         self.made: dict[str, tuple[Any, ...]] = {}  # how the module at each path was made
@@ -107,7 +110,8 @@ class _Rebuilder:
         placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
         for spec in program.graph_signature.input_specs:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                self.names[placeholders[spec.arg.name]] = cast(str, spec.target)
+                owner, dot, leaf = cast(str, spec.target).rpartition(".")
+                self.names[placeholders[spec.arg.name]] = f"{self.first.get(owner, owner)}{dot}{leaf}"
         self.evaluated: dict[fx.Node, Any] = {}
         self.varying, self.fixed = self._dependencies()
 
@@ -417,7 +421,8 @@ class _Rebuilder:
         """The layer whose weight it is; a name like that of the weight where no module is such a layer."""
         found = self.names.get(weight, "")
         owner, _, leaf = found.rpartition(".")
-        inside = next((path for path, _ in reversed(scopes(node)) if path in self.layers), None)
+        around = (self.first.get(path, path) for path, _ in reversed(scopes(node)))
+        inside = next((path for path in around if path in self.layers), None)
         if leaf == "weight" and owner in self.layers:
             shared = inside is not None and self.model.get_submodule(inside).weight is self.tensors[found]
             return cast(str, inside) if shared else owner
@@ -429,7 +434,7 @@ class _Rebuilder:
             raise self._refuse(
                 node, "normalises by the statistics of the batch in eval mode, too; use track_running_stats=True"
             )
-        name = self.names.get(mean, "").rpartition(".")[0] or path
+        name = self.names.get(mean, "").rpartition(".")[0] or self.first.get(path, path)
         source = self.modules.get(name)
         is_own = isinstance(source, nn.modules.batchnorm._BatchNorm)
         counter = getattr(source, "num_batches_tracked", None)

@@ -140,6 +140,37 @@ def test_multipliers_reach_the_target_too(tmp_path: Path) -> None:
     assert sum(of.bits[name].weight * n for name, n in counts.items()) <= 3 * sum(counts.values())
 
 
+class Overflow(pl.Callback):
+    """Gradients of some steps overflow, as in mixed precision; their step is left out."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.global_step % 5 == 2:
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(torch.inf if id(parameter) in self.quantizers else 0.0)
+
+    def __init__(self, network: LearnedNetwork) -> None:
+        self.quantizers = set(map(id, network.parameters()))
+
+
+def test_gradients_that_overflow_are_left_out(tmp_path: Path) -> None:
+    network = learned()
+    of = make_callback(network)
+    fit(network, [Overflow(network), of], tmp_path)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters())
+    assert of.curve[-1][:2] == pytest.approx([3, 4], rel=0.05)
+
+
+def test_every_quantizer_has_a_gradient_in_every_phase() -> None:
+    network = learned(4)
+    for quantizer in network.quantizers:
+        quantizer.fix(3)
+    functional.cross_entropy(network.model(X), Y).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 def test_bits_of_pretraining_in_turn(tmp_path: Path) -> None:
     network = learned(7)
     of, watch = make_callback(network, pretrain_epochs=5, learn_epochs=1, start=(7, 5, 3)), Watch(network)
@@ -184,6 +215,8 @@ def test_what_cannot_be_right(tmp_path: Path) -> None:
         fit(network, [make_callback(network)], tmp_path, max_epochs=9)
     with pytest.raises(ConfigError, match="learn_epochs=8 are 64 steps; the quantizers learn at every 65th"):
         fit(network, [make_callback(network, every=65)], tmp_path)
+    with pytest.raises(ConfigError, match="max_steps=20 ends fit before"):
+        fit(network, [make_callback(network)], tmp_path, max_steps=20)
     other = learned()
     with pytest.raises(ConfigError, match=r"Foreign does not hold the learned network"):
         fit(other, [make_callback(network)], tmp_path)

@@ -29,9 +29,9 @@ class Foreign(pl.LightningModule):
         self.seen: list[Tensor] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.sign = -self.sign
+        sign = 2 * (self.global_step % 2) - 1
         self.seen.append(next(p for p in self.net.parameters() if p.ndim > 1).detach().clone())
-        return self.sign * sum(p.sum() for p in self.net.parameters() if p.ndim > 1) + 0 * self.net(batch[0]).sum()
+        return sign * sum(p.sum() for p in self.net.parameters() if p.ndim > 1) + 0 * self.net(batch[0]).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in self.net.parameters() if p.ndim > 1], self.rate)
@@ -52,7 +52,7 @@ def fit(net: nn.Module, callbacks: list[pl.Callback], rate: float, steps: int, p
         max_steps=steps, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(X), 4), ckpt_path=path)
+    trainer.fit(module, DataLoader(TensorDataset(X), 6), ckpt_path=path)
     return module
 
 
@@ -108,18 +108,22 @@ def test_weights_that_turn_are_held() -> None:
 
 
 def test_a_fit_goes_on(tmp_path: Path) -> None:
-    whole, rate = quantized(), 0.1
-    fit(whole, [Oscillations(freeze_above=0.03)], rate, 12)
+    whole, at_once, rate = quantized(), Oscillations(freeze_above=0.03), 0.1
+    fit(whole, [at_once], rate, 12)
     half, of = quantized(), Oscillations(freeze_above=0.03)
     module = Foreign(half, rate)
     trainer = pl.Trainer(
-        max_steps=8, callbacks=[of], accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_steps=9, callbacks=[of], accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(X), 4))
+    trainer.fit(module, DataLoader(TensorDataset(X), 6))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    rest = quantized()
-    fit(rest, [Oscillations(freeze_above=0.03)], rate, 12, tmp_path / "half.ckpt")
+    rest, later = quantized(), Oscillations(freeze_above=0.03)
+    fit(rest, [later], rate, 12, tmp_path / "half.ckpt")
+    assert of.frozen > 0 or any(bool(track["often"].any()) for track in of._tracks.values())
+    for name, track in at_once._tracks.items():
+        for key, values in track.items():
+            torch.testing.assert_close(values, later._tracks[name][key], msg=f"{name} {key}")
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(tensor, rest.state_dict()[name], msg=name)
 

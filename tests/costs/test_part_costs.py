@@ -56,6 +56,15 @@ def test_the_posterior_is_that_of_linear_regression() -> None:
     assert (np.diag(found.covariance) <= np.diag(before.covariance) + 1e-12).all()
 
 
+@pytest.mark.parametrize("n", [6, 20, 200])
+def test_exact_sums_of_parts_are_taken(n: int) -> None:
+    truth = COUNTS @ costs(3.0, 0.1)
+    predicted, _ = prior().given(COUNTS[:n], truth[:n]).predict(COUNTS)
+    np.testing.assert_allclose(predicted, truth, rtol=0.02)
+    with pytest.raises(MeasurementError, match="no parts that cost anything"):
+        prior().given(np.zeros((3, 6)), np.ones(3))
+
+
 def test_the_most_telling_are_those_that_differ() -> None:
     counts = np.array([[1.0, 0, 0], [1, 0, 0], [0, 3, 0], [0, 2.9, 0], [0, 0, 2]])
     even = PartCosts(np.ones(3), np.eye(3))

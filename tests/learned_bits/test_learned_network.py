@@ -190,6 +190,55 @@ def test_bits_by_channel_are_deployed() -> None:
     torch.testing.assert_close(baqe.lower(model).run(x), model(x), rtol=0.05, atol=0.02)
 
 
+class Odd(nn.Module):
+    """A module at two paths, transposed convolutions, a fixed filter, and a layer that sees places as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.again = self.first
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2)
+        self.grouped = nn.ConvTranspose2d(6, 6, 2, groups=2)
+        self.register_buffer("filter", torch.ones(6, 1, 3, 3) / 9)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.again(torch.relu(self.first(x))))
+        x = functional.conv2d(torch.relu(self.grouped(torch.relu(self.up(x)))), self.filter, groups=6)
+        return self.fc(x.mean(3).transpose(1, 2).reshape(-1, 6)).reshape(-1, 11, 3).mean(1)
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_odd_layers_are_deployed_as_they_were_learned(by_channel: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Odd().eval(), torch.rand(8, 4, 6, 6)
+    network = learn_bits(net, [x], 5, x, by_channel)
+    assert set(network.weights) == {"first", "up", "grouped", "fc"}
+    assert len(network.inputs["first"]) == 2
+    assert network.activations[network.inputs["fc"][0]].values == 11 * 6
+    with torch.no_grad():
+        for of in network.quantizers:
+            of.log_top += 0.4
+        for of in network.weights.values():
+            of.log_top -= 1 + torch.rand_like(of.log_top)
+            of.log_levels += torch.rand_like(of.log_levels)
+        network.project()
+    bits = network.materialise()
+    network.fix(bits)
+    network.model.eval()
+    model = network.deployable(bits).eval()
+    torch.testing.assert_close(model(x), network.model(x))
+    torch.testing.assert_close(baqe.lower(model).run(x), model(x), rtol=0.05, atol=0.02)
+
+
+def test_shared_weights_are_refused() -> None:
+    net, x = Odd().eval(), torch.rand(2, 4, 6, 6)
+    net.second = nn.Conv2d(4, 4, 3)
+    net.second.weight = net.first.weight
+    with pytest.raises(ConfigError, match="layers 'first' and 'second' share their weights"):
+        learn_bits(net, [x], 5, x)
+
+
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_biases_have_the_bits_of_their_weights_and_count(by_channel: bool) -> None:
     torch.manual_seed(0)

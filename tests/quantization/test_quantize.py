@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_baqe import BitConfig, LayerBits, calibrate, quantize
+from lightning_baqe import BitConfig, LayerBits, calibrate, lower, quantize
 from lightning_baqe.errors import CalibrationError, ConfigError, UnsupportedModelError
 from quantization.small_networks import INPUT_SHAPE, NETWORKS, Residual, images, settled
 
@@ -188,3 +188,33 @@ def test_in_place_operators_keep_their_meaning() -> None:
     for bits, tolerance in ((32, 0.0), (8, 0.1)):
         quantized = calibrate(quantize(model, BitConfig.uniform(model, bits, bits), images()), [images()])
         assert (quantized(images()) - model(images())).abs().max() <= tolerance
+
+
+class AtTwoPaths(nn.Module):
+    """A block that a list holds twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.blocks = nn.ModuleList([block, block])
+        self.out = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        found: torch.Tensor = self.out(x)
+        return found
+
+
+def test_a_module_at_two_paths_is_one() -> None:
+    net, x = AtTwoPaths().eval(), torch.randn(4, 4, 6, 6)
+    model = quantize(net, BitConfig.uniform(net, 3, 3, first_last=None), x)
+    calls = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    assert [path for path in calls if "quantizers" not in path] == [*("blocks.0.0", "blocks.0.1") * 2, "out"]
+    assert not any(name.startswith("blocks.1") for name in model.state_dict())
+    calibrate(model, [x]).train()
+    before = model.get_buffer("blocks.0.1.running_mean").clone()
+    model(x).sum().backward()
+    assert not torch.equal(model.get_buffer("blocks.0.1.running_mean"), before)  # both calls train one batch norm
+    graph = lower(model.eval())
+    torch.testing.assert_close(graph.run(x), model(x).detach(), rtol=0.05, atol=0.1)

@@ -239,7 +239,13 @@ def measure(subject: Subject, rows: Rows) -> list[dict[str, Any]]:
     """All rows of a subject; what is in the file is not measured again."""
     request, found = subject.request, []
     head = {"data": request.data, "network": request.network, "seed": request.seed}
-    setup = {"key": request.float_key, "extent": asdict(subject.extent)}
+    settings = request.settings
+    setup = {
+        "key": request.float_key,
+        "extent": asdict(subject.extent),
+        "calibration_batches": settings.calibration_batches,
+        "distillation": {"weight": settings.weight, "temperature": settings.temperature},
+    }
 
     def known(of: dict[str, Any]) -> dict[str, Any] | None:
         wanted = {**head, **of, **setup}

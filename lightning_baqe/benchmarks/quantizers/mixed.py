@@ -11,9 +11,11 @@ have any bits. Of one float network come
   as many layers as keep both sizes, whichever is better on validation images before any training;
 - Hessian: bits of each layer's weights and inputs with the smallest sum of HAWQ-V2's sensitivities within the sizes.
 
-All are trained for the same number of steps with the same distillation, gradients and rate. The float networks of
-Fashion-MNIST's ResNet-18 and of ELPV are those of ``benchmarks.accuracy``. Accuracy is that of the last step's
-fake-quantized network on the test split. Finished rows are kept in the folder, and a restart goes on behind them.
+All are trained for the same number of steps with the same distillation, gradients and rate; those of given bits with
+LSQ+ and one lower integer more of weights, as the toolkit trains them, those that learn bits with symmetric quantizers.
+The float networks of Fashion-MNIST's ResNet-18 and of ELPV are those of ``benchmarks.accuracy``. Accuracy is that of
+the last step's fake-quantized network on the test split. Finished rows are kept in the folder, and a restart goes on
+behind them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -35,7 +38,7 @@ from lightning_baqe.allocation.hessian import HessianTrace
 from lightning_baqe.allocation.program import allocate_bits
 from lightning_baqe.benchmarks.accuracy import SETTINGS
 from lightning_baqe.benchmarks.accuracy_rows import Request, Settings, Sizes, Training, float_network
-from lightning_baqe.benchmarks.quantizers.learning import Length, Schedule, counted, learn, sizes_of, tune
+from lightning_baqe.benchmarks.quantizers.learning import GRADIENTS, Length, Schedule, counted, learn, sizes_of, tune
 from lightning_baqe.benchmarks.setups import check_positive, console_of, parser_of, table_of
 from lightning_baqe.calibration.calibrate import calibrate
 from lightning_baqe.data.base import ImageDataModule
@@ -70,11 +73,13 @@ class Subject:
     Args:
         net, data: of them.
         samples: of the Hessian's probes, at most.
+        seed: of what is drawn of the images.
     """
 
     net: nn.Module
     data: ImageDataModule
     samples: int
+    seed: int
 
     @cached_property
     def network(self) -> Any:
@@ -90,7 +95,9 @@ class Subject:
         return all(size <= mean + 1e-6 for size in sizes_of(self.network, bits))
 
     def calibrated(self, bits: BitConfig) -> QuantizedModel:
-        """Without training."""
+        """Without training; on the same images after a restart."""
+        pl.seed_everything(self.seed, verbose=False)
+        self.data.seed = self.seed
         images = [x for x, _ in itertools.islice(self.data.train_dataloader(), 2)]
         return calibrate(quantize(admit(self.net, self.data.example_input), bits), images).eval()
 
@@ -116,6 +123,7 @@ class Subject:
     def sensitivities(self) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
         """The Hessian's, of each layer's weights and of its inputs, at each of the bits."""
         models: dict[int, QuantizedModel | None] = {bits: self.calibrated(self.uniform(bits)) for bits in WIDTHS}
+        pl.seed_everything(self.seed, verbose=False)
         x, y = next(iter(self.data.train_dataloader()))
         evidence = Evidence(models, [(x[:LAYER_IMAGES], y[:LAYER_IMAGES])], loss_of)
         weights = HessianTrace(self.samples, inputs=False).measure(evidence).values
@@ -206,12 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
         subject: Subject | None = None
         for mean, method in itertools.product(options.means, METHODS):
             key = {"float": request.float_key, "method": method, "mean": mean, "length": asdict(length),
+                   "images": LAYER_IMAGES, "samples": 2 if options.smallest else 20, "gradients": list(GRADIENTS),
                    "schedule": asdict(SCHEDULE) if method == "learned" else None}  # fmt: skip
             row = next(iter(kept.of(key)), None)
             if row is None:
                 if subject is None:
                     data, trained = float_network(request, options.folder, console.print)
-                    subject = Subject(trained.net.eval(), data, 2 if options.smallest else 20)
+                    subject = Subject(trained.net.eval(), data, 2 if options.smallest else 20, seed)
                 row = measure(subject, method, mean, length, seed)
                 row |= {"key": key, "network": name, "mean": mean, "method": method, "seed": seed}
                 row |= {"float": trained.accuracy["test"], "device": device_info(1), "versions": versions()}
