@@ -49,9 +49,8 @@ class LearnedBits(pl.Callback):
         learning_rate: of the quantizers' logarithms, for one update while bits are learned; an ``every``-th of it for
             the ranges' steps before and after. It falls to 0 in the last part of learning.
         pressure: of weights and of activations; None: a :class:`Controller` each.
-        weight_bytes, activation_bytes: targets instead of mean bits. That of weights is for all that a network's file
-            holds: batch norms, and biases that are not quantized, count 2 bytes a value. Activations are all layers'
-            inputs of one sample.
+        weight_bytes, activation_bytes: targets instead of mean bits. That of weights is for batch norms and biases,
+            too; what is not quantized counts 2 bytes a value. Activations are all layers' inputs of one sample.
 
     Raises:
         ConfigError: arguments out of range. When fit starts: a fit that ends before the third phase, or that does not

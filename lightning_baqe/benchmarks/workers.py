@@ -34,7 +34,7 @@ from lightning_baqe.benchmarks import postgres
 from lightning_baqe.benchmarks.damage import troubles
 from lightning_baqe.benchmarks.damage.record_writers import are_right as records_are_right
 from lightning_baqe.benchmarks.damage.record_writers import write_at_once
-from lightning_baqe.benchmarks.setups import table_of
+from lightning_baqe.benchmarks.setups import parser_of, table_of
 from lightning_baqe.errors import BaqeError
 from lightning_baqe.landscapes.measured import Landscape
 from lightning_baqe.quantization.config import BitConfig, LayerBits
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what befell the workers and what is in their studies. Returns the exit status: 1 if a trial or record was
     lost or done twice, or a call of the records took more than a second.
     """
-    parser = argparse.ArgumentParser(prog="python -m lightning_baqe.benchmarks.workers")
+    parser = parser_of(__doc__)
     known = ["none", *troubles.TROUBLES, "records"]
     parser.add_argument("--storage", default="sqlite", help="sqlite, postgres (starts a server), or a URL")
     parser.add_argument("--trouble", nargs="+", choices=known, help="by default all that can be done here")

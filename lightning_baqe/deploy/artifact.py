@@ -218,7 +218,7 @@ class Artifact:
         self._folder = folder
         return folder
 
-    def sign(self, key: Path | bytes) -> None:
+    def sign(self, key: Path | str | bytes) -> None:
         """Sign the folder in which the artifact was saved, or from which it was loaded, last.
 
         Args:
@@ -235,7 +235,7 @@ class Artifact:
             raise BuildError(str(error)) from error
 
     @classmethod
-    def load(cls, folder: Path | str, *, rebuild: bool = False, key: Path | bytes | None = None) -> Artifact:
+    def load(cls, folder: Path | str, *, rebuild: bool = False, key: Path | str | bytes | None = None) -> Artifact:
         """Read an artifact's folder.
 
         Nothing in it is unpickled, all files are checked against their digests, and the graph is proven. But its module

@@ -111,7 +111,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def read_manifest(folder: Path, key: Path | bytes | None = None) -> Manifest:
+def read_manifest(folder: Path, key: Path | str | bytes | None = None) -> Manifest:
     """The manifest, proven to be the one that was written, and that all files are those that it names.
 
     Raises:
@@ -168,7 +168,7 @@ def read_graph(folder: Path, manifest: Manifest | None = None) -> IntegerGraph:
         raise BuildError(f"the graph in {folder} cannot be read: {error}") from error
 
 
-def write_signature(folder: Path, key: Path | bytes) -> None:
+def write_signature(folder: Path, key: Path | str | bytes) -> None:
     """Sign the manifest of a folder, which is checked before; raises as :func:`read_manifest`."""
     manifest = read_manifest(folder)
     for name in manifest.files:
@@ -176,7 +176,7 @@ def write_signature(folder: Path, key: Path | bytes) -> None:
     (folder / SIGNATURE).write_text(_signature(_read(folder, MANIFEST), key))
 
 
-def _check_signature(folder: Path, content: bytes, key: Path | bytes) -> None:
+def _check_signature(folder: Path, content: bytes, key: Path | str | bytes) -> None:
     given = folder / SIGNATURE
     if not given.is_file():
         raise BuildError(
@@ -187,7 +187,7 @@ def _check_signature(folder: Path, content: bytes, key: Path | bytes) -> None:
         raise BuildError(f"{given} was not made with this key for this artifact: do not run it, or give the right key")
 
 
-def _signature(content: bytes, key: Path | bytes) -> str:
+def _signature(content: bytes, key: Path | str | bytes) -> str:
     secret = key if isinstance(key, bytes) else read_file(Path(key), _KEY_BYTES[1])
     if not _KEY_BYTES[0] <= len(secret) <= _KEY_BYTES[1]:
         raise DataError(
