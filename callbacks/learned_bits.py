@@ -161,7 +161,7 @@ class LearnedBits(pl.Callback):
         if all(parameter.grad is None for parameter in self._parameters):
             return  # one of several optimisers, of other parameters
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+        if not bool(torch.stack([torch.isfinite(grad).all() for grad in grads]).all()):  # waits for a GPU once
             # In mixed precision a step whose gradients overflow is left out for the weights, too.
             for parameter in self._parameters:
                 parameter.grad = None
