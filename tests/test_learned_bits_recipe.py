@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from smallest import LEARNED_BITS, SMALLEST
 
 from lightning_baqe.callbacks import LearnedBits
 from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.tasks.checkpoint import read_checkpoint
 from lightning_baqe.train import main
 
 OURS = ["recipe=learned_bits", *SMALLEST, *LEARNED_BITS]
@@ -68,6 +70,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole, run = trial_of(tmp_path / "whole"), trial_of(tmp_path / "run")
     assert run["bits"] == whole["bits"]
     assert run["accuracy"] == whole["accuracy"]
+    kept = "checkpoints/learned_bits.ckpt"
+    first, second = (read_checkpoint(tmp_path / name / kept)["state_dict"] for name in ("whole", "run"))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_bytes_biases_and_several_bits_in_turn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

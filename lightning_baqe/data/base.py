@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_baqe.data.order import ShuffledByEpoch
 from lightning_baqe.errors import ConfigError, DataError, check_at_least
 
 Split = Literal["train", "val", "test"]
@@ -167,8 +168,8 @@ class ImageDataModule(pl.LightningDataModule):
                 f"batch_size={self.batch_size}, but {self.name} has {size} training images, and the last incomplete "
                 f"batch is dropped: give batch_size={size} or less, or more images."
             )
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._loader("train", shuffle=True, drop_last=True, generator=generator)
+        order = ShuffledByEpoch(self.dataset("train"), self.seed)
+        return self._loader("train", sampler=order, drop_last=True, generator=order.generator)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Validation batches in a fixed order."""

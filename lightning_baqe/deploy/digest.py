@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent
 ENTRY_POINTS = ("lightning_baqe.deploy.plan", "lightning_baqe.deploy.compiler")  # these import all that generates code
 # What a network is, not how it becomes code: an artifact holds its graph, and packs its constants anew.
 NO_GENERATORS = ("errors", "files", "integer", "quantization")
+_IMPORT = re.compile(r"^[ \t]*from lightning_baqe\.[\w.]+ import (?:\([^)]*\)|[^(\n]+)", re.MULTILINE)
 
 
 @functools.cache
@@ -29,10 +31,21 @@ def generator_sources() -> tuple[Path, ...]:
         if name in found or name.split(".")[1] in NO_GENERATORS:
             continue
         found[name] = path = module_path(name)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_baqe."):
-                waiting += imported_modules(str(node.module), [alias.name for alias in node.names])
+        for module, names in imports_of(path.read_text()):
+            waiting += imported_modules(module, names)
     return tuple(found[name] for name in sorted(found))
+
+
+def imports_of(source: str) -> list[tuple[str, list[str]]]:
+    """The modules of this package that a source imports from, with the names. Only these statements are parsed: this
+    runs whenever the package is imported.
+    """
+    statements = "".join(f"{found.strip()}\n" for found in _IMPORT.findall(source))
+    return [
+        (str(node.module), [alias.name for alias in node.names])
+        for node in ast.parse(statements).body
+        if isinstance(node, ast.ImportFrom)
+    ]
 
 
 def imported_modules(module: str, names: list[str]) -> list[str]:

@@ -41,26 +41,15 @@ def record(model: nn.Module, example: Sequence[torch.Tensor]) -> ExportedProgram
     return _functional(_export(model, example), model)
 
 
-@torch.library.custom_op("lightning_baqe::by_chance", mutates_args=())
-def _by_chance(x: torch.Tensor, path: str) -> torch.Tensor:
-    """Stands for a module that drops branches or regions in training and is the identity in eval mode."""
-    return x.clone()
-
-
-@_by_chance.register_fake
-def _(x: torch.Tensor, path: str) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("lightning_baqe::dropped", mutates_args=())
-def _dropped(x: torch.Tensor, kind: str, p: float) -> torch.Tensor:
-    """Stands for a dropout, which torch.export takes for nothing in eval mode where it takes a graph apart."""
-    return x.clone()
-
-
-@_dropped.register_fake
-def _(x: torch.Tensor, kind: str, p: float) -> torch.Tensor:
-    return torch.empty_like(x)
+# by_chance stands for a module that drops branches or regions in training and is the identity in eval mode; dropped for
+# a dropout, which torch.export takes for nothing in eval mode where it takes a graph apart. Defined as a library:
+# torch's custom_op searches all loaded modules for this source, which takes longer than importing the whole package.
+_OPERATORS = torch.library.Library("lightning_baqe", "DEF")
+_OPERATORS.define("by_chance(Tensor x, str path) -> Tensor")
+_OPERATORS.define("dropped(Tensor x, str kind, float p) -> Tensor")
+for _name in ("by_chance", "dropped"):
+    _OPERATORS.impl(_name, lambda x, *_: x.clone(), "CompositeExplicitAutograd")
+    _OPERATORS.impl(_name, lambda x, *_: torch.empty_like(x), "Meta")
 
 
 def full_name(kind: type) -> str:
@@ -75,7 +64,7 @@ def _marked(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules():
             hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
             if full_name(type(module)) in STOCHASTIC and not hooked:
-                module.forward = lambda x, name=name: _by_chance(x, name)
+                module.forward = lambda x, name=name: torch.ops.lightning_baqe.by_chance(x, name)
                 stack.callback(delattr, module, "forward")
         yield
 

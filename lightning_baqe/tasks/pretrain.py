@@ -18,6 +18,7 @@ from lightning_baqe.quantization import batch_norm
 from lightning_baqe.quantization.train_modes import is_frozen
 from lightning_baqe.tasks.checkpoint import CheckpointBeside, check_state, read_checkpoint
 from lightning_baqe.tasks.classifier import ImageClassifier
+from lightning_baqe.tasks.epoch_seeds import EpochSeeds
 from lightning_baqe.tasks.frozen import Frozen
 
 TrainerFactory = Callable[..., pl.Trainer]
@@ -160,11 +161,14 @@ def fit_resumable(
 ) -> pl.Trainer:
     """Fit ``task``; the folder ``scratch`` holds ``last.ckpt``, from which a killed training goes on.
 
+    It ends as if it had never been stopped, if its loader shuffles by the global generator or has a sampler with
+    ``set_epoch``; what worker processes draw that live longer than an epoch is another matter.
+
     Raises:
         DataError: that checkpoint cannot be read, or is another network's.
     """
     last = ModelCheckpoint(scratch, "last", enable_version_counter=False)
-    trainer = make_trainer(max_epochs=epochs, callbacks=[*callbacks, last], num_sanity_val_steps=0)
+    trainer = make_trainer(max_epochs=epochs, callbacks=[EpochSeeds(), *callbacks, last], num_sanity_val_steps=0)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a strategy's own stays
         trainer.strategy.checkpoint_io = CheckpointBeside()
     resume = scratch / "last.ckpt"

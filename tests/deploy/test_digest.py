@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -10,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lightning_baqe.deploy.digest import NO_GENERATORS, PACKAGE, generator_sources, imported_modules, module_path
+from lightning_baqe.deploy.digest import (
+    NO_GENERATORS,
+    PACKAGE,
+    generator_sources,
+    imported_modules,
+    imports_of,
+    module_path,
+)
 
 # Every function of this package that runs while a network of all kinds of operators is planned and compiled.
 TRACED = """
@@ -75,6 +83,16 @@ def test_every_template_is_covered() -> None:
 def test_what_measures_does_not_count() -> None:
     rooms = {path.relative_to(PACKAGE).parts[0] for path in generator_sources()}
     assert not {"measurement", "tuning", "costs", "runs"} & rooms
+
+
+def test_imports_are_those_that_python_sees() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        seen = [
+            (node.module, [alias.name for alias in node.names])
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning_baqe.")
+        ]
+        assert sorted(imports_of(path.read_text())) == sorted(seen), path
 
 
 def test_a_module_that_is_not_there_is_no_silent_gap() -> None:

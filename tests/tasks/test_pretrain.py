@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from tiny import TinyData, tiny_net
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_baqe.data.base import ImageDataModule, ImageTensorDataset, Split
 from lightning_baqe.errors import ConfigError, DataError
 from lightning_baqe.tasks import ImageClassifier, pretrain
 from lightning_baqe.tasks.checkpoint import CheckpointBeside, read_checkpoint
@@ -166,3 +170,50 @@ def test_no_epochs_keep_the_weights(tmp_path: Path) -> None:
 def test_epochs_are_checked(tmp_path: Path, epochs: Any) -> None:
     with pytest.raises(ConfigError, match="epochs"):
         pretrain(ImageClassifier(tiny_net(), 4), TinyData(), tmp_path / "float.ckpt", epochs=epochs)
+
+
+class Shuffled(TinyData):
+    """In an order by the global generator, as most users' data."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.x, self.y), batch_size=8, shuffle=True)
+
+
+class Noisy(ImageDataModule):
+    """The same images in bytes; training images get noise that is drawn anew whenever they are read.
+
+    Worker processes live as long as the loader, and their generators with them: with those, there is no noise.
+    """
+
+    name, mean, std, classes = "noisy", (0.5,) * 3, (0.25,) * 3, ("a", "b", "c", "d")
+
+    def __init__(self, num_workers: int) -> None:
+        super().__init__((3, 8, 8), 8, 3, num_workers)
+
+    def make_split(self, split: Split) -> ImageTensorDataset:
+        images = TinyData().x.mul(40).add(60).clamp(0, 255).byte()
+        augment = self.noise if split == "train" and not self.num_workers else None
+        return ImageTensorDataset(images, TinyData().y, self.mean, self.std, augment)
+
+    @staticmethod
+    def noise(images: Tensor) -> Tensor:
+        return (images + torch.randint(40, images.shape)).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize("scheduler", ["none", "onecycle"])  # the latter has the loader made before the checkpoint
+@pytest.mark.parametrize("make", [Shuffled, partial(Noisy, 0), partial(Noisy, 2)], ids=["shuffled", "noisy", "workers"])
+def test_goes_on_as_if_never_stopped(tmp_path: Path, make: Callable[[], TinyData], scheduler: str) -> None:
+    def run(checkpoint: str, net: nn.Module, extra: pl.Callback) -> ImageClassifier:
+        task = ImageClassifier(net, 4)
+        trainer = partial(make_trainer, extra)
+        return pretrain(task, make(), tmp_path / checkpoint, epochs=4, scheduler=scheduler, trainer=trainer)
+
+    torch.manual_seed(5)
+    whole = run("whole.ckpt", tiny_net(), Count())
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("float.ckpt", tiny_net(), Interrupt(2))
+    torch.manual_seed(6)  # another process
+    task = run("float.ckpt", tiny_net(seed=7), Count())
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(task)[name]), name
