@@ -198,7 +198,7 @@ class Summary(BaseModel):
         path = Path(run_dir) / "summary.json"
         if not path.exists():
             raise DataError(
-                f"{path} does not exist. Wanted is a run folder (outputs/<recipe>/<date_time>/); also an interrupted "
+                f"{path} does not exist. Wanted is a run folder (outputs/<flow>/<date_time>/); also an interrupted "
                 f"run has a summary of what it found so far, once its first trial has ended. {RESUME}"
             )
         try:
