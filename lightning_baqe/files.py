@@ -200,11 +200,11 @@ def make_folder(path: Path, argument: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """``$LIGHTNING_BAQE_CACHE``, by default ``~/.cache/lightning_baqe``."""
+    """``$LIGHTNING_BAQE_CACHE``, else ``$XDG_CACHE_HOME/lightning_baqe``, else ``~/.cache/lightning_baqe``."""
     base = os.environ.get("LIGHTNING_BAQE_CACHE")
     if base is not None:
         return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lightning_baqe"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_baqe"
 
 
 class Rows:

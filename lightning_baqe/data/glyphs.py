@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import string
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
 from lightning_baqe.data.base import SPLITS, ImageDataModule, ImageTensorDataset, Split
 from lightning_baqe.errors import DataError, check_at_least
-from lightning_baqe.files import MIB, read_arrays, read_file, replace_file
+from lightning_baqe.files import MIB, cache_folder, read_arrays, read_file, replace_file
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
@@ -63,7 +62,7 @@ class GlyphsDataModule(ImageDataModule):
         seed: of every random draw, and of the order of the training images.
         num_workers: loader processes; the data lies in memory, so 0 is the fastest.
         cache: whether to read and write drawn splits in ``cache_dir``.
-        cache_dir: folder of drawn splits; None is ``$XDG_CACHE_HOME/lightning_baqe``, or ``~/.cache/lightning_baqe``.
+        cache_dir: folder of drawn splits; None: :func:`~lightning_baqe.files.cache_folder`.
 
     Raises:
         ConfigError: an argument out of range.
@@ -90,9 +89,7 @@ class GlyphsDataModule(ImageDataModule):
         for split, size in self.sizes.items():
             check_at_least(f"{split}_size", size, 1)
         self.cache = cache
-        if cache_dir is None:
-            cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightning_baqe"
-        self.cache_dir = Path(cache_dir).expanduser()
+        self.cache_dir = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -129,6 +129,9 @@ def test_cache_folder_that_refuses_costs_a_warning(tmp_path: Path) -> None:
 
 
 def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_BAQE_CACHE", str(tmp_path / "own"))
+    assert GlyphsDataModule().cache_dir == tmp_path / "own"
+    monkeypatch.delenv("LIGHTNING_BAQE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert GlyphsDataModule().cache_dir == tmp_path / "lightning_baqe"
     monkeypatch.delenv("XDG_CACHE_HOME")
