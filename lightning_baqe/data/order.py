@@ -18,11 +18,13 @@ class ShuffledByEpoch(RandomSampler):
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         super().__init__(cast(Any, dataset), generator=torch.Generator().manual_seed(seed))
-        self.seed = seed
+        self.seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch, so that a training that goes on sees the order of its epoch."""
-        self.generator.manual_seed(epoch_seed(self.seed, epoch))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.generator.manual_seed(epoch_seed(self.seed, epoch))
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import lightning_baqe as baqe
 from lightning_baqe.allocation.evidence import Evidence, Sensitivities, Sensitivity
-from lightning_baqe.allocation.fisher import Fisher, OutputFisher
+from lightning_baqe.allocation.fisher import Fisher, OutputFisher, PairwiseFisher
 from lightning_baqe.allocation.hessian import HessianTrace
 from lightning_baqe.allocation.layer_gradients import layer_gradients, layer_inputs
 from lightning_baqe.allocation.learned_scales import LearnedScales
@@ -30,6 +30,7 @@ ALL: list[Sensitivity] = [
     HessianTrace(samples=8, inputs=False),
     Fisher(),
     OutputFisher(chunk=5),
+    PairwiseFisher(chunk=5),
     Divergence(),
     LossChange(),
     PairwiseLoss(images=8),
@@ -99,7 +100,7 @@ class TestEverySensitivity:
             assert all(math.isfinite(value) for value in values.values())
             if layer in middle:
                 assert values[FLOAT_BITS] == 0
-        assert set(found.pairs) == (set(itertools.combinations(middle, 2)) if method.name == "PairwiseLoss" else set())
+        assert set(found.pairs) == (set(itertools.combinations(middle, 2)) if "Pairwise" in method.name else set())
         assert Sensitivities.from_record(json.loads(json.dumps(found.record()))) == found
         cost = {name: {b: b for b in values} for name, values in found.values.items()}
         assert baqe.allocate_bits(found.values, {"mean": cost}, {"mean": 40}).costs["mean"] <= 40
@@ -215,6 +216,41 @@ def test_fishers_of_a_linear_layer_in_closed_form() -> None:
         change = (x + dx) @ (weight + e).T - x @ weight.T
         wanted = 0.5 * float((r.square() * change.square()).sum()) / len(x)
         assert OutputFisher().measure(evidence).values["0"][bits] == pytest.approx(wanted, rel=1e-4)
+        wanted = 0.5 * float((r * change).sum(1).square().mean())
+        assert PairwiseFisher().measure(evidence).values["0"][bits] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_pairs_are_half_the_squared_derivative_along_all_errors() -> None:
+    """Of each image, along the errors of all layers' outputs at once, by a difference quotient of injected errors."""
+    evidence, bits = made(seed=2), {"depthwise": 4, "up": 2, "side": 2}
+    found = PairwiseFisher(chunk=4).measure(evidence)
+    predicted = sum(found.values[name][b] for name, b in bits.items())
+    predicted += sum(of[bits[one], bits[other]] for (one, other), of in found.pairs.items())
+    network, step, squares = evidence.layerwise.network.double(), 1e-5, []
+    for x, y in evidence.batches:
+        inputs = layer_inputs(evidence, x.double())
+        errors = {
+            name: evidence.layerwise.output(name, b, inputs[name][0].float(), 0).double() - layer(inputs[name][0])
+            for name, b in bits.items()
+            if (layer := network.get_submodule(evidence.layerwise.paths[name]))
+        }
+
+        def losses(scale: float, x: Tensor = x, y: Tensor = y, errors: dict[str, Tensor] = errors) -> Tensor:
+            hooks = [
+                network.get_submodule(evidence.layerwise.paths[name]).register_forward_hook(
+                    lambda _, args, output, error=error: output + scale * error
+                )
+                for name, error in errors.items()
+            ]
+            try:
+                with torch.no_grad():
+                    return functional.cross_entropy(network(x.double()), y, reduction="none")
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        squares.append(((losses(step) - losses(-step)) / (2 * step)).square())
+    assert predicted == pytest.approx(0.5 * float(torch.cat(squares).mean()), rel=1e-3)
 
 
 def test_the_second_order_is_that_of_the_loss() -> None:
