@@ -13,7 +13,13 @@ from small_graphs import lowered
 
 import lightning_baqe as baqe
 from lightning_baqe.deploy.artifact import Artifact
+from lightning_baqe.hardware.target import can_run
 from lightning_baqe.integer.graph import IntegerGraph
+
+
+def pytest_report_header() -> str:
+    """Which of the two the tests of kernels on tiles run."""
+    return "AMX: kernels run on its tiles" if can_run("amx") else "AMX: none here, kernels run on what stands for tiles"
 
 
 @pytest.fixture(autouse=True, scope="session")

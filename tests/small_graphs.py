@@ -28,6 +28,8 @@ from lightning_baqe.kernels.tunable import template_of
 
 FLOAT_TOLERANCE = 1e-5  # two float convolutions never agree to the last bit; more than this is a wrong kernel
 UINT8, INT8, WIDE = (0, 255), (-128, 127), (-40000, 40000)
+TILE_PATHS = ("amx", "amx_vnni", "amx_plain")  # the last two stand for the first, where there is no AMX
+TILES = next(path for path in (*TILE_PATHS, "portable") if can_run(path))  # what this CPU runs of them
 
 
 class Maker:

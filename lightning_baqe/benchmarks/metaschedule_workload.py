@@ -24,7 +24,7 @@ from tvm import te, tirx
 
 from lightning_baqe.errors import ConfigError
 from lightning_baqe.kernels.sample import KernelSample
-from lightning_baqe.kernels.x86.conv import PARAMS
+from lightning_baqe.kernels.x86.conv_epilogue import PARAMS
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.layout import Layout
 

@@ -31,7 +31,7 @@ from lightning_baqe.deploy.storage import (
 from lightning_baqe.errors import BuildError, ConfigError, DataError
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import CpuTarget, can_run, get_target
+from lightning_baqe.hardware.target import CpuTarget, get_target, obstacle
 from lightning_baqe.integer.graph import IntegerGraph, as_images
 from lightning_baqe.kernels.x86.layout import as_image
 from lightning_baqe.scratch import scratch_folder, scratch_path
@@ -91,10 +91,10 @@ class Artifact:
     def vm(self) -> Any:
         """The virtual machine, its constants already set."""
         if self._vm is None:
-            if not can_run(self.target.path, self.target.vbmi):
+            if (why := obstacle(self.target.path, self.target.vbmi)) is not None:
                 raise BuildError(
-                    f"this artifact uses {self.target.path} instructions ({self.target.mcpu}), which this CPU does not "
-                    "have; build its graph again here: baqe.build(artifact.graph)"
+                    f"this artifact uses {self.target.path} instructions ({self.target.mcpu}), {why}; build its graph "
+                    "again here: baqe.build(artifact.graph)"
                 )
             library = self._linked()
             if self._module is None:

@@ -34,15 +34,16 @@ from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.float_operators import FloatOperator
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.kernels.islands import make_island
-from lightning_baqe.kernels.specs import Spec, TunableSpec, alone
+from lightning_baqe.kernels.specs import Spec, TunableSpec, alone, packed_weights
 from lightning_baqe.kernels.tunable import template_of
-from lightning_baqe.kernels.x86.arithmetic import arithmetics, choose_dot
-from lightning_baqe.kernels.x86.conv import PARAMS
+from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS, TileProducts, arithmetics, choose_dot
+from lightning_baqe.kernels.x86.conv_epilogue import PARAMS
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
-from lightning_baqe.kernels.x86.conv_weights import pack_weights, weight_quads
+from lightning_baqe.kernels.x86.conv_weights import weight_quads
 from lightning_baqe.kernels.x86.depthwise import DEPTHWISE_PARAMS, DepthwiseSpec, pack_depthwise
 from lightning_baqe.kernels.x86.layout import Layout, as_image
 from lightning_baqe.kernels.x86.requantize import requant_numbers
+from lightning_baqe.kernels.x86.tile_spec import TileSpec
 
 Schedules = Mapping[str, Mapping[str, Any]]
 BestKnobs = Callable[[TunableSpec], Mapping[str, Any] | None]
@@ -313,10 +314,11 @@ class _Planner:
         dot, chain = choose_dot(
             self.target, lambda dot: weight_quads(ConvSpec(dot, chain=1, **fields), weight), largest, is_float
         )
-        spec = ConvSpec(dot, chain=chain, **fields)
+        on_tiles = isinstance(ARITHMETICS[dot], TileProducts)
+        spec = (TileSpec if on_tiles else ConvSpec)(dot, chain=chain, **fields)
         knobs = self._knobs(node.layer, spec)
         bias, numbers, filled = self._constants(node, spec, PARAMS, params)
-        arguments = (name, partial(pack_weights, spec, knobs, weight), bias, numbers, filled, residual)
+        arguments = (name, partial(packed_weights, spec, knobs, weight), bias, numbers, filled, residual)
         nodes = (node.name, add.name) if add is not None else (node.name,)
         self._add(nodes, node.layer, spec, knobs, arguments)
 

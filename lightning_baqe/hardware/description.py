@@ -26,7 +26,7 @@ from torch import nn
 
 from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import can_run, cpu_flags, get_target, usable_cores
+from lightning_baqe.hardware.target import cpu_flags, get_target, obstacle, usable_cores
 from lightning_baqe.quantization.config import FLOAT_BITS, MAX_BITS, MIN_BITS, BitConfig, layers
 from lightning_baqe.quantization.wrappers import unwrapped
 
@@ -160,10 +160,11 @@ class DeviceDescription(_Part):
         """
         missing = sorted(set(self.instructions) - cpu_flags())
         path = get_target(self.target).path
-        if missing or not can_run(path):
+        why = obstacle(path)
+        if missing or why is not None:
             raise ConfigError(
-                f"this machine is not the device that deploy describes: it lacks {', '.join(missing) or path}; choose "
-                "deploy=native, or another device"
+                "this machine is not the device that deploy describes: it lacks "
+                f"{', '.join(missing) or f'{path}, {why}'}; choose deploy=native, or another device"
             )
 
     def choices(self, network: nn.Module, wanted: Iterable[int], names: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lightning_baqe.errors import BuildError
 
@@ -17,7 +19,8 @@ class CpuTarget:
 
     Args:
         name: ``native``, or the name of the path.
-        path: which exact integer arithmetic is used: ``vnni512``, ``avxvnni``, ``avx2`` or ``portable``.
+        path: which exact integer arithmetic is used: ``amx``, ``vnni512``, ``avxvnni``, ``avx2`` or ``portable``;
+            ``amx_vnni`` and ``amx_plain`` run the kernels for AMX where there is none, slowly.
         mcpu: LLVM's name of the CPU.
         lanes: 32-bit lanes of one vector register.
         registers: vector registers.
@@ -32,24 +35,36 @@ class CpuTarget:
     vbmi: bool = False
 
     @property
-    def tvm(self) -> dict[str, str]:
+    def tvm(self) -> dict[str, Any]:
         """The target as ``tvm.target.Target`` takes it."""
-        return {"kind": "llvm", "mcpu": self.mcpu}
+        features: dict[str, Any] = {"mattr": ["+amx-tile", "+amx-int8"]} if self.path == "amx" else {}
+        return {"kind": "llvm", "mcpu": self.mcpu, **features}
 
 
 _PATHS = {
+    "amx": CpuTarget("amx", "amx", "sapphirerapids", 16, 32, vbmi=True),
     "vnni512": CpuTarget("vnni512", "vnni512", "cascadelake", 16, 32),
     "avxvnni": CpuTarget("avxvnni", "avxvnni", "alderlake", 8, 16),
     "avx2": CpuTarget("avx2", "avx2", "haswell", 8, 16),
     "portable": CpuTarget("portable", "portable", "x86-64", 4, 16),
+    "amx_vnni": CpuTarget("amx_vnni", "amx_vnni", "cascadelake", 16, 32),
+    "amx_plain": CpuTarget("amx_plain", "amx_plain", "x86-64", 16, 32),
 }
-VNNI_PATHS = ("vnni512", "avxvnni")
+NATIVE = ("vnni512", "avxvnni", "avx2", "portable")  # fastest first, of those that were measured
+VNNI_PATHS = ("amx", "amx_vnni", "vnni512", "avxvnni")
+_VNNI512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 NEEDED_FLAGS = {
-    "vnni512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "amx": _VNNI512 | {"amx_tile", "amx_int8"},
+    "amx_vnni": _VNNI512,
+    "amx_plain": set[str](),
+    "vnni512": _VNNI512,
     "avxvnni": {"avx2", "fma", "avx_vnni"},
     "avx2": {"avx2", "fma"},
     "portable": set[str](),
 }
+
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64's system call, its code, AMX's state
 
 
 @functools.cache
@@ -83,10 +98,32 @@ def cpu_name() -> str:
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
+@functools.cache
+def may_use_tiles() -> bool:
+    """Ask Linux for AMX's registers, once a process: without, its first tile instruction ends it.
+
+    Threads that there are and will be share the permission, forks inherit it; a program that is started anew must ask.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 3
+    return bool(libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+
+
 def can_run(path: str, vbmi: bool = False) -> bool:
-    """Whether this CPU executes the code of a path, with AVX512-VBMI besides if wanted."""
+    """Whether this process may execute the code of a path, with AVX512-VBMI besides if wanted."""
+    return obstacle(path, vbmi) is None
+
+
+def obstacle(path: str, vbmi: bool = False) -> str | None:
+    """Why this process cannot execute the code of a path, in words that follow the name of its instructions; None: it
+    can.
+    """
     flags = NEEDED_FLAGS[path] | ({"avx512vbmi"} if vbmi else set())
-    return cpu_flags() >= flags and (path == "portable" or platform.machine() == "x86_64")
+    if not (cpu_flags() >= flags and (path == "portable" or platform.machine() == "x86_64")):
+        return "which this CPU does not have"
+    if path == "amx" and not may_use_tiles():
+        return "which the system does not let this process use (arch_prctl refuses it; containers can forbid it)"
+    return None
 
 
 @functools.cache
@@ -94,8 +131,8 @@ def get_target(name: str = "native") -> CpuTarget:
     """Look a target up.
 
     Args:
-        name: ``native`` (the best path that this CPU runs, tuned for it), ``vnni512``, ``avxvnni``, ``avx2`` or
-            ``portable``.
+        name: ``native`` (the best path that this CPU runs, tuned for it), or the name of a path. ``amx`` is never
+            native so far: its kernels were not measured on such a CPU.
 
     Raises:
         BuildError: no such target.
@@ -104,7 +141,7 @@ def get_target(name: str = "native") -> CpuTarget:
         return _PATHS[name]
     if name != "native":
         raise BuildError(f"unknown target {name!r}; choose one of native, {', '.join(_PATHS)}")
-    best = next(path for path in _PATHS if can_run(path))
+    best = next(path for path in NATIVE if can_run(path))
     from tvm.target import Target, codegen
 
     base = replace(_PATHS[best], name="native")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lightning_baqe.kernels.x86.conv import PARAMS
+from lightning_baqe.kernels.specs import packed_weights
+from lightning_baqe.kernels.x86.conv_epilogue import PARAMS
 from lightning_baqe.kernels.x86.conv_knobs import Knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
-from lightning_baqe.kernels.x86.conv_weights import pack_weights
 from lightning_baqe.kernels.x86.depthwise import DEPTHWISE_PARAMS, DepthwiseSpec, pack_depthwise
 from lightning_baqe.kernels.x86.layout import SLACK, Layout
 from lightning_baqe.kernels.x86.requantize import requant_numbers
@@ -49,7 +49,7 @@ class KernelSample:
             numbers = [self.numbers] if self.spec.requantizes else []
             params = self.params[[PARAMS.index(name) for name in DEPTHWISE_PARAMS]]
             return [self.source, packed, self.bias, *numbers, params]
-        packed = pack_weights(self.spec, knobs, self.weight)
+        packed = packed_weights(self.spec, knobs, self.weight)
         return [self.source, packed, self.bias, self.numbers, self.params, self.residual]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as B
 
@@ -16,10 +17,13 @@ from lightning_baqe.kernels.islands import IslandSpec, build_island
 from lightning_baqe.kernels.x86.conv import emit_conv
 from lightning_baqe.kernels.x86.conv_knobs import check_knobs
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
+from lightning_baqe.kernels.x86.conv_weights import pack_weights
 from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec, check_depthwise_knobs, emit_depthwise
 from lightning_baqe.kernels.x86.moves import MoveSpec, emit_move
 from lightning_baqe.kernels.x86.pixels import PixelSpec, emit_byte_table, emit_pack, emit_pointwise, emit_unpack
 from lightning_baqe.kernels.x86.pooling import PoolSpec, emit_pool
+from lightning_baqe.kernels.x86.tile_conv import emit_tile_conv
+from lightning_baqe.kernels.x86.tile_spec import TileSpec, check_tile_knobs, pack_tiles
 
 TunableSpec = ConvSpec | DepthwiseSpec
 Spec = ConvSpec | DepthwiseSpec | PixelSpec | PoolSpec | MoveSpec | IslandSpec
@@ -39,6 +43,8 @@ def _built(spec: Spec, knobs: tuple[tuple[str, Any], ...]) -> Any:
     if isinstance(spec, IslandSpec):
         return build_island(spec)
     match spec:
+        case TileSpec():
+            emit = partial(_emit_tiles, spec, check_tile_knobs(spec, dict(knobs)))
         case ConvSpec():
             emit = partial(emit_conv, spec, check_knobs(spec, dict(knobs)))
         case DepthwiseSpec():
@@ -58,6 +64,22 @@ def _built(spec: Spec, knobs: tuple[tuple[str, Any], ...]) -> Any:
     with IRBuilder() as builder, B.prim_func(s_tir=True):
         emit()
     return builder.get()
+
+
+def _emit_tiles(spec: TileSpec, knobs: Mapping[str, Any]) -> None:
+    if knobs["unit"] == "tiles":
+        emit_tile_conv(spec, knobs)
+    else:
+        emit_conv(spec.on_vectors, knobs)
+
+
+def packed_weights(spec: ConvSpec, knobs: Mapping[str, Any], weight: np.ndarray) -> np.ndarray:
+    """Weights ``(out, in / groups, kh, kw)`` as the kernel of checked knobs reads them, flat."""
+    if isinstance(spec, TileSpec):
+        if knobs["unit"] == "tiles":
+            return pack_tiles(spec, knobs, weight)
+        spec = spec.on_vectors
+    return pack_weights(spec, knobs, weight)
 
 
 def kernel_key(spec: Spec, knobs: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from lightning_baqe.kernels.x86.depthwise import (
     depthwise_cost,
     depthwise_knob_space,
 )
+from lightning_baqe.kernels.x86.tile_spec import TileSpec, check_tile_knobs, tile_knob_space, tile_knobs_cost
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ _TEMPLATES: dict[type, Template] = {
         cost=lambda spec, knobs: tile_cost(with_intrinsic(spec, knobs), sizes(knobs)),
         unsearched=frozenset({"intrinsic"}),
     ),
+    TileSpec: Template(tile_knob_space, check_tile_knobs, tile_knobs_cost, frozenset({"intrinsic"})),
     DepthwiseSpec: Template(
         knob_space=depthwise_knob_space,
         check_knobs=check_depthwise_knobs,

@@ -24,7 +24,7 @@ def build(
 
     Args:
         graph: from :func:`lightning_baqe.lower`.
-        target: ``native``, ``vnni512``, ``avxvnni``, ``avx2``, ``portable``.
+        target: ``native``, ``amx``, ``vnni512``, ``avxvnni``, ``avx2``, ``portable``.
         schedules: ``{layer: {knob: value}}``; a layer that is missing takes the best knobs in the records, or the
             template's default. ``"default"``: the template's defaults for all.
         threads: of every convolution.

@@ -14,10 +14,31 @@ from tvm.target import Target
 from tvm.tirx.script.builder import ir as B
 
 from lightning_baqe.hardware.target import CpuTarget
-from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS
+from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS, TileProducts
 from lightning_baqe.kernels.x86.emit import arguments
+from lightning_baqe.kernels.x86.tiles import BYTES, COLUMNS, REGISTERS, ROWS, How, Tiles
 
 _STEPS, _PASSES = 32, 64
+
+
+def _tile_kernel(how: How) -> Any:
+    """Blocks of 2 x 2 tiles, all that is loaded in the fastest cache."""
+    tile = ROWS * BYTES
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        X, W, Y = arguments("main", (2 * tile, "uint8"), (_STEPS * 2 * tile, "int8"), (4 * ROWS * COLUMNS, "int32"))
+        tiles = Tiles(how, [ROWS] * REGISTERS)
+        for sums in range(4):
+            tiles.begin(sums, Y, 0)
+        with B.serial(_PASSES), B.serial(_STEPS) as s:
+            for side in range(2):
+                tiles.load(4 + side, X, side * tile, BYTES)
+                tiles.load(6 + side, W, (2 * s + side) * tile, BYTES)
+            for sums in range(4):
+                tiles.add(sums, 4 + sums // 2, 6 + sums % 2)
+        for sums in range(4):
+            tiles.store(sums, Y, sums * ROWS * COLUMNS, COLUMNS)
+        tiles.release()
+    return builder.get().with_attr("global_symbol", "main")
 
 
 def _peak_kernel(dot: str, chain: int, lanes: int, accumulators: int) -> Any:
@@ -45,11 +66,22 @@ def _peak_kernel(dot: str, chain: int, lanes: int, accumulators: int) -> Any:
 
 
 @functools.cache
-def _peak_library(target: CpuTarget, dot: str, chain: int, accumulators: int) -> tuple[Any, float]:
-    function = _peak_kernel(dot, chain, target.lanes, accumulators)
+def _peak_library(target: CpuTarget, dot: str, chain: int, accumulators: int) -> tuple[Any, float, list[np.ndarray]]:
+    """The kernel, its multiply-accumulates, and arrays to run it on."""
+    arithmetic = ARITHMETICS[dot]
+    if isinstance(arithmetic, TileProducts):
+        function, products = _tile_kernel(arithmetic.how), 4 * ROWS * COLUMNS * BYTES
+        kinds = [(2 * ROWS * BYTES, "uint8"), (_STEPS * 2 * ROWS * BYTES, "int8"), (4 * ROWS * COLUMNS, "int32")]
+    else:
+        function = _peak_kernel(dot, chain, target.lanes, accumulators)
+        products = accumulators * chain * target.lanes * arithmetic.quad
+        weights = _STEPS * chain * target.lanes * arithmetic.quad
+        kinds = [(accumulators, arithmetic.dtype), (weights, arithmetic.weight_dtype)]
+        kinds.append((accumulators * target.lanes, arithmetic.dtype))
+    arrays = [np.ones(size, dtype) for size, dtype in kinds]
+    arrays[2][:] = 0
     library = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
-    macs = float(_STEPS * _PASSES * accumulators * chain * target.lanes * ARITHMETICS[dot].quad)
-    return library, macs
+    return library, float(_STEPS * _PASSES * products), arrays
 
 
 def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1, fastest: bool = False) -> float:
@@ -64,16 +96,14 @@ def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1, fa
         fastest: take the fastest of many short runs instead of the median of a few long ones: what the machine can do,
             not what it does while it is busy.
     """
-    arithmetic, best = ARITHMETICS[dot], 0.0
-    for accumulators in (4, 8, 12, 16) if target.registers == 32 else (4, 6, 8, 10):
-        library, macs = _peak_library(target, dot, chain, accumulators)
-        words = np.ones(accumulators, arithmetic.dtype)
+    best = 0.0
+    on_tiles = isinstance(ARITHMETICS[dot], TileProducts)
+    for accumulators in (4,) if on_tiles else (4, 8, 12, 16) if target.registers == 32 else (4, 6, 8, 10):
+        library, macs, arrays = _peak_library(target, dot, chain, accumulators)
         function = library.mod
-        weights = np.ones(_STEPS * chain * target.lanes * arithmetic.quad, arithmetic.weight_dtype)
-        out = np.zeros(accumulators * target.lanes, arithmetic.dtype)
         repeat, length_ms = (25, int(seconds * 10)) if fastest else (5, int(seconds * 50))
         timer = function.time_evaluator("main", tvm.cpu(), number=1, repeat=repeat, min_repeat_ms=length_ms)
-        times = timer(*(tvm.runtime.tensor(array) for array in (words, weights, out)))
+        times = timer(*(tvm.runtime.tensor(array) for array in arrays))
         taken = times.min if fastest else times.median
         best = max(best, macs / taken / 1e9)
     return best

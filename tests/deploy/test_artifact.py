@@ -118,7 +118,7 @@ def test_the_gate_can_fail(resnet: Sample, saved_resnet: Path) -> None:
 
 
 def test_foreign_instructions_are_refused(resnet: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_baqe.deploy.artifact.can_run", lambda path, vbmi: False)
+    monkeypatch.setattr("lightning_baqe.deploy.artifact.obstacle", lambda path, vbmi: "which this CPU does not have")
     with pytest.raises(BuildError, match="does not have"):
         baqe.build(resnet[0], schedules="default").run(resnet[1])
 

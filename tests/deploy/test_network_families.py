@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_graphs import TILES
 
 import lightning_baqe as baqe
 from lightning_baqe.engines.zoo import calibrated, random_bits, settled_network
@@ -39,12 +40,12 @@ FULL_SIZE = [
 ]
 
 
-def assert_equal(library: str, name: str, size: int, seed: int, classes: int) -> None:
+def assert_equal(library: str, name: str, size: int, seed: int, classes: int, target: str = "native") -> None:
     module, images = settled_network(name, library, size, seed, classes)
     assert images.shape[-1] == size
     graph = baqe.lower(calibrated(module, random_bits(module, seed), images))
     assert graph.is_integer_only
-    artifact = baqe.build(graph, schedules="default")
+    artifact = baqe.build(graph, target, schedules="default")
     assert not {node: count for node, count in baqe.verify(artifact, images[:1]).items() if count}
     assert torch.equal(artifact.run(images[:2]), graph.run(images[:2]))
 
@@ -58,6 +59,12 @@ def test_a_small_one(library: str, name: str, size: int) -> None:
 @pytest.mark.parametrize(("library", "name", "size"), FAMILIES)
 def test_every_family(library: str, name: str, size: int) -> None:
     assert_equal(library, name, size, seed=2, classes=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "name", "size"), FAMILIES)
+def test_every_family_on_tiles(library: str, name: str, size: int) -> None:
+    assert_equal(library, name, size, seed=4, classes=10, target=TILES)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_graphs import INTEGER_NODES, draw_graph
-from small_graphs import Maker, assert_exact, compiled, images, random_schedules
+from small_graphs import TILE_PATHS, Maker, assert_exact, compiled, images, random_schedules
 
 from lightning_baqe.deploy.calls import Call
 from lightning_baqe.deploy.plan import make_plan
@@ -20,7 +20,7 @@ from lightning_baqe.hardware.target import can_run, get_target
 from lightning_baqe.integer import nodes as ir
 from lightning_baqe.integer.graph import IntegerGraph
 
-PATHS = ("vnni512", "avxvnni", "avx2", "portable")
+PATHS = (*TILE_PATHS, "vnni512", "avxvnni", "avx2", "portable")
 
 
 def checked(path: str, examples: int) -> Callable[[], None]:

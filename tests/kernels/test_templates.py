@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_graphs import INT8, UINT8, WIDE, Maker, assert_exact, compiled, images, random_schedules
+from small_graphs import INT8, TILE_PATHS, TILES, UINT8, WIDE, Maker, assert_exact, compiled, images, random_schedules
 
 from lightning_baqe.deploy.plan import make_plan
 from lightning_baqe.errors import BuildError, ConfigError
@@ -22,10 +22,11 @@ from lightning_baqe.kernels.x86.conv_knobs import check_knobs, default_knobs, kn
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec, depthwise_knob_space
 
-PATHS = ("vnni512", "avxvnni", "avx2", "portable")
+PATHS = (TILES, "vnni512", "avxvnni", "avx2", "portable")
+OTHERS = [pytest.param(path, marks=pytest.mark.slow) for path in TILE_PATHS if path != TILES]
 
 
-@pytest.fixture(params=(*PATHS, "native"))
+@pytest.fixture(params=(*PATHS, "native", *OTHERS))
 def target(request: pytest.FixtureRequest) -> CpuTarget:
     """Each path: compiled for all, run on those that this CPU has; and this CPU's own, with what more it has."""
     return get_target(request.param)

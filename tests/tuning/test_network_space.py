@@ -35,7 +35,7 @@ def graphs(ties: tuple[tuple[str, ...], ...] = ()) -> tuple[dict[int, baqe.Integ
     return found, baqe.BitConfig.uniform(model, 8, 8, ties=ties)
 
 
-@pytest.fixture(params=["vnni512", "avxvnni", "avx2", "portable"])
+@pytest.fixture(params=["amx", "vnni512", "avxvnni", "avx2", "portable"])
 def target(request: pytest.FixtureRequest) -> CpuTarget:
     return get_target(request.param)
 

@@ -5,11 +5,14 @@ A convolution's inner step multiplies groups of neighbouring input values (a *qu
 
 | name | where | step | quad | weights | rows of a depthwise step | exact because |
 | --- | --- | --- | --- | --- | --- | --- |
+| tiles | AMX | a product of tile registers, see :mod:`lightning_baqe.kernels.x86.tiles` | 4 | int8 | | as vnni |
 | vnni | VNNI | ``vpdpbusd``: u8 x s8, four products into int32 | 4 | int8, nibbles | 4, bytes | it does not saturate |
 | maddubs | AVX2 | a chain of ``vpmaddubsw`` in int16, ``vpmaddwd`` by ones | 4 | int8, nibbles | | weights prove it |
 | madd16 | AVX2 | even and odd bytes as int16, two ``vpmaddwd`` | 4 | int16 | 2, words | 255 * 128 * 2 fits int32 |
 | portable | all | one value at a time, widened to int32 | 1 | int8 | 1 | plain arithmetic |
 | fma | all | one value at a time | 1 | float32 | 1 | (float) |
+
+``tiles_vnni`` and ``tiles_plain`` stand for tiles on other CPUs, for tests.
 
 A layer takes the first of its target that is exact for its weights. Another instruction set is another class, in
 :data:`ARITHMETICS` before those that are slower. Specs and records keep the name.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 from tvm.script import tirx as T
@@ -45,6 +48,12 @@ def look_up_64(table: list[Any], index: Any) -> Any:
     return T.Select(index >= T.broadcast(T.uint8(128), 64), high, low)
 
 
+def vpdpbusd(sums: Any, words: Any, weights: Any, lanes: int) -> Any:
+    """VNNI's step, with input values as int32 words."""
+    unsigned = T.reinterpret(words, dtype=f"int8x{4 * lanes}")
+    return intrinsic(_VPDPBUSD.format(bits=32 * lanes), sums, unsigned, weights, dtype=f"int32x{lanes}")
+
+
 def _vpmaddwd(a: Any, b: Any, lanes: int) -> Any:
     """The sums of the two products of each lane's int16; lanes must be 8."""
     return intrinsic(_PMADDWD, a, b, dtype=f"int32x{lanes}")
@@ -56,6 +65,7 @@ class Arithmetic(abc.ABC):
     name: ClassVar[str]
     paths: ClassVar[tuple[str, ...]] = ()  # of the targets that have its instructions
     plain: ClassVar[bool] = False  # of every target, for signed input values, too; nothing plainer can replace it
+    packs: ClassVar[bool] = True  # its targets have the instructions that pack four vectors of results to bytes
     quad: ClassVar[int] = 4  # input values of a step
     taps: ClassVar[int] = 0  # rows of a depthwise window that one word holds; 0: it has no depthwise kernels
     dtype: ClassVar[str] = "int32"  # of sums and of words of input values
@@ -130,11 +140,10 @@ class Arithmetic(abc.ABC):
 
 @final
 class Vnni(Arithmetic):
-    name, paths, taps, nibbles = "vnni", VNNI_PATHS, 4, True
+    name, paths, taps, nibbles = "vnni", VNNI_PATHS, 4, True  # beside tiles, too
 
     def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
-        unsigned = T.reinterpret(words, dtype=f"int8x{4 * lanes}")
-        return intrinsic(_VPDPBUSD.format(bits=32 * lanes), acc, unsigned, weights, dtype=f"int32x{lanes}")
+        return vpdpbusd(acc, words, weights, lanes)
 
 
 @final
@@ -195,9 +204,37 @@ class Madd16(Arithmetic):
         return sums * 4.0 + blocks + 3.0 * words + 2.0 * spilled
 
 
+class TileProducts(Arithmetic):
+    """Of a template of its own, which knows how tiles lie; ``how`` as for :class:`~lightning_baqe.kernels.x86.tiles`.
+
+    Where a layer is better off without, its template takes ``vectors``.
+    """
+
+    how: ClassVar[Literal["amx", "vnni", "plain"]]
+    vectors_name: ClassVar[str]
+
+    def add(self, acc: Any, words: Any, weights: Any, lanes: int) -> Any:
+        raise AssertionError(f"{self.name} has no vectors")
+
+
+@final
+class AmxTiles(TileProducts):
+    name, paths, how, vectors_name = "tiles", ("amx",), "amx", "vnni"
+
+
+@final
+class VnniTiles(TileProducts):
+    name, paths, how, vectors_name = "tiles_vnni", ("amx_vnni",), "vnni", "vnni"
+
+
+@final
+class PlainTiles(TileProducts):
+    name, paths, how, vectors_name, packs = "tiles_plain", ("amx_plain",), "plain", "portable", False
+
+
 @final
 class Portable(Arithmetic):
-    name, plain, quad, taps, costs = "portable", True, 1, 1, (2.0, 2.0)
+    name, plain, packs, quad, taps, costs = "portable", True, False, 1, 1, (2.0, 2.0)
 
     def word(self, source: Any, offset: Any) -> Any:
         return T.Cast("int32", source[offset])
@@ -208,7 +245,7 @@ class Portable(Arithmetic):
 
 @final
 class Fma(Arithmetic):
-    name, plain, quad, taps, dtype, weight_dtype = "fma", True, 1, 1, "float32", "float32"
+    name, plain, packs, quad, taps, dtype, weight_dtype = "fma", True, False, 1, 1, "float32", "float32"
 
     def word(self, source: Any, offset: Any) -> Any:
         return source[offset]
@@ -217,7 +254,9 @@ class Fma(Arithmetic):
         return intrinsic("llvm.fma", words, weights, acc, dtype=f"float32x{lanes}")
 
 
-ARITHMETICS: dict[str, Arithmetic] = {a.name: a for a in (Vnni(), Maddubs(), Madd16(), Portable(), Fma())}
+ARITHMETICS: dict[str, Arithmetic] = {
+    a.name: a for a in (AmxTiles(), VnniTiles(), PlainTiles(), Vnni(), Maddubs(), Madd16(), Portable(), Fma())
+}
 PLAIN = Portable.name  # what computes integers on any CPU
 
 

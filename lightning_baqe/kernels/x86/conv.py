@@ -18,17 +18,15 @@ import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B  # the same names as T's, as functions that build; no source is parsed
 
+from lightning_baqe.kernels.x86.conv_epilogue import PARAMS, Finished, finish
 from lightning_baqe.kernels.x86.conv_knobs import Knobs, inner_channels, sizes, with_intrinsic
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
-from lightning_baqe.kernels.x86.emit import arguments, at, cast, fill_halo, named, prefetch, put, tile_loops, tile_start
+from lightning_baqe.kernels.x86.emit import arguments, at, fill_halo, named, prefetch, put, tile_loops, tile_start
 from lightning_baqe.kernels.x86.layout import Layout
-from lightning_baqe.kernels.x86.requantize import bounds, clipped, cut, requantized, store_bytes
 
 Sums = dict[tuple[int, int, int], Any]  # buffers of a tile's accumulators, by row, column and block
 LINE = 64  # bytes of a cache line
 FETCHED_AHEAD = 2**17  # bytes of weights; fewer stay in the second-level cache from one inference to the next
-PARAMS = ("shift", "zero_point", "low", "high", "m_conv", "m_residual", "add_shift", "add_offset", "add_zero_point",
-          "add_low", "add_high", "pad")  # fmt: skip
 
 
 class _Tiled:
@@ -46,15 +44,6 @@ class _Tiled:
         self.turns = self.steps // (self.group if spec.chain > 1 else self.group * self.unroll)
         self.block_length = self.segments * self.steps * (spec.lanes * (2 if self.packed else spec.arithmetic.quad))
         self.weight_dtype = "uint8" if self.packed else spec.arithmetic.weight_dtype
-
-    def segment_offset(self, segment: Any) -> Any:
-        """Where a segment's input values begin, from the first one of the window."""
-        source, (height, width), (rows, columns) = self.spec.source, self.spec.kernel, self.spec.dilation
-        if self.spec.whole_rows and not self.inner:
-            return segment * (rows * source.row)
-        tap = T.floormod(segment, height * width) if self.inner else segment
-        offset = T.floordiv(tap, width) * (rows * source.row) + T.floormod(tap, width) * (columns * source.pitch)
-        return T.floordiv(segment, height * width) * self.inner + offset if self.inner else offset
 
     def weights(self, buffer: Any, quad: Any, index: int) -> list[Any]:
         """The weight vectors of quad ``quad + index``, where ``quad`` begins a group."""
@@ -96,7 +85,7 @@ def _accumulate(
 
     def offset_of(h: int, w: int, c: int, group: Any) -> Any:
         offset = layout.origin(spec.top, spec.left) + (y + h) * (stride_y * layout.row)
-        offset = offset + (x + w) * (stride_x * layout.pitch) + tiled.segment_offset(segment)
+        offset = offset + (x + w) * (stride_x * layout.pitch) + spec.segment_offset(segment, tiled.inner)
         return offset + spec.first_channel(block + c) + group * (tiled.group * arithmetic.quad)
 
     def quad_of(c: int, group: Any) -> Any:
@@ -148,52 +137,30 @@ def _add_chains(
             put(buffer, arithmetic.widened(at(buffer, 0, lanes), sums[place][halves], lanes), 0, lanes)
 
 
-def _residual_sum(spec: ConvSpec, value: Any, residual: Any, params: dict[str, Any]) -> Any:
-    """The sum with the other operand, int32: clipped, or before zero point and clipping where bytes are packed."""
-    lanes, width = spec.lanes, "int32" if spec.narrow_add else "int64"
-
-    def scalar(number: Any) -> Any:
-        return T.broadcast(T.Cast(width, number), lanes)
-
-    shift = params["add_shift"]
-    rounding = params["add_offset"] + T.shift_left(T.int64(1), shift - T.int64(1))
-    total = (
-        T.Cast(f"{width}x{lanes}", value) * scalar(params["m_conv"])
-        + T.Cast(f"{width}x{lanes}", residual) * scalar(params["m_residual"])
-        + scalar(rounding)
-    )
-    total = T.shift_right(total, scalar(shift))
-    if spec.packs_bytes:
-        return total if spec.narrow_add else cut(total, lanes)
-    return T.Cast(f"int32x{lanes}", clipped(total, *bounds(params, "add_"), width, lanes))
-
-
 def _store(
     spec: ConvSpec, acc: Sums, corner: tuple[Any, Any, Any], numbers: Any, params: dict[str, Any], other: Any, out: Any
 ) -> None:
-    """Emit a tile's results: requantized, rectified or as they are."""
-    lanes, (block, y, x) = spec.lanes, corner
+    """Emit a tile's results."""
+    block, y, x = corner
 
     def place(layout: Layout, h: int, w: int, c: int) -> Any:
-        return layout.origin() + (y + h) * layout.row + (x + w) * layout.pitch + (block + c) * lanes
+        return layout.origin() + (y + h) * layout.row + (x + w) * layout.pitch + (block + c) * spec.lanes
 
-    values, places = [], []
-    for (h, w, c), sums in acc.items():
-        value = sums[T.ramp(0, 1, lanes)]
-        if spec.requantizes:  # int32, before the last zero point and clipping where bytes are packed
-            clips = not spec.packs_bytes or spec.residual is not None
-            value = requantized(value, numbers, block + c, params, lanes, spec.narrow, spec.high, clips)
-            if spec.residual is not None:
-                value = _residual_sum(spec, value, at(other, place(spec.residual, h, w, c), lanes), params)
-        elif spec.epilogue == "float_relu":
-            value = T.max(value, T.broadcast(T.float32(0), lanes))
-        values.append(value)
-        places.append(((h, w), place(spec.result, h, w, c)))
-    if spec.packs_bytes:
-        store_bytes(out, values, places, bounds(params, "" if spec.residual is None else "add_"), lanes)
-    else:
-        for value, (_, to) in zip(values, places, strict=True):
-            put(out, cast(spec.result.dtype, lanes, value) if spec.requantizes else value, to, lanes)
+    residual = spec.residual
+    finish(
+        spec,
+        [
+            Finished(
+                at(sums, 0, spec.lanes),
+                block + c,
+                (h, w),
+                place(spec.result, h, w, c),
+                None if residual is None else place(residual, h, w, c),
+            )
+            for (h, w, c), sums in acc.items()
+        ],
+        *(numbers, params, other, out),
+    )
 
 
 def emit_conv(spec: ConvSpec, knobs: Knobs) -> None:

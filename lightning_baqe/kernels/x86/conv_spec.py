@@ -55,7 +55,7 @@ class WindowSpec:
     @property
     def packs_bytes(self) -> bool:
         """Whether results are requantized to unsigned bytes, four vectors at a time."""
-        packs = self.requantizes and self.result.dtype == "uint8" and not self.arithmetic.plain
+        packs = self.requantizes and self.result.dtype == "uint8" and self.arithmetic.packs
         return packs and (self.narrow or self.high or self.epilogue == "requant_add")
 
 
@@ -112,6 +112,15 @@ class ConvSpec(WindowSpec):
         if inner:
             return self.span // inner * height * width
         return height if self.whole_rows else height * width
+
+    def segment_offset(self, segment: Any, inner: int = 0) -> Any:
+        """Where a segment's input values begin, from the first one of the window; ``inner`` as for :meth:`segments`."""
+        source, (height, width), (rows, columns) = self.source, self.kernel, self.dilation
+        if self.whole_rows and not inner:
+            return segment * (rows * source.row)
+        tap = T.floormod(segment, height * width) if inner else segment
+        offset = T.floordiv(tap, width) * (rows * source.row) + T.floormod(tap, width) * (columns * source.pitch)
+        return T.floordiv(segment, height * width) * inner + offset if inner else offset
 
     def run(self, inner: int = 0) -> int:
         """Values in one run."""
