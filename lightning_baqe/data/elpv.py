@@ -25,7 +25,7 @@ _PACKAGE = "elpv_dataset"
 _LABELS = "labels.csv"
 _LINE = re.compile(r"(?P<path>images/[\w-]+\.png)\s+(?P<probability>[01](\.\d+)?)\s+(?P<kind>mono|poly)")
 _MOST_BYTES = 16 << 20
-_TEST_SHARE, _VAL_SHARE, _SPLIT_SEED = 0.25, 0.2, 0
+_TEST_SHARE, _VAL_SHARE = 0.25, 0.2
 _DEFECTIVE = 0.5
 
 
@@ -53,7 +53,7 @@ class ElpvDataModule(ImageDataModule):
     """2,624 cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2019), 300x300 grey, as three equal channels.
 
     A quarter is the test split, as in Deitsch et al.; a fifth of the rest is for validation. Both are stratified by
-    class and kind of cell, and always the same, whatever ``seed``. Training images are mirrored and turned by right
+    class and kind of cell, and the same whatever ``seed``. Training images are mirrored and turned by right
     angles, drawn from torch's global generator. ``mean`` and ``std`` are ImageNet's, until ``normalise`` is called.
 
     The data is licensed CC BY-NC-SA 4.0: not for commercial use. It comes with ``pip install 'lightning-baqe[elpv]'``.
@@ -64,6 +64,9 @@ class ElpvDataModule(ImageDataModule):
         augment: change training images.
         labels: of training images: ``"majority"``, or ``"drawn"`` anew from the experts' probability whenever an image
             is read, so that a network learns the probability. The other splits have the majority's.
+        split_seed: of the splits.
+        val_in_train: train on the validation images, too: for a last training whose settings were chosen before, since
+            the validation split then tells nothing.
         batch_size: images per batch.
         seed: of the order of the training images.
         num_workers: loader processes; the data lies in memory, so 0 is the fastest.
@@ -83,6 +86,8 @@ class ElpvDataModule(ImageDataModule):
         image_size: int = 224,
         augment: bool = True,
         labels: Literal["majority", "drawn"] = "majority",
+        split_seed: int = 0,
+        val_in_train: bool = False,
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
@@ -92,7 +97,9 @@ class ElpvDataModule(ImageDataModule):
         self.root = None if root is None else Path(root).expanduser()
         if labels not in ("majority", "drawn"):
             raise ConfigError(f"labels={labels!r}, wanted is 'majority' or 'drawn'")
+        check_at_least("split_seed", split_seed, 0)
         self.augment, self.labels = augment, labels
+        self.split_seed, self.val_in_train = split_seed, val_in_train
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -110,13 +117,14 @@ class ElpvDataModule(ImageDataModule):
         strata = [f"{cell.is_defective} {cell.kind}" for cell in cells]
         try:
             rest, test = train_test_split(
-                np.arange(len(cells)), test_size=_TEST_SHARE, random_state=_SPLIT_SEED, stratify=strata
+                np.arange(len(cells)), test_size=_TEST_SHARE, random_state=self.split_seed, stratify=strata
             )
             train, val = train_test_split(
-                rest, test_size=_VAL_SHARE, random_state=_SPLIT_SEED, stratify=[strata[i] for i in rest]
+                rest, test_size=_VAL_SHARE, random_state=self.split_seed, stratify=[strata[i] for i in rest]
             )
         except ValueError as error:
             raise DataError(f"{self._folder() / _LABELS} has too few cells to be split: {error}") from error
+        train = rest if self.val_in_train else train
         chosen: dict[Split, np.ndarray] = {"train": train, "val": val, "test": test}
         return {split: [cells[i] for i in np.sort(indices)] for split, indices in chosen.items()}
 

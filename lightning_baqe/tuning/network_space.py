@@ -139,8 +139,8 @@ class NetworkSpace:
         bits = self.base.replace({layer: LayerBits(value, value) for layer, value in chosen.items()})
         schedules = {layer: dict(known.get(bits[layer].activation, {})) for layer, known in self.defaults.items()}
         for layer, knobs in self.knobs.items():
-            for knob in knobs:
-                schedules[layer][knob] = params[f"{layer}/{knob}"]
+            known = set(schedules[layer]) or set(knobs)  # a layer on tiles has others than the same one in float
+            schedules[layer].update({knob: params[f"{layer}/{knob}"] for knob in knobs if knob in known})
         return bits, schedules
 
     def extreme(self, pick: Callable[[Sequence[int]], int]) -> BitConfig:
@@ -172,8 +172,12 @@ class NetworkSpace:
                 chosen = point.get(f"{leader}/bits", self.base[layer].activation)
                 default = self.defaults[layer].get(chosen, {})
                 for knob, found in knobs.items():
-                    keeps = keep and knob in default
-                    point[f"{layer}/{knob}"] = default[knob] if keeps else found[rng.integers(len(found))]
+                    if default and knob not in default:  # says nothing at these bits
+                        point[f"{layer}/{knob}"] = found[0]
+                    elif keep and default:
+                        point[f"{layer}/{knob}"] = default[knob]
+                    else:
+                        point[f"{layer}/{knob}"] = found[rng.integers(len(found))]
             key = tuple(point.values())
             if key not in seen:
                 seen.add(key)

@@ -33,6 +33,19 @@ def test_splits_are_stratified_by_class_and_kind(root: Path) -> None:
     assert {round(cell.probability, 3) for cell in data.cells["train"]} == {0, 0.333, 0.667, 1}
 
 
+def test_other_splits_and_all_that_is_not_tested(root: Path) -> None:
+    whole, other = ElpvDataModule(root, 16, val_in_train=True), ElpvDataModule(root, 16, split_seed=1)
+    first = ElpvDataModule(root, 16)
+    paths = {split: {cell.path for cell in first.cells[split]} for split in SPLITS}
+    assert {cell.path for cell in whole.cells["train"]} == paths["train"] | paths["val"]
+    assert whole.cells["val"] == first.cells["val"]
+    assert whole.cells["test"] == first.cells["test"]
+    assert {cell.path for cell in other.cells["test"]} != paths["test"]
+    assert len(other.cells["test"]) == 40
+    with pytest.raises(ConfigError, match="split_seed"):
+        ElpvDataModule(root, split_seed=-1)
+
+
 def test_grey_becomes_three_channels_in_the_weights_normalisation(root: Path) -> None:
     data = ElpvDataModule(root, 16, batch_size=8)
     data.normalise((0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
