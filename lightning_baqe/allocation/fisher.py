@@ -79,9 +79,9 @@ class OutputFisher(Sensitivity):
 
 @dataclass(frozen=True)
 class PairwiseFisher(Sensitivity):
-    """The Fisher information's quadratic form in the errors of all layers' outputs, terms between layers included: half
-    the mean over images of the square of ``sum_l <g_l, e_l>``, with g the gradient of an image's own loss at a layer's
-    output and e that output's error.
+    """The Fisher information's quadratic form in the errors of all layers' outputs: half the mean over images of the
+    square of ``sum_l <g_l, e_l>``, with g the gradient of an image's own loss at a layer's output and e that output's
+    error. Terms between layers are those of layers that both have a choice.
 
     What CLADO measures by a loss for each two choices of each two layers, this estimates from one backward pass a
     batch. The integer program is quadratic, and convex on what images tell.

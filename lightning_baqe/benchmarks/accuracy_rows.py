@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -337,7 +337,7 @@ def _fit(
     callbacks: list[pl.Callback],
     say: Say,
 ) -> Trained:
-    """Train to the epoch of best validation accuracy, or read what was trained; then both accuracies."""
+    """Train to the epoch that is kept, or read what was trained; then both accuracies."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     curve = _Curve(checkpoint.with_suffix(".json"), say)
     if training.freeze_batch_norm:
@@ -348,7 +348,9 @@ def _fit(
         options |= {"callbacks": [*options["callbacks"], curve, still, *callbacks], "precision": training.precision}
         return quiet_trainer(**options)
 
-    fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer)
+    # Validation images that were trained on would choose the epoch that knows them best.
+    keep: Literal["best", "last"] = "last" if getattr(data, "val_in_train", False) else "best"
+    fit_to_checkpoint(task, data, checkpoint, training.epochs, trainer, keep=keep)
     kept = json.loads(curve.path.read_text())
     return Trained(task.net, kept["curve"], kept["seconds"], _accuracy(task.net, data))
 

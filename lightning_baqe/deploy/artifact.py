@@ -31,14 +31,18 @@ from lightning_baqe.deploy.storage import (
 from lightning_baqe.errors import BuildError, ConfigError, DataError
 from lightning_baqe.hardware.identity import device_info, versions
 from lightning_baqe.hardware.options import BuildOptions
-from lightning_baqe.hardware.target import CpuTarget, get_target, obstacle
+from lightning_baqe.hardware.target import CpuTarget, ask_for_tiles, get_target, obstacle
 from lightning_baqe.integer.graph import IntegerGraph, as_images
 from lightning_baqe.kernels.x86.layout import as_image
 from lightning_baqe.scratch import scratch_folder, scratch_path
 
 
 def load_library(path: Path | str) -> Any:
-    """A compiled module, unloaded with the last reference to it; TVM's default keeps it until the process ends."""
+    """A compiled module, unloaded with the last reference to it; TVM's default keeps it until the process ends.
+
+    Its code may use AMX's tiles, which this process then must have asked for.
+    """
+    ask_for_tiles()
     return tvm_ffi.load_module(str(path), keep_module_alive=False)
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter
 
 from lightning_baqe.errors import BuildError, DataError
 from lightning_baqe.files import MIB, check_schema, parse_json, read_arrays, read_file
-from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.hardware.target import NEEDED_FLAGS, CpuTarget
 from lightning_baqe.integer.graph import IntegerGraph
 from lightning_baqe.integer.serialize import graph_from_parts, graph_to_parts
 
@@ -45,11 +45,17 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _known_path(path: str) -> str:
+    if path not in NEEDED_FLAGS:
+        raise ValueError(f"one of {', '.join(NEEDED_FLAGS)} is wanted")
+    return path
+
+
 class _Target(_Part):
     """As :class:`~lightning_baqe.hardware.target.CpuTarget`."""
 
     name: str
-    path: Literal["vnni512", "avxvnni", "avx2", "portable"]
+    path: Annotated[str, AfterValidator(_known_path)]
     mcpu: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
     lanes: Literal[4, 8, 16]
     registers: Literal[16, 32]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 import platform
@@ -42,7 +43,7 @@ class CpuTarget:
 
 
 _PATHS = {
-    "amx": CpuTarget("amx", "amx", "sapphirerapids", 16, 32, vbmi=True),
+    "amx": CpuTarget("amx", "amx", "cascadelake", 16, 32),
     "vnni512": CpuTarget("vnni512", "vnni512", "cascadelake", 16, 32),
     "avxvnni": CpuTarget("avxvnni", "avxvnni", "alderlake", 8, 16),
     "avx2": CpuTarget("avx2", "avx2", "haswell", 8, 16),
@@ -52,9 +53,10 @@ _PATHS = {
 }
 NATIVE = ("vnni512", "avxvnni", "avx2", "portable")  # fastest first, of those that were measured
 VNNI_PATHS = ("amx", "amx_vnni", "vnni512", "avxvnni")
+_TILE_FLAGS = {"amx_tile", "amx_int8"}
 _VNNI512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 NEEDED_FLAGS = {
-    "amx": _VNNI512 | {"amx_tile", "amx_int8"},
+    "amx": _VNNI512 | _TILE_FLAGS,
     "amx_vnni": _VNNI512,
     "amx_plain": set[str](),
     "vnni512": _VNNI512,
@@ -62,8 +64,6 @@ NEEDED_FLAGS = {
     "avx2": {"avx2", "fma"},
     "portable": set[str](),
 }
-
-
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64's system call, its code, AMX's state
 
 
@@ -99,14 +99,25 @@ def cpu_name() -> str:
 
 
 @functools.cache
-def may_use_tiles() -> bool:
+def ask_for_tiles() -> str | None:
     """Ask Linux for AMX's registers, once a process: without, its first tile instruction ends it.
 
     Threads that there are and will be share the permission, forks inherit it; a program that is started anew must ask.
+
+    Returns:
+        why they may not be used, in words; None: they may.
     """
+    if not cpu_flags() >= _TILE_FLAGS:
+        return "which this CPU does not have"
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 3
-    return bool(libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+    if libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0:
+        return None
+    number = ctypes.get_errno()
+    return (
+        f"which the system does not let this process use (arch_prctl: {errno.errorcode.get(number, number)}; "
+        "containers can forbid it, kernels before 5.16 do not know it)"
+    )
 
 
 def can_run(path: str, vbmi: bool = False) -> bool:
@@ -121,9 +132,7 @@ def obstacle(path: str, vbmi: bool = False) -> str | None:
     flags = NEEDED_FLAGS[path] | ({"avx512vbmi"} if vbmi else set())
     if not (cpu_flags() >= flags and (path == "portable" or platform.machine() == "x86_64")):
         return "which this CPU does not have"
-    if path == "amx" and not may_use_tiles():
-        return "which the system does not let this process use (arch_prctl refuses it; containers can forbid it)"
-    return None
+    return ask_for_tiles() if path == "amx" else None
 
 
 @functools.cache

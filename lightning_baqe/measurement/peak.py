@@ -13,23 +13,30 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as B
 
-from lightning_baqe.hardware.target import CpuTarget
+from lightning_baqe.errors import BuildError
+from lightning_baqe.hardware.target import CpuTarget, obstacle
 from lightning_baqe.kernels.x86.arithmetic import ARITHMETICS, TileProducts
 from lightning_baqe.kernels.x86.emit import arguments
 from lightning_baqe.kernels.x86.tiles import BYTES, COLUMNS, REGISTERS, ROWS, How, Tiles
 
 _STEPS, _PASSES = 32, 64
+_TILE_STEPS = 8
+_TILE_ARRAYS = (  # input values, 16 KiB of weights, sums
+    (2 * ROWS * BYTES, "uint8"),
+    (_TILE_STEPS * 2 * ROWS * BYTES, "int8"),
+    (4 * ROWS * COLUMNS, "int32"),
+)
 
 
 def _tile_kernel(how: How) -> Any:
     """Blocks of 2 x 2 tiles, all that is loaded in the fastest cache."""
     tile = ROWS * BYTES
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        X, W, Y = arguments("main", (2 * tile, "uint8"), (_STEPS * 2 * tile, "int8"), (4 * ROWS * COLUMNS, "int32"))
+        X, W, Y = arguments("main", *_TILE_ARRAYS)
         tiles = Tiles(how, [ROWS] * REGISTERS)
         for sums in range(4):
             tiles.begin(sums, Y, 0)
-        with B.serial(_PASSES), B.serial(_STEPS) as s:
+        with B.serial(_PASSES), B.serial(_TILE_STEPS) as s:
             for side in range(2):
                 tiles.load(4 + side, X, side * tile, BYTES)
                 tiles.load(6 + side, W, (2 * s + side) * tile, BYTES)
@@ -71,9 +78,9 @@ def _peak_library(target: CpuTarget, dot: str, chain: int, accumulators: int) ->
     arithmetic = ARITHMETICS[dot]
     if isinstance(arithmetic, TileProducts):
         function, products = _tile_kernel(arithmetic.how), 4 * ROWS * COLUMNS * BYTES
-        kinds = [(2 * ROWS * BYTES, "uint8"), (_STEPS * 2 * ROWS * BYTES, "int8"), (4 * ROWS * COLUMNS, "int32")]
+        steps, kinds = _TILE_STEPS, list(_TILE_ARRAYS)
     else:
-        function = _peak_kernel(dot, chain, target.lanes, accumulators)
+        function, steps = _peak_kernel(dot, chain, target.lanes, accumulators), _STEPS
         products = accumulators * chain * target.lanes * arithmetic.quad
         weights = _STEPS * chain * target.lanes * arithmetic.quad
         kinds = [(accumulators, arithmetic.dtype), (weights, arithmetic.weight_dtype)]
@@ -81,7 +88,7 @@ def _peak_library(target: CpuTarget, dot: str, chain: int, accumulators: int) ->
     arrays = [np.ones(size, dtype) for size, dtype in kinds]
     arrays[2][:] = 0
     library = tvm.compile(tvm.IRModule({"main": function}), target=Target(target.tvm))
-    return library, float(_STEPS * _PASSES * products), arrays
+    return library, float(steps * _PASSES * products), arrays
 
 
 def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1, fastest: bool = False) -> float:
@@ -95,7 +102,12 @@ def peak_gmacs(target: CpuTarget, dot: str, chain: int, seconds: float = 0.1, fa
         seconds: to spend.
         fastest: take the fastest of many short runs instead of the median of a few long ones: what the machine can do,
             not what it does while it is busy.
+
+    Raises:
+        BuildError: this process cannot execute the target's code.
     """
+    if (why := obstacle(target.path, target.vbmi)) is not None:
+        raise BuildError(f"the peak of {target.path} cannot be measured here: it uses instructions {why}")
     best = 0.0
     on_tiles = isinstance(ARITHMETICS[dot], TileProducts)
     for accumulators in (4,) if on_tiles else (4, 8, 12, 16) if target.registers == 32 else (4, 6, 8, 10):

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -101,6 +101,7 @@ def fit_to_checkpoint(
     epochs: int,
     trainer: TrainerFactory = pl.Trainer,
     callbacks: Sequence[pl.Callback] = (),
+    keep: Literal["best", "last"] = "best",
 ) -> None:
     """Fit ``task`` and leave it with the weights of the epoch of best validation metric, of equals the last epoch.
 
@@ -113,7 +114,9 @@ def fit_to_checkpoint(
         checkpoint: if it exists, its weights are loaded and nothing is trained.
         epochs: of training; 1 or more.
         trainer: called with ``max_epochs`` and ``callbacks``; returns the Trainer.
-        callbacks: more of them. Where they change the structure of ``task.net``, it ends as it was in the best epoch.
+        callbacks: more of them. Where they change the structure of ``task.net``, it ends as it was in the epoch that is
+            kept.
+        keep: ``"last"``: the weights of the last epoch, where validation images tell nothing.
 
     Raises:
         ConfigError: ``epochs`` out of range.
@@ -123,7 +126,7 @@ def fit_to_checkpoint(
     check_at_least("epochs", epochs, 1)
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
-        _fit(task, datamodule, checkpoint, epochs, trainer, callbacks)
+        _fit(task, datamodule, checkpoint, epochs, trainer, callbacks, keep)
     load(task, checkpoint)
 
 
@@ -134,6 +137,7 @@ def _fit(
     epochs: int,
     make_trainer: TrainerFactory,
     callbacks: Sequence[pl.Callback],
+    keep_epoch: Literal["best", "last"],
 ) -> None:
     scratch = checkpoint.with_name(f"{checkpoint.stem}-training")
     metric = f"{task.hparams['log_prefix']}val/acc"
@@ -144,7 +148,7 @@ def _fit(
     if best.best_model_score is None:
         raise DataError(f"training ended without {metric}: the data module needs validation batches.")
     done = Path(best.best_model_path)
-    if bool(trainer.callback_metrics[metric] >= best.best_model_score):
+    if keep_epoch == "last" or bool(trainer.callback_metrics[metric] >= best.best_model_score):
         done = scratch / "done.ckpt"
         trainer.save_checkpoint(done, weights_only=True)
     os.replace(done, checkpoint)
@@ -167,7 +171,7 @@ def fit_resumable(
     Raises:
         DataError: that checkpoint cannot be read, or is another network's.
     """
-    last = ModelCheckpoint(scratch, "last", enable_version_counter=False)
+    last = ModelCheckpoint(scratch, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     trainer = make_trainer(max_epochs=epochs, callbacks=[EpochSeeds(), *callbacks, last], num_sanity_val_steps=0)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a strategy's own stays
         trainer.strategy.checkpoint_io = CheckpointBeside()

@@ -74,6 +74,10 @@ class KernelSpace:
             self._features[key] = [*numbers, cost - math.log2(self.cost(self.default)), cost, *self.context]
         return self._features[key]
 
+    def matters(self, name: str) -> bool:
+        """Whether another value of a knob is another kernel, the others being the default."""
+        return any(self.check({**self.default, name: value}) != self.default for value in self.values[name])
+
     def is_like(self, other: KernelSpace) -> bool:
         """Whether the features of both have the same meaning."""
         mine, theirs = ((sorted(one.values), len(one.context), len(one.features(one.default))) for one in (self, other))
@@ -182,9 +186,9 @@ class Ranked(Strategy):
 
     def _wishes(self, asked: _Question) -> Iterator[dict[str, Any]]:
         space, rng, known = asked.space, asked.rng, asked.known
-        widest = max(space.values, key=lambda name: len(space.values[name]))
+        widest = max(filter(space.matters, space.values), key=lambda name: len(space.values[name]), default=None)
         few = {name: values[: self.promising] for name, values in space.values.items()}
-        best = (space.check({**space.default, widest: value}) for value in few[widest])
+        best = (space.check({**space.default, str(widest): value}) for value in few.get(str(widest), ()))
         ranked = (knobs for knobs in best if key_of(knobs) not in known)
         drawn = (
             space.check({name: values[int(rng.integers(len(values)))] for name, values in few.items()})

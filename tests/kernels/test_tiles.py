@@ -4,6 +4,7 @@ stands for it runs; the head of the test report says which of the two."""
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as B
 
+import lightning_baqe as baqe
 from lightning_baqe.deploy.plan import make_plan
-from lightning_baqe.errors import ConfigError
+from lightning_baqe.errors import BuildError, ConfigError
 from lightning_baqe.hardware.options import BuildOptions
 from lightning_baqe.hardware.target import can_run, get_target
 from lightning_baqe.kernels.tunable import template_of
@@ -34,6 +36,8 @@ from lightning_baqe.kernels.x86.tile_spec import (
 )
 from lightning_baqe.kernels.x86.tiles import BYTES, COLUMNS, REGISTERS, ROWS, Tiles
 from lightning_baqe.measurement.peak import peak_gmacs
+from lightning_baqe.tuning.bench import kernel_space
+from lightning_baqe.tuning.strategies import Ranked
 
 RUN = tuple(path for path in TILE_PATHS if can_run(path))
 pytestmark = pytest.mark.skipif(not RUN, reason="kernels on tiles are for x86-64")
@@ -176,6 +180,36 @@ def test_any_convolution(data: st.DataObject) -> None:
     assert_exact(compiled(graph, get_target(path), knobs, threads=threads), images(graph))
 
 
+@pytest.mark.parametrize("path", TILE_PATHS)
+def test_an_artifact_can_be_kept(path: str, tmp_path: Path) -> None:
+    maker = Maker(32, 8)
+    maker.conv(out=32, padding=1)
+    graph = maker.graph()
+    artifact = baqe.build(graph, path, schedules="default")
+    artifact.save(tmp_path / "kept")
+    again = baqe.Artifact.load(tmp_path / "kept")
+    assert again.target == get_target(path)
+    if path in RUN:
+        assert_exact(again, images(graph))
+        assert baqe.measure(again, repeats=3, warmup=1).latency_us > 0
+    else:
+        with pytest.raises(BuildError, match=r"uses amx instructions .*which"):
+            again.run(images(graph))
+
+
+def test_blocks_are_ranked() -> None:
+    """The tuner's ranked strategy walks the knob that makes another kernel."""
+    maker = Maker(64, 14)
+    maker.conv(out=64, padding=1)
+    (spec,) = layers(maker.graph(), "amx_plain").values()
+    space = kernel_space(spec)
+    assert space.default["unit"] == "tiles"
+    assert not space.matters("tile")
+    assert space.matters("block")
+    found = Ranked().propose(space, [], 16)
+    assert len({knobs["block"] for knobs in found}) >= 6
+
+
 def test_knobs_that_do_not_exist() -> None:
     maker = Maker(32, 8)
     maker.conv(out=32, stride=2, padding=1)
@@ -185,6 +219,8 @@ def test_knobs_that_do_not_exist() -> None:
         ({"unit": "gpu"}, "unit is tiles or vectors, got 'gpu'"),
         ({"block": "6x6x6"}, "block '6x6x6' does not fit 2 blocks of 16 channels and 4x4 pixels"),
         ({"unroll": 3}, "unroll is 1, 2 or 4"),
+        ({"unit": "tiles", "tile": "9x9x9"}, "tile '9x9x9' does not fit"),
+        ({"unit": "vectors", "block": "6x6x6"}, "block '6x6x6' does not fit"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_tile_knobs(spec, knobs)

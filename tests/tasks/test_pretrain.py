@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_baqe.data.base import ImageDataModule, ImageTensorDataset, Split
 from lightning_baqe.errors import ConfigError, DataError
-from lightning_baqe.tasks import ImageClassifier, pretrain
+from lightning_baqe.tasks import ImageClassifier, fit_to_checkpoint, pretrain
 from lightning_baqe.tasks.checkpoint import CheckpointBeside, read_checkpoint
 
 QUIET: dict[str, Any] = {
@@ -170,6 +170,43 @@ def test_no_epochs_keep_the_weights(tmp_path: Path) -> None:
 def test_epochs_are_checked(tmp_path: Path, epochs: Any) -> None:
     with pytest.raises(ConfigError, match="epochs"):
         pretrain(ImageClassifier(tiny_net(), 4), TinyData(), tmp_path / "float.ckpt", epochs=epochs)
+
+
+def test_goes_on_from_whole_epochs_only(tmp_path: Path) -> None:
+    """Also where validation comes in the middle of them."""
+    options = {"val_check_interval": 0.5}
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain(
+            ImageClassifier(tiny_net(), 4),
+            TinyData(),
+            tmp_path / "float.ckpt",
+            epochs=3,
+            trainer=partial(make_trainer, Interrupt(2), **options),
+        )
+    count = Count()
+    task = ImageClassifier(tiny_net(seed=7), 4)
+    pretrain(task, TinyData(), tmp_path / "float.ckpt", epochs=3, trainer=partial(make_trainer, count, **options))
+    assert count.batches == 4
+
+
+def test_the_last_epoch_can_be_kept(tmp_path: Path) -> None:
+    class Worse(pl.Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.callback_metrics["val/acc"] = torch.tensor(1.0 / (1 + trainer.current_epoch))
+
+    found = {}
+    for keep in ("best", "last"):
+        task = ImageClassifier(tiny_net(), 4)
+        fit_to_checkpoint(
+            task,
+            TinyData(),
+            tmp_path / f"{keep}.ckpt",
+            3,
+            partial(make_trainer, Worse()),
+            keep=keep,  # type: ignore[arg-type]
+        )
+        found[keep] = weights(task)
+    assert any(not torch.equal(value, found["last"][name]) for name, value in found["best"].items())
 
 
 class Shuffled(TinyData):

@@ -3,11 +3,12 @@
     python -m lightning_baqe.benchmarks.bits.comparison --data fashion_mnist
     python -m lightning_baqe.benchmarks.bits.comparison --data elpv
 
-The float networks are those of ``benchmarks.accuracy``. Each method allocates 2, 3, 4, 6 or 8 bits to all layers but
-the first and the last, within the size of the uniform network of 4 and of 3 bits; beside them that uniform network, and
-one of random bits that fills the budget. Each network is deployed twice: corrected without training (``"fast"``; there
-are twenty of them a seed), and tuned from there for some steps with the float network as its teacher. Its accuracy is
-that of the compiled network on the test split.
+The float networks are those of ``benchmarks.accuracy``; on elpv they are others, of the training images of split 0
+alone. Each method allocates 2, 3, 4, 6 or 8 bits to all layers but the first and the last, within the size of the
+uniform network of 4 and of 3 bits; beside them that uniform network, and one of random bits that fills the budget. Each
+network is deployed twice: corrected without training (``"fast"``; there are twenty of them a seed), and tuned from
+there for some steps with the float network as its teacher. Its accuracy is that of the compiled network on the test
+split.
 
 Kendall's tau is between what a method predicts and what is measured: the rise of the loss on validation images, over
 60 random bit-configs of all sizes, calibrated and neither corrected nor tuned. On elpv the measured loss of pairs is

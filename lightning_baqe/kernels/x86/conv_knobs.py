@@ -33,6 +33,7 @@ Knobs = Mapping[str, Any]
 BLOCKS, ROWS, COLUMNS = (1, 2, 3, 4, 6, 8), (1, 2, 4), (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)  # of tiles
 CHANNEL_TILES = (16, 32, 64, 128, 256)
 FEW_PIXELS, MANY_WEIGHTS = 4, 64 * 1024  # of so few pixels, so many weights are read more slowly than multiplied
+KNOBS = ("tile", "order", "unroll", "weights", "reduction", "intrinsic")
 CHOICES = {"order": ("channels", "pixels"), "weights": ("bytes", "packed"), "intrinsic": ("on", "off")}
 
 

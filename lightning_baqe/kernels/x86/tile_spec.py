@@ -18,8 +18,10 @@ Flat pixels want a stride of 1, and blocks without tiles below one another.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -193,6 +195,7 @@ def _flats(spec: TileSpec) -> list[bool]:
     return [False, True] if spec.stride == (1, 1) and spec.result.height > 1 else [False]
 
 
+@functools.lru_cache(maxsize=1024)
 def _ranked(spec: TileSpec) -> list[tuple[bool, tuple[int, int, int]]]:
     """Blocks with their kind of pixels, best guess first."""
     every = [(flat, block) for flat in _flats(spec) for block in blocks(spec, flat)]
@@ -240,30 +243,30 @@ def check_tile_knobs(spec: TileSpec, knobs: Knobs) -> dict[str, Any]:
     ``unroll`` and a block's shape fall to what this kernel has, because the same knobs serve a layer at every
     bit-width. ConfigError for an unknown knob or value, or a block that does not fit.
     """
-    flat, block = _ranked(spec)[0]
-    vectors = conv_knobs.default_knobs(spec.on_vectors)
-    defaults = vectors | {
-        "unit": _units(spec)[0], "block": _text(block), "pixels": "flat" if flat else "rows", "unroll": 1,
-        "epilogue": "overlapped", "ahead": "off",
-    }  # fmt: skip
+    defaults = _defaults(spec)
     unknown = set(knobs) - set(defaults)
     if unknown:
         raise ConfigError(f"unknown knob {sorted(unknown)}; a convolution on tiles has {sorted(defaults)}")
-    full = defaults | dict(knobs)
+    full = {**defaults, **knobs}
     for knob, values in CHOICES.items():
         if full[knob] not in values:
             raise ConfigError(f"{knob} is {' or '.join(values)}, got {full[knob]!r}")
-    if full["unit"] == "vectors":
-        own = conv_knobs.check_knobs(spec.on_vectors, {name: value for name, value in knobs.items() if name in vectors})
-        return defaults | {"unit": "vectors"} | own
     if full["pixels"] == "flat" and True not in _flats(spec):
         full["pixels"] = "rows"
     full["block"] = _fitting(spec, full["block"], full["pixels"] == "flat")
-    if full["unroll"] not in (1, 2, 4):
-        raise ConfigError(f"unroll is 1, 2 or 4, got {full['unroll']!r}")
+    vectors = conv_knobs.check_knobs(spec.on_vectors, {name: full[name] for name in conv_knobs.KNOBS})
+    if full["unit"] == "vectors":
+        return {**defaults, "unit": "vectors", **vectors}
     while full["unroll"] not in _unrolls(spec):
         full["unroll"] //= 2
-    return full | {name: vectors[name] for name in ("tile", "weights", "reduction", "intrinsic")}
+    return full | {name: defaults[name] for name in conv_knobs.KNOBS if name not in ("order", "unroll")}
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults(spec: TileSpec) -> Mapping[str, Any]:
+    flat, block = _ranked(spec)[0]
+    own = {"unit": _units(spec)[0], "block": _text(block), "pixels": "flat" if flat else "rows", "unroll": 1}
+    return conv_knobs.default_knobs(spec.on_vectors) | own | {"epilogue": "overlapped", "ahead": "off"}
 
 
 def _fitting(spec: TileSpec, text: str, flat: bool) -> str:
