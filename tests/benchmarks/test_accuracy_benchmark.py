@@ -42,7 +42,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def row_of(network: str, bits: str, flt: float, fake: float, deployed: float, data: str = "glyphs") -> dict[str, Any]:
     found = {"float": flt, "fake_quant": fake, "deployed": deployed}
     splits = {kind: {"val": value, "test": value} for kind, value in found.items()}
-    return {"data": data, "network": network, "bits": bits, "seed": 0, "recall": None, **splits}
+    return {"data": data, "network": network, "bits": bits, "seed": 0, "recall": None, "key": {"images": {}}, **splits}
 
 
 def request_of(epochs: int = 1) -> Request:
@@ -156,6 +156,14 @@ def test_tables_hold_every_row_and_the_means() -> None:
     assert columns["float"][0] == "91.00 ± 1.00"
     assert columns["most"] == ["+0.00", "+10.00"]
     assert columns["limits"] == ["hold", "fail"]
+
+
+def test_accuracies_on_images_that_were_trained_on_are_not_shown() -> None:
+    row = row_of("tf_efficientnet_lite0", "w8a8", 0.89, 0.89, 0.89, "elpv")
+    row["key"]["images"]["val_in_train"] = True
+    cells = {str(column.header): next(iter(column.cells)) for column in accuracy.row_table([row]).columns}
+    assert cells["float val"] == ""
+    assert cells["test"] == "89.00"
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_functions_carry_their_published_volume(name: str) -> None:
     assert 0 <= hypervolume(-y, reference_of(function)) <= function.max_hv * 1.001
 
 
-@pytest.mark.parametrize("method", ["botorch", "beyond"])
+@pytest.mark.parametrize("method", [pytest.param("botorch", marks=pytest.mark.slow), "beyond"])
 def test_both_loops_start_from_the_same_points_and_can_be_repeated(method: str) -> None:
     function = function_of("DTLZ2")
     found = run(method, "DTLZ2", 3, 1)

@@ -22,11 +22,11 @@ from lightning_baqe.kernels.x86.conv_knobs import check_knobs, default_knobs, kn
 from lightning_baqe.kernels.x86.conv_spec import ConvSpec
 from lightning_baqe.kernels.x86.depthwise import DepthwiseSpec, depthwise_knob_space
 
-PATHS = (TILES, "vnni512", "avxvnni", "avx2", "portable")
-OTHERS = [pytest.param(path, marks=pytest.mark.slow) for path in TILE_PATHS if path != TILES]
+VECTOR_PATHS = ("vnni512", "avxvnni", "avx2", "portable")
+PATHS = (TILES, *VECTOR_PATHS)
 
 
-@pytest.fixture(params=(*PATHS, "native", *OTHERS))
+@pytest.fixture(params=(*VECTOR_PATHS, "native", *(pytest.param(path, marks=pytest.mark.slow) for path in TILE_PATHS)))
 def target(request: pytest.FixtureRequest) -> CpuTarget:
     """Each path: compiled for all, run on those that this CPU has; and this CPU's own, with what more it has."""
     return get_target(request.param)

@@ -83,6 +83,7 @@ def test_every_phase_has_its_turn(tmp_path: Path) -> None:
     assert len(plans("random", undisturbed, None, np.random.default_rng(0))) == 30
 
 
+@pytest.mark.slow
 def test_one_search_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--ways", "events", "--most", "1", "--jobs", "1"]) == 0
     assert "1 │" in capfd.readouterr().out
